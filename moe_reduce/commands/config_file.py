@@ -1,0 +1,49 @@
+"""--config=FILE --config.key=value ... -> runs; every mistake becomes one line."""
+
+import argparse
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from moe_reduce import config
+from moe_reduce.config import RunConfig
+from moe_reduce.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The two arguments that describe a configuration."""
+    parser.add_argument("--config", required=True, metavar="FILE.py", help="a file of configs/, or your own")
+    parser.epilog = "Any key of the configuration can be changed: --config.train.steps=10 --config.model.width=64"
+
+
+def read(file: str, overrides: list[str]) -> dict[str, RunConfig]:
+    """The runs of a configuration file with overrides of the form --config.a.b=value."""
+    for override in overrides:
+        if not override.startswith("--config."):
+            raise UserError(f"unknown argument {override}: overrides look like --config.train.steps=10")
+    return config.parse(_read_config_dict(file, overrides))
+
+
+def _read_config_dict(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
+    if not Path(file.split(":")[0]).is_file():
+        raise UserError(f"--config={file} does not exist: name a file such as configs/quickstart.py")
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    try:
+        values(["moe-reduce", f"--config={file}", *overrides])
+        return holder.value
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{_culprit(overrides, str(error))}: {str(error).strip() or type(error).__name__}") from error
+    except (SyntaxError, NameError, ImportError) as error:
+        raise UserError(f"--config={file} cannot be read: {error}") from error
+
+
+def _culprit(overrides: list[str], message: str) -> str:
+    """The override that an error of the flag parser is about, as far as it says."""
+    for override in overrides:
+        name = override.removeprefix("--").split("=")[0]
+        if name in message or name.rsplit(".", 1)[-1] in message:
+            return override
+    return " ".join(overrides) or "--config"

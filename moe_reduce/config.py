@@ -1,0 +1,248 @@
+"""Frozen dataclasses of a run, their defaults (here and nowhere else), and the only reader of a ConfigDict.
+
+A file in configs/ starts from `base()`, which holds every key with its default, and sets what differs. `parse` turns
+the result into dataclasses; an unknown, missing or ill-typed key is a UserError that names it.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import ml_collections
+from ml_collections import config_dict
+
+from moe_reduce import validation
+from moe_reduce.errors import UserError
+
+T = TypeVar("T")
+REQUIRED_INT = 0  # the default of sizes that have no sensible default; validation refuses it by name
+DISPATCH_BY_PLATFORM = {"cpu": "blocks", "gpu": "ragged", "tpu": "ragged"}
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Experts in place of the feed-forward block. E experts of width F, A of them active for a token."""
+
+    experts: int = REQUIRED_INT
+    active: int = REQUIRED_INT
+    width: int = REQUIRED_INT
+    placement: Literal["layer", "shared"] = "layer"  # each layer owns E experts | one pool of E serves every layer
+    router: Literal["layer", "shared"] = "layer"  # a shared router needs a shared pool
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True  # renormalise the weights over the chosen (norm_topk_prob)
+    selection_bias: bool = False  # [N, E], added for the choice only; moved by loss-free balancing and by pooling
+    output_gain: bool = False  # [N, D], multiplies what the experts add to the residual of each layer
+    init_scale: float = 1.0  # of the experts' initial weights, relative to the dense block's
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the parameters are. Letters as in moe_reduce.models: V, D, N, H, G, C, F, K."""
+
+    vocab_size: int = REQUIRED_INT
+    layers: int = REQUIRED_INT
+    width: int = REQUIRED_INT
+    query_heads: int = REQUIRED_INT
+    key_value_heads: int = REQUIRED_INT
+    head_width: int = REQUIRED_INT
+    feed_forward_width: int | None = None  # dense models; None when `moe` is given
+    moe: MoEConfig | None = None
+    embedding_factor: int | None = None  # K of E = U·W (ALBERT, arXiv:1909.11942); None: a full table
+    tied_embeddings: bool = True
+    qk_norm: bool = False
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    max_positions: int = 2048  # context length the model is meant for; only written to config.json
+    init_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How the parameters are computed with: never changes what a checkpoint means."""
+
+    platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # auto: resolved once, when a command starts
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["xla", "cudnn"] = "xla"
+    dispatch: Literal["auto", "blocks", "ragged", "capacity", "reference"] = "auto"  # auto: by platform
+    capacity_factor: float = 2.0  # of the capacity dispatch only: rows per expert / mean rows per expert
+    block_rows: int = 64  # of the blocks dispatch only
+    remat: Literal["none", "dots", "full"] = "none"
+    scan_unroll: int = 1  # layers unrolled in the scan; the number of layers is fastest on CPU
+
+    def resolve(self, default_platform: str) -> "ExecutionConfig":
+        """No `auto` left: commands call this once, so that no model code ever looks up a backend."""
+        platform = default_platform if self.platform == "auto" else self.platform
+        if platform not in DISPATCH_BY_PLATFORM:
+            raise UserError(f"no dispatch is known for platform {platform!r}: set execution.platform and .dispatch")
+        dispatch = DISPATCH_BY_PLATFORM[platform] if self.dispatch == "auto" else self.dispatch
+        return dataclasses.replace(self, platform=platform, dispatch=dispatch)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Corpus -> tokens on disk -> batches."""
+
+    source: str = "python-stdlib"  # python-stdlib | files by path or glob, comma separated | hub:NAME[/CONFIG] | .npy
+    text_field: str = "text"  # of jsonl, parquet and hub rows
+    tokenizer: str = "train"  # train: SentencePiece on the corpus; or a tokenizer.model, tokenizer.json or directory
+    sequence_length: int = 256
+    validation_fraction: float = 0.01
+    document_mask: bool = False  # attention stays within a document
+    max_documents: int | None = None
+    cache: str = "runs/tokens"
+    workers: int = 2  # processes that tokenize
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; data = -1 takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """Keeping the experts in use (GShard 2006.16668, ST-MoE 2202.08906, loss-free 2408.15664)."""
+
+    loss: Literal["none", "pooled", "per_call"] = "pooled"  # over all layer calls at once | a call, then averaged
+    weight: float = 0.01
+    z_loss_weight: float = 0.0
+    bias_rate: float = 0.0  # step of the loss-free selection bias; needs model.moe.selection_bias
+    bias_scope: Literal["pooled", "per_call"] = "pooled"  # which counts the loss-free bias evens out
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation: AdamW, linear warm-up, cosine decay, and how often things are written."""
+
+    steps: int = REQUIRED_INT
+    batch_size: int = REQUIRED_INT  # sequences a step, over all devices
+    accumulation: int = 1  # micro-batches a step
+    learning_rate: float = 3e-4
+    final_learning_rate: float = 3e-5
+    warmup_steps: int = 0
+    expert_learning_rate_scale: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0  # 0: off; otherwise evaluation and the result use the average
+    seed: int = 0
+    log_every: int = 10
+    evaluate_every: int = 100
+    evaluate_batches: int = 8
+    checkpoint_every: int = 100
+    checkpoints_kept: int = 2
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def base() -> ml_collections.ConfigDict:
+    """Every key with its default, and `variants`: name -> the keys that differ, for runs compared side by side."""
+    config = _to_config_dict(RunConfig())
+    config.variants = ml_collections.ConfigDict()
+    return config
+
+
+def moe_base() -> ml_collections.ConfigDict:
+    """The keys of `model.moe` with their defaults (None in `base()`: a dense model)."""
+    return _to_config_dict(MoEConfig())
+
+
+def _to_config_dict(value: Any) -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    hints = typing.get_type_hints(type(value))
+    for entry in dataclasses.fields(value):
+        default = getattr(value, entry.name)
+        if dataclasses.is_dataclass(default):
+            config[entry.name] = _to_config_dict(default)
+        elif default is None:
+            kind = _alternatives(hints[entry.name])[0]
+            config[entry.name] = config_dict.placeholder(
+                ml_collections.ConfigDict if dataclasses.is_dataclass(kind) else kind
+            )
+        else:
+            config[entry.name] = default
+    return config
+
+
+def parse(config: ml_collections.ConfigDict) -> dict[str, RunConfig]:
+    """The runs that a configuration describes: {"": run} or, with variants, one for each name."""
+    raw = config.to_dict()
+    variants = raw.pop("variants", {})
+    if not variants:
+        return {"": run_from_dict(raw)}
+    return {name: run_from_dict(_merge(raw, changes, f"variants.{name}")) for name, changes in variants.items()}
+
+
+def run_from_dict(raw: dict[str, Any]) -> RunConfig:
+    """A validated RunConfig from nested plain values, as in a run's config.json."""
+    run = _from_dict(RunConfig, raw, "")
+    validation.check_run(run)
+    return run
+
+
+def _merge(raw: Any, changes: dict[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(raw)
+    for key, value in changes.items():
+        if key not in merged:
+            raise UserError(f"config key {path}.{key} is unknown; known here: {', '.join(sorted(merged))}")
+        nested = isinstance(value, dict) and isinstance(merged[key], dict)
+        merged[key] = _merge(merged[key], value, f"{path}.{key}") if nested else value
+    return merged
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return [hint]
+
+
+def _from_dict(cls: type[T], raw: Any, path: str) -> T:
+    if not isinstance(raw, dict):
+        raise UserError(f"config key {path} must be a group of keys, got {raw!r}")
+    fields = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    prefix = f"{path}." if path else ""
+    for key in sorted(set(raw) ^ set(fields)):
+        state = "unknown" if key in raw else "missing"
+        raise UserError(f"config key {prefix}{key} is {state}; the keys here are {', '.join(fields)}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _checked(hints[key], raw[key], prefix + key) for key in fields})
+
+
+def _checked(hint: Any, value: Any, path: str) -> Any:
+    (kind,) = _alternatives(hint)
+    if value is None and kind is not hint:
+        return None
+    if dataclasses.is_dataclass(kind):
+        return _from_dict(kind, value, path)  # type: ignore[arg-type]
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise UserError(f"config key {path} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"config key {path} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """Plain nested values for JSON; `run_from_dict` reads them back."""
+    return dataclasses.asdict(value)

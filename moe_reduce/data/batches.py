@@ -1,0 +1,119 @@
+"""Batches of a prepared corpus through grain: shuffled, divided over processes, resumable at any step.
+
+A batch is a dict of arrays with this process's rows (B sequences over all processes, T tokens):
+`tokens` int32 [B, T]; `targets` int32 [B, T], the token behind each; `weights` float32 [B, T], 1 where the target
+counts and 0 where not; and with data.document_mask also `segments` int32 [B, T], the document's number within the row
+from 1, and `positions` int32 [B, T], from 0 in each document.
+"""
+
+import grain
+import numpy as np
+
+from moe_reduce.config import DataConfig
+from moe_reduce.data.pieces import TRAIN, VALIDATION
+from moe_reduce.data.shards import TokenSource
+from moe_reduce.errors import UserError
+
+Batch = dict[str, np.ndarray]
+READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)  # memory-mapped: little to wait for
+
+
+class Examples:
+    """Random access to the examples of one split, for grain: without a batch dimension."""
+
+    def __init__(self, source: TokenSource, split: str, config: DataConfig):
+        self._source, self._split = source, split
+        self._length, self._document_mask = config.sequence_length, config.document_mask
+
+    def __len__(self) -> int:
+        """How many whole sequences there are."""
+        return self._source.rows(self._split, self._length)
+
+    def __getitem__(self, index: int) -> Batch:
+        """One example: `tokens`, `targets`, `weights`, and with a document mask `segments`, `positions`; each [T]."""
+        row, counts = self._source.row(self._split, int(index), self._length)
+        example = {"tokens": row[:-1], "targets": row[1:], "weights": counts}
+        if self._document_mask:
+            assert self._source.end_of_text is not None  # rows without documents refuse the mask
+            example |= _document_arrays(row[:-1], self._source.end_of_text)
+            example["weights"] = np.where(row[:-1] == self._source.end_of_text, np.float32(0), counts)
+        return example
+
+
+def train_batches(
+    source: TokenSource, config: DataConfig, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Endless training batches of batch_size / process_count rows for this process.
+
+    Each epoch visits every sequence once, in its own order; a batch may hold the end of one epoch and the start of the
+    next. Step s holds the same sequences whatever the number of processes. The iterator's get_state() is JSON-able,
+    and set_state() goes on bit for bit from there. Raises UserError when the corpus does not fill one batch.
+    """
+    examples = Examples(source, TRAIN, config)
+    rows = _rows_per_process(batch_size, process_count)
+    if len(examples) < batch_size:
+        raise UserError(
+            f"the corpus has {source.describe(TRAIN)} for training, {len(examples)} sequences of "
+            f"{config.sequence_length}, fewer than train.batch_size={batch_size}: give more text, or lower "
+            "train.batch_size or data.sequence_length"
+        )
+    # grain orders epoch e of a seed by seed + e: spread the seeds, so that two runs share no order.
+    spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    sequences = grain.MapDataset.source(examples).shuffle(seed=spread_seed).repeat()
+    mine = sequences.slice(slice(process_index, None, process_count))
+    return iter(mine.batch(rows).to_iter_dataset(READ_OPTIONS))
+
+
+def validation_batches(
+    source: TokenSource,
+    config: DataConfig,
+    batch_size: int,
+    batches: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> list[Batch]:
+    """At most `batches` batches, the same each time, of sequences spread evenly over the validation split.
+
+    Each sequence comes at most once; rows that fill up the last batch have weight 0. Raises UserError when the split
+    holds no whole sequence.
+    """
+    examples = Examples(source, VALIDATION, config)
+    rows = _rows_per_process(batch_size, process_count)
+    if len(examples) == 0:
+        raise UserError(
+            f"the corpus has {source.describe(VALIDATION)} for validation, less than one sequence of "
+            f"{config.sequence_length}: give more text, raise data.validation_fraction "
+            f"({config.validation_fraction}) or lower data.sequence_length"
+        )
+    count = min(len(examples), batch_size * batches)
+    chosen = [number * len(examples) // count for number in range(count)]
+    found = []
+    for start in range(0, count, batch_size):
+        places = range(start + process_index, start + process_index + rows * process_count, process_count)
+        found.append(_stack([_example_or_filler(examples, chosen, place) for place in places]))
+    return found
+
+
+def _example_or_filler(examples: Examples, chosen: list[int], place: int) -> Batch:
+    if place < len(chosen):
+        return examples[chosen[place]]
+    filler = examples[chosen[0]]
+    return filler | {"weights": np.zeros_like(filler["weights"])}
+
+
+def _stack(examples: list[Batch]) -> Batch:
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def _rows_per_process(batch_size: int, process_count: int) -> int:
+    if batch_size % process_count:
+        raise UserError(f"train.batch_size ({batch_size}) must be a multiple of the number of hosts ({process_count})")
+    return batch_size // process_count
+
+
+def _document_arrays(tokens: np.ndarray, end_of_text: int) -> Batch:
+    """`segments` and `positions` of one row, int32 [T]: a document starts behind each end of text."""
+    starts = np.concatenate([[True], tokens[:-1] == end_of_text])
+    places = np.arange(len(tokens), dtype=np.int32)
+    segments = np.cumsum(starts, dtype=np.int32)
+    return {"segments": segments, "positions": places - np.maximum.accumulate(np.where(starts, places, 0))}

@@ -1,0 +1,125 @@
+"""Readers of local corpus files: txt, jsonl and parquet, compressed or not. Light imports: nothing here needs JAX."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+from moe_reduce.errors import UserError
+
+READ_CHARACTERS = 1 << 16
+PARQUET_ROWS = 256
+UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError, pyarrow.ArrowInvalid)
+
+
+def read_documents(path: Path, text_field: str) -> Iterator[Iterable[str]]:
+    """The documents of one file, each as consecutive fragments of its text.
+
+    A text file is one document; a jsonl line and a parquet row are one document each, in `text_field`.
+    Raises UserError for a kind of file that is not known, one that cannot be read and a missing field.
+    """
+    reader = READERS[_suffix(path)]
+    try:
+        yield from reader(path, text_field)
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+def is_known(path: Path) -> bool:
+    """Whether the file's name ends in a suffix that `read_documents` reads."""
+    return path.name.lower().endswith(tuple(READERS))
+
+
+def text_of(row: dict[str, Any], text_field: str, place: str) -> str:
+    """row[text_field], or a UserError that names the place (file and line) and the fields that exist."""
+    if text_field not in row:
+        raise UserError(
+            f"{place} has no field {text_field!r}, only {', '.join(row) or 'none'}: set data.text_field to one of them"
+        )
+    if not isinstance(row[text_field], str):
+        raise UserError(f"{place}: field {text_field!r} holds {type(row[text_field]).__name__}, not text")
+    text: str = row[text_field]
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell: no tokenizer takes it
+        text = text.encode(errors="replace").decode()
+    return text
+
+
+def _suffix(path: Path) -> str:
+    for suffix in READERS:
+        if path.name.lower().endswith(suffix):
+            return suffix
+    raise UserError(f"{path} is none of {', '.join(READERS)}: convert it, or make the glob in data.source narrower")
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = str(error) or type(error).__name__
+    return UserError(f"cannot read {path} ({reason}): is it cut short, or not what its name says?")
+
+
+def _open(path: Path) -> TextIO:
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8", newline="")
+    if path.name.lower().endswith(".zst"):
+        return zstandard.open(path, "rt", encoding="utf-8", newline="")
+    return open(path, encoding="utf-8", newline="")
+
+
+def _read_text(path: Path, text_field: str) -> Iterator[Iterable[str]]:
+    del text_field
+    yield _text_fragments(path)
+
+
+def _text_fragments(path: Path) -> Iterator[str]:
+    with _open(path) as file:
+        try:
+            while fragment := file.read(READ_CHARACTERS):
+                yield fragment
+        except UNREADABLE as error:  # consumed after read_documents has handed the fragments out
+            raise _unreadable(path, error) from error
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[Iterable[str]]:
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield (text_of(_parse_line(line, f"{path}:{number}"), text_field, f"{path}:{number}"),)
+
+
+def _parse_line(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is not JSON ({error}): is the file cut short?") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{place} holds {type(row).__name__}, not an object with a text field")
+    return row
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[Iterable[str]]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if text_field not in names:
+            text_of(dict.fromkeys(names), text_field, str(path))
+        row = 0
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
+            for value in batch.column(0).to_pylist():
+                row += 1
+                yield (text_of({text_field: value}, text_field, f"{path}, row {row}"),)
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[Iterable[str]]]] = {
+    ".txt": _read_text,
+    ".txt.gz": _read_text,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".jsonl.zst": _read_jsonl,
+    ".parquet": _read_parquet,
+}

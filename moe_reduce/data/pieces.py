@@ -1,0 +1,100 @@
+"""Documents cut into bounded pieces, and each piece assigned to training or validation.
+
+Pieces bound memory, spread one long document over several processes, and let a corpus of a few long books hold out
+some text. Light imports: tokenizing processes import this module.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+PIECE_CHARACTERS = 1 << 16
+TRAIN, VALIDATION = "train", "validation"
+SPLITS = (TRAIN, VALIDATION)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive text of one document; `last` where the document ends."""
+
+    document: int
+    text: str
+    last: bool
+    split: str = TRAIN
+
+
+def cut(fragments: Iterable[str], limit: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """The same text in pieces of at most `limit` characters, each ending with a line, or else a word, if it can."""
+    rest = ""
+    for fragment in fragments:
+        rest += fragment
+        while len(rest) > limit:
+            end = _boundary(rest, limit)
+            yield rest[:end]
+            rest = rest[end:]
+    if rest:
+        yield rest
+
+
+def _boundary(text: str, limit: int) -> int:
+    newline = text.rfind("\n", 0, limit)
+    if newline >= 0:
+        return newline + 1
+    space = text.rfind(" ", 1, limit)  # the space goes with the word behind it, as in most vocabularies
+    return space if space > 0 else limit
+
+
+def pieces(documents: Iterable[Iterable[str]], limit: int = PIECE_CHARACTERS) -> Iterator[Piece]:
+    """The pieces of all documents in order; an empty document has none."""
+    for index, fragments in enumerate(documents):
+        held = None
+        for text in cut(fragments, limit):
+            if held is not None:
+                yield Piece(index, held, last=False)
+            held = text
+        if held is not None:
+            yield Piece(index, held, last=True)
+
+
+def split_pieces(documents: Iterable[Iterable[str]], validation_fraction: float) -> Iterator[Piece]:
+    """The pieces, about `validation_fraction` of them for validation, chosen by a hash of their place.
+
+    A corpus so small that the hash chooses none holds out that share of its end instead (at most one piece's worth),
+    so validation is empty only if the fraction is 0 or there is no text to divide.
+    """
+    tail: deque[Piece] = deque()  # the last piece's worth of text, kept back until its split is certain
+    tail_characters = seen_characters = 0
+    missing = validation_fraction > 0
+    for number, piece in enumerate(pieces(documents)):
+        if share(f"{piece.document}/{number}") < validation_fraction:
+            piece, missing = replace(piece, split=VALIDATION), False
+        tail.append(piece)
+        tail_characters += len(piece.text)
+        seen_characters += len(piece.text)
+        while tail and (not missing or tail_characters - len(tail[0].text) >= PIECE_CHARACTERS):
+            tail_characters -= len(tail[0].text)
+            yield tail.popleft()
+    if missing:
+        yield from _hold_out(list(tail), round(seen_characters * validation_fraction))
+    else:
+        yield from tail
+
+
+def share(place: str) -> float:
+    """A number in [0, 1) that looks random but depends on the place's name only."""
+    return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def _hold_out(tail: list[Piece], wanted: int) -> Iterator[Piece]:
+    """The tail with about its last `wanted` characters (whole lines, if there are lines) for validation."""
+    kept = sum(len(piece.text) for piece in tail) - max(wanted, 1)
+    for piece in tail:
+        end = max(0, min(kept, len(piece.text)))
+        kept -= len(piece.text)
+        if 0 < end < len(piece.text):
+            end = piece.text.rfind("\n", 0, end) + 1 or end
+        if end:
+            yield replace(piece, text=piece.text[:end], last=piece.last and end == len(piece.text))
+        if end < len(piece.text):
+            yield replace(piece, text=piece.text[end:], split=VALIDATION)

@@ -1,0 +1,210 @@
+"""Corpus -> tokens on disk, once: later calls with the same text, tokenizer and split find them.
+
+Several processes or hosts may prepare the same corpus at once; the first to finish is the one that all of them use.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tqdm
+
+from moe_reduce.config import DataConfig
+from moe_reduce.data import shards, sources
+from moe_reduce.data.pieces import SPLITS, TRAIN, VALIDATION, pieces, split_pieces
+from moe_reduce.data.rows import TokenRows
+from moe_reduce.data.shards import Manifest, ShardWriter, TokenSource, TokenStore
+from moe_reduce.data.tokenizer_training import train_tokenizer
+from moe_reduce.data.tokenizers import Tokenizer, load_tokenizer
+from moe_reduce.data.tokenizing import tokenize
+from moe_reduce.errors import UserError
+
+TRAIN_A_TOKENIZER = "train"
+SAMPLED_CHARACTERS = 1 << 13  # pieces that a tokenizer's sample is made of
+SCANNED_CHARACTERS = 1_000_000_000  # of the corpus, for that sample: a hub data set may be endless
+logger = logging.getLogger(__name__)
+
+
+def prepare(config: DataConfig, vocab_size: int) -> tuple[TokenSource, Tokenizer | None]:
+    """The tokens of `config.source` and their tokenizer (None for .npy), from the cache or made now.
+
+    `vocab_size` is the model's: a tokenizer trained here has exactly that many pieces, a given one at most.
+    Raises UserError for every mistake in the configuration or its files, and when the cache cannot be written.
+    """
+    if config.source.endswith(".npy"):
+        return TokenRows(config, vocab_size), None
+    given = None if config.tokenizer == TRAIN_A_TOKENIZER else _given_tokenizer(config.tokenizer, vocab_size)
+    corpus = sources.corpus_hash(config)
+    directory = _cache_directory(config, corpus, given.hash if given else f"{TRAIN_A_TOKENIZER} {vocab_size}")
+    if not directory.exists():
+        _make(config, vocab_size, given, corpus, directory)
+    return _open(directory)
+
+
+def _given_tokenizer(path: str, vocab_size: int) -> Tokenizer:
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer {path} has {tokenizer.vocab_size} pieces but model.vocab_size is {vocab_size}: "
+            f"set model.vocab_size to at least {tokenizer.vocab_size}, or name another data.tokenizer"
+        )
+    return tokenizer
+
+
+def _cache_directory(config: DataConfig, corpus: str, tokenizer: str) -> Path:
+    parts = (shards.FORMAT_VERSION, corpus, tokenizer, config.validation_fraction)
+    key = hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
+    last_part = re.split(r"[/,]", config.source.rstrip("/"))[-1]
+    name = re.sub(r"[^A-Za-z0-9-]+", "-", last_part).strip("-")[:40] or "corpus"
+    return Path(config.cache).expanduser() / f"{name}-{key}"
+
+
+def _open(directory: Path) -> tuple[TokenStore, Tokenizer]:
+    store = TokenStore(directory)
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.hash != store.manifest.tokenizer_hash:
+        raise UserError(f"the tokenizer in {directory} is not the one of its tokens; delete {directory} and run again")
+    lengths = f"{store.length(TRAIN):,} training and {store.length(VALIDATION):,} validation tokens"
+    logger.info("%s in %s", lengths, directory)
+    return store, tokenizer
+
+
+def _make(config: DataConfig, vocab_size: int, given: Tokenizer | None, corpus: str, directory: Path) -> None:
+    with _temporary_beside(directory) as unfinished:
+        tokenizer = given or _trained_tokenizer(config, vocab_size)
+        with _writing(directory):
+            tokenizer.save(unfinished)
+        manifest = _write_tokens(config, tokenizer, corpus, unfinished, directory)
+        with _writing(directory):
+            manifest.save(unfinished)
+        try:
+            os.rename(unfinished, directory)
+        except OSError as error:
+            if not directory.exists():  # otherwise another process finished first: its tokens are the same
+                raise _unwritable(directory, error) from error
+
+
+def _trained_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
+    found = pieces(sources.document_fragments(config), SAMPLED_CHARACTERS)
+    with _progress("sampling text") as bar:
+        return train_tokenizer(_scanned((piece.text for piece in found), bar), vocab_size)
+
+
+def _scanned(texts: Iterable[str], bar: "tqdm.tqdm") -> Iterator[str]:
+    scanned = 0
+    for text in texts:
+        yield text
+        scanned += len(text)
+        bar.update(len(text) / 1e6)
+        if scanned >= SCANNED_CHARACTERS:
+            return
+
+
+def _write_tokens(config: DataConfig, tokenizer: Tokenizer, corpus: str, unfinished: Path, directory: Path) -> Manifest:
+    dtype = shards.token_dtype(tokenizer.vocab_size)
+    with contextlib.ExitStack() as stack:
+        writers = {split: ShardWriter(unfinished, split, dtype) for split in SPLITS}
+        for writer in writers.values():
+            stack.callback(_close_quietly, writer)
+        documents, bytes_of_text = _append_documents(config, tokenizer.end_of_text, writers, unfinished, directory)
+        with _writing(directory):
+            splits = {split: writer.close() for split, writer in writers.items()}
+    return Manifest(
+        format_version=shards.FORMAT_VERSION,
+        tokenizer_hash=tokenizer.hash,
+        corpus_hash=corpus,
+        vocab_size=tokenizer.vocab_size,
+        dtype=dtype.str,
+        end_of_text=tokenizer.end_of_text,
+        documents=documents,
+        tokens=sum(shard.tokens for entries in splits.values() for shard in entries),
+        bytes_of_text=bytes_of_text,
+        splits=splits,
+    )
+
+
+def _append_documents(
+    config: DataConfig, end_of_text: int, writers: dict[str, ShardWriter], unfinished: Path, directory: Path
+) -> tuple[int, int]:
+    """Tokenizes the corpus into the writers; returns the numbers of documents and of bytes of text (UTF-8).
+
+    A document's end is marked in each split that holds a part of it.
+    """
+    found = split_pieces(sources.document_fragments(config), config.validation_fraction)
+    documents = bytes_of_text = 0
+    parts_in: set[str] = set()
+    with _progress("tokenizing") as bar:
+        for piece, ids in tokenize(found, unfinished, config.workers):
+            parts_in.add(piece.split)
+            with _writing(directory):
+                writers[piece.split].append(ids)
+                for split in sorted(parts_in) if piece.last else ():
+                    writers[split].append(np.array([end_of_text]))
+            if piece.last:
+                parts_in.clear()
+                documents += 1
+            size = len(piece.text.encode())
+            bytes_of_text += size
+            bar.update(size / 1e6)
+    if not documents:
+        raise UserError(f"data.source={config.source!r} holds no text: give files that are not empty")
+    return documents, bytes_of_text
+
+
+def _close_quietly(writer: ShardWriter) -> None:
+    """After a full disk closing fails as well; what made the writing end is the error to show."""
+    with contextlib.suppress(OSError):
+        writer.close()
+
+
+def _progress(description: str) -> "tqdm.tqdm":
+    # disable=None: no bar where stderr is not a terminal
+    return tqdm.tqdm(desc=description, unit="MB", bar_format="{desc}: {n:.1f} MB [{elapsed}, {rate_fmt}]", disable=None)
+
+
+@contextlib.contextmanager
+def _temporary_beside(directory: Path) -> Iterator[Path]:
+    """An empty directory for unfinished work, gone afterwards; those of killed processes of this host go as well."""
+    prefix = f".{directory.name}.{socket.gethostname()}."
+    unfinished = directory.parent / f"{prefix}{os.getpid()}"
+    for abandoned in directory.parent.glob(f"{prefix}*"):
+        if abandoned == unfinished or not _is_running(int(abandoned.name.removeprefix(prefix))):
+            shutil.rmtree(abandoned, ignore_errors=True)
+    with _writing(directory):
+        unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, as another user
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """OSErrors inside (no permission, full disk) become a UserError about the cache."""
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+
+
+def _unwritable(directory: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write tokens to {directory} ({error.strerror}): free space there, or set data.cache to another place"
+    )

@@ -1,0 +1,186 @@
+"""Token ids in memory-mapped files under a manifest.
+
+    manifest.json        what made the tokens, how many there are, and the files of each split with their lengths
+    train-00000.bin ...  little-endian uint16, or uint32 for vocabularies beyond 65,536
+
+A directory is complete once its manifest is there; `prepare` renames it into place only then.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from moe_reduce.data.pieces import SPLITS
+from moe_reduce.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+SHARD_TOKENS = 1 << 25
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a split; its length in tokens."""
+
+    file: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What made the tokens and how many there are; `end_of_text` follows each document."""
+
+    format_version: int
+    tokenizer_hash: str
+    corpus_hash: str
+    vocab_size: int
+    dtype: str
+    end_of_text: int
+    documents: int
+    tokens: int
+    bytes_of_text: int
+    splits: dict[str, list[Shard]]
+
+    def save(self, directory: Path) -> None:
+        """Writes manifest.json."""
+        (directory / MANIFEST_FILE).write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+
+
+class TokenSource(Protocol):
+    """Rows of T + 1 consecutive tokens to train on: what batches are made of."""
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id behind each document; None where a row knows no documents."""
+        ...
+
+    def rows(self, split: str, sequence_length: int) -> int:
+        """How many whole rows the split has."""
+        ...
+
+    def row(self, split: str, index: int, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs with the token behind them, int32 [T + 1], and whether each of the T targets counts, float32 [T]."""
+        ...
+
+    def describe(self, split: str) -> str:
+        """The size of the split, for messages."""
+        ...
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of the two types that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class ShardWriter:
+    """Appends the tokens of one split to files of about `shard_tokens` each."""
+
+    def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS):
+        self._directory, self._split, self._dtype, self._limit = directory, split, dtype, shard_tokens
+        self._shards: list[Shard] = []
+        self._file: BinaryIO | None = None
+        self._tokens = 0
+
+    def append(self, ids: np.ndarray) -> None:
+        """Adds ids, any integer [tokens]; OSError when the disk is full."""
+        if len(ids) == 0:
+            return
+        if self._file is None:
+            self._file = (self._directory / self._name()).open("wb")
+        self._file.write(ids.astype(self._dtype).tobytes())
+        self._tokens += len(ids)
+        if self._tokens >= self._limit:
+            self.close()
+
+    def close(self) -> list[Shard]:
+        """Ends the current file and returns all shards so far; `append` may go on with the next."""
+        if self._file is not None:
+            name = self._name()
+            file, self._file = self._file, None
+            file.close()
+            self._shards.append(Shard(name, self._tokens))
+            self._tokens = 0
+        return self._shards
+
+    def _name(self) -> str:
+        return f"{self._split}-{len(self._shards):05d}.bin"
+
+
+class TokenStore:
+    """A prepared corpus: one long sequence of tokens for each split, read without loading it."""
+
+    def __init__(self, directory: Path):
+        """Raises UserError when the manifest or a shard is missing, damaged or cut short."""
+        self.directory = directory
+        self.manifest = _read_manifest(directory)
+        self._shards = {split: [self._map(shard) for shard in shards] for split, shards in self.manifest.splits.items()}
+        lengths = {split: [shard.tokens for shard in shards] for split, shards in self.manifest.splits.items()}
+        self._ends = {split: np.cumsum(values, dtype=np.int64) for split, values in lengths.items()}
+
+    @property
+    def end_of_text(self) -> int:
+        """The id behind each document."""
+        return self.manifest.end_of_text
+
+    def length(self, split: str) -> int:
+        """Tokens in "train" or "validation"."""
+        return sum(shard.tokens for shard in self.manifest.splits[split])
+
+    def window(self, split: str, start: int, length: int) -> np.ndarray:
+        """int32 [length]: consecutive tokens from `start`, across the borders of shards."""
+        if start < 0 or start + length > self.length(split):
+            raise IndexError(f"tokens {start} to {start + length} of {self.length(split)} in {split}")
+        found = np.empty(length, dtype=np.int32)
+        done = 0
+        number = int(np.searchsorted(self._ends[split], start, side="right"))
+        while done < length:
+            shard = self._shards[split][number]
+            offset = start + done - (int(self._ends[split][number]) - len(shard))
+            part = shard[offset : offset + length - done]
+            found[done : done + len(part)] = part
+            done += len(part)
+            number += 1
+        return found
+
+    def rows(self, split: str, sequence_length: int) -> int:
+        """Windows of T + 1 tokens, each T behind the one before: every token but the first is a target once."""
+        return max(0, (self.length(split) - 1) // sequence_length)
+
+    def row(self, split: str, index: int, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Window `index`, int32 [T + 1]; every target counts, float32 [T]."""
+        tokens = self.window(split, index * sequence_length, sequence_length + 1)
+        return tokens, np.ones(sequence_length, dtype=np.float32)
+
+    def describe(self, split: str) -> str:
+        """The size of the split, for messages."""
+        return f"{self.length(split):,} tokens"
+
+    def _map(self, shard: Shard) -> np.ndarray:
+        path = self.directory / shard.file
+        dtype = np.dtype(self.manifest.dtype)
+        expected = shard.tokens * dtype.itemsize
+        found = path.stat().st_size if path.is_file() else 0
+        if found != expected:
+            raise UserError(
+                f"{path} is truncated: expected {expected} bytes, found {found}; delete {self.directory} and run again"
+            )
+        return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST_FILE
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        listed = raw.pop("splits")
+        splits = {split: [Shard(**shard) for shard in listed[split]] for split in SPLITS}
+        manifest = Manifest(splits=splits, **raw)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is missing or damaged ({error!r}); delete {directory} and run again") from error
+    if manifest.format_version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format {manifest.format_version}, this version reads {FORMAT_VERSION}; delete {directory}"
+        )
+    return manifest

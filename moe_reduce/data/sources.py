@@ -1,0 +1,154 @@
+"""What `data.source` names, as a stream of documents and as a hash of its content.
+
+    python-stdlib                    source and docstrings of the running Python's standard library (no network)
+    PATH[,PATH...]                   files, directories or globs: txt, txt.gz, jsonl, jsonl.gz, jsonl.zst, parquet
+    hub:OWNER/NAME[:CONFIG][@COMMIT] the train split of a data set of the Hugging Face hub, streamed
+    PATH.npy                         token ids, int32 [sequences, T]: no text, see moe_reduce.data.rows
+
+Light imports: tokenizing processes may import this module.
+"""
+
+import glob
+import hashlib
+import itertools
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from moe_reduce.config import DataConfig
+from moe_reduce.data import files
+from moe_reduce.errors import UserError
+
+PYTHON_STDLIB = "python-stdlib"
+HUB_PREFIX = "hub:"
+NOT_LIBRARY = {"site-packages", "test", "tests", "idle_test", "__pycache__"}  # below the stdlib directory
+
+
+class HubName(NamedTuple):
+    """The parts of hub:OWNER/NAME[:CONFIG][@COMMIT]."""
+
+    name: str
+    config: str | None
+    revision: str | None
+
+
+def documents(config: DataConfig) -> Iterator[str]:
+    """The text of the corpus, one document at a time, at most `max_documents`.
+
+    Raises UserError when the source is not there, empty or unreadable.
+    """
+    return ("".join(fragments) for fragments in document_fragments(config))
+
+
+def document_fragments(config: DataConfig) -> Iterator[Iterable[str]]:
+    """As `documents`, each document as consecutive fragments, so that a huge text file needs little memory.
+
+    Read the fragments of one document before asking for the next.
+    """
+    if config.source.startswith(HUB_PREFIX):
+        found = _hub_documents(config)
+    else:
+        paths = source_files(config.source)
+        found = itertools.chain.from_iterable(_read(path, config) for path in paths)
+    return itertools.islice(found, config.max_documents)
+
+
+def corpus_hash(config: DataConfig) -> str:
+    """SHA-256 over what the tokens depend on: content of local files, or the hub's name, and the limits.
+
+    A hub data set without @COMMIT is known by its name only: delete data.cache to fetch a newer version.
+    """
+    digest = hashlib.sha256(f"{config.text_field}\0{config.max_documents}\0".encode())
+    if config.source.startswith(HUB_PREFIX):
+        directory = Path(parse_hub(config.source).name)
+        digest.update(config.source.encode())
+        paths = sorted(path for path in directory.rglob("*") if path.is_file()) if directory.is_dir() else []
+    else:
+        paths = source_files(config.source)
+    for path in paths:
+        digest.update(path.suffix.encode() + file_digest(path))
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> bytes:
+    """SHA-256 of a file's content; UserError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot read {path} ({error.strerror}): fix its permissions or data.source")
+
+
+def source_files(source: str) -> list[Path]:
+    """The files of a local source, sorted within each comma-separated part, each once; never empty."""
+    if source == PYTHON_STDLIB:
+        return _stdlib_files()
+    return list(dict.fromkeys(path for part in source.split(",") for path in _matches(part.strip())))
+
+
+def _stdlib_files() -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = [path for path in root.rglob("*.py") if not NOT_LIBRARY & set(path.relative_to(root).parts)]
+    if not paths:
+        raise UserError(f"data.source=python-stdlib finds no .py files below {root}: name text files instead")
+    return sorted(paths)
+
+
+def _matches(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        found = [entry for entry in sorted(path.rglob("*")) if entry.is_file() and files.is_known(entry)]
+    elif path.is_file():
+        found = [path]
+    else:
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    if not found:
+        raise UserError(
+            f"data.source: nothing matches {pattern!r} (looked in {Path.cwd()}); give python-stdlib, hub:OWNER/NAME, "
+            f"or files ending in {', '.join(files.READERS)}"
+        )
+    return found
+
+
+def _read(path: Path, config: DataConfig) -> Iterator[Iterable[str]]:
+    if config.source != PYTHON_STDLIB:
+        return files.read_documents(path, config.text_field)
+    try:
+        # A distribution may carry a module in another encoding: its text still counts.
+        return iter([(path.read_text(encoding="utf-8", errors="replace"),)])
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def parse_hub(source: str) -> HubName:
+    """hub:OWNER/NAME[:CONFIG][@COMMIT] in its parts; UserError when there is no name."""
+    rest, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
+    name, _, config = rest.partition(":")
+    if not name:
+        raise UserError(f"data.source={source!r} names no data set: write hub:OWNER/NAME[:CONFIG][@COMMIT]")
+    return HubName(name, config or None, revision or None)
+
+
+def _hub_documents(config: DataConfig) -> Iterator[Iterable[str]]:
+    import datasets  # seconds to import, and only this kind of source needs it
+
+    hub = parse_hub(config.source)
+    try:
+        rows = iter(datasets.load_dataset(hub.name, hub.config, split="train", streaming=True, revision=hub.revision))
+        number = 0
+        while (row := next(rows, None)) is not None:
+            number += 1
+            yield (files.text_of(row, config.text_field, f"{config.source}, row {number}"),)
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client raises many kinds; none of them is a defect of this package
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(
+            f"data.source={config.source!r} cannot be read: {reason}; check the name, its config and the network, "
+            "or use local files"
+        ) from error

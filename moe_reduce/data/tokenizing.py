@@ -1,0 +1,103 @@
+"""Pieces -> token ids, in parallel processes, in order, with bounded work under way.
+
+The processes import this module and what it imports: keep it free of JAX, grain and datasets. They are spawned, because
+forking a process that runs JAX's threads can deadlock.
+"""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import threading
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+
+from moe_reduce.data.pieces import Piece
+from moe_reduce.data.tokenizers import Tokenizer, load_tokenizer
+from moe_reduce.errors import UserError
+
+TASK_CHARACTERS = 1 << 18  # enough to outweigh the cost of handing a task over
+TASKS_PER_WORKER = 4  # under way at once: never idle, never more than a few MB
+
+_tokenizer: Tokenizer | None = None  # of a tokenizing process, set once by _start
+
+
+def tokenize(pieces: Iterable[Piece], tokenizer: Path, workers: int) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Each piece with its ids, uint32 [tokens], in order; `tokenizer` is the directory it was saved in.
+
+    Raises UserError when a process is killed (as for lack of memory).
+    """
+    context = multiprocessing.get_context("spawn")
+    under_way: deque[tuple[list[Piece], Future[tuple[np.ndarray, list[int]]]]] = deque()
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(tokenizer,)) as executor:
+        try:
+            for task in _tasks(pieces):
+                with _bare_main():
+                    under_way.append((task, executor.submit(_encode, [piece.text for piece in task])))
+                if len(under_way) >= TASKS_PER_WORKER * workers:
+                    yield from _collect(*under_way.popleft())
+            while under_way:
+                yield from _collect(*under_way.popleft())
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a tokenizing process was killed, probably for lack of memory: lower data.workers and run again"
+            ) from error
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _tasks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    task: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        task.append(piece)
+        characters += len(piece.text)
+        if characters >= TASK_CHARACTERS:
+            yield task
+            task, characters = [], 0
+    if task:
+        yield task
+
+
+def _collect(task: list[Piece], result: "Future[tuple[np.ndarray, list[int]]]") -> Iterator[tuple[Piece, np.ndarray]]:
+    ids, counts = result.result()
+    yield from zip(task, np.split(ids, np.cumsum(counts)[:-1]), strict=True)
+
+
+@contextlib.contextmanager
+def _bare_main() -> Iterator[None]:
+    """Spawned processes run the main module again: needless imports, and endless processes from an unguarded script."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _start(tokenizer: Path) -> None:
+    global _tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
+    _tokenizer = load_tokenizer(tokenizer)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent killed outright cannot tell its processes to end."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode(texts: list[str]) -> tuple[np.ndarray, list[int]]:
+    assert _tokenizer is not None
+    encoded = [np.asarray(ids, dtype=np.uint32) for ids in _tokenizer.encode_batch(texts)]
+    return np.concatenate(encoded), [len(ids) for ids in encoded]

@@ -1,0 +1,7 @@
+"""Tokens -> logits: one decoder for dense, per-layer MoE and shared-pool models.
+
+Letters, in names such as `x_BTD` and in einsum strings:
+    B batch, T time, S = B·T tokens, D model width, N layers, H query heads, G key/value heads, C head width,
+    F feed-forward or expert width, E experts, A active experts per token, M = S·A assignments, V vocabulary,
+    K embedding factor.
+"""

@@ -1,0 +1,112 @@
+"""One decoder for all models: embedding, N scanned blocks, norm, output logits."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.initializers import ones, zeros
+from jax.sharding import PartitionSpec
+
+from moe_reduce.config import ExecutionConfig, ModelConfig
+from moe_reduce.models.dispatch import Experts
+from moe_reduce.models.experts import BATCH_AXES, ExpertPool, Router, mixture_of_experts
+from moe_reduce.models.layers import Attention, Embedding, FeedForward, RMSNorm, Unembedding
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, or experts, each added to the residual stream.
+
+    Uses the shared pool and router that it is given, and makes its own where it is given none. Sows the statistics of
+    its routing into `intermediates`.
+    """
+
+    config: ModelConfig
+    execution: ExecutionConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, positions_BT, mask_B1TT, pool: Experts | None, router_DE):
+        config, execution = self.config, self.execution
+        normed_BTD = RMSNorm(config.norm_epsilon, name="attention_norm")(x_BTD)
+        x_BTD = x_BTD + Attention(config, execution, name="attention")(normed_BTD, positions_BT, mask_B1TT)
+        normed_BTD = RMSNorm(config.norm_epsilon, name="mlp_norm")(x_BTD)
+        if config.moe is None:
+            return shard_batch(x_BTD + FeedForward(config, name="mlp")(normed_BTD)), None
+        pool = ExpertPool(config, name="experts")() if pool is None else pool
+        router_DE = Router(config, name="router")() if router_DE is None else router_DE
+        bias_E = self.param("router_bias", zeros, (config.moe.experts,)) if config.moe.selection_bias else None
+        y_BTD, statistics = mixture_of_experts(normed_BTD, pool, router_DE, bias_E, config.moe, execution)
+        if config.moe.output_gain:
+            gain_D = self.param("output_gain", ones, (config.width,)).astype(y_BTD.dtype)
+            y_BTD = y_BTD * jnp.broadcast_to(gain_D, y_BTD.shape)
+        self.sow("intermediates", "routing", statistics, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        return shard_batch(x_BTD + y_BTD), None
+
+
+class Decoder(nn.Module):
+    """tokens_BT int32 -> logits_BTV fp32.
+
+    `segments_BT` (document index within the row) keeps attention inside a document, `positions_BT` restarts there.
+    """
+
+    config: ModelConfig
+    execution: ExecutionConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None, positions_BT=None) -> jax.Array:
+        config = self.config
+        embedding = Embedding(config, jnp.dtype(self.execution.compute_dtype), name="embedding")
+        x_BTD = shard_batch(embedding.encode(tokens_BT))
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :], tokens_BT.shape)
+        mask_B1TT = None if segments_BT is None else (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
+        pool, router_DE = self._shared()
+        x_BTD, _ = self._layers()(x_BTD, positions_BT, mask_B1TT, pool, router_DE)
+        x_BTD = RMSNorm(config.norm_epsilon, name="final_norm")(x_BTD)
+        if config.tied_embeddings:
+            return embedding.decode(x_BTD)
+        return Unembedding(config, name="unembedding")(x_BTD)
+
+    def _shared(self) -> tuple[Experts | None, jax.Array | None]:
+        moe = self.config.moe
+        pool = ExpertPool(self.config, name="experts")() if moe and moe.placement == "shared" else None
+        router_DE = Router(self.config, name="router")() if moe and moe.router == "shared" else None
+        return pool, router_DE
+
+    def _layers(self) -> nn.Module:
+        block: Any = Block
+        if self.execution.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.execution.remat], prevent_cse=False)
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.config.layers,
+            unroll=min(self.execution.scan_unroll, self.config.layers),
+        )
+        return scanned(self.config, self.execution, name="layers")
+
+
+def shard_batch(x: jax.Array) -> jax.Array:
+    """Keeps the batch split over the mesh in context; without a mesh, x."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Fresh fp32 parameters. The order of initialisation does not matter: linen folds each path into the key."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    execution = ExecutionConfig(dispatch="reference")  # shapes and values do not depend on how it is computed
+    return Decoder(config, execution).init(key, tokens)["params"]
+
+
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
+    """Shapes of the parameters as jax.ShapeDtypeStruct leaves; nothing is allocated."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -1,0 +1,147 @@
+"""Moving tokens to their experts and back: four ways to compute the same sum over the chosen experts.
+
+    blocks     exact and dropless; loops over blocks of sorted rows, so that only routed rows are computed. For CPU.
+    ragged     exact and dropless; jax.lax.ragged_dot over the sorted rows. For TPU (and GPU).
+    capacity   a fixed number of rows for each expert; what does not fit is dropped and the share reported.
+    reference  every expert on every token. Slow and plain, for tests.
+
+Each takes rows x_SD, experts_SA (int32; E means "no expert here": the row adds nothing), weights_SA, the experts'
+matrices, and returns y_SD and the dropped share of assignments, a scalar.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_reduce.config import ExecutionConfig
+from moe_reduce.models import blocks
+
+
+class Experts(NamedTuple):
+    """The matrices of E SwiGLU experts."""
+
+    gate_EDF: jax.Array
+    up_EDF: jax.Array
+    down_EFD: jax.Array
+
+    def astype(self, dtype: jnp.dtype) -> "Experts":
+        return Experts(*(matrix.astype(dtype) for matrix in self))
+
+
+Dispatch = Callable[[jax.Array, jax.Array, jax.Array, Experts, ExecutionConfig], tuple[jax.Array, jax.Array]]
+
+
+class Order(NamedTuple):
+    """Assignments sorted by expert: row m of the sorted buffer is assignment order_M[m]; rank_SA is the inverse."""
+
+    order_M: jax.Array
+    rank_SA: jax.Array
+    counts_E: jax.Array
+
+
+def sort_by_expert(experts_SA: jax.Array, experts: int) -> Order:
+    """A stable sort, so that results do not depend on anything but the assignment itself."""
+    flat_M = experts_SA.reshape(-1)
+    order_M = jnp.argsort(flat_M, stable=True).astype(jnp.int32)
+    positions_M = jnp.arange(flat_M.size, dtype=jnp.int32)
+    rank_M = jnp.zeros_like(order_M).at[order_M].set(positions_M, unique_indices=True)
+    # counts from the sorted ids: a search is cheaper than a scatter when there are thousands of experts
+    bounds = jnp.searchsorted(flat_M[order_M], jnp.arange(experts + 1, dtype=flat_M.dtype)).astype(jnp.int32)
+    return Order(order_M, rank_M.reshape(experts_SA.shape), jnp.diff(bounds))
+
+
+@jax.custom_vjp
+def gather_rows(x_SD: jax.Array, order: Order) -> jax.Array:
+    """x_SD -> x_MD, the sorted rows. Its gradient is a gather too: a scatter-add would run serially on CPU."""
+    return x_SD[order.order_M // order.rank_SA.shape[1]]
+
+
+def _gather_forward(x_SD: jax.Array, order: Order) -> tuple[jax.Array, Order]:
+    return gather_rows(x_SD, order), order
+
+
+def _gather_backward(order: Order, dx_MD: jax.Array) -> tuple[jax.Array, None]:
+    return jnp.sum(dx_MD[order.rank_SA], axis=1), None
+
+
+gather_rows.defvjp(_gather_forward, _gather_backward)
+
+
+@jax.custom_vjp
+def combine_rows(y_MD: jax.Array, weights_SA: jax.Array, order: Order) -> jax.Array:
+    """Sorted expert outputs -> y_SD = Σ_a weight · output."""
+    return jnp.einsum("SAD,SA->SD", y_MD[order.rank_SA], weights_SA.astype(y_MD.dtype))
+
+
+def _combine_forward(y_MD: jax.Array, weights_SA: jax.Array, order: Order):
+    return combine_rows(y_MD, weights_SA, order), (y_MD, weights_SA, order)
+
+
+def _combine_backward(saved: tuple[jax.Array, jax.Array, Order], dy_SD: jax.Array):
+    y_MD, weights_SA, order = saved
+    weights_M = weights_SA.reshape(-1)[order.order_M].astype(dy_SD.dtype)
+    dy_MD = dy_SD[order.order_M // weights_SA.shape[1]] * weights_M[:, None]
+    dweights_SA = jnp.einsum("SD,SAD->SA", dy_SD, y_MD[order.rank_SA], preferred_element_type=jnp.float32)
+    return dy_MD, dweights_SA.astype(weights_SA.dtype), None
+
+
+combine_rows.defvjp(_combine_forward, _combine_backward)
+
+
+def dispatch_blocks(x_SD, experts_SA, weights_SA, experts: Experts, execution: ExecutionConfig):
+    order = sort_by_expert(experts_SA, experts.gate_EDF.shape[0])
+    x_MD = gather_rows(x_SD, order)
+    y_MD = blocks.grouped_swiglu(x_MD, order.counts_E, *experts, execution.block_rows)
+    return combine_rows(y_MD, weights_SA, order), jnp.zeros(())
+
+
+def dispatch_ragged(x_SD, experts_SA, weights_SA, experts: Experts, execution: ExecutionConfig):
+    del execution
+    order = sort_by_expert(experts_SA, experts.gate_EDF.shape[0])
+    x_MD = gather_rows(x_SD, order)
+    gate_MF = jax.lax.ragged_dot(x_MD, experts.gate_EDF, order.counts_E)
+    up_MF = jax.lax.ragged_dot(x_MD, experts.up_EDF, order.counts_E)
+    y_MD = jax.lax.ragged_dot(jax.nn.silu(gate_MF) * up_MF, experts.down_EFD, order.counts_E)
+    return combine_rows(y_MD, weights_SA, order), jnp.zeros(())
+
+
+def dispatch_capacity(x_SD, experts_SA, weights_SA, experts: Experts, execution: ExecutionConfig):
+    count = experts.gate_EDF.shape[0]
+    order = sort_by_expert(experts_SA, count)
+    assignments = experts_SA.size
+    capacity = min(assignments, -(-int(assignments * execution.capacity_factor) // count))
+    starts_E = jnp.cumsum(order.counts_E) - order.counts_E
+    expert_M = experts_SA.reshape(-1)[order.order_M]
+    position_M = jnp.arange(assignments, dtype=jnp.int32) - starts_E[jnp.minimum(expert_M, count - 1)]
+    slot_M = jnp.where(position_M < capacity, expert_M * capacity + position_M, count * capacity)
+    x_MD = gather_rows(x_SD, order)
+    buffer = jnp.zeros((count * capacity, x_SD.shape[1]), x_SD.dtype).at[slot_M].set(x_MD, mode="drop")
+    x_ECD = buffer.reshape(count, capacity, -1)
+    gate_ECF = jnp.einsum("ECD,EDF->ECF", x_ECD, experts.gate_EDF)
+    up_ECF = jnp.einsum("ECD,EDF->ECF", x_ECD, experts.up_EDF)
+    y_ECD = jnp.einsum("ECF,EFD->ECD", jax.nn.silu(gate_ECF) * up_ECF, experts.down_EFD)
+    y_MD = y_ECD.reshape(count * capacity, -1).at[slot_M].get(mode="fill", fill_value=0)
+    here = expert_M < count
+    dropped = jnp.sum(here & (position_M >= capacity)) / jnp.maximum(jnp.sum(here), 1)
+    return combine_rows(y_MD, weights_SA, order), dropped.astype(jnp.float32)
+
+
+def dispatch_reference(x_SD, experts_SA, weights_SA, experts: Experts, execution: ExecutionConfig):
+    del execution
+    count = experts.gate_EDF.shape[0]
+    chosen_SAE = jax.nn.one_hot(experts_SA, count, dtype=x_SD.dtype)
+    weights_SE = jnp.einsum("SA,SAE->SE", weights_SA.astype(x_SD.dtype), chosen_SAE)
+    gate_ESF = jnp.einsum("SD,EDF->ESF", x_SD, experts.gate_EDF)
+    up_ESF = jnp.einsum("SD,EDF->ESF", x_SD, experts.up_EDF)
+    y_ESD = jnp.einsum("ESF,EFD->ESD", jax.nn.silu(gate_ESF) * up_ESF, experts.down_EFD)
+    return jnp.einsum("SE,ESD->SD", weights_SE, y_ESD), jnp.zeros(())
+
+
+DISPATCHES: dict[str, Dispatch] = {
+    "blocks": dispatch_blocks,
+    "ragged": dispatch_ragged,
+    "capacity": dispatch_capacity,
+    "reference": dispatch_reference,
+}

@@ -1,0 +1,113 @@
+"""The mixture of experts: a router and an expert pool as modules, and the computation that uses them.
+
+A layer that owns its experts and a layer that calls the shared pool run the same code; they differ in where the
+parameters live, so router and pool hand out arrays and the computation takes them.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from moe_reduce.config import ExecutionConfig, ModelConfig, MoEConfig
+from moe_reduce.models.dispatch import DISPATCHES, Experts
+from moe_reduce.models.layers import normal_init, residual_std
+from moe_reduce.models.routing import route
+
+BATCH_AXES = ("data", "fsdp")
+
+
+class ExpertPool(nn.Module):
+    """The matrices of E SwiGLU experts."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Experts:
+        moe = _moe(self.config)
+        init = normal_init(self.config.init_std * moe.init_scale)
+        init_down = normal_init(residual_std(self.config) * moe.init_scale)
+        return Experts(
+            self.param("gate", init, (moe.experts, self.config.width, moe.width)),
+            self.param("up", init, (moe.experts, self.config.width, moe.width)),
+            self.param("down", init_down, (moe.experts, moe.width, self.config.width)),
+        )
+
+
+class Router(nn.Module):
+    """The matrix of one linear router."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        shape = (self.config.width, _moe(self.config).experts)
+        return self.param("weight", normal_init(self.config.init_std), shape)
+
+
+def mixture_of_experts(x_BTD, pool: Experts, router_DE, bias_E, moe: MoEConfig, execution: ExecutionConfig):
+    """Σ over the chosen experts of weight · expert(x), [B, T, D], and the statistics of the call.
+
+    Statistics: counts_E (assignments), probability_E (mean), z, dropped (share of assignments, 0 if dropless).
+    """
+    batch, time, width = x_BTD.shape
+    x_SD = x_BTD.reshape(batch * time, width)
+    # routing is decided in fp32: bf16 logits would tie and swap experts
+    logits_SE = jnp.einsum("SD,DE->SE", x_SD.astype(jnp.float32), router_DE.astype(jnp.float32))
+    routing = route(logits_SE, bias_E, moe)
+    chosen_BTA = routing.experts_SA.reshape(batch, time, moe.active)
+    weights_BTA = routing.weights_SA.reshape(batch, time, moe.active)
+    y_BTD, dropped = apply_experts(x_BTD, chosen_BTA, weights_BTA, pool.astype(x_BTD.dtype), execution)
+    statistics = {
+        "counts_E": routing.counts_E,
+        "probability_E": routing.probability_E,
+        "z": routing.z,
+        "dropped": dropped,
+    }
+    return y_BTD, statistics
+
+
+def _moe(config: ModelConfig) -> MoEConfig:
+    assert config.moe is not None, "a mixture of experts needs ModelConfig.moe"
+    return config.moe
+
+
+def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Experts, execution: ExecutionConfig):
+    """y_BTD and the dropped share, on one device or over the mesh in context.
+
+    Over a mesh, tokens are split along the batch axes, experts along `expert` and their hidden width along `tensor`:
+    each device computes what its experts and its slice of F add for its tokens, and the sum over both axes is exact.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first_expert=0)
+    tokens = PartitionSpec(BATCH_AXES)
+    split = Experts(
+        PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor")
+    )
+    body = jax.shard_map(
+        partial(_sharded_experts, execution=execution),
+        in_specs=(tokens, tokens, tokens, split),
+        out_specs=(tokens, PartitionSpec()),
+        check_vma=False,
+    )
+    return body(x_BTD, chosen_BTA, weights_BTA, pool)
+
+
+def _sharded_experts(x_BTD, chosen_BTA, weights_BTA, pool: Experts, execution: ExecutionConfig):
+    first = jax.lax.axis_index("expert") * pool.gate_EDF.shape[0]
+    y_BTD, dropped = _local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first)
+    return jax.lax.psum(y_BTD, ("expert", "tensor")), jax.lax.pmean(dropped, (*BATCH_AXES, "expert", "tensor"))
+
+
+def _local_experts(x_BTD, chosen_BTA, weights_BTA, pool: Experts, execution: ExecutionConfig, first_expert):
+    experts = pool.gate_EDF.shape[0]
+    batch, time, width = x_BTD.shape
+    chosen_SA = chosen_BTA.reshape(batch * time, -1) - first_expert
+    chosen_SA = jnp.where((chosen_SA >= 0) & (chosen_SA < experts), chosen_SA, experts)
+    weights_SA = weights_BTA.reshape(batch * time, -1)
+    dispatch = DISPATCHES[execution.dispatch]
+    y_SD, dropped = dispatch(x_BTD.reshape(batch * time, width), chosen_SA, weights_SA, pool, execution)
+    return y_SD.reshape(x_BTD.shape), dropped

@@ -1,0 +1,135 @@
+"""The parts every decoder shares: norm, rotary positions, attention, dense feed-forward, embeddings."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_reduce.config import ExecutionConfig, ModelConfig
+
+
+def normal_init(std: float) -> nn.initializers.Initializer:
+    """Gaussian with the given standard deviation."""
+    return nn.initializers.normal(std)
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Of matrices that write to the residual stream: 2N writes keep its variance near one (GPT-2)."""
+    return config.init_std / (2 * config.layers) ** 0.5
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · scale over the last axis, in fp32 (arXiv:1910.07467)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x_float = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_float), axis=-1, keepdims=True) + self.epsilon)
+        scale = jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
+        return (x_float * inverse * scale).astype(x.dtype)
+
+
+def rotate(x_BTHC: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary embedding, halves convention of Hugging Face LLaMA (arXiv:2104.09864); angles in fp32."""
+    half = x_BTHC.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    sine, cosine = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return rotated.astype(x_BTHC.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads (GQA, arXiv:2305.13245)."""
+
+    config: ModelConfig
+    execution: ExecutionConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, mask_B1TT: jax.Array | None) -> jax.Array:
+        config = self.config
+        q_BTHC = self._project("query", x_BTD, config.query_heads)
+        k_BTGC = self._project("key", x_BTD, config.key_value_heads)
+        v_BTGC = self._project("value", x_BTD, config.key_value_heads)
+        if config.qk_norm:
+            q_BTHC = RMSNorm(config.norm_epsilon, name="query_norm")(q_BTHC)
+            k_BTGC = RMSNorm(config.norm_epsilon, name="key_norm")(k_BTGC)
+        q_BTHC = rotate(q_BTHC, positions_BT, config.rope_theta)
+        k_BTGC = rotate(k_BTGC, positions_BT, config.rope_theta)
+        mixed_BTHC = jax.nn.dot_product_attention(
+            q_BTHC, k_BTGC, v_BTGC, mask=mask_B1TT, is_causal=True, implementation=self.execution.attention
+        )
+        shape = (config.query_heads, config.head_width, config.width)
+        w_HCD = self.param("output", normal_init(residual_std(config)), shape)
+        return jnp.einsum("BTHC,HCD->BTD", mixed_BTHC, w_HCD.astype(x_BTD.dtype))
+
+    def _project(self, name: str, x_BTD: jax.Array, heads: int) -> jax.Array:
+        shape = (self.config.width, heads, self.config.head_width)
+        w_DHC = self.param(name, normal_init(self.config.init_std), shape)
+        return jnp.einsum("BTD,DHC->BTHC", x_BTD, w_DHC.astype(x_BTD.dtype))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate·x) · up·x) (arXiv:2002.05202)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        width, hidden = self.config.width, self.config.feed_forward_width
+        gate_DF = self.param("gate", normal_init(self.config.init_std), (width, hidden)).astype(x_BTD.dtype)
+        up_DF = self.param("up", normal_init(self.config.init_std), (width, hidden)).astype(x_BTD.dtype)
+        down_FD = self.param("down", normal_init(residual_std(self.config)), (hidden, width)).astype(x_BTD.dtype)
+        hidden_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF)) * jnp.einsum("BTD,DF->BTF", x_BTD, up_DF)
+        return jnp.einsum("BTF,FD->BTD", hidden_BTF, down_FD)
+
+
+class Embedding(nn.Module):
+    """Token table, whole [V, D] or factorised U [V, K] · W [K, D] (ALBERT, arXiv:1909.11942)."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    def setup(self):
+        config = self.config
+        if config.embedding_factor is None:
+            self.table = self.param("table", normal_init(config.init_std), (config.vocab_size, config.width))
+            return
+        # E = U·W has entries of standard deviation init_std, and W keeps the length of what passes through it.
+        inner = config.embedding_factor
+        self.factor = self.param("factor", normal_init(config.init_std), (config.vocab_size, inner))
+        self.projection = self.param("projection", normal_init(inner**-0.5), (inner, config.width))
+
+    def encode(self, tokens_BT: jax.Array) -> jax.Array:
+        """Ids [B, T] -> x [B, T, D]."""
+        if self.config.embedding_factor is None:
+            return self.table.astype(self.dtype)[tokens_BT]
+        return jnp.einsum(
+            "BTK,KD->BTD", self.factor.astype(self.dtype)[tokens_BT], self.projection.astype(self.dtype)
+        )
+
+    def decode(self, x_BTD: jax.Array) -> jax.Array:
+        """x [B, T, D] -> logits [B, T, V] with the tied table, accumulated in fp32."""
+        if self.config.embedding_factor is None:
+            return output_logits(x_BTD, self.table)
+        x_BTK = jnp.einsum("BTD,KD->BTK", x_BTD, self.projection.astype(self.dtype))
+        return output_logits(x_BTK, self.factor)
+
+
+def output_logits(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
+    """fp32 logits [B, T, V] of inputs in the compute dtype."""
+    return jnp.einsum("BTD,VD->BTV", x_BTD, table_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+
+
+class Unembedding(nn.Module):
+    """An output table of its own, for models that do not tie it to the input."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        shape = (self.config.vocab_size, self.config.width)
+        return output_logits(x_BTD, self.param("table", normal_init(self.config.init_std), shape))

@@ -1,0 +1,41 @@
+"""Router logits -> chosen experts, their weights, and the statistics that balancing and reports need."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_reduce.config import MoEConfig
+
+
+class Routing(NamedTuple):
+    """What one call of a router decides, for S tokens and E experts; everything float is fp32."""
+
+    experts_SA: jax.Array  # int32, the chosen experts
+    weights_SA: jax.Array  # combine weights
+    counts_E: jax.Array  # assignments by expert
+    probability_E: jax.Array  # mean routing probability by expert
+    z: jax.Array  # mean squared logsumexp of the logits (ST-MoE, arXiv:2202.08906)
+
+
+def route(logits_SE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> Routing:
+    """Top-A experts of each token.
+
+    The bias decides who is chosen and never what the chosen weigh (arXiv:2408.15664); it is added to the logits, of
+    which both score functions are monotone, so that its unit is the same for both.
+    """
+    softmax = config.score_function == "softmax"
+    log_scores_SE = jax.nn.log_softmax(logits_SE) if softmax else jax.nn.log_sigmoid(logits_SE)
+    ranking_SE = logits_SE if bias_E is None else logits_SE + jax.lax.stop_gradient(bias_E)[None, :]
+    _, experts_SA = jax.lax.top_k(jax.lax.stop_gradient(ranking_SE), config.active)
+    chosen_SA = jnp.take_along_axis(log_scores_SE, experts_SA, axis=1)
+    # softmax(log s) = s / Σ s without forming scores that underflow
+    weights_SA = jax.nn.softmax(chosen_SA) if config.normalize else jnp.exp(chosen_SA)
+    probability_SE = jnp.exp(log_scores_SE) if softmax else jax.nn.softmax(log_scores_SE)
+    return Routing(
+        experts_SA=experts_SA,
+        weights_SA=weights_SA,
+        counts_E=jnp.zeros(config.experts).at[experts_SA.reshape(-1)].add(1.0),
+        probability_E=jnp.mean(probability_SE, axis=0),
+        z=jnp.mean(jnp.square(jax.nn.logsumexp(logits_SE, axis=-1))),
+    )

@@ -1,0 +1,136 @@
+"""manifest.json: what made a model directory, from what, and what each of its files must hash to."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from moe_reduce.errors import UserError
+from moe_reduce.planning import counts_by_component
+
+MANIFEST_FILE = "manifest.json"
+PACKAGES = ("moe_reduce", "jax", "flax", "numpy", "safetensors")
+WEIGHT_PATTERN = "model*.safetensors*"
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something a step read: its path as it was given, and the SHA-256 of its manifest or, without one, its weights."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One link of the chain from the first weights to these."""
+
+    command: str
+    arguments: dict[str, Any]
+    inputs: tuple[Input, ...]
+    parameters_before: int
+    parameters_after: int
+    quality: dict[str, Any] | None = None  # measured, by metric name
+    kept_experts: Any = None  # original (layer, index) of each expert kept, in the order of the new pool or pools
+
+
+def sha256_of_file(file: Path) -> str:
+    """Hexadecimal SHA-256 of the file's bytes."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def input_of(directory: Path) -> Input:
+    """How a step names a model directory that it read. Without a manifest every weight file is read once."""
+    manifest = directory / MANIFEST_FILE
+    if manifest.is_file():
+        return Input(str(directory), sha256_of_file(manifest))
+    lines = [f"{file.name} {sha256_of_file(file)}\n" for file in sorted(directory.glob(WEIGHT_PATTERN))]
+    return Input(str(directory), hashlib.sha256("".join(lines).encode()).hexdigest())
+
+
+def write(directory: Path, params: Mapping[str, Any], chain: tuple[Step, ...], hashes: Mapping[str, str]) -> None:
+    """Writes manifest.json about every file now in the directory; `hashes` holds those already known by name."""
+    names = sorted(file.name for file in directory.iterdir() if file.is_file() and file.name != MANIFEST_FILE)
+    components = counts_by_component(params)
+    content = {
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "commit": commit(),
+        "files": {name: hashes[name] if name in hashes else sha256_of_file(directory / name) for name in names},
+        "parameters": components | {"total": sum(components.values())},
+        "chain": [asdict(step) for step in chain],
+    }
+    (directory / MANIFEST_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def read(directory: Path) -> dict[str, Any] | None:
+    """The content of manifest.json; None where there is none, as in a directory of Hugging Face."""
+    file = directory / MANIFEST_FILE
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        missing = {"files", "chain"} - set(content)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is not JSON ({error}): restore or remove it") from None
+    if missing:
+        raise UserError(f"{file} has no {' and no '.join(sorted(missing))}: restore or remove it")
+    return content
+
+
+def read_chain(directory: Path) -> tuple[Step, ...]:
+    """The steps that made a model directory, oldest first; none without a manifest."""
+    content = read(directory)
+    if content is None:
+        return ()
+    try:
+        return tuple(_step(item) for item in content["chain"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{directory / MANIFEST_FILE} has an unreadable chain ({error!r}): restore it") from None
+
+
+def _step(item: dict[str, Any]) -> Step:
+    values = {field.name: item[field.name] for field in fields(Step)}
+    values["inputs"] = tuple(Input(entry["path"], entry["sha256"]) for entry in item["inputs"])
+    return Step(**values)
+
+
+def verify(directory: Path) -> list[str]:
+    """What differs from manifest.json, one line each; empty when every file named is there and unchanged."""
+    content = read(directory)
+    if content is None:
+        return [f"{directory} has no {MANIFEST_FILE}"]
+    problems = []
+    for name, expected in sorted(content["files"].items()):
+        file = directory / name
+        if not file.is_file():
+            problems.append(f"{file} is missing")
+        elif sha256_of_file(file) != expected:
+            problems.append(f"{file} has changed: its SHA-256 is not the one in {MANIFEST_FILE}")
+    weights = {file.name for file in directory.glob(WEIGHT_PATTERN)}
+    return problems + [
+        f"{directory / name} is not in {MANIFEST_FILE}" for name in sorted(weights - {*content["files"]})
+    ]
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, "-dirty" appended when files differ; None elsewhere."""
+    package = Path(__file__).resolve().parent
+    # An installed copy may lie inside the checkout of another project: only a tracked file tells whose commit it is.
+    if _git(package, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    return _git(package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

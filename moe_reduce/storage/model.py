@@ -1,0 +1,140 @@
+"""A model as one value, and its way from and to a model directory."""
+
+import functools
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_reduce import trees
+from moe_reduce.config import ExecutionConfig, ModelConfig
+from moe_reduce.errors import UserError
+from moe_reduce.models.decoder import Decoder
+from moe_reduce.storage import hf_config, manifest
+from moe_reduce.storage.huggingface import read_params, write_items
+from moe_reduce.storage.manifest import Step
+from moe_reduce.storage.tensors import SHARD_BYTES, TensorFiles, write_tensors
+
+# What belongs to a model directory beside config and weights; copied along unread.
+COMPANIONS = (
+    "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """(config, params) and where they come from. Transforms take one and return another, never changing it."""
+
+    config: ModelConfig
+    params: dict[str, Any]
+    execution: ExecutionConfig
+    source: Path | None = None  # directory whose tokenizer belongs to this model
+    hf_config: dict[str, Any] | None = None  # config.json as it was read
+    chain: tuple[Step, ...] = ()
+
+    def __call__(self, tokens_BT: Any) -> jax.Array:
+        """Token ids, integers [B, T] -> fp32 logits [B, T, V]. Compiled once for each shape."""
+        if not isinstance(tokens_BT, jax.Array):
+            tokens_BT = _checked(np.asarray(tokens_BT), self.config.vocab_size)
+        return _logits(self.config, self.execution, self.params, jnp.asarray(tokens_BT, jnp.int32))
+
+
+def _checked(tokens_BT: np.ndarray, vocab_size: int) -> np.ndarray:
+    # Inside jit an id beyond the table would silently become another one.
+    if tokens_BT.ndim != 2 or tokens_BT.dtype.kind not in "iu" or tokens_BT.size == 0:
+        raise UserError(f"tokens must be integers [B, T], got {tokens_BT.dtype} {tokens_BT.shape}")
+    if tokens_BT.min() < 0 or tokens_BT.max() >= vocab_size:
+        raise UserError(f"token ids must be in 0..{vocab_size - 1}, got {tokens_BT.min()}..{tokens_BT.max()}")
+    return tokens_BT
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(config: ModelConfig, execution: ExecutionConfig, params: Any, tokens_BT: jax.Array) -> jax.Array:
+    logits_BTV = Decoder(config, execution).apply({"params": params}, tokens_BT)
+    assert isinstance(logits_BTV, jax.Array)
+    return logits_BTV
+
+
+def load(
+    path: str | Path,
+    dtype: Any = None,
+    execution: ExecutionConfig | None = None,
+    shardings: trees.Tree | None = None,
+) -> Model:
+    """The model in a directory of ours or of Hugging Face (llama, qwen3, qwen3_moe).
+
+    dtype: of the parameters, such as "bfloat16"; None keeps what is stored. execution: how to compute; None lets the
+    platform decide. shardings: tree of jax.sharding.Sharding like the parameters; each device reads its own slices.
+    Raises UserError, in one line naming file and tensor or key, when the directory cannot be read as it is.
+    """
+    directory = Path(path)
+    config, raw = hf_config.read_config(directory)
+    params = read_params(TensorFiles(directory), config, dtype, shardings)
+    execution = (execution or ExecutionConfig()).resolve(jax.default_backend())
+    return Model(config, params, execution, directory, raw, manifest.read_chain(directory))
+
+
+def save(
+    model: Model,
+    path: str | Path,
+    step: Step | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a model directory: config.json, safetensors, the tokenizer of `model.source`, manifest.json.
+
+    Everything is written beside `path` and renamed, so a kill or a full disk leaves nothing half-made. step: what was
+    done to make this model, appended to its chain. shard_bytes: largest size of a weight file. Raises UserError when
+    the path exists (unless overwrite, and it is a model directory), or cannot be written.
+    """
+    target = Path(path).absolute()
+    _check_target(target, overwrite)
+    temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _write(model, temporary, model.chain if step is None else (*model.chain, step), shard_bytes)
+        _replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error}): free the space or choose another path") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise UserError(f"{target} exists: choose another path, or allow overwriting")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / hf_config.CONFIG_FILE).is_file()):
+        raise UserError(f"{target} is not a model directory, so it is not overwritten: choose another path")
+
+
+def _write(model: Model, directory: Path, chain: tuple[Step, ...], shard_bytes: int) -> None:
+    hashes = write_tensors(directory, write_items(model.params, model.config), shard_bytes)
+    (embedding,) = trees.select(model.params, "embedding/(table|factor)", expect=1).values()
+    raw = hf_config.to_hf(model.config, model.hf_config, str(embedding.dtype))
+    (directory / hf_config.CONFIG_FILE).write_text(hf_config.dumps(raw))
+    companions = () if model.source is None else [model.source / name for name in COMPANIONS]
+    for file in companions:
+        if file.is_file():
+            shutil.copyfile(file, directory / file.name)
+    manifest.write(directory, model.params, chain, hashes)
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        temporary.rename(target)
+        return
+    # A directory cannot be renamed over a full one: the old one steps aside, whole, for the moment between.
+    aside = temporary.with_name(f"{temporary.name}.old")
+    target.rename(aside)
+    temporary.rename(target)
+    shutil.rmtree(aside)

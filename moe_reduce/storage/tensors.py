@@ -1,0 +1,243 @@
+"""Safetensors files, read lazily and written as a stream.
+
+Reading opens only the headers; the data stay on disk behind a memory map until a slice of them is copied. Writing
+holds one tensor at a time, so models larger than memory pass through. The format is 8 bytes of little-endian header
+length, a JSON header `{name: {dtype, shape, data_offsets}}`, then the data
+(https://huggingface.co/docs/safetensors). Own code for it, because the library's numpy reader has no bfloat16.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from moe_reduce.errors import UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 1000**3  # most published models use this size
+ALIGNMENT = 8  # bytes; the format pads headers so that data can be mapped in place
+HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+TensorItem = tuple[str, tuple[int, ...], np.dtype, np.ndarray | Callable[[], np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: `start` and `stop` are bytes from the start of the file."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    start: int
+    stop: int
+
+
+class TensorFiles:
+    """The tensors of a model directory by name, without their data.
+
+    Takes `model.safetensors`, or the shards that `model.safetensors.index.json` names. Raises UserError when a file
+    is missing, truncated or corrupt, or when index and shards disagree.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.entries: dict[str, Entry] = {}
+        self._maps: dict[Path, np.memmap] = {}
+        single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+        if single.exists() and index.exists():
+            raise UserError(f"{directory} holds both {SINGLE_FILE} and {INDEX_FILE}: remove the one that is stale")
+        if single.exists():
+            self.entries = _read_header(single)
+        elif index.exists():
+            self._open_shards(index)
+        else:
+            raise UserError(
+                f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}: give a model directory in safetensors format"
+            )
+
+    def _open_shards(self, index: Path) -> None:
+        weight_map = _weight_map(index)
+        for name in sorted(set(weight_map.values())):
+            file = self.directory / name
+            if not file.is_file():
+                raise UserError(f"{index} names {name}, which is missing: fetch that file again")
+            for tensor, entry in _read_header(file).items():
+                if tensor in self.entries:
+                    other = self.entries[tensor].file.name
+                    raise UserError(f"tensor {tensor} is in {other} and in {name} of {self.directory}: remove one")
+                self.entries[tensor] = entry
+        for tensor, name in weight_map.items():
+            if tensor not in self.entries or self.entries[tensor].file.name != name:
+                raise UserError(f"{index} places tensor {tensor} in {name}, which does not hold it: fetch it again")
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as a read-only view of the file; nothing is read before it is copied or computed with."""
+        entry = self.entries[name]
+        if entry.start == entry.stop:
+            return np.empty(entry.shape, entry.dtype)
+        if entry.file not in self._maps:
+            self._maps[entry.file] = np.memmap(entry.file, np.uint8, mode="r")
+        data = np.asarray(self._maps[entry.file])[entry.start : entry.stop]
+        return data.view(entry.dtype).reshape(entry.shape)
+
+    def read_slice(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        """A copy of one slice of the tensor; only its pages are read."""
+        return self.read(name)[slices].copy()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"{key} is given twice")
+        seen[key] = value
+    return seen
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        content = json.loads(index.read_text(), object_pairs_hook=_unique)
+        return {str(tensor): str(file) for tensor, file in content["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is not an index of safetensors ({error!r}): fetch it again") from None
+
+
+def _read_header(file: Path) -> dict[str, Entry]:
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > HEADER_LIMIT:
+            raise UserError(f"{file} is not a safetensors file (no valid header length): fetch it again")
+        text = stream.read(length)
+    if len(text) < length:
+        raise UserError(f"{file} is truncated within its header: fetch it again")
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+        described = {name: value for name, value in header.items() if name != "__metadata__"}
+        entries = {name: _entry(file, 8 + length, value) for name, value in described.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} has a corrupt header ({error!r}): fetch it again") from None
+    _check_extent(file, entries, 8 + length, size)
+    return entries
+
+
+def _entry(file: Path, base: int, described: dict[str, Any]) -> Entry:
+    start, stop = described["data_offsets"]
+    shape, dtype = tuple(described["shape"]), DTYPES[described["dtype"]]
+    if stop - start != math.prod(shape) * dtype.itemsize or start < 0:
+        raise ValueError(f"offsets {start}-{stop} do not hold shape {shape} of {dtype}")
+    return Entry(file, shape, dtype, base + start, base + stop)
+
+
+def _check_extent(file: Path, entries: dict[str, Entry], base: int, size: int) -> None:
+    position = base
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.stop > size:
+            raise UserError(
+                f"{file} is truncated: tensor {name} ends at byte {entry.stop}, the file has {size}: fetch it again"
+            )
+        if entry.start != position:
+            raise UserError(f"{file} has a corrupt header: tensor {name} overlaps or leaves a gap: fetch it again")
+        position = entry.stop
+    if position != size:
+        raise UserError(f"{file} has {size} bytes, its header describes {position}: fetch it again")
+
+
+def write_tensors(directory: Path, items: Iterable[TensorItem], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
+    """Writes (name, shape, dtype, array or function that returns it) as one file, or as shards with an index.
+
+    A shard takes tensors in the order given until the next would exceed `shard_bytes`. Functions are called one at a
+    time, when their turn comes, and their result is dropped after writing. Returns the SHA-256 of each file by name.
+    """
+    shards = _split(list(items), shard_bytes)
+    if len(shards) == 1:
+        return {SINGLE_FILE: _write_file(directory / SINGLE_FILE, shards[0])}
+    hashes: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        hashes[file] = _write_file(directory / file, shard)
+        weight_map |= {name: file for name, *_ in shard}
+    everything = [item for shard in shards for item in shard]
+    metadata = {
+        "total_parameters": sum(math.prod(shape) for _, shape, _, _ in everything),
+        "total_size": sum(_bytes(item) for item in everything),
+    }
+    content = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+    (directory / INDEX_FILE).write_text(content)
+    return hashes | {INDEX_FILE: hashlib.sha256(content.encode()).hexdigest()}
+
+
+def _bytes(item: TensorItem) -> int:
+    return math.prod(item[1]) * item[2].itemsize
+
+
+def _split(items: Sequence[TensorItem], shard_bytes: int) -> list[list[TensorItem]]:
+    shards: list[list[TensorItem]] = [[]]
+    size = 0
+    for item in items:
+        if shards[-1] and size + _bytes(item) > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += _bytes(item)
+    return shards
+
+
+def _write_file(file: Path, items: Sequence[TensorItem]) -> str:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    # Wide types first keep every tensor aligned to its own size, as the library's writer does.
+    ordered = sorted(items, key=lambda item: (-item[2].itemsize, item[0]))
+    for item in ordered:
+        name, shape, dtype, _ = item
+        stop = position + _bytes(item)
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, stop]}
+        position = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    digest = hashlib.sha256()
+    with open(file, "wb") as stream:
+        for data in (len(text).to_bytes(8, "little"), text):
+            stream.write(data)
+            digest.update(data)
+        for item in ordered:
+            _write_tensor(stream, digest, item)
+    return digest.hexdigest()
+
+
+def _write_tensor(stream: BinaryIO, digest: "hashlib._Hash", item: TensorItem) -> None:
+    """A function of its own, so that the tensor is gone before the next one is made."""
+    name, shape, dtype, source = item
+    array = source() if callable(source) else source
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(f"tensor {name} was announced as {shape} {dtype}, got {array.shape} {array.dtype}")
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    stream.write(data)
+    digest.update(data)

@@ -1,0 +1,1 @@
+"""Batches -> parameters: tasks (what is learned), one loop, sharding, checkpoints, metrics."""

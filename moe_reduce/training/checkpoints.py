@@ -1,0 +1,66 @@
+"""Asynchronous Orbax checkpoints of everything that a run needs to go on: state and data position."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from moe_reduce.config import TrainConfig
+from moe_reduce.errors import UserError
+from moe_reduce.training.steps import State
+
+
+class Checkpoints:
+    """The checkpoints of one run; a kill during a save leaves the previous ones whole."""
+
+    def __init__(self, directory: Path, train: TrainConfig):
+        self._directory = directory.absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=train.checkpoints_kept, enable_async_checkpointing=True, create=True
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def latest(self) -> int | None:
+        """Steps done at the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: State, data_position: dict[str, Any]) -> None:
+        """Starts a save and returns once the state is copied; the step function may then reuse its buffers."""
+        # on CPU a host view of a device buffer is the buffer itself, which the next step overwrites (donation)
+        copy = jax.tree.map(jnp.copy, state)
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(copy), data=ocp.args.JsonSave(data_position))
+        try:
+            self._manager.save(step, args=arguments)
+        except (OSError, ValueError) as error:
+            raise self._unwritable(error) from error
+
+    def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+        """State and data position at `step`; `abstract` carries shapes and the shardings wanted now."""
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=arguments)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"checkpoint {self._directory / str(step)} cannot be read ({str(error).splitlines()[0]}): delete it to "
+                "go on from the one before"
+            ) from error
+        return State(*restored["state"]), restored["data"]
+
+    def wait(self) -> None:
+        """Blocks until what was saved is on disk."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._unwritable(error) from error
+
+    def close(self) -> None:
+        """Waits and lets go of the background threads."""
+        self._manager.close()
+
+    def _unwritable(self, error: Exception) -> UserError:
+        return UserError(
+            f"cannot write a checkpoint below {self._directory} ({str(error).splitlines()[0]}): free some space or "
+            "choose another --workdir, then run the same command again to resume"
+        )

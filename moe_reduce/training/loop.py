@@ -1,0 +1,212 @@
+"""The one training loop. It knows tasks, batches and meshes; never models, adapters or routers."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from moe_reduce.config import TrainConfig
+from moe_reduce.errors import UserError
+from moe_reduce.training import optimizer, sharding, steps
+from moe_reduce.training.checkpoints import Checkpoints
+from moe_reduce.training.metrics import MetricsLog, Stopwatch
+from moe_reduce.training.steps import State
+from moe_reduce.training.task import Params, Task
+from moe_reduce.training.throughput import Peak
+
+HostBatch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What turns seconds into tokens/s and MFU."""
+
+    tokens_per_step: int
+    flops_per_token: float
+    peak: Peak
+
+
+@dataclass
+class Outcome:
+    """What a finished run hands back."""
+
+    params: Params  # the trained leaves; their average when that is on
+    validation: dict[str, Any]  # loss, perplexity, accuracy, and summed arrays such as counts_NE
+    tokens_per_second: float  # median over the logged intervals of this session; nan if it trained nothing
+    compile_seconds: float
+    intervals: list[float] = field(default_factory=list)
+
+
+class Fit:
+    """One run of the loop: `Fit(...).run()`. Running it again in the same directory goes on where it stopped."""
+
+    def __init__(
+        self,
+        task: Task,
+        initial: Params | Callable[[], Params],
+        frozen: Params,
+        train: TrainConfig,
+        mesh: Mesh,
+        batches: grain.DatasetIterator,
+        validation: Sequence[HostBatch],
+        workdir: Path,
+        speed: Speed,
+    ):
+        self.task, self.frozen, self.train, self.mesh, self.speed = task, frozen, train, mesh, speed
+        self.batches = batches
+        steps.check_batch(mesh, train)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", train)
+        self.workdir = workdir
+        self.clock = Stopwatch()
+        self.intervals: list[float] = []
+        with jax.set_mesh(mesh):
+            self.validation = [sharding.put_batch(mesh, batch) for batch in validation]
+            self._build(initial)
+
+    def _build(self, initial: Params | Callable[[], Params]) -> None:
+        params = jax.eval_shape(initial) if callable(initial) else initial
+        tx = optimizer.build(self.train, params)
+        make = partial(steps.new_state, train=self.train, tx=tx)
+        self._abstract = jax.eval_shape(make, params)
+        self._shardings = steps.state_shardings(self.mesh, self._abstract)
+        place = partial(jax.jit, out_shardings=self._shardings)
+        self._initial_state = place(lambda: make(initial())) if callable(initial) else partial(place(make), initial)
+        self._step = jax.jit(
+            partial(steps.train_step, self.task, self.train, tx),
+            donate_argnums=0,
+            out_shardings=(self._shardings, sharding.replicated(self.mesh)),
+        )
+        self._evaluate = jax.jit(
+            partial(steps.evaluate_step, self.task), out_shardings=sharding.replicated(self.mesh)
+        )
+
+    def run(self) -> Outcome:
+        """Trains to the last step. Raises UserError when a loss is not finite; the last good checkpoint stays."""
+        with jax.set_mesh(self.mesh):
+            state, start = self._restore_or_start()
+            self.log = MetricsLog(self.workdir, start, active=jax.process_index() == 0)
+            compile_seconds = 0.0
+            try:
+                if start < self.train.steps:
+                    compile_seconds = self._compile(state)
+                    state = self._train(state, start)
+                self.checkpoints.wait()
+                return self._outcome(state, compile_seconds)
+            finally:
+                self.log.close()
+                self.checkpoints.close()
+
+    def _restore_or_start(self) -> tuple[State, int]:
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return self._initial_state(), 0
+        wanted = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            self._abstract,
+            self._shardings,
+        )
+        state, position = self.checkpoints.restore(latest, wanted)
+        self.batches.set_state(position)
+        return state, latest
+
+    def _compile(self, state: State) -> float:
+        """Compiles the training step ahead of time, so that its cost is known and kept out of the speed."""
+        position = self.batches.get_state()
+        batch = sharding.put_batch(self.mesh, next(self.batches))
+        self.batches.set_state(position)
+        started = time.perf_counter()
+        self._step = self._step.lower(state, self.frozen, batch).compile()
+        return time.perf_counter() - started
+
+    def _train(self, state: State, start: int) -> State:
+        train = self.train
+        pending: tuple[int, Any] | None = None
+        self._last_logged = (start, 0.0)
+        bar = tqdm(total=train.steps, initial=start, unit="step", disable=not sys.stderr.isatty(), smoothing=0.05)
+        with bar, jax.transfer_guard("disallow"):
+            self.clock.start()
+            for step in range(start + 1, train.steps + 1):
+                batch = sharding.put_batch(self.mesh, next(self.batches))
+                state, metrics = self._step(state, self.frozen, batch)
+                if pending is not None:  # fetched only now, while the device is busy with this step
+                    self._record(*pending, bar)
+                pending = (step, metrics)
+                evaluating = step % train.evaluate_every == 0 or step == train.steps
+                saving = step % train.checkpoint_every == 0 or step == train.steps
+                if evaluating or saving:
+                    self._record(*pending, bar)
+                    pending = None
+                    self._pause(state, step, evaluating, saving)
+        return state
+
+    def _pause(self, state: State, step: int, evaluating: bool, saving: bool) -> None:
+        self.clock.stop()
+        if evaluating:
+            validation = self._validate(state)
+            self.log.write(step, "validation", {k: v for k, v in validation.items() if isinstance(v, float)})
+        if saving:
+            self.checkpoints.save(step, state, self.batches.get_state())
+        self.clock.start()
+
+    def _record(self, step: int, metrics: dict[str, jax.Array], bar: tqdm) -> None:
+        """Logs one step, whose metrics may still be on their way from the device."""
+        scalars = {name: value for name, value in metrics.items() if value.ndim == 0}
+        if step % self.train.log_every and step != self.train.steps:
+            scalars = {"loss": metrics["loss"]}
+        values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        bar.update()
+        if not math.isfinite(values["loss"]):
+            self._stop_diverged(step, values["loss"])
+        if step % self.train.log_every == 0 or step == self.train.steps:
+            bar.set_postfix(loss=f"{values['loss']:.3f}")
+            self.log.write(step, "train", values | self._speed_since_last(step))
+
+    def _speed_since_last(self, step: int) -> dict[str, float | None]:
+        last_step, last_seconds = self._last_logged
+        seconds = self.clock.read()
+        self._last_logged = (step, seconds)
+        if step == last_step or seconds <= last_seconds:
+            return {"tokens_per_second": None, "mfu": None}
+        rate = (step - last_step) * self.speed.tokens_per_step / (seconds - last_seconds)
+        self.intervals.append(rate)
+        return {"tokens_per_second": rate, "mfu": rate * self.speed.flops_per_token / self.speed.peak.flops}
+
+    def _stop_diverged(self, step: int, loss: float) -> None:
+        self.checkpoints.wait()
+        kept = self.checkpoints.latest()
+        raise UserError(
+            f"loss is {loss} at step {step}, on batch {step - 1} of the training order with train.seed="
+            f"{self.train.seed}; the last good checkpoint is of step {kept or 0} in {self.workdir / 'checkpoints'}: "
+            "lower train.learning_rate or raise train.warmup_steps"
+        )
+
+    def _validate(self, state: State) -> dict[str, Any]:
+        params = state.params if state.average is None else state.average
+        sums = [self._evaluate(params, self.frozen, batch) for batch in self.validation]
+        total = jax.tree.map(lambda *leaves: np.sum(np.stack(leaves), axis=0), *jax.device_get(sums))
+        return summarize(total)
+
+    def _outcome(self, state: State, compile_seconds: float) -> Outcome:
+        params = state.params if state.average is None else state.average
+        rate = float(np.median(self.intervals)) if self.intervals else math.nan
+        return Outcome(params, self._validate(state), rate, compile_seconds, self.intervals)
+
+
+def summarize(sums: dict[str, Any]) -> dict[str, Any]:
+    """Summed nll, correct and weight -> loss (nats a token), perplexity, accuracy; other sums are kept."""
+    weight = max(float(sums["weight"]), 1.0)
+    loss = float(sums["nll"]) / weight
+    rest = {name: value for name, value in sums.items() if name not in ("nll", "correct", "weight")}
+    # a loss that overflows exp is as good as infinite
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {"loss": loss, "perplexity": perplexity, "accuracy": float(sums["correct"]) / weight} | rest

@@ -1,0 +1,99 @@
+"""Next-token cross-entropy with the balancing terms of a mixture of experts, as a task for the loop."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_reduce import trees
+from moe_reduce.config import BalanceConfig, ExecutionConfig, ModelConfig
+from moe_reduce.models.decoder import Decoder
+from moe_reduce.training.task import Batch, Params, Sums, Task, no_change
+
+
+def language_model_task(model: ModelConfig, execution: ExecutionConfig, balance: BalanceConfig) -> Task:
+    """Pretraining: every leaf trains on the cross-entropy of the next token plus the balancing terms."""
+    decoder = Decoder(model, execution)
+
+    def loss(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits_BTV, sown = decoder.apply({"params": params}, *decoder_inputs(batch), mutable=["intermediates"])
+        nll = mean_nll(logits_BTV, batch)
+        if model.moe is None:
+            return nll, {"loss": nll}
+        routing = sown["intermediates"]["layers"]["routing"]
+        penalty, metrics = balance_terms(routing, balance)
+        return nll + penalty, {"loss": nll} | metrics
+
+    def after_step(params: Params, metrics: dict[str, jax.Array]) -> Params:
+        return move_bias(params, metrics["counts_NE"], balance)
+
+    return Task(
+        loss=loss,
+        evaluate=evaluator(decoder),
+        after_step=after_step if balance.bias_rate > 0 else no_change,
+    )
+
+
+def decoder_inputs(batch: Batch) -> tuple[Any, Any, Any]:
+    """The arguments of Decoder; segments and positions exist only where documents are masked."""
+    masked = "segments" in batch
+    return batch["tokens"], batch["segments"] if masked else None, batch["positions"] if masked else None
+
+
+def mean_nll(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
+    """Mean negative log likelihood of the counted targets, nats a token."""
+    nll_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets"])
+    return jnp.sum(nll_BT * batch["weights"]) / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+
+
+def evaluator(decoder: Decoder):
+    """evaluate(params, batch) for any language model: nll, correct, weight and, with experts, counts_NE."""
+
+    def evaluate(params: Params, batch: Batch) -> Sums:
+        logits_BTV, sown = decoder.apply({"params": params}, *decoder_inputs(batch), mutable=["intermediates"])
+        nll_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets"])
+        correct_BT = (jnp.argmax(logits_BTV, axis=-1) == batch["targets"]).astype(jnp.float32)
+        weights_BT = batch["weights"]
+        sums = {
+            "nll": jnp.sum(nll_BT * weights_BT),
+            "correct": jnp.sum(correct_BT * weights_BT),
+            "weight": jnp.sum(weights_BT),
+        }
+        if decoder.config.moe is not None:
+            sums["counts_NE"] = sown["intermediates"]["layers"]["routing"]["counts_E"]
+        return sums
+
+    return evaluate
+
+
+def balance_terms(routing: dict[str, jax.Array], balance: BalanceConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The weighted penalty and its metrics; `routing` holds the statistics of all N layer calls, stacked.
+
+    GShard/Switch form E · Σ_e f_e · P_e (arXiv:2006.16668, 2101.03961): 1 when balanced. `per_call`: of each call,
+    averaged; `pooled`: of f and P averaged over all calls, so that a layer may specialise while the pool stays in use.
+    """
+    counts_NE, probability_NE = routing["counts_E"], routing["probability_E"]
+    share_NE = counts_NE / jnp.sum(counts_NE, axis=1, keepdims=True)
+    experts = counts_NE.shape[1]
+    per_call = experts * jnp.mean(jnp.sum(share_NE * probability_NE, axis=1))
+    pooled = experts * jnp.sum(jnp.mean(share_NE, axis=0) * jnp.mean(probability_NE, axis=0))
+    z = jnp.mean(routing["z"])
+    chosen = {"none": jnp.zeros(()), "pooled": pooled, "per_call": per_call}[balance.loss]
+    metrics = {
+        "balance_pooled": pooled,
+        "balance_per_call": per_call,
+        "router_z": z,
+        "dropped_share": jnp.mean(routing["dropped"]),
+        "counts_NE": counts_NE,
+    }
+    return balance.weight * chosen + balance.z_loss_weight * z, jax.lax.stop_gradient(metrics)
+
+
+def move_bias(params: Params, counts_NE: jax.Array, balance: BalanceConfig) -> Params:
+    """Loss-free balancing (arXiv:2408.15664): raise the bias of experts used less than the mean, lower the others."""
+    if balance.bias_scope == "pooled":
+        counts_NE = jnp.broadcast_to(jnp.mean(counts_NE, axis=0, keepdims=True), counts_NE.shape)
+    (path, bias_NE), *_ = trees.select(params, "layers/router_bias", expect=1).items()
+    error_NE = jnp.mean(counts_NE, axis=1, keepdims=True) - counts_NE
+    return trees.update(params, {path: bias_NE + balance.bias_rate * jnp.sign(error_NE)})

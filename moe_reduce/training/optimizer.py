@@ -1,0 +1,50 @@
+"""AdamW with a warm-up cosine schedule, clipping, and a weight-decay mask that must name every leaf."""
+
+from typing import Any
+
+import optax
+
+from moe_reduce import planning, trees
+from moe_reduce.config import TrainConfig
+
+DECAYED = {  # by component: matrices decay; norms, biases and gains do not
+    "embedding": True,
+    "unembedding": True,
+    "attention": True,
+    "feed_forward": True,
+    "experts": True,
+    "router": True,
+    "router_bias": False,
+    "output_gain": False,
+    "norm": False,
+}
+
+
+def learning_rate(train: TrainConfig) -> optax.Schedule:
+    """Linear warm-up from 0 to the peak, then cosine to the final rate at the last step."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if train.warmup_steps else train.learning_rate,
+        peak_value=train.learning_rate,
+        warmup_steps=train.warmup_steps,
+        decay_steps=train.steps,
+        end_value=train.final_learning_rate,
+    )
+
+
+def decay_mask(params: trees.Tree) -> dict[str, Any]:
+    """True where weight decay applies; a leaf of an unknown component raises KeyError."""
+    return trees.map_with_path(lambda path, _: DECAYED[planning.component(path)], params)
+
+
+def build(train: TrainConfig, params: trees.Tree) -> optax.GradientTransformation:
+    """The optimiser of a run; `params` (real or abstract) only decides the masks."""
+    parts = [
+        optax.clip_by_global_norm(train.clip_norm),
+        optax.scale_by_adam(b1=train.beta1, b2=train.beta2, eps=train.epsilon),
+        optax.add_decayed_weights(train.weight_decay, mask=decay_mask(params)),
+        optax.scale_by_learning_rate(learning_rate(train)),
+    ]
+    if train.expert_learning_rate_scale != 1.0:
+        experts = trees.map_with_path(lambda path, _: planning.component(path) == "experts", params)
+        parts.append(optax.masked(optax.scale(train.expert_learning_rate_scale), experts))
+    return optax.chain(*parts)

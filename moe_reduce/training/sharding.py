@@ -1,0 +1,90 @@
+"""A device mesh and total sharding rules: a parameter that no rule names is an error."""
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe_reduce import trees
+from moe_reduce.config import MeshConfig
+from moe_reduce.errors import UserError
+from moe_reduce.models.experts import BATCH_AXES
+
+AXES = ("data", "fsdp", "expert", "tensor")
+
+# Of one layer's parameter; leaves below layers/ are stacked and get an unsharded first axis.
+RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    (r"(un)?embedding/table", ("tensor", "fsdp")),
+    (r"embedding/factor", (("tensor", "fsdp"), None)),
+    (r"embedding/projection", (None, "fsdp")),
+    (r"attention/(query|key|value)", ("fsdp", "tensor", None)),
+    (r"attention/output", ("tensor", None, "fsdp")),
+    (r"attention/(query|key)_norm/scale", (None,)),
+    (r"(attention|mlp|final)_norm/scale", (None,)),
+    (r"mlp/(gate|up)", ("fsdp", "tensor")),
+    (r"mlp/down", ("tensor", "fsdp")),
+    (r"experts/(gate|up)", ("expert", "fsdp", "tensor")),
+    (r"experts/down", ("expert", "tensor", "fsdp")),
+    (r"router/weight", (None, None)),
+    (r"router_bias", (None,)),
+    (r"output_gain", (None,)),
+)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run over the first data·fsdp·expert·tensor devices; raises UserError when there are too few."""
+    devices = jax.devices() if devices is None else devices
+    others = config.fsdp * config.expert * config.tensor
+    data = len(devices) // others if config.data == -1 else config.data
+    if data == 0 or data * others > len(devices):
+        raise UserError(
+            f"the mesh data={config.data} fsdp={config.fsdp} expert={config.expert} tensor={config.tensor} needs "
+            f"{max(data, 1) * others} devices and this machine has {len(devices)}: lower mesh.*"
+        )
+    shape = (data, config.fsdp, config.expert, config.tensor)
+    chosen = np.array(devices[: math.prod(shape)]).reshape(shape)
+    return Mesh(chosen, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spec(path: str) -> PartitionSpec:
+    """How the parameter at `path` is split; raises UserError when no rule names it."""
+    stacked = path.startswith("layers/")
+    inner = path.removeprefix("layers/")
+    for pattern, axes in RULES:
+        if re.fullmatch(pattern, inner):
+            return PartitionSpec(None, *axes) if stacked else PartitionSpec(*axes)
+    raise UserError(f"no sharding rule names parameter {path}: add one to training/sharding.py")
+
+
+def shardings(mesh: Mesh, params: trees.Tree) -> dict[str, Any]:
+    """NamedShardings in the structure of `params`; raises UserError when a size does not divide its axes."""
+    return trees.map_with_path(lambda path, leaf: _checked(mesh, path, leaf.shape), params)
+
+
+def _checked(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    partition = spec(path)
+    for size, axes in zip(shape, partition, strict=True):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        parts = math.prod(mesh.shape[name] for name in names)
+        if size % parts:
+            raise UserError(f"{path} has a size of {size}, which mesh axes {names} of {parts} devices do not divide")
+    return NamedSharding(mesh, partition)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows of a global batch -> global arrays on the mesh."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

@@ -1,0 +1,93 @@
+"""The compiled functions of a run: initial state, one training step, one evaluation step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from moe_reduce.config import TrainConfig
+from moe_reduce.errors import UserError
+from moe_reduce.training import optimizer, sharding
+from moe_reduce.training.task import Batch, Params, Sums, Task, join
+
+
+class State(NamedTuple):
+    """All that training changes, and so all that a checkpoint holds."""
+
+    step: jax.Array  # int32: steps done
+    params: Params  # the leaves that train, fp32
+    optimizer: optax.OptState
+    average: Params | None  # exponential moving average of params
+
+
+def new_state(params: Params, train: TrainConfig, tx: optax.GradientTransformation) -> State:
+    """Step 0. Called under jit, so that every leaf is made where it stays."""
+    average = jax.tree.map(jnp.copy, params) if train.ema_decay else None
+    return State(jnp.zeros((), jnp.int32), params, tx.init(params), average)
+
+
+def state_shardings(mesh: Mesh, abstract: State) -> State:
+    """Optimiser moments and the average lie where their parameter does; scalars are replicated."""
+    params = sharding.shardings(mesh, abstract.params)
+    same = jax.tree.structure(abstract.params)
+
+    def place(tree: Any) -> Any:
+        return params if jax.tree.structure(tree) == same else sharding.replicated(mesh)
+
+    def is_params(tree: Any) -> bool:
+        return jax.tree.structure(tree) == same
+
+    moments = jax.tree.map(place, abstract.optimizer, is_leaf=is_params)
+    return State(sharding.replicated(mesh), params, moments, params if abstract.average is not None else None)
+
+
+def train_step(task: Task, train: TrainConfig, tx: optax.GradientTransformation, state: State, frozen, batch: Batch):
+    """(state, metrics) after one optimiser step over a batch, in `accumulation` parts."""
+    (_, metrics), gradients = _gradients(task, train.accumulation, state.params, frozen, batch)
+    updates, optimizer_state = tx.update(gradients, state.optimizer, state.params)
+    params: Any = task.after_step(optax.apply_updates(state.params, updates), metrics)  # type: ignore[arg-type]
+    average = state.average
+    if average is not None:
+        average = jax.tree.map(lambda mean, new: mean + (1.0 - train.ema_decay) * (new - mean), average, params)
+    metrics["gradient_norm"] = optax.global_norm(gradients)
+    metrics["learning_rate"] = jnp.asarray(optimizer.learning_rate(train)(state.step), jnp.float32)
+    return State(state.step + 1, params, optimizer_state, average), metrics
+
+
+def _gradients(task: Task, parts: int, params: Params, frozen: Params, batch: Batch):
+    def loss(params: Params, part: Batch, share: jax.Array):
+        value, metrics = task.loss(join(params, frozen), part)
+        return value * share, jax.tree.map(lambda metric: metric * share, metrics)
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        return value_and_grad(params, batch, jnp.ones(()))
+    # rows i, i + parts, … : every device keeps rows of its own in every part
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+    total = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+
+    def add(carry: Any, part: Batch) -> tuple[Any, None]:
+        share = jnp.sum(part["weights"]) / total
+        return jax.tree.map(jnp.add, carry, value_and_grad(params, part, share)), None
+
+    first = jax.tree.map(lambda x: x[0], split)
+    shapes = jax.eval_shape(value_and_grad, params, first, jnp.ones(()))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, split)[0]
+
+
+def evaluate_step(task: Task, params: Params, frozen: Params, batch: Batch) -> Sums:
+    """Sums over one batch."""
+    return task.evaluate(join(params, frozen), batch)
+
+
+def check_batch(mesh: Mesh, train: TrainConfig) -> None:
+    """Raises UserError when the batch does not divide over the devices and parts."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if train.batch_size % (rows * train.accumulation):
+        raise UserError(
+            f"train.batch_size ({train.batch_size}) must be a multiple of mesh.data · mesh.fsdp · train.accumulation "
+            f"({rows} · {train.accumulation})"
+        )

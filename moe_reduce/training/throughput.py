@@ -1,0 +1,50 @@
+"""The peak against which MFU is stated: published for known accelerators, measured where there is none."""
+
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+# Dense bf16 FLOP/s of one device, from the makers' data sheets.
+PUBLISHED_BF16 = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s of all devices of a run, and where the number comes from."""
+
+    flops: float
+    source: str
+
+
+def peak(devices: list[jax.Device], dtype: str) -> Peak:
+    """Published bf16 peak if the device is known; otherwise the best of several matmuls in `dtype`, measured now.
+
+    Simulated CPU devices share one machine, so the measurement is not multiplied by their number.
+    """
+    kind = devices[0].device_kind
+    if kind in PUBLISHED_BF16:
+        return Peak(PUBLISHED_BF16[kind] * len(devices), f"published bf16 peak of {kind}")
+    shared = devices[0].platform == "cpu"
+    measured = measure(devices[0], dtype)
+    return Peak(measured * (1 if shared else len(devices)), f"matmul of 2048² in {dtype}, measured in this process")
+
+
+def measure(device: jax.Device, dtype: str, size: int = 2048, repeats: int = 5) -> float:
+    """FLOP/s of a square matmul on one device, best of `repeats`."""
+    matrix = jax.device_put(jnp.ones((size, size), jnp.dtype(dtype)), device)
+    multiply = jax.jit(jnp.matmul)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(multiply(matrix, matrix))
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])

@@ -1,0 +1,115 @@
+"""Consistency of a configuration: every refusal is one line that names the key and the remedy."""
+
+from typing import TYPE_CHECKING, Any
+
+from moe_reduce.errors import UserError
+
+if TYPE_CHECKING:
+    from moe_reduce.config import BalanceConfig, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, MoEConfig
+    from moe_reduce.config import RunConfig, TrainConfig
+
+
+def _positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise UserError(f"{section}.{name} must be positive, got {getattr(config, name)}")
+
+
+def _in_range(section: str, config: Any, name: str, low: float, high: float) -> None:
+    if not low <= getattr(config, name) < high:
+        raise UserError(f"{section}.{name} must be at least {low} and below {high}, got {getattr(config, name)}")
+
+
+def check_run(run: "RunConfig") -> None:
+    """Raises UserError at the first key that cannot work."""
+    check_model(run.model)
+    _check_execution(run.execution)
+    _check_data(run.data)
+    _check_mesh(run.mesh, run)
+    _check_train(run.train)
+    _check_balance(run.balance, run.model)
+
+
+def check_model(model: "ModelConfig") -> None:
+    """Raises UserError when the sizes contradict each other."""
+    _positive(
+        "model", model, "vocab_size", "layers", "width", "query_heads", "key_value_heads", "head_width",
+        "rope_theta", "norm_epsilon", "max_positions", "init_std",
+    )  # fmt: skip
+    if model.query_heads % model.key_value_heads:
+        raise UserError(
+            f"model.query_heads ({model.query_heads}) must be a multiple of model.key_value_heads ({model.key_value_heads})"
+        )
+    if model.head_width % 2:
+        raise UserError(f"model.head_width must be even for rotary embeddings, got {model.head_width}")
+    if model.embedding_factor is not None:
+        _positive("model", model, "embedding_factor")
+        if not model.tied_embeddings:
+            raise UserError("model.embedding_factor needs model.tied_embeddings=True: the factors serve both ends")
+    if (model.moe is None) == (model.feed_forward_width is None):
+        raise UserError("give exactly one of model.feed_forward_width (dense) and model.moe (experts)")
+    if model.feed_forward_width is not None:
+        _positive("model", model, "feed_forward_width")
+    if model.moe is not None:
+        _check_moe(model.moe)
+
+
+def _check_moe(moe: "MoEConfig") -> None:
+    _positive("model.moe", moe, "experts", "active", "width", "init_scale")
+    if moe.active > moe.experts:
+        raise UserError(f"model.moe.active ({moe.active}) must not exceed model.moe.experts ({moe.experts})")
+    if moe.router == "shared" and moe.placement == "layer":
+        raise UserError("model.moe.router=shared needs model.moe.placement=shared: a router names experts of one pool")
+
+
+def _check_execution(execution: "ExecutionConfig") -> None:
+    _positive("execution", execution, "capacity_factor", "block_rows", "scan_unroll")
+
+
+def _check_data(data: "DataConfig") -> None:
+    _positive("data", data, "sequence_length", "workers")
+    _in_range("data", data, "validation_fraction", 0.0, 1.0)
+    if not data.source:
+        raise UserError("data.source is empty: give python-stdlib, a path or glob, hub:NAME, or a .npy file")
+
+
+def _check_mesh(mesh: "MeshConfig", run: "RunConfig") -> None:
+    _positive("mesh", mesh, "fsdp", "expert", "tensor")
+    if mesh.data != -1:
+        _positive("mesh", mesh, "data")
+    if run.model.moe is not None and run.model.moe.experts % mesh.expert:
+        raise UserError(
+            f"model.moe.experts ({run.model.moe.experts}) must be a multiple of mesh.expert ({mesh.expert})"
+        )
+    if run.model.moe is None and mesh.expert > 1:
+        raise UserError(f"mesh.expert={mesh.expert} needs experts, but model.moe is None: set mesh.expert=1")
+    for name in ("query_heads", "key_value_heads", "feed_forward_width"):
+        size = getattr(run.model, name)
+        if size is not None and size % mesh.tensor:
+            raise UserError(f"model.{name} ({size}) must be a multiple of mesh.tensor ({mesh.tensor})")
+    if run.model.width % mesh.fsdp:
+        raise UserError(f"model.width ({run.model.width}) must be a multiple of mesh.fsdp ({mesh.fsdp})")
+
+
+def _check_train(train: "TrainConfig") -> None:
+    _positive(
+        "train", train, "steps", "batch_size", "accumulation", "learning_rate", "epsilon", "clip_norm", "log_every",
+        "evaluate_every", "evaluate_batches", "checkpoint_every", "checkpoints_kept", "expert_learning_rate_scale",
+    )  # fmt: skip
+    for name in ("beta1", "beta2", "ema_decay"):
+        _in_range("train", train, name, 0.0, 1.0)
+    for name in ("final_learning_rate", "weight_decay", "warmup_steps", "seed"):
+        _in_range("train", train, name, 0.0, float("inf"))
+    if train.batch_size % train.accumulation:
+        raise UserError(
+            f"train.batch_size ({train.batch_size}) must be a multiple of train.accumulation ({train.accumulation})"
+        )
+    if train.warmup_steps >= train.steps:
+        raise UserError(f"train.warmup_steps ({train.warmup_steps}) must be below train.steps ({train.steps})")
+
+
+def _check_balance(balance: "BalanceConfig", model: "ModelConfig") -> None:
+    for name in ("weight", "z_loss_weight", "bias_rate"):
+        _in_range("balance", balance, name, 0.0, float("inf"))
+    if balance.bias_rate > 0 and not (model.moe and model.moe.selection_bias):
+        raise UserError("balance.bias_rate needs model.moe.selection_bias=True: there is no bias to move")

@@ -1,0 +1,39 @@
+"""The package moe_reduce and its command, moe-reduce."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="moe_reduce",
+    version="0.1.0",
+    description="Make a language model smaller, and show what it cost: shared expert pools, REAP, SkeMA, in JAX",
+    packages=find_packages(include=["moe_reduce", "moe_reduce.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.30",
+        "datasets>=4.0",
+        "sentencepiece>=0.2.1",
+        "numpy>=2.0",
+        "ml-collections>=1.1",
+        "grain>=0.2.12",
+        "tokenizers>=0.21",
+        "safetensors>=0.6",
+        "tqdm>=4.66",
+        "matplotlib>=3.9",
+        "tensorboardX>=2.6",
+        "zstandard>=0.23",
+    ],
+    extras_require={
+        "test": [
+            "basedpyright>=1.31",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "torch==2.13.0",
+            "transformers>=5.0",
+        ],
+    },
+    entry_points={"console_scripts": ["moe-reduce=moe_reduce.__main__:main"]},
+)

@@ -1,0 +1,146 @@
+"""Corpus sources: each kind of file, the standard library, the hub's code path, and every refusal."""
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from moe_reduce.config import DataConfig
+from moe_reduce.data import sources
+from moe_reduce.errors import UserError
+
+TEXTS = ["One document.\nTwo lines, naïve ﬁ.\n", "\tAnother  one\r\n", "last"]
+
+
+def jsonl(texts, field="text"):
+    return "".join(json.dumps({"title": "t", field: text}) + "\n" for text in texts).encode()
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return str(path)
+
+
+def read(source, **settings):
+    return list(sources.documents(DataConfig(source=source, **settings)))
+
+
+def refusal(source, **settings):
+    with pytest.raises(UserError) as caught:
+        read(source, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_kind_of_file_gives_its_documents_unchanged(tmp_path):
+    assert read(write(tmp_path / "a.txt", TEXTS[1].encode())) == [TEXTS[1]]
+    assert read(write(tmp_path / "a.txt.gz", gzip.compress(TEXTS[1].encode()))) == [TEXTS[1]]
+    assert read(write(tmp_path / "a.jsonl", jsonl(TEXTS))) == TEXTS
+    assert read(write(tmp_path / "a.jsonl.gz", gzip.compress(jsonl(TEXTS)))) == TEXTS
+    assert read(write(tmp_path / "a.jsonl.zst", zstandard.compress(jsonl(TEXTS)))) == TEXTS
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2, 3], "body": TEXTS}), tmp_path / "a.parquet")
+    assert read(str(tmp_path / "a.parquet"), text_field="body") == TEXTS
+
+
+def test_globs_lists_and_directories_are_read_in_order_each_file_once(tmp_path):
+    for name in ("b", "a"):
+        write(tmp_path / f"{name}.txt", name.encode())
+    write(tmp_path / "notes.md", b"not text")
+    assert read(f"{tmp_path}/*.txt") == ["a", "b"]
+    assert read(f"{tmp_path}/b.txt, {tmp_path}/*.txt") == ["b", "a"]
+    assert read(str(tmp_path)) == ["a", "b"]
+    assert read(str(tmp_path), max_documents=1) == ["a"]
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_corpus(tmp_path):
+    assert read(write(tmp_path / "a.jsonl", b'{"text": "x\\ud800y"}\n')) == ["x?y"]
+
+
+def test_standard_library_is_real_text_without_its_tests():
+    paths = sources.source_files("python-stdlib")
+    names = {path.name for path in paths}
+    assert len(paths) > 300
+    assert "argparse.py" in names
+    assert not [path for path in paths if {"site-packages", "test", "__pycache__"} & set(path.parts)]
+    first = next(sources.documents(DataConfig()))
+    assert first == paths[0].read_text()
+
+
+def test_the_hub_streams_rows_of_the_train_split(tmp_path):
+    write(tmp_path / "a.jsonl", jsonl(TEXTS))
+    assert read(f"hub:{tmp_path}") == TEXTS
+    assert read(f"hub:{tmp_path}", max_documents=2) == TEXTS[:2]
+    message = refusal(f"hub:{tmp_path}", text_field="body")
+    assert "row 1" in message
+    assert "title, text" in message
+
+
+def test_hub_names_have_a_config_and_a_revision():
+    assert sources.parse_hub("hub:Salesforce/wikitext:wikitext-2-raw-v1@abc") == (
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        "abc",
+    )
+    assert sources.parse_hub("hub:HuggingFaceFW/fineweb-edu") == ("HuggingFaceFW/fineweb-edu", None, None)
+    with pytest.raises(UserError, match="hub:OWNER/NAME"):
+        sources.parse_hub("hub:")
+
+
+def test_a_hub_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
+    assert f"hub:{tmp_path}/absent" in refusal(f"hub:{tmp_path}/absent")
+
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    assert "hub:someone/something' cannot be read: Couldn't reach the Hub" in refusal("hub:someone/something")
+
+
+def test_hash_follows_content_and_limits_but_not_the_path(tmp_path):
+    def digest(name, **settings):
+        return sources.corpus_hash(DataConfig(source=str(tmp_path / name), **settings))
+
+    write(tmp_path / "a.txt", b"same")
+    write(tmp_path / "b.txt", b"same")
+    write(tmp_path / "c.txt", b"other")
+    assert digest("a.txt") == digest("b.txt")
+    assert len({digest("a.txt"), digest("c.txt"), digest("*.txt"), digest("a.txt", max_documents=1)}) == 4
+
+
+def test_an_empty_glob_is_refused_by_name(tmp_path):
+    assert f"{tmp_path}/*.txt" in refusal(f"{tmp_path}/*.txt")
+
+
+def test_an_unknown_kind_of_file_is_refused_by_name(tmp_path):
+    assert "a.pdf is none of .txt" in refusal(write(tmp_path / "a.pdf", b"%PDF"))
+
+
+def test_a_missing_field_names_file_line_and_fields(tmp_path):
+    path = write(tmp_path / "a.jsonl", jsonl(["x"]) + b'{"title": "t", "body": "y"}\n')
+    message = refusal(path)
+    assert f"{path}:2" in message
+    assert "'text'" in message
+    assert "title, body" in message
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
+    assert "a.parquet has no field 'text', only body" in refusal(str(tmp_path / "a.parquet"))
+    assert "holds NoneType, not text" in refusal(write(tmp_path / "n.jsonl", b'{"text": null}\n'))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("latin.txt", "naïve".encode("latin-1")),
+        ("cut.txt.gz", gzip.compress(b"text " * 5000)[:-20]),
+        ("plain.jsonl.gz", jsonl(TEXTS)),
+        ("cut.jsonl", jsonl(TEXTS)[:-5]),
+        ("list.jsonl", b"[1, 2]\n"),
+        ("cut.jsonl.zst", zstandard.compress(jsonl(["text " * 50_000] * 2))[:-20]),
+        ("plain.jsonl.zst", jsonl(TEXTS)),
+        ("not.parquet", b"PAR1 not really"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path, name, content):
+    assert str(tmp_path / name) in refusal(write(tmp_path / name, content))

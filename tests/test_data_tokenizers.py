@@ -1,0 +1,122 @@
+"""Tokenizers: trained here, and real ones from disk; lossless, deterministic, and what transformers reads back."""
+
+from pathlib import Path
+
+import pytest
+
+from moe_reduce.config import DataConfig
+from moe_reduce.data import sources
+from moe_reduce.data.tokenizer_training import sample_texts, train_tokenizer
+from moe_reduce.data.tokenizers import load_tokenizer
+from moe_reduce.errors import UserError
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers"
+ODD = "a\tb\n\n\n  c   d\r\n\u00a0é漢字🙂 ▁ ▁▁x\x0b\x00y 12345 <s> </s> <0x41>  \n "
+VOCABULARY = 600
+
+
+def real(name):
+    if not (REAL / name).exists():
+        pytest.skip(f"needs the real tokenizer {REAL / name}")
+    return REAL / name
+
+
+def standard_library(count):
+    return list(sources.documents(DataConfig(max_documents=count)))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_tokenizer(standard_library(12), VOCABULARY)
+
+
+def test_trained_vocabulary_is_exact_and_lossless(trained):
+    assert trained.vocab_size == VOCABULARY
+    for text in [ODD, *standard_library(30)]:
+        assert trained.decode(trained.encode(text)) == text
+    ids = trained.encode(standard_library(1)[0])
+    assert trained.end_of_text not in ids
+    assert len(ids) < 0.6 * len(standard_library(1)[0])
+    assert trained.end_of_text not in trained.encode("</s>")
+
+
+def test_training_is_deterministic_and_follows_the_text(trained):
+    assert train_tokenizer(standard_library(12), VOCABULARY).hash == trained.hash
+    assert train_tokenizer(standard_library(8), VOCABULARY).hash != trained.hash
+
+
+def test_the_sample_is_bounded_spread_and_the_same_each_time():
+    texts = [f"{number:05d}" * 20 for number in range(10_000)]
+    sample = sample_texts(texts, 100_000)
+    assert sample == sample_texts(texts, 100_000)
+    assert 40_000 < sum(map(len, sample)) <= 100_000
+    assert int(sample[0][:5]) < 500
+    assert int(sample[-1][:5]) > 9500
+
+
+def test_too_large_and_too_small_vocabularies_name_the_limit():
+    with pytest.raises(UserError, match=r"model.vocab_size=9000 is more than .* at most \d+"):
+        train_tokenizer(["hello world\n"] * 100, 9000)
+    with pytest.raises(UserError, match=r"model.vocab_size=100 is too small .* at least 2\d\d"):
+        train_tokenizer(["hello world\n"] * 100, 100)
+    with pytest.raises(UserError, match="holds no text"):
+        train_tokenizer([" \n"], 300)
+
+
+def test_saved_tokenizer_is_the_same_here_and_in_transformers(trained, tmp_path):
+    trained.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.hash == trained.hash
+    text = ODD.replace("▁", "").replace("<s> </s>", "") + standard_library(1)[0]
+    assert _in_transformers(tmp_path, text) == trained.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "end_of_text"),
+    [
+        ("llama2/tokenizer.model", 32_000, "</s>"),
+        ("gpt-neox-20b/20B_tokenizer.json", 50_277, "<|endoftext|>"),
+        ("qwen2.5", 151_669, "<|endoftext|>"),
+    ],
+)
+def test_real_tokenizers_agree_with_transformers(name, vocab_size, end_of_text, tmp_path):
+    tokenizer = load_tokenizer(real(name))
+    assert tokenizer.vocab_size == vocab_size
+    assert tokenizer.decode([tokenizer.end_of_text]) in (end_of_text, "")  # SentencePiece prints no control piece
+    text = "x  y\n" + standard_library(1)[0]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_batch([text, "a"]) == [ids, tokenizer.encode("a")]
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).hash == tokenizer.hash
+    assert _in_transformers(tmp_path, text) == ids
+
+
+def test_real_qwen_ids_are_the_published_ones():
+    tokenizer = load_tokenizer(real("qwen2.5"))
+    assert tokenizer.encode("Hello, world! 2024<|im_end|>") == [9707, 11, 1879, 0, 220, 17, 15, 17, 19, 151645]
+
+
+def _in_transformers(directory, text):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(directory).encode(text, add_special_tokens=False)
+
+
+def test_absent_and_damaged_tokenizers_are_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="absent' does not exist"):
+        load_tokenizer(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"holds no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs")
+    with pytest.raises(UserError, match=r"tokenizer\.model is not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer\.json"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_other_byte_level_families_without_a_json_are_refused(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(UserError, match="does not say Qwen2Tokenizer"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,184 @@
+"""config.json <-> ModelConfig: both spellings, byte-identical round trips, and refusals that name the key."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from transformers_models import CLASSES, EXPERTS, SIZES
+
+from moe_reduce.config import ModelConfig, MoEConfig
+from moe_reduce.errors import UserError
+from moe_reduce.storage.hf_config import dumps, from_hf, model_type, read_config, to_hf
+
+PUBLISHED = {  # the spelling of Qwen3-30B-A3B on the hub
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+SHARED = ModelConfig(
+    vocab_size=61, layers=3, width=24, query_heads=4, key_value_heads=2, head_width=8, embedding_factor=6,
+    moe=MoEConfig(experts=6, active=2, width=20, placement="shared", router="shared"),
+)  # fmt: skip
+
+
+def config_of(kind: str, **changes):
+    return CLASSES[kind][0](**SIZES | (EXPERTS if kind == "qwen3_moe" else {}) | changes)
+
+
+def test_published_spelling():
+    model = from_hf(PUBLISHED)
+    assert model == ModelConfig(
+        vocab_size=151936, layers=48, width=2048, query_heads=32, key_value_heads=4, head_width=128, qk_norm=True,
+        moe=MoEConfig(experts=128, active=8, width=768), tied_embeddings=False, rope_theta=1e6, max_positions=40960,
+    )  # fmt: skip
+    assert model_type(model) == "qwen3_moe"
+    assert to_hf(model, PUBLISHED, "bfloat16") == PUBLISHED
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_unchanged_file_keeps_every_byte(tmp_path: Path, kind: str):
+    config_of(kind).save_pretrained(tmp_path)
+    model, raw = read_config(tmp_path)
+    assert model_type(model) == kind
+    assert dumps(to_hf(model, raw, "float32")) == (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_keys_left_out_mean_what_transformers_means(kind: str):
+    theirs = CLASSES[kind][0]().to_dict()
+    required = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    sizes = ("intermediate_size", "num_key_value_heads", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    full = {key: value for key, value in theirs.items() if value is not None}
+    full |= {"num_experts": 128} if kind == "qwen3_moe" else {}
+    short = {key: value for key, value in full.items() if key in required + sizes}
+    assert from_hf(short) == from_hf(full)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_changed_fields_only(tmp_path: Path, kind: str):
+    config_of(kind).save_pretrained(tmp_path)
+    model, raw = read_config(tmp_path)
+    changed = dataclasses.replace(model, layers=1, rope_theta=5e5)
+    written = to_hf(changed, raw, "float32")
+    assert from_hf(written) == changed
+    different = {key for key in written if key not in raw or written[key] != raw[key]}
+    assert different == {"num_hidden_layers", "rope_parameters"} | ({"layer_types"} & set(raw))
+    assert CLASSES[kind][0](**written).num_hidden_layers == 1
+
+
+def test_defaults_that_no_longer_fit_are_written():
+    raw = {key: value for key, value in PUBLISHED.items() if key not in ("head_dim", "num_key_value_heads")}
+    model = from_hf(raw)
+    fewer = dataclasses.replace(model, query_heads=16, key_value_heads=16)
+    assert from_hf(to_hf(fewer, raw, "bfloat16")) == fewer
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_fresh_config_is_read_by_transformers(tmp_path: Path, kind: str):
+    model = from_hf(config_of(kind).to_dict())
+    raw = to_hf(model, None, "float32")
+    assert from_hf(raw) == model
+    (tmp_path / "config.json").write_text(dumps(raw))
+    theirs = CLASSES[kind][0].from_pretrained(tmp_path)
+    assert from_hf(theirs.to_dict()) == model
+
+
+def test_own_type_holds_every_field():
+    raw = json.loads(dumps(to_hf(SHARED, None, "float32")))
+    assert raw["model_type"] == "moe_reduce"
+    assert from_hf(raw) == SHARED
+    with pytest.raises(UserError, match="colour"):
+        from_hf(raw | {"colour": 1})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"placement": "shared"},
+        {"score_function": "sigmoid"},
+        {"selection_bias": True},
+        {"output_gain": True},
+    ],
+)
+def test_what_transformers_lacks_is_ours(change: dict):
+    model = from_hf(PUBLISHED)
+    assert model.moe is not None
+    assert model_type(dataclasses.replace(model, moe=dataclasses.replace(model.moe, **change))) == "moe_reduce"
+    assert model_type(dataclasses.replace(model, qk_norm=False)) == "moe_reduce"
+
+
+def test_change_of_type_keeps_the_token_ids():
+    model = from_hf(PUBLISHED)
+    assert model.moe is not None
+    pooled = dataclasses.replace(model, moe=dataclasses.replace(model.moe, placement="shared", experts=6144))
+    raw = to_hf(pooled, PUBLISHED, "bfloat16")
+    assert raw["eos_token_id"] == 151645
+    assert "num_experts" not in raw
+    assert from_hf(raw) == pooled
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters"),
+        ({"rope_parameters": 3}, "rope_parameters"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"model_type": "mamba"}, "llama, qwen3, qwen3_moe, moe_reduce"),
+        ({"model_type": None}, "model_type"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"num_attention_heads": 0}, "query_heads"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"rms_norm_eps": 0.0}, "norm_epsilon"),
+    ],
+)
+def test_refusals_name_file_and_key(tmp_path: Path, change: dict, words: str):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED | change))
+    with pytest.raises(UserError) as caught:
+        read_config(tmp_path)
+    assert words in str(caught.value)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_unreadable_directories(tmp_path: Path):
+    with pytest.raises(UserError, match="not a directory"):
+        read_config(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        read_config(tmp_path)
+    for content in ("{", "[]", ""):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match="JSON"):
+            read_config(tmp_path)
