@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from moe_reduce.config import RunConfig, TrainConfig
 
 
-def _positive(section: str, config: Any, *names: str) -> None:
+def positive(section: str, config: Any, *names: str) -> None:
+    """Raises UserError at the first of the named attributes that is not above zero."""
     for name in names:
         if getattr(config, name) <= 0:
             raise UserError(f"{section}.{name} must be positive, got {getattr(config, name)}")
@@ -24,7 +25,7 @@ def check_run(run: "RunConfig") -> None:
     """Raises UserError at the first key that cannot work."""
     check_model(run.model)
     _check_execution(run.execution)
-    _check_data(run.data)
+    check_data(run.data)
     _check_mesh(run.mesh, run)
     _check_train(run.train)
     _check_balance(run.balance, run.model)
@@ -32,7 +33,7 @@ def check_run(run: "RunConfig") -> None:
 
 def check_model(model: "ModelConfig") -> None:
     """Raises UserError when the sizes contradict each other."""
-    _positive(
+    positive(
         "model", model, "vocab_size", "layers", "width", "query_heads", "key_value_heads", "head_width",
         "rope_theta", "norm_epsilon", "max_positions", "init_std",
     )  # fmt: skip
@@ -43,19 +44,19 @@ def check_model(model: "ModelConfig") -> None:
     if model.head_width % 2:
         raise UserError(f"model.head_width must be even for rotary embeddings, got {model.head_width}")
     if model.embedding_factor is not None:
-        _positive("model", model, "embedding_factor")
+        positive("model", model, "embedding_factor")
         if not model.tied_embeddings:
             raise UserError("model.embedding_factor needs model.tied_embeddings=True: the factors serve both ends")
     if (model.moe is None) == (model.feed_forward_width is None):
         raise UserError("give exactly one of model.feed_forward_width (dense) and model.moe (experts)")
     if model.feed_forward_width is not None:
-        _positive("model", model, "feed_forward_width")
+        positive("model", model, "feed_forward_width")
     if model.moe is not None:
         _check_moe(model.moe)
 
 
 def _check_moe(moe: "MoEConfig") -> None:
-    _positive("model.moe", moe, "experts", "active", "width", "init_scale")
+    positive("model.moe", moe, "experts", "active", "width", "init_scale")
     if moe.active > moe.experts:
         raise UserError(f"model.moe.active ({moe.active}) must not exceed model.moe.experts ({moe.experts})")
     if moe.router == "shared" and moe.placement == "layer":
@@ -63,20 +64,21 @@ def _check_moe(moe: "MoEConfig") -> None:
 
 
 def _check_execution(execution: "ExecutionConfig") -> None:
-    _positive("execution", execution, "capacity_factor", "block_rows", "scan_unroll")
+    positive("execution", execution, "capacity_factor", "block_rows", "scan_unroll")
 
 
-def _check_data(data: "DataConfig") -> None:
-    _positive("data", data, "sequence_length", "workers")
+def check_data(data: "DataConfig") -> None:
+    """Raises UserError at the first key that cannot work."""
+    positive("data", data, "sequence_length", "workers")
     _in_range("data", data, "validation_fraction", 0.0, 1.0)
     if not data.source:
         raise UserError("data.source is empty: give python-stdlib, a path or glob, hub:NAME, or a .npy file")
 
 
 def _check_mesh(mesh: "MeshConfig", run: "RunConfig") -> None:
-    _positive("mesh", mesh, "fsdp", "expert", "tensor")
+    positive("mesh", mesh, "fsdp", "expert", "tensor")
     if mesh.data != -1:
-        _positive("mesh", mesh, "data")
+        positive("mesh", mesh, "data")
     if run.model.moe is not None and run.model.moe.experts % mesh.expert:
         raise UserError(
             f"model.moe.experts ({run.model.moe.experts}) must be a multiple of mesh.expert ({mesh.expert})"
@@ -92,7 +94,7 @@ def _check_mesh(mesh: "MeshConfig", run: "RunConfig") -> None:
 
 
 def _check_train(train: "TrainConfig") -> None:
-    _positive(
+    positive(
         "train", train, "steps", "batch_size", "accumulation", "learning_rate", "epsilon", "clip_norm", "log_every",
         "evaluate_every", "evaluate_batches", "checkpoint_every", "checkpoints_kept", "expert_learning_rate_scale",
     )  # fmt: skip

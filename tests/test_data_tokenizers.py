@@ -1,13 +1,15 @@
 """Tokenizers: trained here, and real ones from disk; lossless, deterministic, and what transformers reads back."""
 
+import io
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from moe_reduce.config import DataConfig
 from moe_reduce.data import sources
 from moe_reduce.data.tokenizer_training import sample_texts, train_tokenizer
-from moe_reduce.data.tokenizers import load_tokenizer
+from moe_reduce.data.tokenizers import SentencePieceTokenizer, load_tokenizer
 from moe_reduce.errors import UserError
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers"
@@ -38,6 +40,26 @@ def test_trained_vocabulary_is_exact_and_lossless(trained):
     assert trained.end_of_text not in ids
     assert len(ids) < 0.6 * len(standard_library(1)[0])
     assert trained.end_of_text not in trained.encode("</s>")
+
+
+def test_encoding_word_by_word_is_what_sentencepiece_does(trained, tmp_path):
+    trained.save(tmp_path)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in [ODD.replace("▁", ""), "  ", " a", "word" * 50 + "   " + "漢" * 100, *standard_library(30)]:
+        assert trained.encode(text) == trained.encode(text) == processor.encode(text)
+
+
+@pytest.mark.parametrize("settings", [{}, {"add_dummy_prefix": False}, {"model_type": "unigram"}])
+def test_given_models_that_change_spaces_are_followed(settings):
+    model = io.BytesIO()
+    lines = iter("".join(standard_library(4)).splitlines())
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, vocab_size=360, minloglevel=2, **{"model_type": "bpe"} | settings
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    text = "  two  spaces \n" + standard_library(1)[0]
+    assert tokenizer.encode(text) == processor.encode(text)
 
 
 def test_training_is_deterministic_and_follows_the_text(trained):

@@ -12,9 +12,9 @@ from moe_reduce.config import RunConfig
 from moe_reduce.errors import UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two arguments that describe a configuration."""
-    parser.add_argument("--config", required=True, metavar="FILE.py", help="a file of configs/, or your own")
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The argument that names a configuration; its overrides are left to `read`."""
+    parser.add_argument("--config", required=required, metavar="FILE.py", help="a file of configs/, or your own")
     parser.epilog = "Any key of the configuration can be changed: --config.train.steps=10 --config.model.width=64"
 
 

@@ -4,12 +4,15 @@ import argparse
 from pathlib import Path
 
 from moe_reduce.commands import config_file
+from moe_reduce.config import RunConfig
+from moe_reduce.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     config_file.add_arguments(parser)
     parser.add_argument("--workdir", required=True, type=Path, help="where the run lives; the same again resumes it")
+    parser.add_argument("--variant", action="append", metavar="NAME", help="only this variant; may be repeated")
     parser.add_argument("--distributed", action="store_true", help="several hosts, found through TPU metadata or SLURM")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="several hosts, by address; needs the next two")
     parser.add_argument("--processes", type=int, help="number of processes")
@@ -18,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Runs the command; returns the path of summary.json."""
-    runs = config_file.read(arguments.config, overrides)
+    runs = _chosen(config_file.read(arguments.config, overrides), arguments.variant)
     import jax
 
     if arguments.distributed or arguments.coordinator:
@@ -38,3 +41,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         if "" not in runs:
             write_json(arguments.workdir / SUMMARY, {"runs": summaries})
     return arguments.workdir / SUMMARY
+
+
+def _chosen(runs: dict[str, RunConfig], variants: list[str] | None) -> dict[str, RunConfig]:
+    unknown = sorted(set(variants or ()) - set(runs))
+    if unknown:
+        known = ", ".join(name for name in runs if name) or "this configuration has none"
+        raise UserError(f"--variant={unknown[0]} is unknown; known: {known}")
+    return {name: run for name, run in runs.items() if not variants or name in variants}

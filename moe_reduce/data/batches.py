@@ -6,6 +6,8 @@ counts and 0 where not; and with data.document_mask also `segments` int32 [B, T]
 from 1, and `positions` int32 [B, T], from 0 in each document.
 """
 
+from collections.abc import Sequence
+
 import grain
 import numpy as np
 
@@ -15,6 +17,7 @@ from moe_reduce.data.shards import TokenSource
 from moe_reduce.errors import UserError
 
 Batch = dict[str, np.ndarray]
+EPOCHS = 1 << 31  # endless, but finite: grain's own endless length overflows in batches of one row
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)  # memory-mapped: little to wait for
 
 
@@ -59,7 +62,7 @@ def train_batches(
         )
     # grain orders epoch e of a seed by seed + e: spread the seeds, so that two runs share no order.
     spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    sequences = grain.MapDataset.source(examples).shuffle(seed=spread_seed).repeat()
+    sequences = grain.MapDataset.source(examples).shuffle(seed=spread_seed).repeat(EPOCHS)
     mine = sequences.slice(slice(process_index, None, process_count))
     return iter(mine.batch(rows).to_iter_dataset(READ_OPTIONS))
 
@@ -94,7 +97,29 @@ def validation_batches(
     return found
 
 
-def _example_or_filler(examples: Examples, chosen: list[int], place: int) -> Batch:
+class WholeSplit:
+    """Every sequence of the training split once, in order, as batches; the last is filled up with weight 0."""
+
+    def __init__(self, source: TokenSource, config: DataConfig, batch_size: int):
+        self._examples, self._rows = Examples(source, TRAIN, config), batch_size
+        if len(self._examples) == 0:
+            raise UserError(
+                f"the corpus has {source.describe(TRAIN)}, less than one sequence of {config.sequence_length}: give "
+                "more text or shorter sequences"
+            )
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self._examples) // self._rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Batch `index`."""
+        chosen = range(len(self._examples))
+        places = range(index * self._rows, (index + 1) * self._rows)
+        return _stack([_example_or_filler(self._examples, chosen, place) for place in places])
+
+
+def _example_or_filler(examples: Examples, chosen: Sequence[int], place: int) -> Batch:
     if place < len(chosen):
         return examples[chosen[place]]
     filler = examples[chosen[0]]

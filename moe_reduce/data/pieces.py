@@ -28,21 +28,22 @@ def cut(fragments: Iterable[str], limit: int = PIECE_CHARACTERS) -> Iterator[str
     """The same text in pieces of at most `limit` characters, each ending with a line, or else a word, if it can."""
     rest = ""
     for fragment in fragments:
-        rest += fragment
-        while len(rest) > limit:
-            end = _boundary(rest, limit)
-            yield rest[:end]
-            rest = rest[end:]
+        text, start = rest + fragment, 0
+        while len(text) - start > limit:
+            end = _boundary(text, start, start + limit)
+            yield text[start:end]
+            start = end
+        rest = text[start:]
     if rest:
         yield rest
 
 
-def _boundary(text: str, limit: int) -> int:
-    newline = text.rfind("\n", 0, limit)
+def _boundary(text: str, start: int, end: int) -> int:
+    newline = text.rfind("\n", start, end)
     if newline >= 0:
         return newline + 1
-    space = text.rfind(" ", 1, limit)  # the space goes with the word behind it, as in most vocabularies
-    return space if space > 0 else limit
+    space = text.rfind(" ", start + 1, end)  # the space goes with the word behind it, as in most vocabularies
+    return space if space >= 0 else end
 
 
 def pieces(documents: Iterable[Iterable[str]], limit: int = PIECE_CHARACTERS) -> Iterator[Piece]:

@@ -3,9 +3,11 @@
 Light imports: tokenizing processes import this module.
 """
 
+import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +16,12 @@ import sentencepiece
 import tokenizers
 
 from moe_reduce.data import byte_level
-from moe_reduce.data.sentencepiece_json import META_SPACE, begins_with_space, to_json_tokenizer
+from moe_reduce.data.sentencepiece_json import META_SPACE, PROBE, begins_with_space, to_json_tokenizer
 from moe_reduce.errors import UserError
 
 SENTENCEPIECE_FILE, JSON_FILE, SETTINGS_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+WORD = re.compile(" *[^ ]+| +")
+CACHED_WORDS, CACHED_LENGTH = 1 << 17, 32  # tens of MB
 # What separates documents in pretraining, first of those that a vocabulary has; else the file's own eos_token.
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
@@ -72,16 +76,26 @@ class SentencePieceTokenizer:
         self._settings = settings
         self._meta_space = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
         self._falls_back = self._processor.unk_id() not in self._meta_space
+        self._by_word = _words_are_independent(self._processor)
+        self._cached = functools.lru_cache(CACHED_WORDS)(self._processor.encode)
         self.vocab_size: int = self._processor.get_piece_size()
         self.end_of_text: int = self._processor.eos_id()
         self.hash = hashlib.sha256(model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         if META_SPACE not in text or not self._falls_back:
-            return self._processor.encode(text)
+            return self._encode(text)
         # SentencePiece would turn the character itself into a space; its bytes survive.
-        parts = [self._processor.encode(part) for part in text.split(META_SPACE)]
-        return parts[0] + list(itertools.chain.from_iterable(self._meta_space + part for part in parts[1:]))
+        first, *others = [self._encode(part) for part in text.split(META_SPACE)]
+        return first + list(itertools.chain.from_iterable(self._meta_space + part for part in others))
+
+    def _encode(self, text: str) -> list[int]:
+        if not self._by_word:
+            return self._processor.encode(text)
+        # No piece goes on behind a word, so words can be encoded one by one: most are known, which is twice as fast.
+        words = WORD.findall(text)
+        found = (self._cached(word) if len(word) <= CACHED_LENGTH else self._processor.encode(word) for word in words)
+        return list(itertools.chain.from_iterable(found))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -102,6 +116,14 @@ class SentencePieceTokenizer:
         settings = {"tokenizer_class": "PreTrainedTokenizerFast" if has_json else "LlamaTokenizer"}
         settings |= {"add_prefix_space": begins_with_space(processor), "add_bos_token": False, "legacy": False}
         return settings | {name: processor.id_to_piece(piece) for name, piece in names.items() if piece >= 0}
+
+
+def _words_are_independent(processor: sentencepiece.SentencePieceProcessor) -> bool:
+    pieces = (processor.id_to_piece(identity) for identity in range(processor.get_piece_size()))
+    if not all(re.fullmatch(f"{META_SPACE}*[^{META_SPACE}]*", piece) for piece in pieces):
+        return False
+    # A model that adds or removes spaces does so for each text that it is given.
+    return list(itertools.chain.from_iterable(map(processor.encode, WORD.findall(PROBE)))) == processor.encode(PROBE)
 
 
 class JsonTokenizer:

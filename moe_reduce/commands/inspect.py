@@ -1,0 +1,60 @@
+"""moe-reduce inspect: what a model directory holds and how it came to be; headers only unless asked."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from moe_reduce.commands import model_arguments
+from moe_reduce.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--model", required=True, type=Path, help="a model directory of ours or of Hugging Face")
+    parser.add_argument("--verify", action="store_true", help="read every file and check the hashes of manifest.json")
+    parser.add_argument("--json", action="store_true", help="for machines")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
+    """Returns the description."""
+    model_arguments.no_overrides(overrides)
+    return model_arguments.show(describe(arguments.model, arguments.verify), arguments.json)
+
+
+def describe(directory: Path, verify: bool) -> dict[str, Any]:
+    """Architecture, tensors and chain; raises UserError when the directory is not whole."""
+    from moe_reduce import planning
+    from moe_reduce.config import to_dict
+    from moe_reduce.models.decoder import abstract_params
+    from moe_reduce.storage import manifest
+    from moe_reduce.storage.hf_config import model_type, read_config
+    from moe_reduce.storage.huggingface import check_names
+    from moe_reduce.storage.tensors import TensorFiles
+
+    config, _ = read_config(directory)
+    files = TensorFiles(directory)
+    check_names(files, config)
+    params = abstract_params(config)
+    content: dict[str, Any] = {
+        "model": str(directory),
+        "model_type": model_type(config),
+        "architecture": to_dict(config),
+        "parameters": planning.count(params),
+        "by_component": planning.counts_by_component(params),
+        "dtypes": sorted({str(entry.dtype) for entry in files.entries.values()}),
+        "bytes": sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in files.entries.values()),
+        "tensors": len(files.entries),
+        "chain": [_link(step) for step in manifest.read_chain(directory)],
+    }
+    if verify:
+        problems = manifest.verify(directory)
+        if problems:
+            raise UserError(f"{directory} is not what its manifest says: {'; '.join(problems)}")
+        content["verified"] = "every file has the hash that manifest.json gives"
+    return content
+
+
+def _link(step: Any) -> str:
+    quality = "" if not step.quality else f", validation {step.quality}"
+    return f"{step.command}: {step.parameters_before:,} -> {step.parameters_after:,} parameters{quality}"

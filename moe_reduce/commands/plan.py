@@ -1,0 +1,52 @@
+"""moe-reduce plan: exact parameter counts, bytes and FLOPs of a configuration or a model directory."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from moe_reduce.commands import config_file, model_arguments
+from moe_reduce.config import ModelConfig
+from moe_reduce.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    config_file.add_arguments(parser, required=False)
+    parser.add_argument("--model", type=Path, help="a model directory instead of a configuration")
+    parser.add_argument("--context", type=int, default=1024, help="sequence length that FLOPs are counted for")
+    parser.add_argument("--json", action="store_true", help="for machines")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
+    """Returns the plan."""
+    if bool(arguments.config) == bool(arguments.model):
+        raise UserError("give either --config=FILE or --model=DIR")
+    if arguments.context < 1:
+        raise UserError(f"--context must be positive, got {arguments.context}")
+    if arguments.model:
+        model_arguments.no_overrides(overrides)
+        models = {str(arguments.model): model_arguments.directory_config(arguments.model)}
+    else:
+        runs = config_file.read(arguments.config, overrides)
+        models = {name or arguments.config: config.model for name, config in runs.items()}
+    plans = {name: plan(model, arguments.context) for name, model in models.items()}
+    return model_arguments.show(plans, arguments.json)
+
+
+def plan(model: ModelConfig, context: int) -> dict[str, Any]:
+    """Everything from abstract leaves: exact, and the same for a model of any size."""
+    from moe_reduce import planning
+    from moe_reduce.models.decoder import abstract_params
+
+    params = abstract_params(model)
+    total = planning.count(params)
+    return {
+        "parameters": total,
+        "by_component": planning.counts_by_component(params),
+        "parameters_used_per_token": planning.matmul_parameters_per_token(model),
+        "weight_bytes": {"float32": 4 * total, "bfloat16": 2 * total},
+        "training_state_bytes": {"weights": 4 * total, "gradients": 4 * total, "adam_moments": 8 * total},
+        "context": context,
+        "forward_flops_per_token": planning.forward_flops_per_token(model, context),
+        "train_flops_per_token": planning.train_flops_per_token(model, context),
+    }

@@ -1,0 +1,1 @@
+"""Model -> numbers and text."""

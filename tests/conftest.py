@@ -1,0 +1,58 @@
+"""Eight simulated devices and strict arithmetic for all tests, and a tiny corpus that is tokenized once."""
+
+import os
+import random
+
+# before anything imports jax: the number of devices is read when its backend starts
+DEVICES = 8
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: give --slow"))
+
+
+def text(documents: int, seed: int) -> str:
+    """Made-up sentences with some order in them, the same on every machine and for every Python."""
+    draw = random.Random(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(letters[int(draw.random() * 26)] for _ in range(2 + int(draw.random() * 6))) for _ in range(60)]
+    follows = [[int(draw.random() * 60) for _ in range(3)] for _ in words]
+    found = []
+    for _ in range(documents):
+        word, sentence = int(draw.random() * 60), []
+        for _ in range(40):
+            sentence.append(words[word])
+            word = follows[word][int(draw.random() * 3)]
+        found.append(" ".join(sentence) + ".\n")
+    return "".join(found)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A directory of text files, enough for some hundred sequences of 32 tokens."""
+    directory = tmp_path_factory.mktemp("corpus")
+    for number in range(8):
+        (directory / f"{number}.txt").write_text(text(documents=40, seed=number % 2))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def token_cache(tmp_path_factory):
+    """Where all tests keep prepared tokens, so that each corpus is tokenized once."""
+    return tmp_path_factory.mktemp("tokens")
