@@ -14,7 +14,13 @@ def get_config() -> ml_collections.ConfigDict:
     """Both models, for the same tokens."""
     config = defaults.base()
     config.model.update(
-        vocab_size=2048, layers=6, width=64, query_heads=2, key_value_heads=1, head_width=32, embedding_factor=16,
+        vocab_size=2048,
+        layers=6,
+        width=64,
+        query_heads=2,
+        key_value_heads=1,
+        head_width=32,
+        embedding_factor=16,
         init_std=0.06,
     )
     config.model.moe = defaults.moe_base()

@@ -84,7 +84,8 @@ class ExecutionConfig:
 class DataConfig:
     """Corpus -> tokens on disk -> batches."""
 
-    source: str = "python-stdlib"  # python-stdlib | files by path or glob, comma separated | hub:NAME[/CONFIG] | .npy
+    # python-stdlib | files by path or glob, comma separated | hub:OWNER/NAME[:CONFIG][@COMMIT] | token ids as .npy
+    source: str = "python-stdlib"
     text_field: str = "text"  # of jsonl, parquet and hub rows
     tokenizer: str = "train"  # train: SentencePiece on the corpus; or a tokenizer.model, tokenizer.json or directory
     sequence_length: int = 256

@@ -5,8 +5,16 @@ from typing import TYPE_CHECKING, Any
 from moe_reduce.errors import UserError
 
 if TYPE_CHECKING:
-    from moe_reduce.config import BalanceConfig, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, MoEConfig
-    from moe_reduce.config import RunConfig, TrainConfig
+    from moe_reduce.config import (
+        BalanceConfig,
+        DataConfig,
+        ExecutionConfig,
+        MeshConfig,
+        ModelConfig,
+        MoEConfig,
+        RunConfig,
+        TrainConfig,
+    )
 
 
 def positive(section: str, config: Any, *names: str) -> None:
@@ -39,7 +47,8 @@ def check_model(model: "ModelConfig") -> None:
     )  # fmt: skip
     if model.query_heads % model.key_value_heads:
         raise UserError(
-            f"model.query_heads ({model.query_heads}) must be a multiple of model.key_value_heads ({model.key_value_heads})"
+            f"model.query_heads ({model.query_heads}) must be a multiple of model.key_value_heads "
+            f"({model.key_value_heads})"
         )
     if model.head_width % 2:
         raise UserError(f"model.head_width must be even for rotary embeddings, got {model.head_width}")

@@ -1,15 +1,23 @@
 """Eight simulated devices and strict arithmetic for all tests, and a tiny corpus that is tokenized once."""
 
+import dataclasses
 import os
 import random
 
 # before anything imports jax: the number of devices is read when its backend starts
 DEVICES = 8
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+FLAGS = (
+    f"--xla_force_host_platform_device_count={DEVICES}",
+    "--xla_cpu_use_fusion_emitters=false",  # this and the next: most of the time of these tests goes into compiling
+)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import pytest
+
+from moe_reduce.config import ModelConfig, MoEConfig
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -56,3 +64,25 @@ def corpus(tmp_path_factory):
 def token_cache(tmp_path_factory):
     """Where all tests keep prepared tokens, so that each corpus is tokenized once."""
     return tmp_path_factory.mktemp("tokens")
+
+
+@pytest.fixture
+def tiny_dense() -> ModelConfig:
+    """LLaMA shapes: grouped heads, tied full embedding."""
+    return ModelConfig(
+        vocab_size=64, layers=2, width=16, query_heads=4, key_value_heads=2, head_width=4, feed_forward_width=32
+    )
+
+
+@pytest.fixture
+def tiny_shared(tiny_dense) -> ModelConfig:
+    """One pool and one router for both layers, factorised embedding."""
+    moe = MoEConfig(experts=4, active=2, width=24, placement="shared", router="shared")
+    return dataclasses.replace(tiny_dense, feed_forward_width=None, moe=moe, embedding_factor=8, init_std=0.3)
+
+
+@pytest.fixture
+def tiny_layer_moe(tiny_dense) -> ModelConfig:
+    """Qwen3-MoE shapes: experts and router in each layer, q/k norm, untied."""
+    moe = MoEConfig(experts=4, active=2, width=24)
+    return dataclasses.replace(tiny_dense, feed_forward_width=None, moe=moe, qk_norm=True, tied_embeddings=False)

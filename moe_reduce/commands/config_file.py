@@ -30,9 +30,11 @@ def _read_config_dict(file: str, overrides: list[str]) -> ml_collections.ConfigD
     if not Path(file.split(":")[0]).is_file():
         raise UserError(f"--config={file} does not exist: name a file such as configs/quickstart.py")
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    words = ["moe-reduce", f"--config={file}", *overrides]
+    # without sys_argv the flag looks for overrides on the process's own command line
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
     try:
-        values(["moe-reduce", f"--config={file}", *overrides])
+        values(words)
         return holder.value
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{_culprit(overrides, str(error))}: {str(error).strip() or type(error).__name__}") from error

@@ -13,8 +13,8 @@ from moe_reduce.data.batches import WholeSplit
 from moe_reduce.data.prepare import prepare
 from moe_reduce.models.decoder import Decoder
 from moe_reduce.storage.model import Model
-from moe_reduce.training.losses import evaluator
 from moe_reduce.training.loop import summarize
+from moe_reduce.training.losses import evaluator
 
 
 def evaluate(model: Model, data: DataConfig, batch_size: int, max_batches: int | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ reaches into the rows of the next one; these are computed for nothing and then o
 in order. A loop with a dynamic trip count cannot be differentiated in reverse, so the gradient is written here too.
 """
 
+import itertools
 from functools import partial
 
 import jax
@@ -48,7 +49,7 @@ def _for_each_block(counts_E, block_rows: int, body, expert_start, carry):
         expert = used_E[index]
         local = expert_start(expert)
         state = (jnp.int32(0), carry)
-        for smaller, size in reversed(list(zip(sizes[:-1], sizes[1:], strict=True))):
+        for smaller, size in reversed(list(itertools.pairwise(sizes))):
 
             def block(state, size=size):
                 done, carry = state

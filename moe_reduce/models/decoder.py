@@ -44,7 +44,7 @@ class Block(nn.Module):
         if config.moe.output_gain:
             gain_D = self.param("output_gain", ones, (config.width,)).astype(y_BTD.dtype)
             y_BTD = y_BTD * jnp.broadcast_to(gain_D, y_BTD.shape)
-        self.sow("intermediates", "routing", statistics, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        self.sow("intermediates", "routing", statistics, reduce_fn=lambda _, new: new, init_fn=dict)
         return shard_batch(x_BTD + y_BTD), None
 
 
@@ -86,7 +86,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # type: ignore[arg-type]
             length=self.config.layers,
             unroll=min(self.execution.scan_unroll, self.config.layers),
         )
@@ -104,7 +104,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Fresh fp32 parameters. The order of initialisation does not matter: linen folds each path into the key."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     execution = ExecutionConfig(dispatch="reference")  # shapes and values do not depend on how it is computed
-    return Decoder(config, execution).init(key, tokens)["params"]
+    return dict(Decoder(config, execution).init(key, tokens)["params"])
 
 
 def abstract_params(config: ModelConfig) -> dict[str, Any]:

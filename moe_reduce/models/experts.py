@@ -84,19 +84,18 @@ def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Experts, execution: Exec
     if mesh.empty:
         return _local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first_expert=0)
     tokens = PartitionSpec(BATCH_AXES)
-    split = Experts(
-        PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor")
-    )
+    inward, outward = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor")
     body = jax.shard_map(
         partial(_sharded_experts, execution=execution),
-        in_specs=(tokens, tokens, tokens, split),
+        in_specs=(tokens, tokens, tokens, (inward, inward, outward)),
         out_specs=(tokens, PartitionSpec()),
         check_vma=False,
     )
-    return body(x_BTD, chosen_BTA, weights_BTA, pool)
+    return body(x_BTD, chosen_BTA, weights_BTA, tuple(pool))
 
 
-def _sharded_experts(x_BTD, chosen_BTA, weights_BTA, pool: Experts, execution: ExecutionConfig):
+def _sharded_experts(x_BTD, chosen_BTA, weights_BTA, matrices, execution: ExecutionConfig):
+    pool = Experts(*matrices)
     first = jax.lax.axis_index("expert") * pool.gate_EDF.shape[0]
     y_BTD, dropped = _local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first)
     return jax.lax.psum(y_BTD, ("expert", "tensor")), jax.lax.pmean(dropped, (*BATCH_AXES, "expert", "tensor"))

@@ -73,16 +73,16 @@ def align(rows: list[tuple[str, list[str]]]) -> str:
 
 
 def plot(workdirs: dict[str, Path], file: Path) -> None:
-    """Training (thin) and validation (thick) loss of every run against tokens seen... by step."""
+    """Training (thin) and validation (thick) loss of every run against steps."""
     figure, axes = plt.subplots(figsize=(8, 5))
     for index, (name, workdir) in enumerate(workdirs.items()):
         lines = read(workdir / "metrics.jsonl")
-        for split, style in (("train", {"alpha": 0.3, "linewidth": 0.8}), ("validation", {"linewidth": 2.0})):
+        for split, (alpha, linewidth) in (("train", (0.3, 0.8)), ("validation", (1.0, 2.0))):
             points = [(line["step"], line["loss"]) for line in lines if line["split"] == split]
             if points:
                 steps, losses = zip(*points, strict=True)
                 label = f"{name or 'model'} {split}" if split == "validation" or not name else None
-                axes.plot(steps, losses, color=f"C{index}", label=label, **style)
+                axes.plot(steps, losses, color=f"C{index}", label=label, alpha=alpha, linewidth=linewidth)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)

@@ -69,9 +69,8 @@ class Fit:
         self.workdir = workdir
         self.clock = Stopwatch()
         self.intervals: list[float] = []
-        with jax.set_mesh(mesh):
-            self.validation = [sharding.put_batch(mesh, batch) for batch in validation]
-            self._build(initial)
+        self.validation = [sharding.put_batch(mesh, batch) for batch in validation]
+        self._build(initial)
 
     def _build(self, initial: Params | Callable[[], Params]) -> None:
         params = jax.eval_shape(initial) if callable(initial) else initial
@@ -81,19 +80,18 @@ class Fit:
         self._shardings = steps.state_shardings(self.mesh, self._abstract)
         place = partial(jax.jit, out_shardings=self._shardings)
         self._initial_state = place(lambda: make(initial())) if callable(initial) else partial(place(make), initial)
-        self._step = jax.jit(
+        self._step: Any = jax.jit(
             partial(steps.train_step, self.task, self.train, tx),
             donate_argnums=0,
             out_shardings=(self._shardings, sharding.replicated(self.mesh)),
         )
-        self._evaluate = jax.jit(
-            partial(steps.evaluate_step, self.task), out_shardings=sharding.replicated(self.mesh)
-        )
+        self._evaluate = jax.jit(partial(steps.evaluate_step, self.task), out_shardings=sharding.replicated(self.mesh))
 
     def run(self) -> Outcome:
         """Trains to the last step. Raises UserError when a loss is not finite; the last good checkpoint stays."""
+        # not within the mesh: initialisation runs the model on one token, which a mesh could not divide
+        state, start = self._restore_or_start()
         with jax.set_mesh(self.mesh):
-            state, start = self._restore_or_start()
             self.log = MetricsLog(self.workdir, start, active=jax.process_index() == 0)
             compile_seconds = 0.0
             try:

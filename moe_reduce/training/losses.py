@@ -55,7 +55,7 @@ def evaluator(decoder: Decoder):
         nll_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets"])
         correct_BT = (jnp.argmax(logits_BTV, axis=-1) == batch["targets"]).astype(jnp.float32)
         weights_BT = batch["weights"]
-        sums = {
+        sums: Sums = {
             "nll": jnp.sum(nll_BT * weights_BT),
             "correct": jnp.sum(correct_BT * weights_BT),
             "weight": jnp.sum(weights_BT),
@@ -67,7 +67,7 @@ def evaluator(decoder: Decoder):
     return evaluate
 
 
-def balance_terms(routing: dict[str, jax.Array], balance: BalanceConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+def balance_terms(routing: Any, balance: BalanceConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted penalty and its metrics; `routing` holds the statistics of all N layer calls, stacked.
 
     GShard/Switch form E · Σ_e f_e · P_e (arXiv:2006.16668, 2101.03961): 1 when balanced. `per_call`: of each call,

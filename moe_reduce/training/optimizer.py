@@ -1,12 +1,16 @@
 """AdamW with a warm-up cosine schedule, clipping, and a weight-decay mask that must name every leaf."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
 
+import jax
 import optax
 
 from moe_reduce import planning, trees
 from moe_reduce.config import TrainConfig
 
+F = TypeVar("F", bound=Callable[..., Any])
 DECAYED = {  # by component: matrices decay; norms, biases and gains do not
     "embedding": True,
     "unembedding": True,
@@ -20,15 +24,27 @@ DECAYED = {  # by component: matrices decay; norms, biases and gains do not
 }
 
 
+def _mixing(function: F) -> F:
+    """optax multiplies its integer step counts with floats, which strict promotion (in our tests) refuses."""
+
+    @wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*arguments, **named)
+
+    return call  # type: ignore[return-value]
+
+
 def learning_rate(train: TrainConfig) -> optax.Schedule:
     """Linear warm-up from 0 to the peak, then cosine to the final rate at the last step."""
-    return optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if train.warmup_steps else train.learning_rate,
         peak_value=train.learning_rate,
         warmup_steps=train.warmup_steps,
         decay_steps=train.steps,
         end_value=train.final_learning_rate,
     )
+    return _mixing(schedule)
 
 
 def decay_mask(params: trees.Tree) -> dict[str, Any]:
@@ -47,4 +63,5 @@ def build(train: TrainConfig, params: trees.Tree) -> optax.GradientTransformatio
     if train.expert_learning_rate_scale != 1.0:
         experts = trees.map_with_path(lambda path, _: planning.component(path) == "experts", params)
         parts.append(optax.masked(optax.scale(train.expert_learning_rate_scale), experts))
-    return optax.chain(*parts)
+    chain = optax.chain(*parts)
+    return optax.GradientTransformation(chain.init, _mixing(chain.update))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import platform
 import time
 from functools import partial
 from pathlib import Path
@@ -41,7 +40,9 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     place = (jax.process_index(), jax.process_count())
     flops = planning.train_flops_per_token(run.model, run.data.sequence_length)
     speed = Speed(
-        run.train.batch_size * run.data.sequence_length, flops, peak(list(mesh.devices.flat), run.execution.compute_dtype)
+        run.train.batch_size * run.data.sequence_length,
+        flops,
+        peak(list(mesh.devices.flat), run.execution.compute_dtype),
     )
     fit = Fit(
         task=language_model_task(run.model, run.execution, run.balance),
@@ -109,7 +110,7 @@ def _summary(run: RunConfig, name: str, outcome: Outcome, speed: Speed, seconds:
         "peak_source": speed.peak.source,
         "compile_seconds": outcome.compile_seconds,
         "seconds": seconds,
-        "machine": f"{jax.device_count()} × {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
+        "machine": f"{jax.device_count()} × {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
         "jax": jax.__version__,
     }
 

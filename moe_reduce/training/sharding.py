@@ -34,7 +34,7 @@ RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
 )
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """The mesh of a run over the first data·fsdp·expert·tensor devices; raises UserError when there are too few."""
     devices = jax.devices() if devices is None else devices
     others = config.fsdp * config.expert * config.tensor

@@ -40,7 +40,8 @@ def state_shardings(mesh: Mesh, abstract: State) -> State:
         return jax.tree.structure(tree) == same
 
     moments = jax.tree.map(place, abstract.optimizer, is_leaf=is_params)
-    return State(sharding.replicated(mesh), params, moments, params if abstract.average is not None else None)
+    step: Any = sharding.replicated(mesh)
+    return State(step, params, moments, params if abstract.average is not None else None)
 
 
 def train_step(task: Task, train: TrainConfig, tx: optax.GradientTransformation, state: State, frozen, batch: Batch):
@@ -51,7 +52,7 @@ def train_step(task: Task, train: TrainConfig, tx: optax.GradientTransformation,
     average = state.average
     if average is not None:
         average = jax.tree.map(lambda mean, new: mean + (1.0 - train.ema_decay) * (new - mean), average, params)
-    metrics["gradient_norm"] = optax.global_norm(gradients)
+    metrics["gradient_norm"] = optax.tree.norm(gradients)
     metrics["learning_rate"] = jnp.asarray(optimizer.learning_rate(train)(state.step), jnp.float32)
     return State(state.step + 1, params, optimizer_state, average), metrics
 

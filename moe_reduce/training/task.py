@@ -19,20 +19,26 @@ def no_change(params: Params, metrics: dict[str, jax.Array]) -> Params:
     return params
 
 
+def every_leaf(path: str) -> bool:
+    """The `trainable` of a task in which everything trains."""
+    del path
+    return True
+
+
 @dataclass(frozen=True)
 class Task:
     """A loss, which leaves train, and how to evaluate.
 
     loss(params, batch) -> (scalar, metrics): a mean over the batch's counted targets (`weights`). Metrics are fp32
     scalars, to be logged, or arrays, for `after_step`. evaluate(params, batch) -> fp32 sums over the counted targets,
-    at least `nll`, `correct` and `weight`; arrays are summed over batches and handed back. trainable(path) says which leaves train; the others
-    get no gradient and no optimiser state. after_step(trained params, metrics) -> trained params makes changes that no
-    gradient makes, such as loss-free balancing.
+    at least `nll`, `correct` and `weight`; arrays are summed over batches and handed back. trainable(path) says which
+    leaves train; the others get no gradient and no optimiser state. after_step(trained params, metrics) -> trained
+    params makes changes that no gradient makes, such as loss-free balancing.
     """
 
     loss: Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
     evaluate: Callable[[Params, Batch], Sums]
-    trainable: Callable[[str], bool] = lambda path: True
+    trainable: Callable[[str], bool] = every_leaf
     after_step: Callable[[Params, dict[str, jax.Array]], Params] = no_change
 
 

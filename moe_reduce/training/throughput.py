@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ class Peak:
     source: str
 
 
-def peak(devices: list[jax.Device], dtype: str) -> Peak:
+def peak(devices: list[Any], dtype: str) -> Peak:
     """Published bf16 peak if the device is known; otherwise the best of several matmuls in `dtype`, measured now.
 
     Simulated CPU devices share one machine, so the measurement is not multiplied by their number.
@@ -38,7 +39,7 @@ def peak(devices: list[jax.Device], dtype: str) -> Peak:
     return Peak(measured * (1 if shared else len(devices)), f"matmul of 2048² in {dtype}, measured in this process")
 
 
-def measure(device: jax.Device, dtype: str, size: int = 2048, repeats: int = 5) -> float:
+def measure(device: Any, dtype: str, size: int = 2048, repeats: int = 5) -> float:
     """FLOP/s of a square matmul on one device, best of `repeats`."""
     matrix = jax.device_put(jnp.ones((size, size), jnp.dtype(dtype)), device)
     multiply = jax.jit(jnp.matmul)

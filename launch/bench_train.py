@@ -1,0 +1,207 @@
+"""Training speed on this machine, side by side with transformers on torch, in one process; ratios of medians.
+
+Same shapes, fp32, threads, AdamW with clipping. Steps alternate (ours, theirs, ours, …), so that a machine whose speed
+drifts slows both alike. Also the MoE layer against the matmul peak measured between its runs, forward and backward.
+
+Command: ./launch/bench_train.sh    (writes docs/results/cpu_speed/summary.json; --tiny for a quick check)
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from moe_reduce import planning
+from moe_reduce.commands import config_file
+from moe_reduce.config import ExecutionConfig, ModelConfig, RunConfig
+from moe_reduce.models import dispatch
+from moe_reduce.models.decoder import init_params
+from moe_reduce.training import optimizer, steps
+from moe_reduce.training.losses import language_model_task
+
+ROOT = Path(__file__).parent.parent
+Run = Callable[[], Any]
+
+
+def medians(runs: dict[str, Run], repeats: int) -> dict[str, float]:
+    """Median seconds of each, run in turn; the first round is a warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: float(np.median(values[1:])) for name, values in seconds.items()}
+
+
+def our_step(run: RunConfig, tokens: np.ndarray) -> tuple[Run, float]:
+    """One training step as the loop runs it, and the seconds that it took to compile."""
+    task = language_model_task(run.model, run.execution, run.balance)
+    params = jax.jit(partial(init_params, run.model))(jax.random.key(0))
+    tx = optimizer.build(run.train, params)
+    state = steps.new_state(params, run.train, tx)
+    batch = {
+        "tokens": jnp.asarray(tokens[:, :-1]),
+        "targets": jnp.asarray(tokens[:, 1:]),
+        "weights": jnp.ones(tokens[:, 1:].shape, jnp.float32),
+    }
+    started = time.perf_counter()
+    step = jax.jit(partial(steps.train_step, task, run.train, tx), donate_argnums=0).lower(state, {}, batch).compile()
+    compile_seconds = time.perf_counter() - started
+    holder = [state]
+
+    def go() -> None:
+        holder[0], metrics = step(holder[0], {}, batch)
+        jax.block_until_ready(metrics["loss"])
+
+    return go, compile_seconds
+
+
+def their_step(model: torch.nn.Module, tokens: np.ndarray, run: RunConfig) -> Run:
+    """The same step in torch."""
+    train = run.train
+    adam = torch.optim.AdamW(
+        model.parameters(), lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon,
+        weight_decay=train.weight_decay, fused=True,
+    )  # fmt: skip
+    ids = torch.from_numpy(tokens[:, :-1].astype(np.int64))
+
+    def go() -> None:
+        adam.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
+        adam.step()
+
+    return go
+
+
+def peer_config(model: ModelConfig) -> Any:
+    """The transformers model of the same attention and feed-forward shapes."""
+    shared = {
+        "vocab_size": model.vocab_size, "hidden_size": model.width, "num_hidden_layers": model.layers,
+        "num_attention_heads": model.query_heads, "num_key_value_heads": model.key_value_heads,
+        "head_dim": model.head_width, "tie_word_embeddings": True,
+    }  # fmt: skip
+    if model.moe is None:
+        return transformers.LlamaConfig(intermediate_size=model.feed_forward_width, **shared)
+    return transformers.Qwen3MoeConfig(
+        num_experts=model.moe.experts, num_experts_per_tok=model.moe.active, moe_intermediate_size=model.moe.width,
+        norm_topk_prob=True, output_router_logits=True, router_aux_loss_coef=0.01, **shared,
+    )  # fmt: skip
+
+
+def compare_steps(name: str, run: RunConfig, batch: int, length: int, repeats: int) -> dict[str, Any]:
+    """Our training step against transformers'."""
+    tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (batch, length + 1)).astype(np.int32)
+    ours, compile_seconds = our_step(run, tokens)
+    peer = transformers.AutoModelForCausalLM.from_config(peer_config(run.model)).float().train()
+    result = medians({"ours": ours, "peer": their_step(peer, tokens, run)}, repeats)
+    flops = planning.train_flops_per_token(run.model, length) * batch * length
+    gc.collect()
+    return {
+        "name": name,
+        "shape": f"{batch} × {length} tokens, fp32, AdamW",
+        "our_tokens_per_second": batch * length / result["ours"],
+        "peer_tokens_per_second": batch * length / result["peer"],
+        "ratio": result["peer"] / result["ours"],
+        "our_flops_per_second": flops / result["ours"],
+        "compile_seconds": compile_seconds,
+    }
+
+
+def moe_layer(model: ModelConfig, rows: int, repeats: int) -> dict[str, Any]:
+    """Useful FLOP/s of the dropless expert layer against the better of two matmul shapes, alternating."""
+    assert model.moe is not None
+    experts, active, hidden = model.moe.experts, model.moe.active, model.moe.width
+    keys = jax.random.split(jax.random.key(0), 6)
+    x_SD = jax.random.normal(keys[0], (rows, model.width))
+    pool = dispatch.Experts(
+        jax.random.normal(keys[1], (experts, model.width, hidden)) * 0.02,
+        jax.random.normal(keys[2], (experts, model.width, hidden)) * 0.02,
+        jax.random.normal(keys[3], (experts, hidden, model.width)) * 0.02,
+    )
+    weights_SA, chosen_SA = jax.lax.top_k(jax.nn.softmax(jax.random.normal(keys[4], (rows, experts))), active)
+    execution = ExecutionConfig().resolve("cpu")
+
+    def layer(x_SD, weights_SA, pool):
+        return dispatch.DISPATCHES[execution.dispatch](x_SD, chosen_SA, weights_SA, pool, execution)[0]
+
+    def gradient(x_SD, weights_SA, pool):
+        return jax.vjp(layer, x_SD, weights_SA, pool)[1](x_SD)
+
+    forward, both, multiply = jax.jit(layer), jax.jit(gradient), jax.jit(jnp.matmul)
+    square = jax.random.normal(keys[5], (2048, 2048))
+    tall = jax.random.normal(keys[5], (rows * active, model.width))
+    result = medians(
+        {
+            "square": lambda: jax.block_until_ready(multiply(square, square)),
+            "tall": lambda: jax.block_until_ready(multiply(tall, pool.gate_EDF[0])),
+            "forward": lambda: jax.block_until_ready(forward(x_SD, weights_SA, pool)),
+            "forward_backward": lambda: jax.block_until_ready(both(x_SD, weights_SA, pool)),
+        },
+        repeats,
+    )
+    flops = 6 * rows * active * model.width * hidden
+    peak = max(2 * 2048**3 / result["square"], flops / 3 / result["tall"])
+    return {
+        "name": "MoE layer, dropless",
+        "shape": f"{rows} tokens, E={experts}, top-{active}, D={model.width}, F={hidden}, fp32",
+        "matmul_peak": peak,
+        "forward_share_of_peak": flops / result["forward"] / peak,
+        "forward_backward_share_of_peak": 3 * flops / result["forward_backward"] / peak,
+    }
+
+
+def main() -> None:
+    """Measures and writes the summary."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/cpu_speed/summary.json")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="two layers and few tokens: checks the script, not speed")
+    arguments = parser.parse_args()
+    small = ["--config.model.layers=2", "--config.model.vocab_size=512"] if arguments.tiny else []
+    batch, length = (1, 32) if arguments.tiny else (4, 256)
+
+    def read(name: str, *unroll: str) -> RunConfig:
+        execution = ["--config.execution.platform=cpu", "--config.execution.compute_dtype=float32"]
+        overrides = [*execution, "--config.execution.remat=none", *unroll, *small]
+        (run,) = config_file.read(str(ROOT / "configs" / name), overrides).values()
+        return dataclasses.replace(run, execution=run.execution.resolve("cpu"))
+
+    dense, shared = read("dense_llama_125m.py", "--config.execution.scan_unroll=12"), read("shared_moe_50m.py")
+    assert shared.model.moe is not None
+    print("dense", flush=True)
+    rows = [
+        compare_steps("dense LLaMA 137.8M vs transformers LlamaForCausalLM", dense, batch, length, arguments.repeats)
+    ]
+    print("shared MoE", flush=True)
+    rows += [
+        compare_steps("shared MoE 49.6M vs transformers Qwen3MoeForCausalLM", shared, batch, length, arguments.repeats)
+    ]
+    layer = moe_layer(shared.model, 64 if arguments.tiny else 2048, 2 * arguments.repeats)
+    summary = {
+        "machine": f"{torch.get_num_threads()} threads, {platform.machine()}",
+        "versions": {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "steps": rows,
+        "layer": layer,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

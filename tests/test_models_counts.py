@@ -1,0 +1,55 @@
+"""Exact parameter counts of METHODS §1 by component, from abstract initialisation, and FLOPs a token."""
+
+import jax
+import pytest
+
+from moe_reduce import planning
+from moe_reduce.commands import config_file
+from moe_reduce.models.decoder import abstract_params, init_params
+
+
+def _model(name):
+    (run,) = config_file.read(f"configs/{name}.py", []).values()
+    return run.model
+
+
+def test_shared_moe_50m():
+    params = abstract_params(_model("shared_moe_50m"))
+    assert planning.counts_by_component(params) == {
+        "attention": 12 * (2 * 768**2 + 2 * 768 * 256),
+        "embedding": 4_096_000 + 98_304,
+        "experts": 16 * 3 * 768 * 720,
+        "norm": 25 * 768,
+        "router": 16 * 768,
+    }
+    assert planning.count(params) == 49_642_240
+
+
+def test_dense_llama_125m():
+    params = abstract_params(_model("dense_llama_125m"))
+    assert planning.count(params) == 137_841_408
+    assert planning.counts_by_component(params)["feed_forward"] == 12 * 3 * 768 * 3072
+
+
+def test_abstract_equals_real(tiny_shared):
+    abstract, real = abstract_params(tiny_shared), init_params(tiny_shared, jax.random.key(0))
+    assert jax.tree.map(lambda leaf: leaf.shape, abstract) == jax.tree.map(lambda leaf: leaf.shape, real)
+
+
+def test_unknown_parameter_has_no_component():
+    with pytest.raises(KeyError, match="layers/surprise"):
+        planning.component("layers/surprise")
+
+
+def test_flops_by_hand():
+    model = _model("dense_llama_125m")
+    matmul = 12 * (4 * 768 * 768 + 3 * 768 * 3072) + 32_000 * 768
+    attention = 2 * 2 * 12 * 768 * (1024 + 1) / 2  # scores and mixing, over half the context on average
+    assert planning.forward_flops_per_token(model, 1024) == 2 * matmul + attention
+    assert planning.train_flops_per_token(model, 1024) == 3 * (2 * matmul + attention)
+
+
+def test_pool_counts_once_a_layer_call():
+    model = _model("shared_moe_50m")
+    active = 12 * (2 * 3 * 768 * 720 + 768 * 16 + 2 * 768 * 64 * (12 + 4)) + 128 * (32_000 + 768)
+    assert planning.matmul_parameters_per_token(model) == active

@@ -1,0 +1,125 @@
+"""Every dispatch computes what the plain reference computes, values and gradients, balanced or not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_reduce.config import ExecutionConfig, MoEConfig
+from moe_reduce.models.dispatch import DISPATCHES, Experts, sort_by_expert
+from moe_reduce.models.routing import route
+
+S, D, F, E, A = 96, 16, 24, 5, 2
+EXECUTION = ExecutionConfig(block_rows=4, capacity_factor=float(E))
+
+
+def _pool(key):
+    keys = jax.random.split(key, 3)
+    return Experts(
+        jax.random.normal(keys[0], (E, D, F)),
+        jax.random.normal(keys[1], (E, D, F)),
+        jax.random.normal(keys[2], (E, F, D)),
+    )
+
+
+def _chosen(kind):
+    if kind == "random":
+        return jax.lax.top_k(jax.random.normal(jax.random.key(3), (S, E)), A)[1].astype(jnp.int32)
+    if kind == "one_expert_takes_all":  # two experts in turn, three without a row
+        return jnp.broadcast_to(jnp.array([[3, 1]], jnp.int32), (S, A))
+    away = jax.lax.top_k(jax.random.normal(jax.random.key(3), (S, E)), A)[1].astype(jnp.int32)
+    return jnp.where(away >= 3, E, away)  # some assignments belong to another device
+
+
+@pytest.mark.parametrize("kind", ["random", "one_expert_takes_all", "some_elsewhere"])
+@pytest.mark.parametrize("name", ["blocks", "ragged", "capacity"])
+def test_equals_reference(name, kind):
+    x_SD = jax.random.normal(jax.random.key(1), (S, D))
+    weights_SA = jax.nn.softmax(jax.random.normal(jax.random.key(2), (S, A)))
+    pool, chosen_SA = _pool(jax.random.key(0)), _chosen(kind)
+    target_SD = jax.random.normal(jax.random.key(4), (S, D))
+
+    def loss(which, x_SD, weights_SA, pool):
+        y_SD, dropped = DISPATCHES[which](x_SD, chosen_SA, weights_SA, pool, EXECUTION)
+        return jnp.sum(y_SD * target_SD), (y_SD, dropped)
+
+    def both(which):
+        return jax.jit(jax.value_and_grad(lambda *a: loss(which, *a), argnums=(0, 1, 2), has_aux=True))(
+            x_SD, weights_SA, pool
+        )
+
+    (_, (y, dropped)), gradients = both(name)
+    (_, (expected, _)), expected_gradients = both("reference")
+    assert dropped == 0
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
+    for found, wanted in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("block_rows", [1, 3, 16, 512])
+def test_blocks_of_any_size(block_rows):
+    x_SD = jax.random.normal(jax.random.key(1), (S, D))
+    weights_SA, chosen_SA = jnp.full((S, A), 0.5), _chosen("random")
+    execution = dataclasses.replace(EXECUTION, block_rows=block_rows)
+    y, _ = DISPATCHES["blocks"](x_SD, chosen_SA, weights_SA, _pool(jax.random.key(0)), execution)
+    expected, _ = DISPATCHES["reference"](x_SD, chosen_SA, weights_SA, _pool(jax.random.key(0)), execution)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_capacity_reports_what_it_drops():
+    chosen_SA = _chosen("one_expert_takes_all")
+    execution = dataclasses.replace(EXECUTION, capacity_factor=1.0)
+    x_SD, pool = jax.random.normal(jax.random.key(1), (S, D)), _pool(jax.random.key(0))
+    y, dropped = DISPATCHES["capacity"](x_SD, chosen_SA, jnp.full((S, A), 0.5), pool, execution)
+    capacity = -(-S * A // E)
+    np.testing.assert_allclose(dropped, (2 * S - 2 * capacity) / (2 * S), rtol=1e-6)
+    assert jnp.all(y[capacity:] == 0)
+    assert jnp.all(jnp.any(y[:capacity] != 0, axis=1))
+
+
+def test_sort_is_stable_and_inverse():
+    chosen_SA = _chosen("random")
+    order = sort_by_expert(chosen_SA, E)
+    flat = np.asarray(chosen_SA).reshape(-1)
+    np.testing.assert_array_equal(order.order_M, np.argsort(flat, stable=True))
+    np.testing.assert_array_equal(np.asarray(order.rank_SA).reshape(-1)[np.asarray(order.order_M)], np.arange(S * A))
+    np.testing.assert_array_equal(order.counts_E, np.bincount(flat, minlength=E))
+
+
+def _moe(**changes):
+    return dataclasses.replace(MoEConfig(experts=E, active=A, width=F), **changes)
+
+
+def test_softmax_weights_by_hand():
+    logits = jax.random.normal(jax.random.key(0), (S, E)) * 3
+    scores = np.asarray(jax.nn.softmax(logits))
+    routing = route(logits, None, _moe())
+    chosen = np.argsort(-scores, axis=1)[:, :A]
+    np.testing.assert_array_equal(routing.experts_SA, chosen)
+    picked = np.take_along_axis(scores, chosen, axis=1)
+    np.testing.assert_allclose(routing.weights_SA, picked / picked.sum(1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(route(logits, None, _moe(normalize=False)).weights_SA, picked, rtol=1e-5)
+    np.testing.assert_allclose(routing.probability_E, scores.mean(0), rtol=1e-5)
+    np.testing.assert_array_equal(routing.counts_E, np.bincount(chosen.reshape(-1), minlength=E))
+
+
+def test_sigmoid_weights_survive_underflow():
+    logits = jax.random.normal(jax.random.key(0), (S, E)) - 200.0  # σ is 0 in fp32
+    weights = route(logits, None, _moe(score_function="sigmoid")).weights_SA
+    softmax = route(logits, None, _moe()).weights_SA
+    np.testing.assert_allclose(weights, softmax, rtol=1e-4)
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_bias_chooses_but_does_not_weigh(score_function):
+    moe = _moe(score_function=score_function, normalize=False)
+    logits = jax.random.normal(jax.random.key(0), (S, E))
+    bias = jnp.array([0.0, 0.0, 0.0, 0.0, 100.0])
+    free, biased = route(logits, None, moe), route(logits, bias, moe)
+    assert jnp.all(biased.experts_SA[:, 0] == 4)
+    score = jax.nn.softmax(logits)[:, 4] if score_function == "softmax" else jax.nn.sigmoid(logits[:, 4])
+    np.testing.assert_allclose(biased.weights_SA[:, 0], score, rtol=1e-5)
+    assert not jnp.array_equal(free.experts_SA, biased.experts_SA)
+    assert jnp.all(jax.grad(lambda b: jnp.sum(route(logits, b, moe).weights_SA))(bias) == 0)
