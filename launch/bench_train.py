@@ -164,6 +164,23 @@ def moe_layer(model: ModelConfig, rows: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def table(rows: list[dict[str, Any]], layer: dict[str, Any]) -> list[list[str]]:
+    """The cells of the results table."""
+    cells = [
+        [
+            row["name"], row["shape"], f"{row['our_tokens_per_second']:.0f} tokens/s",
+            f"{row['peer_tokens_per_second']:.0f} tokens/s", f"{row['ratio']:.2f}×", aim,
+        ]
+        for row, aim in zip(rows, ("≥ 1.4×", "≥ 1.7×"), strict=True)
+    ]  # fmt: skip
+    for part in ("forward", "forward_backward"):
+        share = layer[f"{part}_share_of_peak"]
+        ours, peak = share * layer["matmul_peak"] / 1e9, layer["matmul_peak"] / 1e9
+        name = f"{layer['name']}, {part.replace('_', ' and ')}, of the matmul peak"
+        cells.append([name, layer["shape"], f"{ours:.0f} GFLOP/s", f"{peak:.0f} GFLOP/s", f"{share:.0%}", "≥ 50 %"])
+    return cells
+
+
 def main() -> None:
     """Measures and writes the summary."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -192,6 +209,10 @@ def main() -> None:
     ]
     layer = moe_layer(shared.model, 64 if arguments.tiny else 2048, 2 * arguments.repeats)
     summary = {
+        "title": f"Training speed on CPU beside transformers {transformers.__version__} on torch {torch.__version__}",
+        "command": "./launch/bench_train.sh",
+        "columns": ["what", "shape", "ours", "peer", "ratio", "aim"],
+        "rows": table(rows, layer),
         "machine": f"{torch.get_num_threads()} threads, {platform.machine()}",
         "versions": {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "steps": rows,

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+from typing import NoReturn
 
 from moe_reduce.errors import UserError
 
@@ -15,9 +16,16 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A mistake on the command line is one line too, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 a user's mistake (one line on stderr)."""
-    parser = argparse.ArgumentParser(prog="moe-reduce", description="Make a language model smaller, and show the cost.")
+    parser = Parser(prog="moe-reduce", description="Make a language model smaller, and show the cost.")
     choices = parser.add_subparsers(dest="command", required=True, metavar="command")
     arguments = sys.argv[1:] if argv is None else argv
     wanted = arguments[0] if arguments and arguments[0] in COMMANDS else None
@@ -25,12 +33,14 @@ def main(argv: list[str] | None = None) -> int:
         command = choices.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
         if name == wanted:  # only the chosen command is imported
             importlib.import_module(f"moe_reduce.commands.{name}").add_arguments(command)
-    parsed, overrides = parser.parse_known_args(arguments)
     try:
+        parsed, overrides = parser.parse_known_args(arguments)
         print(importlib.import_module(f"moe_reduce.commands.{parsed.command}").run(parsed, overrides))
     except UserError as error:
-        print(f"moe-reduce {parsed.command}: {error}", file=sys.stderr)
+        print(f"moe-reduce{f' {wanted}' if wanted else ''}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        sys.stdout = None
     return 0
 
 

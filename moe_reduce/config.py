@@ -189,6 +189,8 @@ def parse(config: ml_collections.ConfigDict) -> dict[str, RunConfig]:
     variants = raw.pop("variants", {})
     if not variants:
         return {"": run_from_dict(raw)}
+    if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
+        raise UserError(f"config key variants must map names to groups of keys, got {variants!r}")
     return {name: run_from_dict(_merge(raw, changes, f"variants.{name}")) for name, changes in variants.items()}
 
 
@@ -197,6 +199,13 @@ def run_from_dict(raw: dict[str, Any]) -> RunConfig:
     run = _from_dict(RunConfig, raw, "")
     validation.check_run(run)
     return run
+
+
+def model_from_dict(raw: dict[str, Any], path: str = "model") -> ModelConfig:
+    """A validated ModelConfig from nested plain values; errors name keys as below `path`."""
+    model = _from_dict(ModelConfig, raw, path)
+    validation.check_model(model)
+    return model
 
 
 def _merge(raw: Any, changes: dict[str, Any], path: str) -> dict[str, Any]:

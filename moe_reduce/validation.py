@@ -1,5 +1,6 @@
 """Consistency of a configuration: every refusal is one line that names the key and the remedy."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from moe_reduce.errors import UserError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def positive(section: str, config: Any, *names: str) -> None:
     """Raises UserError at the first of the named attributes that is not above zero."""
     for name in names:
-        if getattr(config, name) <= 0:
+        if not 0 < getattr(config, name) < math.inf:  # refuses nan as well
             raise UserError(f"{section}.{name} must be positive, got {getattr(config, name)}")
 
 

@@ -1,6 +1,8 @@
 """--config=FILE --config.key=value ... -> runs; every mistake becomes one line."""
 
 import argparse
+import importlib.util
+import sys
 from pathlib import Path
 
 import ml_collections
@@ -27,19 +29,34 @@ def read(file: str, overrides: list[str]) -> dict[str, RunConfig]:
 
 
 def _read_config_dict(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
-    if not Path(file.split(":")[0]).is_file():
-        raise UserError(f"--config={file} does not exist: name a file such as configs/quickstart.py")
     values = flags.FlagValues()
-    words = ["moe-reduce", f"--config={file}", *overrides]
+    words = ["moe-reduce", *overrides]
     # without sys_argv the flag looks for overrides on the process's own command line
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
+    holder = config_flags.DEFINE_config_dict("config", _execute(Path(file)), flag_values=values, sys_argv=words)
     try:
         values(words)
         return holder.value
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{_culprit(overrides, str(error))}: {str(error).strip() or type(error).__name__}") from error
-    except (SyntaxError, NameError, ImportError) as error:
-        raise UserError(f"--config={file} cannot be read: {error}") from error
+
+
+def _execute(file: Path) -> ml_collections.ConfigDict:
+    """get_config() of a file, which may import its neighbours as `configs.…` from whatever directory it is called."""
+    if not file.is_file():
+        raise UserError(f"--config={file} does not exist: name a file such as configs/quickstart.py")
+    root = str(file.absolute().parent.parent)
+    specification = importlib.util.spec_from_file_location("moe_reduce_config", file)
+    if specification is None or specification.loader is None:
+        raise UserError(f"--config={file} is not a Python file")
+    module = importlib.util.module_from_spec(specification)
+    sys.path.insert(0, root)
+    try:
+        specification.loader.exec_module(module)
+        return module.get_config()
+    except Exception as error:  # whatever a user's file raises is about that file
+        raise UserError(f"--config={file} cannot be read: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(root)
 
 
 def _culprit(overrides: list[str], message: str) -> str:

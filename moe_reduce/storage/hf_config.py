@@ -103,7 +103,7 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
 
 def _own_config(raw: dict[str, Any]) -> ModelConfig:
     outside = {"architectures", "model_type", *CARRIED}
-    return configuration._from_dict(ModelConfig, {k: v for k, v in raw.items() if k not in outside}, OWN_TYPE)
+    return configuration.model_from_dict({k: v for k, v in raw.items() if k not in outside}, OWN_TYPE)
 
 
 def _check_values(raw: dict[str, Any]) -> None:

@@ -18,7 +18,10 @@ class Checkpoints:
     def __init__(self, directory: Path, train: TrainConfig):
         self._directory = directory.absolute()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=train.checkpoints_kept, enable_async_checkpointing=True, create=True
+            max_to_keep=train.checkpoints_kept,
+            enable_async_checkpointing=True,
+            create=True,
+            cleanup_tmp_directories=True,  # of a save that was killed
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 

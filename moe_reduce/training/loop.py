@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grain
 import jax
@@ -21,7 +21,7 @@ from moe_reduce.training import optimizer, sharding, steps
 from moe_reduce.training.checkpoints import Checkpoints
 from moe_reduce.training.metrics import MetricsLog, Stopwatch
 from moe_reduce.training.steps import State
-from moe_reduce.training.task import Params, Task
+from moe_reduce.training.task import Batch, Params, Task
 from moe_reduce.training.throughput import Peak
 
 HostBatch = dict[str, np.ndarray]
@@ -149,8 +149,11 @@ class Fit:
 
     def _pause(self, state: State, step: int, evaluating: bool, saving: bool) -> None:
         self.clock.stop()
+        # before a save one batch at least: the loss of this step came before its update, which may have ruined all
+        validation = self._validate(state, self.validation if evaluating else self.validation[:1])
+        if not math.isfinite(validation["loss"]):
+            self._stop_diverged(step, f"validation loss is {validation['loss']} after")
         if evaluating:
-            validation = self._validate(state)
             self.log.write(step, "validation", {k: v for k, v in validation.items() if isinstance(v, float)})
         if saving:
             self.checkpoints.save(step, state, self.batches.get_state())
@@ -164,7 +167,7 @@ class Fit:
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
         bar.update()
         if not math.isfinite(values["loss"]):
-            self._stop_diverged(step, values["loss"])
+            self._stop_diverged(step, f"loss is {values['loss']} at")
         if step % self.train.log_every == 0 or step == self.train.steps:
             bar.set_postfix(loss=f"{values['loss']:.3f}")
             self.log.write(step, "train", values | self._speed_since_last(step))
@@ -179,25 +182,25 @@ class Fit:
         self.intervals.append(rate)
         return {"tokens_per_second": rate, "mfu": rate * self.speed.flops_per_token / self.speed.peak.flops}
 
-    def _stop_diverged(self, step: int, loss: float) -> None:
+    def _stop_diverged(self, step: int, what: str) -> NoReturn:
         self.checkpoints.wait()
-        kept = self.checkpoints.latest()
+        latest = self.checkpoints.latest()
+        kept = "no checkpoint was due yet" if latest is None else f"the last good checkpoint is of step {latest}"
         raise UserError(
-            f"loss is {loss} at step {step}, on batch {step - 1} of the training order with train.seed="
-            f"{self.train.seed}; the last good checkpoint is of step {kept or 0} in {self.workdir / 'checkpoints'}: "
-            "lower train.learning_rate or raise train.warmup_steps"
+            f"{what} step {step}, batch {step - 1} of the training order with train.seed={self.train.seed}; {kept} in "
+            f"{self.workdir / 'checkpoints'}: lower train.learning_rate or raise train.warmup_steps, in a new --workdir"
         )
 
-    def _validate(self, state: State) -> dict[str, Any]:
+    def _validate(self, state: State, batches: Sequence[Batch]) -> dict[str, Any]:
         params = state.params if state.average is None else state.average
-        sums = [self._evaluate(params, self.frozen, batch) for batch in self.validation]
+        sums = [self._evaluate(params, self.frozen, batch) for batch in batches]
         total = jax.tree.map(lambda *leaves: np.sum(np.stack(leaves), axis=0), *jax.device_get(sums))
         return summarize(total)
 
     def _outcome(self, state: State, compile_seconds: float) -> Outcome:
         params = state.params if state.average is None else state.average
         rate = float(np.median(self.intervals)) if self.intervals else math.nan
-        return Outcome(params, self._validate(state), rate, compile_seconds, self.intervals)
+        return Outcome(params, self._validate(state, self.validation), rate, compile_seconds, self.intervals)
 
 
 def summarize(sums: dict[str, Any]) -> dict[str, Any]:

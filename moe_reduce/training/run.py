@@ -1,25 +1,29 @@
 """One RunConfig -> a workdir: data, mesh, task, loop, then model/ and summary.json."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from moe_reduce import planning
 from moe_reduce.config import ModelConfig, RunConfig, to_dict
 from moe_reduce.data.batches import train_batches, validation_batches
 from moe_reduce.data.prepare import prepare
+from moe_reduce.data.shards import TokenSource
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import abstract_params, init_params
 from moe_reduce.storage.manifest import Step
 from moe_reduce.storage.model import Model, save
-from moe_reduce.training import sharding
+from moe_reduce.training import sharding, steps
 from moe_reduce.training.loop import Fit, Outcome, Speed
 from moe_reduce.training.losses import language_model_task
 from moe_reduce.training.throughput import peak
@@ -32,52 +36,73 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     run = dataclasses.replace(run, execution=run.execution.resolve(jax.default_backend()))
     mesh = sharding.make_mesh(run.mesh)
     sharding.shardings(mesh, abstract_params(run.model))  # refused before anything is prepared
+    steps.check_batch(mesh, run.train)
     claim(workdir, run)
     if (workdir / SUMMARY).exists():
         print(f"{workdir} is done: nothing to do (a new --workdir starts again)")
         return json.loads((workdir / SUMMARY).read_text())
     tokens, _ = prepare(run.data, run.model.vocab_size)
-    place = (jax.process_index(), jax.process_count())
     flops = planning.train_flops_per_token(run.model, run.data.sequence_length)
     speed = Speed(
         run.train.batch_size * run.data.sequence_length,
         flops,
         peak(list(mesh.devices.flat), run.execution.compute_dtype),
     )
-    fit = Fit(
+    started = time.time()
+    with writing(workdir):
+        outcome = _fit(run, mesh, tokens, speed, workdir).run()
+        summary = _summary(run, name, outcome, speed, time.time() - started)
+        _save(run, mesh, workdir, outcome, summary, getattr(tokens, "directory", None))
+    return summary
+
+
+def _fit(run: RunConfig, mesh: Mesh, tokens: TokenSource, speed: Speed, workdir: Path) -> Fit:
+    share = sharding.batch_share(mesh)
+    return Fit(
         task=language_model_task(run.model, run.execution, run.balance),
         initial=partial(init_params, run.model, jax.random.key(run.train.seed)),
         frozen={},
         train=run.train,
         mesh=mesh,
-        batches=train_batches(tokens, run.data, run.train.batch_size, run.train.seed, *place),
-        validation=validation_batches(tokens, run.data, run.train.batch_size, run.train.evaluate_batches, *place),
+        batches=train_batches(tokens, run.data, run.train.batch_size, run.train.seed, *share),
+        validation=validation_batches(tokens, run.data, run.train.batch_size, run.train.evaluate_batches, *share),
         workdir=workdir,
         speed=speed,
     )
-    started = time.time()
-    outcome = fit.run()
-    summary = _summary(run, name, outcome, speed, time.time() - started)
-    _save(run, workdir, outcome, summary, getattr(tokens, "directory", None))
-    return summary
+
+
+@contextlib.contextmanager
+def writing(workdir: Path) -> Iterator[None]:
+    """A full disk, or one that is gone, is one line and no traceback."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write below {workdir} ({error.strerror or error}): free some space, then run the same command "
+            "again to go on"
+        ) from error
 
 
 def claim(workdir: Path, run: RunConfig) -> None:
-    """Makes the workdir this run's; raises UserError when it is another configuration's, or cannot be written."""
+    """Makes the workdir this run's; raises UserError when it is another configuration's, or cannot be written.
+
+    A run that ended before its first step, as for a missing corpus, may be corrected and started in the same place.
+    """
     file = workdir / "config.json"
     wanted = to_dict(run)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(wanted, indent=2) + "\n")
-            os.replace(temporary, file)
-        found = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        found = json.loads(file.read_text()) if file.exists() else wanted
+        difference = _first_difference(found, wanted)
+        began = (workdir / "metrics.jsonl").exists() or set(found) != set(wanted)
+        if difference and began:
+            raise UserError(
+                f"--workdir={workdir} belongs to another configuration ({difference}): choose another workdir"
+            )
+        if difference or not file.exists():
+            write_json(file, wanted)
+    except (OSError, ValueError) as error:
         raise UserError(f"--workdir={workdir} cannot be used ({error}): choose another one") from error
-    difference = _first_difference(found, wanted)
-    if difference:
-        raise UserError(f"--workdir={workdir} belongs to another configuration ({difference}): choose another workdir")
 
 
 def _first_difference(found: Any, wanted: Any, path: str = "") -> str:
@@ -130,9 +155,10 @@ def expert_use(validation: dict[str, Any]) -> list[list[float]] | None:
     return (counts / counts.sum(axis=1, keepdims=True)).round(6).tolist()
 
 
-def _save(run: RunConfig, workdir: Path, outcome: Outcome, summary: dict[str, Any], source: Path | None) -> None:
+def _save(
+    run: RunConfig, mesh: Mesh, workdir: Path, outcome: Outcome, summary: dict[str, Any], source: Path | None
+) -> None:
     """model/ first, summary.json last: its presence means that the run is done."""
-    mesh = sharding.make_mesh(run.mesh)
     whole = jax.jit(lambda params: params, out_shardings=sharding.replicated(mesh))(outcome.params)
     if jax.process_index() == 0:
         params = jax.tree.map(np.asarray, whole)
@@ -150,7 +176,7 @@ def _save(run: RunConfig, workdir: Path, outcome: Outcome, summary: dict[str, An
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Whole or not at all."""
-    temporary = file.with_suffix(".tmp")
+    """Whole or not at all, whoever else writes it."""
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, file)

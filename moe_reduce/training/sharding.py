@@ -46,6 +46,11 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         )
     shape = (data, config.fsdp, config.expert, config.tensor)
     chosen = np.array(devices[: math.prod(shape)]).reshape(shape)
+    idle = {device.process_index for device in devices} - {device.process_index for device in chosen.flat}
+    if idle:
+        raise UserError(
+            f"the mesh of {chosen.size} devices leaves process {min(idle)} without work: raise mesh.data or start fewer"
+        )
     return Mesh(chosen, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -84,7 +89,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """(which share of a batch's rows this process feeds, how many shares there are).
+
+    Processes whose devices hold the same rows (expert and tensor axes across hosts) feed the same share.
+    """
+    parts = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    fed: dict[int, set[int]] = {}
+    for part, devices in enumerate(parts):
+        for device in devices:
+            fed.setdefault(device.process_index, set()).add(part)
+    shares = sorted({tuple(sorted(rows)) for rows in fed.values()})
+    if sum(len(share) for share in shares) != len(parts) or len({len(share) for share in shares}) > 1:
+        raise UserError(
+            f"mesh.data · mesh.fsdp = {len(parts)} does not divide evenly over the {len(fed)} hosts: make it, or "
+            "mesh.expert · mesh.tensor, a multiple of the devices of a host"
+        )
+    return shares.index(tuple(sorted(fed[jax.process_index()]))), len(shares)
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows of a global batch -> global arrays on the mesh."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    # meant, but with several processes jax takes it for an implicit transfer, which the loop forbids
+    with jax.transfer_guard_host_to_device("allow"):
+        return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

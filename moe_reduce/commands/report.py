@@ -1,0 +1,40 @@
+"""moe-reduce report: collect finished runs into docs/results, and fill the tables of documents from there."""
+
+import argparse
+from pathlib import Path
+
+from moe_reduce.commands import model_arguments
+from moe_reduce.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--runs", nargs="+", type=Path, metavar="WORKDIR", help="finished runs, of one or more seeds")
+    parser.add_argument("--title", help="of the table that --runs make")
+    parser.add_argument("--made-by", help="the command that made --runs, shown above the table")
+    parser.add_argument("--document", nargs="+", type=Path, metavar="FILE.md", help="documents to fill")
+    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="where results are kept")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a document is out of date")
+    model_arguments.add_out(parser)
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
+    """Collects or fills; returns what was written."""
+    model_arguments.no_overrides(overrides)
+    from moe_reduce import reporting
+
+    if bool(arguments.runs) == bool(arguments.document):
+        raise UserError("give either --runs (to collect) or --document (to fill)")
+    if arguments.runs:
+        if not (arguments.out and arguments.title and arguments.made_by):
+            raise UserError("--runs needs --out, --title and --made-by")
+        model_arguments.check_out(arguments.out, arguments.overwrite)
+        reporting.collect(arguments.runs, arguments.title, arguments.made_by, arguments.out)
+        return str(arguments.out / "summary.json")
+    for document in arguments.document:
+        text = reporting.fill(document, arguments.results)
+        if arguments.check and text != document.read_text():
+            raise UserError(f"{document} is out of date: run moe-reduce report --document={document}")
+        if not arguments.check:
+            document.write_text(text)
+    return "\n".join(map(str, arguments.document))

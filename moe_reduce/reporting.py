@@ -1,0 +1,154 @@
+"""Runs -> docs/results/NAME -> tables in documents. No figure in a document is typed by hand.
+
+A result is a directory with summary.json: {"title", "command", "columns", "rows", …}, whatever made it.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from moe_reduce.errors import UserError
+from moe_reduce.training.comparison import entropy
+from moe_reduce.training.metrics import read
+from moe_reduce.training.run import SUMMARY, write_json
+
+COLUMNS = [
+    "model", "parameters", "of the first", "training MFLOP a token", "tokens", "seeds", "validation loss", "gap",
+    "accuracy", "tokens/s", "pool use", "a layer's use",
+]  # fmt: skip
+MARKERS = re.compile(r"(<!-- results:(\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+POINTS = 200  # kept of each curve
+
+
+def collect(workdirs: Iterable[Path], title: str, command: str, out: Path) -> None:
+    """Runs of several seeds -> out/summary.json (a row a model), curves.jsonl (thinned) and curves.png."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for workdir in _runs(workdirs):
+        summary = _summary(workdir)
+        groups.setdefault(summary["name"] or workdir.name, []).append(summary | {"workdir": workdir})
+    first = next(iter(groups.values()))
+    for runs in groups.values():
+        if runs[0]["tokens"] != first[0]["tokens"]:
+            raise UserError(f"{runs[0]['workdir']} saw {runs[0]['tokens']:,} tokens, {first[0]['workdir']} did not")
+    out.mkdir(parents=True, exist_ok=True)
+    curves = [_curve(name, run) for name, runs in groups.items() for run in runs]
+    (out / "curves.jsonl").write_text("".join(json.dumps(curve) + "\n" for curve in curves))
+    _picture(curves, title, out / "curves.png")
+    rows = [_row(name, runs, first) for name, runs in groups.items()]
+    details = {
+        name: [{k: v for k, v in run.items() if k != "workdir"} for run in runs] for name, runs in groups.items()
+    }
+    content = {"title": title, "command": command, "columns": COLUMNS, "rows": rows, "runs": details}
+    write_json(out / SUMMARY, content)
+
+
+def _runs(workdirs: Iterable[Path]) -> list[Path]:
+    """Workdirs of single runs; a comparison's stands for its variants, in its order."""
+    found = []
+    for workdir in workdirs:
+        inner = sorted(path.parent for path in workdir.glob(f"*/{SUMMARY}"))
+        found += inner or [workdir]
+    # the dense baseline, if there is one, is what gaps are measured to
+    return sorted(found, key=lambda workdir: workdir.name != "dense")
+
+
+def _summary(workdir: Path) -> dict[str, Any]:
+    file = workdir / SUMMARY
+    if not file.is_file():
+        raise UserError(f"{workdir} has no {SUMMARY}: give the workdirs of finished runs")
+    return json.loads(file.read_text())
+
+
+def _row(name: str, runs: list[dict[str, Any]], first: list[dict[str, Any]]) -> list[str]:
+    baseline = {run["seed"]: run["validation"]["loss"] for run in first}
+    gaps = [run["validation"]["loss"] - baseline[run["seed"]] for run in runs if run["seed"] in baseline]
+    speeds = [run["tokens_per_second"] for run in runs if run["tokens_per_second"]]
+    use = runs[0]["expert_use"]
+    return [
+        name,
+        f"{runs[0]['parameters']:,}",
+        f"{runs[0]['parameters'] / first[0]['parameters']:.1%}",
+        f"{runs[0]['train_flops_per_token'] / 1e6:.2f}",
+        f"{runs[0]['tokens'] / 1e6:.2f} M",
+        ", ".join(str(run["seed"]) for run in sorted(runs, key=lambda run: run["seed"])),
+        _spread([run["validation"]["loss"] for run in runs]),
+        "" if runs is first else _spread(gaps, sign=True),
+        f"{np.mean([run['validation']['accuracy'] for run in runs]):.2%}",
+        f"{np.median(speeds):,.0f}" if speeds else "",
+        f"{entropy(np.mean(use, axis=0)):.2f}" if use else "",
+        f"{np.mean([entropy(layer) for layer in use]):.2f}" if use else "",
+    ]
+
+
+def _spread(values: list[float], sign: bool = False) -> str:
+    """Mean, and half of the range where there are several."""
+    if not values:
+        return ""
+    mean = f"{np.mean(values):+.4f}" if sign else f"{np.mean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.4f}"
+
+
+def _curve(name: str, run: dict[str, Any]) -> dict[str, Any]:
+    """Validation loss against tokens, and the FLOPs a token that turn them into FLOPs."""
+    lines = [line for line in read(run["workdir"] / "metrics.jsonl") if line["split"] == "validation"]
+    lines = lines[:: max(1, len(lines) // POINTS)]
+    per_step = run["tokens"] / run["steps"]
+    return {
+        "name": name,
+        "seed": run["seed"],
+        "train_flops_per_token": run["train_flops_per_token"],
+        "tokens": [round(line["step"] * per_step) for line in lines],
+        "loss": [round(line["loss"], 5) for line in lines],
+    }
+
+
+def _picture(curves: list[dict[str, Any]], title: str, file: Path) -> None:
+    figure, (by_tokens, by_flops) = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    names = list(dict.fromkeys(curve["name"] for curve in curves))
+    for curve in curves:
+        color = f"C{names.index(curve['name']) % 10}"
+        label = curve["name"] if curve is next(c for c in curves if c["name"] == curve["name"]) else None
+        tokens = np.asarray(curve["tokens"], float)
+        by_tokens.plot(tokens / 1e6, curve["loss"], color=color, label=label, linewidth=1.2)
+        by_flops.plot(tokens * curve["train_flops_per_token"] / 1e12, curve["loss"], color=color, linewidth=1.2)
+    by_tokens.set(xlabel="tokens (millions)", ylabel="validation loss (nats a token)", title=title)
+    by_flops.set(xlabel="training FLOPs (10¹²)", xscale="log")
+    for axes in (by_tokens, by_flops):
+        axes.grid(alpha=0.3)
+    by_tokens.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result, with the command that made it."""
+    lines = [f"**{result['title']}** (`{result['command']}`)", "", _cells(result["columns"])]
+    lines += [_cells(["---"] * len(result["columns"])), *(_cells(row) for row in result["rows"])]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def fill(document: Path, results: Path) -> str:
+    """The document's text with every marked table made anew from results/NAME/summary.json."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}{markdown(_summary(results / match[2]))}{match[3]}"
+
+    if not document.is_file():
+        raise UserError(f"--document={document} does not exist")
+    text, count = MARKERS.subn(table, document.read_text())
+    if count == 0:
+        raise UserError(f"{document} has no place for a table: write <!-- results:NAME --> and <!-- /results -->")
+    return text
