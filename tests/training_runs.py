@@ -2,11 +2,17 @@
 
 import dataclasses
 import json
+import os
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from moe_reduce import trees
 from moe_reduce.config import (
     BalanceConfig,
     DataConfig,
@@ -17,6 +23,10 @@ from moe_reduce.config import (
     RunConfig,
     TrainConfig,
 )
+from moe_reduce.models.decoder import init_params
+from moe_reduce.training import optimizer, steps
+from moe_reduce.training.losses import language_model_task
+from moe_reduce.training.steps import State
 from moe_reduce.training.throughput import Peak
 
 LENGTH = 32
@@ -82,3 +92,74 @@ def metrics(workdir: Path, split: str = "train") -> list[dict[str, Any]]:
 def losses(workdir: Path) -> np.ndarray:
     """The training loss of each logged step."""
     return np.array([line["loss"] for line in metrics(workdir)])
+
+
+def assert_close(found: trees.Tree, expected: trees.Tree, rtol: float = 0.0, atol: float = 0.0) -> None:
+    """The same leaves, each within the tolerance of the expected one; equal by default."""
+    leaves, wanted = trees.flatten(found), trees.flatten(expected)
+    assert set(leaves) == set(wanted)
+    for path, leaf in leaves.items():
+        np.testing.assert_allclose(leaf, wanted[path], rtol=rtol, atol=atol, err_msg=path)
+
+
+def step_function(run: RunConfig) -> tuple[Any, State]:
+    """The compiled training step of a run, on one device, and its first state."""
+    task = language_model_task(run.model, run.execution.resolve("cpu"), run.balance)
+    params = init_params(run.model, jax.random.key(run.train.seed))
+    tx = optimizer.build(run.train, params)
+    return jax.jit(partial(steps.train_step, task, run.train, tx)), steps.new_state(params, run.train, tx)
+
+
+def random_batch(seed: int = 0, rows: int = 8, masked: bool = False) -> dict[str, jax.Array]:
+    """Random tokens; if masked, two documents a row and rows of which more and more targets do not count."""
+    tokens = np.random.default_rng(seed).integers(0, SIZES["vocab_size"], (rows, LENGTH + 1), dtype=np.int32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((rows, LENGTH), np.float32)}
+    if masked:
+        places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (rows, LENGTH))
+        starts = 4 + 2 * np.arange(rows, dtype=np.int32)[:, None]
+        batch["segments"] = 1 + (places >= starts).astype(np.int32)
+        batch["positions"] = np.where(places >= starts, places - starts, places)
+        batch["weights"] = (places >= starts).astype(np.float32)
+    return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+CONFIG_FILE = """
+from moe_reduce import config as defaults
+
+
+def get_config():
+    config = defaults.base()
+    config.model.update(
+        vocab_size=384, layers=2, width=16, query_heads=4, key_value_heads=2, head_width=4, embedding_factor=8
+    )
+    config.model.moe = defaults.moe_base()
+    config.model.moe.update(experts=4, active=2, width=16, placement="shared", router="shared")
+    config.execution.block_rows = 8
+    config.mesh.data = 1
+    config.data.update(source={source!r}, cache={cache!r}, sequence_length=32, validation_fraction=0.2, workers=1)
+    config.train.update(
+        steps=20, batch_size=8, learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=2,
+        log_every=1, evaluate_every=100, evaluate_batches=2, checkpoint_every=100,
+    )
+    config.update({changes!r})
+    return config
+"""
+
+
+def write_config(directory: Path, data: DataConfig, **changes: Any) -> Path:
+    """A configuration file of the shared mixture, as a user would write it; `changes` are groups of keys."""
+    file = directory / "config.py"
+    file.write_text(CONFIG_FILE.format(source=data.source, cache=data.cache, changes=changes))
+    return file
+
+
+def environment(devices: int, cache: Path) -> dict[str, str]:
+    """Of a process of the command line, which keeps what it compiles in `cache` for the next."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false"
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return os.environ | {"XLA_FLAGS": flags} | kept
+
+
+def command(*arguments: object) -> list[str]:
+    """`moe-reduce train` with these arguments."""
+    return [sys.executable, "-m", "moe_reduce", "train", *map(str, arguments)]

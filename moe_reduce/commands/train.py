@@ -1,6 +1,7 @@
 """moe-reduce train: pretrain the model of a configuration, or several side by side, and print the comparison."""
 
 import argparse
+import json
 from pathlib import Path
 
 from moe_reduce.commands import config_file
@@ -21,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Runs the command; returns the path of summary.json."""
-    runs = _chosen(config_file.read(arguments.config, overrides), arguments.variant)
+    described = config_file.read(arguments.config, overrides)
+    runs = _chosen(described, arguments.variant)
     import jax
 
     if arguments.distributed or arguments.coordinator:
@@ -29,15 +31,15 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     from moe_reduce.training import comparison
     from moe_reduce.training.run import SUMMARY, train, write_json
 
-    workdirs = {name: arguments.workdir / name if name else arguments.workdir for name in runs}
-    summaries = []
     for name, config in runs.items():
         if name:
             print(f"== {name}", flush=True)
-        summaries.append(train(config, workdirs[name], name))
+        train(config, arguments.workdir / name, name)
+    done = {name: arguments.workdir / name for name in described if (arguments.workdir / name / SUMMARY).exists()}
+    summaries = [json.loads((workdir / SUMMARY).read_text()) for workdir in done.values()]
     print(comparison.table(summaries))
     if jax.process_index() == 0:
-        comparison.plot(workdirs, arguments.workdir / "loss.png")
+        comparison.plot(done, arguments.workdir / "loss.png")
         if "" not in runs:
             write_json(arguments.workdir / SUMMARY, {"runs": summaries})
     return arguments.workdir / SUMMARY

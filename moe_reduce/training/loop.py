@@ -62,7 +62,8 @@ class Fit:
         workdir: Path,
         speed: Speed,
     ):
-        self.task, self.frozen, self.train, self.mesh, self.speed = task, frozen, train, mesh, speed
+        self.task, self.train, self.mesh, self.speed = task, train, mesh, speed
+        self.frozen = jax.device_put(frozen, sharding.shardings(mesh, frozen))
         self.batches = batches
         steps.check_batch(mesh, train)
         self.checkpoints = Checkpoints(workdir / "checkpoints", train)

@@ -36,7 +36,7 @@ def _mixing(function: F) -> F:
 
 
 def learning_rate(train: TrainConfig) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then cosine to the final rate at the last step."""
+    """Of the step that follows `count` steps: linear from 0 to the peak, then cosine towards the final rate."""
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if train.warmup_steps else train.learning_rate,
         peak_value=train.learning_rate,

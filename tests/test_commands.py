@@ -1,0 +1,107 @@
+"""inspect, plan, evaluate and report, through the real command line."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from moe_reduce import save
+from moe_reduce.__main__ import main
+from moe_reduce.config import ExecutionConfig
+from moe_reduce.models.decoder import init_params
+from moe_reduce.storage.model import Model
+
+
+@pytest.fixture
+def model_directory(tiny_shared, tmp_path):
+    params = jax.tree.map(np.asarray, init_params(tiny_shared, jax.random.key(0)))
+    save(Model(tiny_shared, params, ExecutionConfig().resolve("cpu")), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_inspect_counts_and_verifies(model_directory, capsys):
+    assert main(["inspect", f"--model={model_directory}", "--json", "--verify"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["model_type"] == "moe_reduce"
+    assert content["parameters"] == sum(content["by_component"].values())
+    assert content["bytes"] == 4 * content["parameters"]
+    weights = model_directory / "model.safetensors"
+    broken = bytearray(weights.read_bytes())
+    broken[-1] ^= 1
+    weights.write_bytes(broken)
+    assert main(["inspect", f"--model={model_directory}"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", f"--model={model_directory}", "--verify"]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_plan_of_a_config_and_of_a_directory(model_directory, capsys):
+    assert main(["plan", "--config=configs/shared_moe_50m.py", "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out).values()
+    assert plan["parameters"] == 49_642_240
+    assert plan["weight_bytes"]["bfloat16"] == 2 * 49_642_240
+    assert main(["plan", f"--model={model_directory}"]) == 0
+    assert "by_component" in capsys.readouterr().out
+    assert main(["plan"]) == 2
+
+
+def test_evaluate_equals_by_hand(model_directory, tiny_shared, tmp_path, capsys):
+    tokens = np.random.default_rng(0).integers(0, tiny_shared.vocab_size, (5, 16)).astype(np.int32)
+    np.save(tmp_path / "tokens.npy", tokens)
+    arguments = [
+        "evaluate", f"--model={model_directory}", f"--data={tmp_path / 'tokens.npy'}", "--sequence-length=16",
+        "--batch-size=4", f"--out={tmp_path / 'out'}",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out" / "summary.json")
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())
+    import moe_reduce
+
+    logits = np.asarray(moe_reduce.load(model_directory)(tokens), np.float64)[:, :-1]
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_shares = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_shares, tokens[:, 1:, None], -1).mean()
+    assert found["tokens"] == 5 * 15
+    assert math.isclose(found["loss"], nll, rel_tol=1e-5)
+    assert math.isclose(found["perplexity"], math.exp(nll), rel_tol=1e-4)
+    assert math.isclose(found["accuracy"], (logits.argmax(-1) == tokens[:, 1:]).mean(), rel_tol=1e-5)
+    assert main(arguments) == 2  # an existing --out is not overwritten
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def _finished_run(directory, name, seed, loss):
+    directory.mkdir(parents=True)
+    summary = {
+        "name": name, "parameters": 100 if name == "dense" else 40, "by_component": {}, "bytes": 4, "seed": seed,
+        "train_flops_per_token": 2e6, "tokens": 1000, "steps": 10, "expert_use": None, "tokens_per_second": 5.0,
+        "validation": {"loss": loss, "perplexity": math.exp(loss), "accuracy": 0.5},
+    }  # fmt: skip
+    (directory / "summary.json").write_text(json.dumps(summary))
+    lines = [{"step": step, "split": "validation", "loss": loss + 10 - step} for step in (5, 10)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_report_pairs_seeds_and_fills_documents(tmp_path, capsys):
+    for seed, gap in ((0, 0.1), (1, 0.3)):
+        _finished_run(tmp_path / f"s{seed}" / "shared", "shared", seed, 3.0 + seed + gap)
+        _finished_run(tmp_path / f"s{seed}" / "dense", "dense", seed, 3.0 + seed)
+    out = tmp_path / "results" / "pair"
+    runs = [str(tmp_path / "s0"), str(tmp_path / "s1")]
+    assert main(["report", "--runs", *runs, "--title=Pair", "--made-by=x", f"--out={out}"]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    dense, shared = summary["rows"]
+    assert dense[0] == "dense"
+    assert shared[summary["columns"].index("gap")] == "+0.2000 ± 0.1000"
+    assert shared[summary["columns"].index("of the first")] == "40.0%"
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    document = tmp_path / "README.md"
+    document.write_text("before\n<!-- results:pair -->\nold\n<!-- /results -->\nafter\n")
+    fill = ["report", f"--document={document}", f"--results={tmp_path / 'results'}"]
+    assert main([*fill, "--check"]) == 2
+    assert "out of date" in capsys.readouterr().err
+    assert main(fill) == 0
+    assert "+0.2000 ± 0.1000" in document.read_text()
+    assert "old" not in document.read_text()
+    assert main([*fill, "--check"]) == 0

@@ -1,0 +1,61 @@
+"""Every configuration builds abstractly, every script parses, and the benchmark script runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_reduce import planning
+from moe_reduce.commands import config_file
+from moe_reduce.models.decoder import abstract_params
+from moe_reduce.training import optimizer, sharding
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_builds_abstractly(file):
+    runs = config_file.read(str(file), [])
+    assert runs
+    for run in runs.values():
+        params = abstract_params(run.model)
+        assert planning.count(params) > 0
+        for path in planning.trees.flatten(params):
+            sharding.spec(path)
+        optimizer.build(run.train, params)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_says_what_it_costs(file):
+    docstring = file.read_text().split('"""')[1]
+    for word in ("Cost:", "Expected:", "Command:"):
+        assert word in docstring
+
+
+@pytest.mark.parametrize("pair", ["quickstart", "cpu_pair"])
+def test_shared_moe_has_at_most_40_percent(pair):
+    runs = config_file.read(str(ROOT / "configs" / f"{pair}.py"), [])
+    sizes = {name: planning.count(abstract_params(run.model)) for name, run in runs.items()}
+    assert sizes["shared_moe"] <= 0.4 * sizes["dense"]
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda script: script.name)
+def test_every_script_parses(script):
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.slow
+def test_benchmark_runs(tmp_path):
+    out = tmp_path / "summary.json"
+    subprocess.run(
+        [sys.executable, ROOT / "launch" / "bench_train.py", "--tiny", f"--out={out}", "--repeats=1"],
+        check=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
+    summary = json.loads(out.read_text())
+    assert all(row["ratio"] > 0 for row in summary["steps"])
+    assert 0 < summary["layer"]["forward_share_of_peak"] < 1.2

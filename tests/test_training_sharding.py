@@ -1,0 +1,87 @@
+"""Sharding rules are total, meshes fit the machine, and every process feeds the rows that its devices hold."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from training_runs import MODELS, ONE_DEVICE
+
+from moe_reduce import trees
+from moe_reduce.config import MeshConfig, TrainConfig
+from moe_reduce.errors import UserError
+from moe_reduce.models.decoder import abstract_params
+from moe_reduce.training import sharding, steps
+
+CUBE = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+
+
+def test_eight_devices():
+    assert len(jax.devices()) == 8
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_leaf_has_a_rule(kind):
+    params = abstract_params(MODELS[kind])
+    for mesh in (sharding.make_mesh(CUBE), sharding.make_mesh(ONE_DEVICE)):
+        found = trees.flatten(sharding.shardings(mesh, params))
+        assert set(found) == set(trees.flatten(params))
+
+
+def test_experts_are_split_three_ways():
+    placed = sharding.shardings(sharding.make_mesh(CUBE), abstract_params(MODELS["shared"]))
+    assert placed["experts"]["gate"].spec == PartitionSpec("expert", "fsdp", "tensor")
+    layered = sharding.shardings(sharding.make_mesh(CUBE), abstract_params(MODELS["layer"]))
+    assert layered["layers"]["experts"]["down"].spec == PartitionSpec(None, "expert", "tensor", "fsdp")
+
+
+def test_unknown_parameter_is_refused():
+    with pytest.raises(UserError, match="layers/attention/temperature"):
+        sharding.spec("layers/attention/temperature")
+
+
+def test_size_that_does_not_divide_is_refused():
+    model = dataclasses.replace(MODELS["dense"], vocab_size=385)
+    with pytest.raises(UserError, match=r"embedding/table has a size of 385.*tensor"):
+        sharding.shardings(sharding.make_mesh(CUBE), abstract_params(model))
+
+
+def test_mesh_takes_what_is_left_and_no_more_than_there_is():
+    assert dict(sharding.make_mesh(MeshConfig(expert=2)).shape) == {"data": 4, "fsdp": 1, "expert": 2, "tensor": 1}
+    with pytest.raises(UserError, match=r"needs 16 devices and this machine has 8"):
+        sharding.make_mesh(MeshConfig(data=8, fsdp=2))
+
+
+def test_batch_must_divide():
+    with pytest.raises(UserError, match=r"train.batch_size \(12\)"):
+        steps.check_batch(sharding.make_mesh(MeshConfig(data=8)), TrainConfig(steps=1, batch_size=12))
+
+
+def shares(data, expert, processes, monkeypatch):
+    """batch_share of every process; a device names its process and nothing else matters."""
+    each = data * expert // processes
+    devices = np.array([SimpleNamespace(process_index=number // each) for number in range(data * expert)])
+    mesh = SimpleNamespace(
+        devices=devices.reshape(data, 1, expert, 1), shape={"data": data, "fsdp": 1, "expert": expert, "tensor": 1}
+    )
+    found = []
+    for process in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        found.append(sharding.batch_share(mesh))
+    return found
+
+
+def test_processes_that_hold_the_same_rows_feed_the_same_share(monkeypatch):
+    assert shares(data=4, expert=1, processes=2, monkeypatch=monkeypatch) == [(0, 2), (1, 2)]
+    assert shares(data=1, expert=4, processes=2, monkeypatch=monkeypatch) == [(0, 1), (0, 1)]
+    assert shares(data=2, expert=4, processes=4, monkeypatch=monkeypatch) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    with pytest.raises(UserError, match="does not divide evenly over the 2 hosts"):
+        shares(data=3, expert=2, processes=2, monkeypatch=monkeypatch)
+
+
+def test_a_process_without_work_is_refused():
+    devices = [SimpleNamespace(process_index=process) for process in (0, 0, 1, 1)]
+    with pytest.raises(UserError, match="leaves process 1 without work"):
+        sharding.make_mesh(MeshConfig(data=2), devices)
