@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +102,16 @@ def assert_close(found: trees.Tree, expected: trees.Tree, rtol: float = 0.0, ato
         np.testing.assert_allclose(leaf, wanted[path], rtol=rtol, atol=atol, err_msg=path)
 
 
+@lru_cache
+def initial_params(model: ModelConfig, seed: int = 0) -> dict[str, Any]:
+    """As a run starts, made once for all tests."""
+    return jax.jit(lambda: init_params(model, jax.random.key(seed)))()
+
+
 def step_function(run: RunConfig) -> tuple[Any, State]:
     """The compiled training step of a run, on one device, and its first state."""
     task = language_model_task(run.model, run.execution.resolve("cpu"), run.balance)
-    params = init_params(run.model, jax.random.key(run.train.seed))
+    params = initial_params(run.model, run.train.seed)
     tx = optimizer.build(run.train, params)
     return jax.jit(partial(steps.train_step, task, run.train, tx)), steps.new_state(params, run.train, tx)
 
@@ -136,7 +142,8 @@ def get_config():
     config.model.moe.update(experts=4, active=2, width=16, placement="shared", router="shared")
     config.execution.block_rows = 8
     config.mesh.data = 1
-    config.data.update(source={source!r}, cache={cache!r}, sequence_length=32, validation_fraction=0.2, workers=1)
+    config.data.update(source={source!r}, cache={cache!r}, sequence_length=32, workers=1)
+    config.data.validation_fraction = {fraction}
     config.train.update(
         steps=20, batch_size=8, learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=2,
         log_every=1, evaluate_every=100, evaluate_batches=2, checkpoint_every=100,
@@ -149,7 +156,8 @@ def get_config():
 def write_config(directory: Path, data: DataConfig, **changes: Any) -> Path:
     """A configuration file of the shared mixture, as a user would write it; `changes` are groups of keys."""
     file = directory / "config.py"
-    file.write_text(CONFIG_FILE.format(source=data.source, cache=data.cache, changes=changes))
+    values = {"source": data.source, "cache": data.cache, "fraction": data.validation_fraction}
+    file.write_text(CONFIG_FILE.format(**values, changes=changes))
     return file
 
 
