@@ -12,7 +12,9 @@ from configs import cpu_pair
 def get_config() -> ml_collections.ConfigDict:
     """The pair and its neighbours."""
     config = cpu_pair.get_config()
-    config.train.update(steps=200, warmup_steps=50, evaluate_every=50, checkpoint_every=200)
+    config.train.update(
+        steps=200, learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=50, evaluate_every=50, checkpoint_every=200
+    )
     fast = {"learning_rate": 8e-3, "final_learning_rate": 8e-4}
     changes = {
         "dense": cpu_pair.dense(),
@@ -22,6 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
         "one_expert": _pool(experts=1, active=1, width=368),
         "eight_experts": _pool(experts=8, width=46),
         "sixteen_experts": _pool(experts=16, width=23),
+        "sixteen_experts_fast": _pool(experts=16, width=23) | {"train": fast},
         "sixteen_top_4": _pool(experts=16, width=23, active=4),
         "sixteen_top_4_router_gain": _pool(experts=16, width=23, active=4, router="layer", output_gain=True),
         "sixteen_factorised": {"model": {"embedding_factor": 32, "moe": {"experts": 16, "width": 32}}},

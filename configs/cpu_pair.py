@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.moe.update(experts=4, active=2, width=92, placement="shared", router="shared")
     config.data.update(source="../shared/data/corpus/openstax_prose.jsonl.gz", sequence_length=128)
     config.train.update(
-        steps=2500, batch_size=32, learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=100,
+        steps=2500, batch_size=32, learning_rate=8e-3, final_learning_rate=8e-4, warmup_steps=100,
         evaluate_every=125, evaluate_batches=32, checkpoint_every=250,
     )  # fmt: skip
     config.variants = ml_collections.ConfigDict({"dense": dense(), "shared_moe": {}})
