@@ -13,7 +13,12 @@ def get_config() -> ml_collections.ConfigDict:
     """The pair and its neighbours."""
     config = cpu_pair.get_config()
     config.train.update(
-        steps=200, learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=50, evaluate_every=50, checkpoint_every=200
+        steps=200,
+        learning_rate=3e-3,
+        final_learning_rate=3e-4,
+        warmup_steps=50,
+        evaluate_every=50,
+        checkpoint_every=200,
     )
     fast = {"learning_rate": 8e-3, "final_learning_rate": 8e-4}
     changes = {

@@ -42,7 +42,7 @@ def test_training_learns(learned):
     first, *_, last = losses(workdir)
     at_random = math.log(384)
     assert first < at_random
-    assert last < at_random - 2
+    assert last < at_random - 1.5
     validation = metrics(workdir, "validation")
     assert validation[-1]["loss"] < validation[0]["loss"]
     assert validation[-1]["loss"] == pytest.approx(last, abs=0.5)
@@ -58,7 +58,9 @@ def test_metrics_have_all_fields(learned):
     ]  # fmt: skip
     routed = {"balance_pooled", "balance_per_call", "router_z", "dropped_share"}
     for line in metrics(workdir):
-        assert set(line) == {"step", "split", "loss", "learning_rate", "gradient_norm", *TIMING} | routed
+        assert (
+            set(line) == {"step", "split", "loss", "learning_rate", "gradient_norm", "parameter_norm", *TIMING} | routed
+        )
         assert line["tokens_per_second"] > 0
         assert line["mfu"] > 0
         assert line["dropped_share"] == 0
@@ -111,44 +113,41 @@ def test_another_configuration_is_refused_by_key(learned, capsys):
     assert contents(workdir) == before
 
 
-@pytest.fixture
-def explodes_at_step_9(monkeypatch):
-    """The update of step 9 ruins the parameters; the loss of that step was still good."""
+def explode_at_step_9(patch, rate):
+    """The update of step 9 ruins the parameters; the loss of that step is still good."""
     good = optimizer.learning_rate
-
-    def schedule(config):
-        return optax.join_schedules([good(config), optax.constant_schedule(1e30)], [8])
-
-    monkeypatch.setattr(optimizer, "learning_rate", schedule)
-    return good
+    patch.setattr(
+        optimizer,
+        "learning_rate",
+        lambda config: optax.join_schedules([good(config), optax.constant_schedule(rate)], [8]),
+    )
 
 
 @pytest.mark.parametrize(
-    ("checkpoint_every", "message", "kept"),
+    ("rate", "checkpoint_every", "message", "kept"),
     [
-        (6, r"loss is (nan|inf) at step 10, batch 9 .* last good checkpoint is of step 6", ["6"]),
-        (3, r"validation loss is (nan|inf) after step 9, batch 8 .* of step 6", ["3", "6"]),
-        (20, r"at step 10, batch 9 .* no checkpoint was due yet", []),
+        (1e30, 3, r"parameter_norm is inf at step 9, batch 8 .* last good checkpoint is of step 6", ["3", "6"]),
+        (1e15, 3, r"validation loss is nan after step 9, batch 8 .* of step 6", ["3", "6"]),
+        (1e15, 20, r" is nan at step 10, batch 9 .* no checkpoint was due yet", []),
     ],
 )
-def test_divergence_names_step_and_batch_and_keeps_what_is_good(
-    explodes_at_step_9, monkeypatch, tmp_path, checkpoint_every, message, kept
-):
+def test_divergence_names_step_and_batch_and_keeps_what_is_good(tmp_path, rate, checkpoint_every, message, kept):
     run = run_config("dense", token_data(tmp_path), steps=12, checkpoint_every=checkpoint_every)
-    with pytest.raises(UserError, match=message):
-        train(run, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        explode_at_step_9(patch, rate)
+        with pytest.raises(UserError, match=message):
+            train(run, tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == kept
     assert not (tmp_path / "run/summary.json").exists()
     assert np.isfinite(losses(tmp_path / "run")).all()
-    if checkpoint_every == 3:
-        monkeypatch.setattr(optimizer, "learning_rate", explodes_at_step_9)
+    if rate == 1e30:
         train(run, tmp_path / "run")
         assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 13))
         assert metrics(tmp_path / "run", "validation")[-1]["loss"] < math.log(384)
 
 
 def test_the_loop_transfers_nothing_by_itself(monkeypatch, tmp_path):
-    monkeypatch.setattr(sharding, "put_batch", lambda mesh, batch: batch)
+    monkeypatch.setattr(sharding, "put_batch", lambda _, batch: batch)
     data = token_data(tmp_path)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"Disallowed host-to-device transfer"):
         train(run_config("dense", data, steps=3), tmp_path / "run")

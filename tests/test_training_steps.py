@@ -22,8 +22,8 @@ from moe_reduce import trees
 from moe_reduce.config import BalanceConfig, DataConfig, TrainConfig
 from moe_reduce.models.decoder import abstract_params
 from moe_reduce.training import optimizer, sharding
-from moe_reduce.training.losses import language_model_task
 from moe_reduce.training.loop import Fit, Speed
+from moe_reduce.training.losses import language_model_task
 from moe_reduce.training.task import Task, join, partition
 
 TRAIN = TrainConfig(steps=100, batch_size=8, learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=10)

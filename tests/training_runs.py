@@ -161,11 +161,11 @@ def write_config(directory: Path, data: DataConfig, **changes: Any) -> Path:
     return file
 
 
-def environment(devices: int, cache: Path) -> dict[str, str]:
-    """Of a process of the command line, which keeps what it compiles in `cache` for the next."""
+def environment(devices: int, cache: Path | None) -> dict[str, str]:
+    """Of a process of the command line, which keeps what it compiles in `cache`, if any, for the next."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false"
     kept = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return os.environ | {"XLA_FLAGS": flags} | kept
+    return os.environ | {"XLA_FLAGS": flags} | (kept if cache else {})
 
 
 def command(*arguments: object) -> list[str]:

@@ -31,9 +31,10 @@ def read(file: str, overrides: list[str]) -> dict[str, RunConfig]:
 def _read_config_dict(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
     values = flags.FlagValues()
     words = ["moe-reduce", *overrides]
-    # without sys_argv the flag looks for overrides on the process's own command line
-    holder = config_flags.DEFINE_config_dict("config", _execute(Path(file)), flag_values=values, sys_argv=words)
+    described = _execute(Path(file))
     try:
+        # without sys_argv the flag looks for overrides on the process's own command line
+        holder = config_flags.DEFINE_config_dict("config", described, flag_values=values, sys_argv=words)
         values(words)
         return holder.value
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -52,11 +53,14 @@ def _execute(file: Path) -> ml_collections.ConfigDict:
     sys.path.insert(0, root)
     try:
         specification.loader.exec_module(module)
-        return module.get_config()
+        described = module.get_config()
     except Exception as error:  # whatever a user's file raises is about that file
         raise UserError(f"--config={file} cannot be read: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(root)
+    if not isinstance(described, ml_collections.ConfigDict):
+        raise UserError(f"--config={file}: get_config() must return a ConfigDict, got {described!r}")
+    return described
 
 
 def _culprit(overrides: list[str], message: str) -> str:

@@ -26,11 +26,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     runs = _chosen(described, arguments.variant)
     import jax
 
-    if arguments.distributed or arguments.coordinator:
-        jax.distributed.initialize(arguments.coordinator, arguments.processes, arguments.process)
-    from moe_reduce.training import comparison
+    _join_processes(arguments)
+    from moe_reduce.training import checkpoints, comparison
     from moe_reduce.training.run import SUMMARY, train, write_json
 
+    checkpoints.quiet_failures()
     for name, config in runs.items():
         if name:
             print(f"== {name}", flush=True)
@@ -43,6 +43,21 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         if "" not in runs:
             write_json(arguments.workdir / SUMMARY, {"runs": summaries})
     return arguments.workdir / SUMMARY
+
+
+def _join_processes(arguments: argparse.Namespace) -> None:
+    import jax
+
+    places = (arguments.coordinator, arguments.processes, arguments.process)
+    given = [place is not None for place in places]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --processes and --process belong together: give all three, or --distributed")
+    if all(given) and not 0 <= arguments.process < arguments.processes:
+        raise UserError(
+            f"--process={arguments.process} must be from 0 to {arguments.processes - 1}, as --processes says"
+        )
+    if arguments.distributed or all(given):
+        jax.distributed.initialize(*places)
 
 
 def _chosen(runs: dict[str, RunConfig], variants: list[str] | None) -> dict[str, RunConfig]:

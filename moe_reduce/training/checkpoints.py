@@ -1,5 +1,7 @@
 """Asynchronous Orbax checkpoints of everything that a run needs to go on: state and data position."""
 
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ class Checkpoints:
             restored = self._manager.restore(step, args=arguments)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"checkpoint {self._directory / str(step)} cannot be read ({str(error).splitlines()[0]}): delete it to "
+                f"checkpoint {self._directory / str(step)} cannot be read ({_reason(error)}): delete it to "
                 "go on from the one before"
             ) from error
         return State(*restored["state"]), restored["data"]
@@ -64,6 +66,28 @@ class Checkpoints:
 
     def _unwritable(self, error: Exception) -> UserError:
         return UserError(
-            f"cannot write a checkpoint below {self._directory} ({str(error).splitlines()[0]}): free some space or "
+            f"cannot write a checkpoint below {self._directory} ({_reason(error)}): free some space or "
             "choose another --workdir, then run the same command again to resume"
         )
+
+
+def quiet_failures() -> None:
+    """For a command: of a failed save only our one line is shown.
+
+    The threads of Orbax and TensorStore add hundreds, some of them long afterwards.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    previous = sys.unraisablehook
+
+    def without_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = without_closed_loops
+
+
+def _reason(error: Exception) -> str:
+    """The end of the first line, without the settings of the store behind it: there it says what happened."""
+    first, *_ = str(error).splitlines() or [type(error).__name__]
+    return first.split(" [")[0].rsplit('": ', 1)[-1][-150:]

@@ -24,6 +24,7 @@ from moe_reduce.training.steps import State
 from moe_reduce.training.task import Batch, Params, Task
 from moe_reduce.training.throughput import Peak
 
+MUST_BE_FINITE = ("loss", "gradient_norm", "parameter_norm")  # norms hide what the loss shows a step late, or never
 HostBatch = dict[str, np.ndarray]
 
 
@@ -164,11 +165,12 @@ class Fit:
         """Logs one step, whose metrics may still be on their way from the device."""
         scalars = {name: value for name, value in metrics.items() if value.ndim == 0}
         if step % self.train.log_every and step != self.train.steps:
-            scalars = {"loss": metrics["loss"]}
+            scalars = {name: metrics[name] for name in MUST_BE_FINITE}
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
         bar.update()
-        if not math.isfinite(values["loss"]):
-            self._stop_diverged(step, f"loss is {values['loss']} at")
+        for name in MUST_BE_FINITE:
+            if not math.isfinite(values[name]):
+                self._stop_diverged(step, f"{name} is {values[name]} at")
         if step % self.train.log_every == 0 or step == self.train.steps:
             bar.set_postfix(loss=f"{values['loss']:.3f}")
             self.log.write(step, "train", values | self._speed_since_last(step))

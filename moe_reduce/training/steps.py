@@ -53,6 +53,7 @@ def train_step(task: Task, train: TrainConfig, tx: optax.GradientTransformation,
     if average is not None:
         average = jax.tree.map(lambda mean, new: mean + (1.0 - train.ema_decay) * (new - mean), average, params)
     metrics["gradient_norm"] = optax.tree.norm(gradients)
+    metrics["parameter_norm"] = optax.tree.norm(params)
     metrics["learning_rate"] = jnp.asarray(optimizer.learning_rate(train)(state.step), jnp.float32)
     return State(state.step + 1, params, optimizer_state, average), metrics
 
