@@ -13,5 +13,5 @@ def get_config() -> ml_collections.ConfigDict:
     """Both models, for the same tokens."""
     config = cpu_pair.get_config()
     config.data.update(source="python-stdlib")
-    config.train.update(steps=300, warmup_steps=50, evaluate_every=50, checkpoint_every=50, evaluate_batches=16)
+    config.train.update(steps=200, warmup_steps=50, evaluate_every=50, checkpoint_every=50, evaluate_batches=16)
     return config

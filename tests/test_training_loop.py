@@ -8,13 +8,23 @@ import jax
 import numpy as np
 import optax
 import pytest
-from training_runs import corpus_data, losses, metrics, run_config, token_data, unmeasured_peak, write_config
+from training_runs import (
+    corpus_data,
+    losses,
+    metrics,
+    run_config,
+    step_function,
+    token_data,
+    unmeasured_peak,
+    write_config,
+)
 
 from moe_reduce.__main__ import main
 from moe_reduce.errors import UserError
 from moe_reduce.storage.model import load
 from moe_reduce.training import optimizer, sharding
 from moe_reduce.training import run as run_module
+from moe_reduce.training.checkpoints import Checkpoints
 from moe_reduce.training.metrics import TIMING, read
 from moe_reduce.training.run import train
 
@@ -151,6 +161,18 @@ def test_the_loop_transfers_nothing_by_itself(monkeypatch, tmp_path):
     data = token_data(tmp_path)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"Disallowed host-to-device transfer"):
         train(run_config("dense", data, steps=3), tmp_path / "run")
+
+
+def test_a_save_holds_no_buffer_that_the_next_step_overwrites(monkeypatch, tmp_path):
+    _, state = step_function(run_config("dense", token_data(tmp_path)))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", run_config("dense", token_data(tmp_path)).train)
+    saved = []
+    monkeypatch.setattr(checkpoints._manager, "save", lambda _, args: saved.append(args.state.item))
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    pointers = [{leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)} for tree in (state, saved[0])]
+    assert len(pointers[1]) == len(jax.tree.leaves(state))
+    assert not pointers[0] & pointers[1]
 
 
 def test_half_a_line_of_metrics_is_left_out(tmp_path):

@@ -20,10 +20,7 @@ class Checkpoints:
     def __init__(self, directory: Path, train: TrainConfig):
         self._directory = directory.absolute()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=train.checkpoints_kept,
-            enable_async_checkpointing=True,
-            create=True,
-            cleanup_tmp_directories=True,  # of a save that was killed
+            max_to_keep=train.checkpoints_kept, enable_async_checkpointing=True, create=True
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
