@@ -1,8 +1,8 @@
 """Eight devices compute what one does, and two processes what one does: to the rounding of fp32.
 
 The sums over a batch and over experts are taken in another order on each mesh, so losses differ in the last bits
-(eps is 6e-8): 6e-7 of the loss was the most seen over 20 steps. Parameters differ by more than gradients do, because
-Adam divides by their size: a tenth of a learning rate at most, where a gradient is nearly zero.
+(eps is 6e-8): 9e-7 of the loss and 1e-6 of a parameter were the most seen in 20 steps. Parameters get more room:
+Adam divides by the size of a gradient, and so enlarges the rounding of one that is nearly zero.
 """
 
 import json
@@ -22,13 +22,13 @@ from moe_reduce.training import run as run_module
 from moe_reduce.training.run import train
 
 LOSS = {"rtol": 5e-6}
-PARAMETERS = {"rtol": 1e-3, "atol": 1e-3}
+PARAMETERS = {"rtol": 1e-4, "atol": 1e-5}
 GOLDEN = {
     "dense": [5.855057, 5.850702, 5.823055, 5.781961, 5.737825],
     "shared": [5.859765, 5.862430, 5.847830, 5.770968, 5.721968],
 }
 MESHES = {
-    "dense": ["data=8", "data=2 fsdp=4", "data=2 tensor=2", "fsdp=2 tensor=2"],
+    "dense": ["data=8", "data=2 fsdp=4", "data=4 tensor=2", "data=2 fsdp=2 tensor=2"],
     "shared": ["data=8", "data=2 fsdp=4", "data=2 fsdp=2 expert=2", "data=2 expert=2 tensor=2"],
 }
 
