@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_reduce import planning
+from moe_reduce.__main__ import main
 from moe_reduce.commands import config_file
 from moe_reduce.models.decoder import abstract_params
 from moe_reduce.training import optimizer, sharding
@@ -45,6 +46,11 @@ def test_shared_moe_has_at_most_40_percent(pair):
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda script: script.name)
 def test_every_script_parses(script):
     subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/speed.md", "docs/shared_moe.md"])
+def test_tables_of_documents_are_the_generated_ones(document):
+    assert main(["report", f"--document={ROOT / document}", f"--results={ROOT / 'docs/results'}", "--check"]) == 0
 
 
 @pytest.mark.slow
