@@ -1,4 +1,4 @@
-"""What closes the gap of configs/cpu_pair.py early: one change at a time, 0.8M tokens each, at most 40 % of the dense.
+"""What closes the gap of configs/cpu_pair.py early: one change at a time, 0.8M tokens each.
 
 Cost: about 3 minutes a variant on one core. Expected: docs/shared_moe.md.
 Command: ./launch/shared_moe.sh, or moe-reduce train --config=configs/cpu_ablations.py --workdir=runs/cpu_ablations

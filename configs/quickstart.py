@@ -1,6 +1,6 @@
 """A dense LLaMA and a shared MoE of under 40 % of its parameters, on the Python standard library, on a CPU.
 
-Cost: about five minutes on 2 cores. Expected: a gap of about 0.1 nats, still closing (see the README's results).
+Cost: about five minutes on 2 cores. Expected: a table and loss.png; at 0.8M tokens the two are within about 0.1 nats.
 Command: ./launch/quickstart.sh
 """
 

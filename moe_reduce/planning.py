@@ -7,7 +7,7 @@ from typing import Any
 from moe_reduce import trees
 from moe_reduce.config import ModelConfig
 
-COMPONENTS = {  # the second-to-last or only path element that decides a leaf's component
+COMPONENTS = {  # the last of these names in a path decides its component
     "embedding": "embedding",
     "unembedding": "unembedding",
     "attention": "attention",

@@ -51,7 +51,7 @@ def collect(workdirs: Iterable[Path], title: str, command: str, out: Path) -> No
 
 
 def _runs(workdirs: Iterable[Path]) -> list[Path]:
-    """Workdirs of single runs; a comparison's stands for its variants, in its order."""
+    """Workdirs of single runs; a comparison's stands for its variants."""
     found = []
     for workdir in workdirs:
         inner = sorted(path.parent for path in workdir.glob(f"*/{SUMMARY}"))

@@ -105,3 +105,22 @@ def test_report_pairs_seeds_and_fills_documents(tmp_path, capsys):
     assert "+0.2000 ± 0.1000" in document.read_text()
     assert "old" not in document.read_text()
     assert main([*fill, "--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (["evaluate", "--model=x", "--data=x", "--batch-size=0"], "--batch-size must be positive"),
+        (["evaluate", "--model=x", "--data=x", "--max-batches=-1"], "--max-batches must be positive"),
+        (["train", "--config=configs/quickstart.py", "--workdir=gs://bucket/run"], "--workdir="),
+        (["report"], "--runs"),
+        (["plan", "--config=configs/quickstart.py", "--context=0"], "--context"),
+        (["inspect", "--model=nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, culprit, tmp_path, capsys):
+    if arguments[0] == "evaluate":
+        arguments = [*arguments, f"--out={tmp_path / 'out'}"]
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert culprit in line

@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 
 from moe_reduce.commands import model_arguments
+from moe_reduce.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         cache=arguments.cache,
     )
     validation.check_data(data)
-    validation.positive("--", arguments, "batch_size")
+    for name, value in (("--batch-size", arguments.batch_size), ("--max-batches", arguments.max_batches)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be positive, got {value}")
     model = load(arguments.model, execution=execution.resolve(jax.default_backend()))
     result = evaluate(model, data, arguments.batch_size, arguments.max_batches)
     print(model_arguments.show(result, as_json=False))

@@ -43,7 +43,7 @@ def plan(model: ModelConfig, context: int) -> dict[str, Any]:
     return {
         "parameters": total,
         "by_component": planning.counts_by_component(params),
-        "parameters_used_per_token": planning.matmul_parameters_per_token(model),
+        "matmul_parameters_per_token": planning.matmul_parameters_per_token(model),
         "weight_bytes": {"float32": 4 * total, "bfloat16": 2 * total},
         "training_state_bytes": {"weights": 4 * total, "gradients": 4 * total, "adam_moments": 8 * total},
         "context": context,

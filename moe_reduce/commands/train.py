@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Runs the command; returns the path of summary.json."""
+    if ":/" in str(arguments.workdir):
+        raise UserError(f"--workdir={arguments.workdir} must be on a disk: mount the bucket, and give its path")
     described = config_file.read(arguments.config, overrides)
     runs = _chosen(described, arguments.variant)
     import jax
@@ -35,10 +37,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         if name:
             print(f"== {name}", flush=True)
         train(config, arguments.workdir / name, name)
-    done = {name: arguments.workdir / name for name in described if (arguments.workdir / name / SUMMARY).exists()}
-    summaries = [json.loads((workdir / SUMMARY).read_text()) for workdir in done.values()]
-    print(comparison.table(summaries))
     if jax.process_index() == 0:
+        done = {name: arguments.workdir / name for name in described if (arguments.workdir / name / SUMMARY).exists()}
+        summaries = [json.loads((workdir / SUMMARY).read_text()) for workdir in done.values()]
+        print(comparison.table(summaries))
         comparison.plot(done, arguments.workdir / "loss.png")
         if "" not in runs:
             write_json(arguments.workdir / SUMMARY, {"runs": summaries})

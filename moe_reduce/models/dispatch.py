@@ -101,9 +101,14 @@ def dispatch_ragged(x_SD, experts_SA, weights_SA, experts: Experts, execution: E
     del execution
     order = sort_by_expert(experts_SA, experts.gate_EDF.shape[0])
     x_MD = gather_rows(x_SD, order)
-    gate_MF = jax.lax.ragged_dot(x_MD, experts.gate_EDF, order.counts_E)
-    up_MF = jax.lax.ragged_dot(x_MD, experts.up_EDF, order.counts_E)
-    y_MD = jax.lax.ragged_dot(jax.nn.silu(gate_MF) * up_MF, experts.down_EFD, order.counts_E)
+    # rows of experts elsewhere lie past the groups, where a kernel may leave anything
+    here_M1 = (jnp.arange(x_MD.shape[0]) < jnp.sum(order.counts_E))[:, None]
+
+    def grouped(rows_MX, matrices):
+        return jnp.where(here_M1, jax.lax.ragged_dot(rows_MX, matrices, order.counts_E), 0)
+
+    hidden_MF = jax.nn.silu(grouped(x_MD, experts.gate_EDF)) * grouped(x_MD, experts.up_EDF)
+    y_MD = grouped(hidden_MF, experts.down_EFD)
     return combine_rows(y_MD, weights_SA, order), jnp.zeros(())
 
 

@@ -4,6 +4,7 @@ A layer that owns its experts and a layer that calls the shared pool run the sam
 parameters live, so router and pool hand out arrays and the computation takes them.
 """
 
+import dataclasses
 from functools import partial
 
 import flax.linen as nn
@@ -54,8 +55,8 @@ def mixture_of_experts(x_BTD, pool: Experts, router_DE, bias_E, moe: MoEConfig, 
     """
     batch, time, width = x_BTD.shape
     x_SD = x_BTD.reshape(batch * time, width)
-    # routing is decided in fp32: bf16 logits would tie and swap experts
-    logits_SE = jnp.einsum("SD,DE->SE", x_SD.astype(jnp.float32), router_DE.astype(jnp.float32))
+    # routing is decided in true fp32 (not the bf16 passes that are a TPU's default): else experts tie and swap
+    logits_SE = jnp.matmul(x_SD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     routing = route(logits_SE, bias_E, moe)
     chosen_BTA = routing.experts_SA.reshape(batch, time, moe.active)
     weights_BTA = routing.weights_SA.reshape(batch, time, moe.active)
@@ -97,6 +98,9 @@ def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Experts, execution: Exec
 def _sharded_experts(x_BTD, chosen_BTA, weights_BTA, matrices, execution: ExecutionConfig):
     pool = Experts(*matrices)
     first = jax.lax.axis_index("expert") * pool.gate_EDF.shape[0]
+    # capacity is a multiple of the mean over all experts, of which only a part is here
+    factor = execution.capacity_factor / jax.lax.axis_size("expert")
+    execution = dataclasses.replace(execution, capacity_factor=factor)
     y_BTD, dropped = _local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first)
     return jax.lax.psum(y_BTD, ("expert", "tensor")), jax.lax.pmean(dropped, (*BATCH_AXES, "expert", "tensor"))
 

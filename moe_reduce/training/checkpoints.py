@@ -31,7 +31,7 @@ class Checkpoints:
     def save(self, step: int, state: State, data_position: dict[str, Any]) -> None:
         """Starts a save and returns once the state is copied; the step function may then reuse its buffers."""
         # on CPU a host view of a device buffer is the buffer itself, which the next step overwrites (donation)
-        copy = jax.tree.map(jnp.copy, state)
+        copy = jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(copy), data=ocp.args.JsonSave(data_position))
         try:
             self._manager.save(step, args=arguments)

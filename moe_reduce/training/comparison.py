@@ -1,6 +1,7 @@
 """Runs side by side: the table, the picture, and one summary of all."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def plot(workdirs: dict[str, Path], file: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
     temporary.replace(file)

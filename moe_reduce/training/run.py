@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from moe_reduce import planning
@@ -38,9 +39,9 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     sharding.shardings(mesh, abstract_params(run.model))  # refused before anything is prepared
     steps.check_batch(mesh, run.train)
     claim(workdir, run)
-    if (workdir / SUMMARY).exists():
+    if _first_process_says((workdir / SUMMARY).exists()):
         print(f"{workdir} is done: nothing to do (a new --workdir starts again)")
-        return json.loads((workdir / SUMMARY).read_text())
+        return json.loads((workdir / SUMMARY).read_text()) if (workdir / SUMMARY).exists() else {}
     tokens, _ = prepare(run.data, run.model.vocab_size)
     flops = planning.train_flops_per_token(run.model, run.data.sequence_length)
     speed = Speed(
@@ -53,7 +54,16 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         outcome = _fit(run, mesh, tokens, speed, workdir).run()
         summary = _summary(run, name, outcome, speed, time.time() - started)
         _save(run, mesh, workdir, outcome, summary, getattr(tokens, "directory", None))
+    if jax.process_count() > 1:  # none leaves, and takes the others' connection down, before the result is written
+        multihost_utils.sync_global_devices("result written")
     return summary
+
+
+def _first_process_says(value: bool) -> bool:
+    """The first process's value on all: disks differ, or show each other's files late, and all must do the same."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def _fit(run: RunConfig, mesh: Mesh, tokens: TokenSource, speed: Speed, workdir: Path) -> Fit:
