@@ -91,6 +91,7 @@ combine_rows.defvjp(_combine_forward, _combine_backward)
 
 
 def dispatch_blocks(x_SD, experts_SA, weights_SA, experts: Experts, execution: ExecutionConfig):
+    """Exact and dropless: only routed rows are computed, block by block (see models/blocks.py). Dropped share 0."""
     order = sort_by_expert(experts_SA, experts.gate_EDF.shape[0])
     x_MD = gather_rows(x_SD, order)
     y_MD = blocks.grouped_swiglu(x_MD, order.counts_E, *experts, execution.block_rows)
@@ -98,6 +99,7 @@ def dispatch_blocks(x_SD, experts_SA, weights_SA, experts: Experts, execution: E
 
 
 def dispatch_ragged(x_SD, experts_SA, weights_SA, experts: Experts, execution: ExecutionConfig):
+    """Exact and dropless: jax.lax.ragged_dot over the sorted rows. Dropped share 0."""
     del execution
     order = sort_by_expert(experts_SA, experts.gate_EDF.shape[0])
     x_MD = gather_rows(x_SD, order)
@@ -113,6 +115,7 @@ def dispatch_ragged(x_SD, experts_SA, weights_SA, experts: Experts, execution: E
 
 
 def dispatch_capacity(x_SD, experts_SA, weights_SA, experts: Experts, execution: ExecutionConfig):
+    """At most capacity_factor · mean rows for each expert, in sorted order; the rest is dropped and its share returned."""
     count = experts.gate_EDF.shape[0]
     order = sort_by_expert(experts_SA, count)
     assignments = experts_SA.size
@@ -134,6 +137,7 @@ def dispatch_capacity(x_SD, experts_SA, weights_SA, experts: Experts, execution:
 
 
 def dispatch_reference(x_SD, experts_SA, weights_SA, experts: Experts, execution: ExecutionConfig):
+    """Every expert on every token, for tests: memory grows as E · S · F. Dropped share 0."""
     del execution
     count = experts.gate_EDF.shape[0]
     chosen_SAE = jax.nn.one_hot(experts_SA, count, dtype=x_SD.dtype)
