@@ -115,7 +115,7 @@ def dispatch_ragged(x_SD, experts_SA, weights_SA, experts: Experts, execution: E
 
 
 def dispatch_capacity(x_SD, experts_SA, weights_SA, experts: Experts, execution: ExecutionConfig):
-    """At most capacity_factor · mean rows for each expert, in sorted order; the rest is dropped and its share returned."""
+    """At most capacity_factor · mean rows for each expert, in sorted order; returns the share that is dropped."""
     count = experts.gate_EDF.shape[0]
     order = sort_by_expert(experts_SA, count)
     assignments = experts_SA.size
