@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
         steps=2500, batch_size=32, learning_rate=8e-3, final_learning_rate=8e-4, warmup_steps=100,
         evaluate_every=125, evaluate_batches=32, checkpoint_every=250,
     )  # fmt: skip
+    config.execution.scan_unroll = 8
     config.variants = ml_collections.ConfigDict({"dense": dense(), "shared_moe": {}})
     return config
 
@@ -30,4 +31,4 @@ def get_config() -> ml_collections.ConfigDict:
 def dense() -> dict:
     """What the baseline has in place of the pool and the grouped heads."""
     model = {"moe": None, "feed_forward_width": 256, "key_value_heads": 2}
-    return {"model": model, "execution": {"scan_unroll": 8}}
+    return {"model": model}

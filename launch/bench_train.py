@@ -1,27 +1,30 @@
-"""Training speed on this machine, side by side with transformers on torch, in one process; ratios of medians.
+"""Training speed on this machine, side by side with transformers on torch; ratios of medians.
 
-Same shapes, fp32, threads, AdamW with clipping. Steps alternate (ours, theirs, ours, …), so that a machine whose speed
-drifts slows both alike. Also the MoE layer against the matmul peak measured between its runs, forward and backward.
+Same shapes, precision, threads, AdamW with clipping, malloc settings. Each side lives in a process of its own, so that
+neither runs in what the other's allocator left, and steps alternate (ours, theirs, ours, …), so that a machine whose
+speed drifts slows both alike. bfloat16 is fp32 masters and bf16 products on both sides: compute_dtype and
+torch.autocast. Also the MoE layer against the matmul peak measured between its runs, forward and backward.
 
 Command: ./launch/bench_train.sh    (writes docs/results/cpu_speed/summary.json; --tiny for a quick check)
 """
 
 import argparse
 import dataclasses
-import gc
 import json
+import multiprocessing
+import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 from moe_reduce import planning
 from moe_reduce.commands import config_file
@@ -69,9 +72,14 @@ def our_step(run: RunConfig, tokens: np.ndarray) -> tuple[Run, float]:
     return go, compile_seconds
 
 
-def their_step(model: torch.nn.Module, tokens: np.ndarray, run: RunConfig) -> Run:
+def their_step(run: RunConfig, tokens: np.ndarray) -> tuple[Run, float]:
     """The same step in torch."""
+    import torch
+    import transformers
+
     train = run.train
+    model = transformers.AutoModelForCausalLM.from_config(peer_config(run.model)).float().train()
+    half = run.execution.compute_dtype == "bfloat16"
     adam = torch.optim.AdamW(
         model.parameters(), lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon,
         weight_decay=train.weight_decay, fused=True,
@@ -80,15 +88,51 @@ def their_step(model: torch.nn.Module, tokens: np.ndarray, run: RunConfig) -> Ru
 
     def go() -> None:
         adam.zero_grad(set_to_none=True)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
         adam.step()
 
-    return go
+    return go, 0.0
+
+
+def _serve(connection: Any, build: Callable[[RunConfig, np.ndarray], tuple[Run, float]], *arguments: Any) -> None:
+    """In a process: builds a step, then runs it each time that it is told to."""
+    step, compile_seconds = build(*arguments)
+    step()
+    connection.send(compile_seconds)
+    while connection.recv():
+        step()
+        connection.send(None)
+
+
+class Process:
+    """A training step in a process of its own."""
+
+    def __init__(self, build: Callable[..., tuple[Run, float]], *arguments: Any):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, build, *arguments))
+        self.process.start()
+        theirs.close()
+        self.compile_seconds = self.connection.recv()
+
+    def step(self) -> None:
+        """One step, waited for."""
+        self.connection.send(True)
+        self.connection.recv()
+
+    def end(self) -> None:
+        """Gives its memory back."""
+        self.connection.send(False)
+        self.process.join()
 
 
 def peer_config(model: ModelConfig) -> Any:
     """The transformers model of the same attention and feed-forward shapes."""
+    import transformers
+
     shared = {
         "vocab_size": model.vocab_size, "hidden_size": model.width, "num_hidden_layers": model.layers,
         "num_attention_heads": model.query_heads, "num_key_value_heads": model.key_value_heads,
@@ -105,19 +149,20 @@ def peer_config(model: ModelConfig) -> Any:
 def compare_steps(name: str, run: RunConfig, batch: int, length: int, repeats: int) -> dict[str, Any]:
     """Our training step against transformers'."""
     tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (batch, length + 1)).astype(np.int32)
-    ours, compile_seconds = our_step(run, tokens)
-    peer = transformers.AutoModelForCausalLM.from_config(peer_config(run.model)).float().train()
-    result = medians({"ours": ours, "peer": their_step(peer, tokens, run)}, repeats)
+    ours, peer = Process(our_step, run, tokens), Process(their_step, run, tokens)
+    result = medians({"ours": ours.step, "peer": peer.step}, repeats)
+    ours.end()
+    peer.end()
     flops = planning.train_flops_per_token(run.model, length) * batch * length
-    gc.collect()
+    precision = {"float32": "fp32", "bfloat16": "bf16 with fp32 masters"}[run.execution.compute_dtype]
     return {
         "name": name,
-        "shape": f"{batch} × {length} tokens, fp32, AdamW",
+        "shape": f"{batch} × {length} tokens, {precision}, AdamW",
         "our_tokens_per_second": batch * length / result["ours"],
         "peer_tokens_per_second": batch * length / result["peer"],
         "ratio": result["peer"] / result["ours"],
         "our_flops_per_second": flops / result["ours"],
-        "compile_seconds": compile_seconds,
+        "compile_seconds": ours.compile_seconds,
     }
 
 
@@ -135,11 +180,12 @@ def moe_layer(model: ModelConfig, rows: int, repeats: int) -> dict[str, Any]:
     weights_SA, chosen_SA = jax.lax.top_k(jax.nn.softmax(jax.random.normal(keys[4], (rows, experts))), active)
     execution = ExecutionConfig().resolve("cpu")
 
-    def layer(x_SD, weights_SA, pool):
+    def layer(x_SD, weights_SA, matrices):
+        pool = dispatch.Pool.of(matrices, x_SD.dtype)
         return dispatch.DISPATCHES[execution.dispatch](x_SD, chosen_SA, weights_SA, pool, execution)[0]
 
-    def gradient(x_SD, weights_SA, pool):
-        return jax.vjp(layer, x_SD, weights_SA, pool)[1](x_SD)
+    def gradient(x_SD, weights_SA, matrices):
+        return jax.vjp(layer, x_SD, weights_SA, matrices)[1](x_SD)
 
     forward, both, multiply = jax.jit(layer), jax.jit(gradient), jax.jit(jnp.matmul)
     square = jax.random.normal(keys[5], (2048, 2048))
@@ -171,7 +217,7 @@ def table(rows: list[dict[str, Any]], layer: dict[str, Any]) -> list[list[str]]:
             row["name"], row["shape"], f"{row['our_tokens_per_second']:.0f} tokens/s",
             f"{row['peer_tokens_per_second']:.0f} tokens/s", f"{row['ratio']:.2f}×", aim,
         ]
-        for row, aim in zip(rows, ("≥ 1.4×", "≥ 1.7×"), strict=True)
+        for row, aim in zip(rows, ("≥ 1.4×", "≥ 1.4×", "≥ 1.7×", "≥ 1.7×"), strict=True)
     ]  # fmt: skip
     for part in ("forward", "forward_backward"):
         share = layer[f"{part}_share_of_peak"]
@@ -191,30 +237,32 @@ def main() -> None:
     small = ["--config.model.layers=2", "--config.model.vocab_size=512"] if arguments.tiny else []
     batch, length = (1, 32) if arguments.tiny else (4, 256)
 
-    def read(name: str, *unroll: str) -> RunConfig:
-        execution = ["--config.execution.platform=cpu", "--config.execution.compute_dtype=float32"]
-        overrides = [*execution, "--config.execution.remat=none", *unroll, *small]
+    def read(name: str, dtype: str) -> RunConfig:
+        execution = ["--config.execution.platform=cpu", f"--config.execution.compute_dtype={dtype}"]
+        overrides = [*execution, "--config.execution.remat=none", "--config.execution.scan_unroll=12", *small]
         (run,) = config_file.read(str(ROOT / "configs" / name), overrides).values()
         return dataclasses.replace(run, execution=run.execution.resolve("cpu"))
 
-    dense, shared = read("dense_llama_125m.py", "--config.execution.scan_unroll=12"), read("shared_moe_50m.py")
-    assert shared.model.moe is not None
-    print("dense", flush=True)
-    rows = [
-        compare_steps("dense LLaMA 137.8M vs transformers LlamaForCausalLM", dense, batch, length, arguments.repeats)
-    ]
-    print("shared MoE", flush=True)
-    rows += [
-        compare_steps("shared MoE 49.6M vs transformers Qwen3MoeForCausalLM", shared, batch, length, arguments.repeats)
-    ]
+    peers = {
+        "dense_llama_125m.py": "dense LLaMA 137.8M vs transformers LlamaForCausalLM",
+        "shared_moe_50m.py": "shared MoE 49.6M vs transformers Qwen3MoeForCausalLM",
+    }
+    rows = []
+    for file, name in peers.items():
+        for dtype in ("float32", "bfloat16"):
+            print(name, dtype, flush=True)
+            rows.append(compare_steps(name, read(file, dtype), batch, length, arguments.repeats))
+    shared = read("shared_moe_50m.py", "float32")
     layer = moe_layer(shared.model, 64 if arguments.tiny else 2048, 2 * arguments.repeats)
+    versions = {name: metadata.version(name) for name in ("jax", "torch", "transformers")}
     summary = {
-        "title": f"Training speed on CPU beside transformers {transformers.__version__} on torch {torch.__version__}",
+        "title": f"Training speed on CPU beside transformers {versions['transformers']} on torch {versions['torch']}",
         "command": "./launch/bench_train.sh",
         "columns": ["what", "shape", "ours", "peer", "ratio", "aim"],
         "rows": table(rows, layer),
-        "machine": f"{torch.get_num_threads()} threads, {platform.machine()}",
-        "versions": {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "malloc": os.environ.get("GLIBC_TUNABLES", ""),
+        "versions": versions,
         "steps": rows,
         "layer": layer,
     }

@@ -65,6 +65,7 @@ class ExecutionConfig:
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # auto: resolved once, when a command starts
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["xla", "cudnn"] = "xla"
+    products: Literal["auto", "plain", "transposed"] = "auto"  # auto: transposed for bf16 on CPU (models/products.py)
     dispatch: Literal["auto", "blocks", "ragged", "capacity", "reference"] = "auto"  # auto: by platform
     capacity_factor: float = 2.0  # of the capacity dispatch only: rows per expert / mean rows per expert
     block_rows: int = 64  # of the blocks dispatch only
@@ -77,7 +78,9 @@ class ExecutionConfig:
         if platform not in DISPATCH_BY_PLATFORM:
             raise UserError(f"no dispatch is known for platform {platform!r}: set execution.platform and .dispatch")
         dispatch = DISPATCH_BY_PLATFORM[platform] if self.dispatch == "auto" else self.dispatch
-        return dataclasses.replace(self, platform=platform, dispatch=dispatch)
+        bf16_on_cpu = platform == "cpu" and self.compute_dtype == "bfloat16"
+        products = ("transposed" if bf16_on_cpu else "plain") if self.products == "auto" else self.products
+        return dataclasses.replace(self, platform=platform, dispatch=dispatch, products=products)
 
 
 @dataclass(frozen=True)

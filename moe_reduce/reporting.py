@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -25,45 +25,67 @@ COLUMNS = [
     "accuracy", "tokens/s", "pool use", "a layer's use",
 ]  # fmt: skip
 MARKERS = re.compile(r"(<!-- results:(\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+CURVES = "curves.jsonl"
 POINTS = 200  # kept of each curve
 
 
-def collect(workdirs: Iterable[Path], title: str, command: str, out: Path) -> None:
-    """Runs of several seeds -> out/summary.json (a row a model), curves.jsonl (thinned) and curves.png."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for workdir in _runs(workdirs):
-        summary = _summary(workdir)
-        groups.setdefault(summary["name"] or workdir.name, []).append(summary | {"workdir": workdir})
+def collect(sources: Iterable[Path], title: str, command: str, out: Path) -> None:
+    """Runs of several seeds -> out/summary.json (a row a model), curves.jsonl (thinned) and curves.png.
+
+    A source is the workdir of a run, of a comparison (which stands for its variants), or an earlier result, so that
+    seeds of several days and machines come together. Of two runs of one model and seed, the later source is kept.
+    """
+    found: dict[tuple[str, int], Measured] = {}
+    for source in sources:
+        found |= {(one.name, one.summary["seed"]): one for one in _measured(source)}
+    groups: dict[str, list[Measured]] = {}
+    # the dense baseline, if there is one, is what gaps are measured to
+    for one in sorted(found.values(), key=lambda one: one.name != "dense"):
+        groups.setdefault(one.name, []).append(one)
     first = next(iter(groups.values()))
-    for runs in groups.values():
-        if runs[0]["tokens"] != first[0]["tokens"]:
-            raise UserError(f"{runs[0]['workdir']} saw {runs[0]['tokens']:,} tokens, {first[0]['workdir']} did not")
+    tokens = first[0].summary["tokens"]
+    for one in found.values():
+        if one.summary["tokens"] != tokens:
+            seen = f"{one.summary['tokens']:,}"
+            raise UserError(f"{one.name} in {one.source} saw {seen} tokens, {first[0].name} {tokens:,}")
     out.mkdir(parents=True, exist_ok=True)
-    curves = [_curve(name, run) for name, runs in groups.items() for run in runs]
-    (out / "curves.jsonl").write_text("".join(json.dumps(curve) + "\n" for curve in curves))
+    curves = [one.curve for runs in groups.values() for one in runs]
+    (out / CURVES).write_text("".join(json.dumps(curve) + "\n" for curve in curves))
     _picture(curves, title, out / "curves.png")
-    rows = [_row(name, runs, first) for name, runs in groups.items()]
-    details = {
-        name: [{k: v for k, v in run.items() if k != "workdir"} for run in runs] for name, runs in groups.items()
-    }
-    content = {"title": title, "command": command, "columns": COLUMNS, "rows": rows, "runs": details}
+    summaries = {name: [one.summary for one in runs] for name, runs in groups.items()}
+    rows = [_row(name, runs, summaries[first[0].name]) for name, runs in summaries.items()]
+    content = {"title": title, "command": command, "columns": COLUMNS, "rows": rows, "runs": summaries}
     write_json(out / SUMMARY, content)
 
 
-def _runs(workdirs: Iterable[Path]) -> list[Path]:
-    """Workdirs of single runs; a comparison's stands for its variants."""
-    found = []
-    for workdir in workdirs:
-        inner = sorted(path.parent for path in workdir.glob(f"*/{SUMMARY}"))
-        found += inner or [workdir]
-    # the dense baseline, if there is one, is what gaps are measured to
-    return sorted(found, key=lambda workdir: workdir.name != "dense")
+class Measured(NamedTuple):
+    """One finished run: what its summary says and its validation curve."""
+
+    name: str
+    source: Path
+    summary: dict[str, Any]
+    curve: dict[str, Any]
+
+
+def _measured(source: Path) -> list[Measured]:
+    inner = sorted(path.parent for path in source.glob(f"*/{SUMMARY}"))
+    if inner:
+        return [one for workdir in inner for one in _measured(workdir)]
+    summary = _summary(source)
+    if "runs" not in summary:
+        name = summary["name"] or source.name
+        return [Measured(name, source, summary, _curve(name, summary, source / "metrics.jsonl"))]
+    lines = (source / CURVES).read_text().splitlines()
+    curves = {(curve["name"], curve["seed"]): curve for curve in map(json.loads, lines)}
+    return [
+        Measured(name, source, run, curves[name, run["seed"]]) for name, runs in summary["runs"].items() for run in runs
+    ]
 
 
 def _summary(workdir: Path) -> dict[str, Any]:
     file = workdir / SUMMARY
     if not file.is_file():
-        raise UserError(f"{workdir} has no {SUMMARY}: give the workdirs of finished runs")
+        raise UserError(f"{workdir} has no {SUMMARY}: give the workdirs of finished runs, or an earlier result")
     return json.loads(file.read_text())
 
 
@@ -96,9 +118,9 @@ def _spread(values: list[float], sign: bool = False) -> str:
     return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.4f}"
 
 
-def _curve(name: str, run: dict[str, Any]) -> dict[str, Any]:
+def _curve(name: str, run: dict[str, Any], metrics: Path) -> dict[str, Any]:
     """Validation loss against tokens, and the FLOPs a token that turn them into FLOPs."""
-    lines = [line for line in read(run["workdir"] / "metrics.jsonl") if line["split"] == "validation"]
+    lines = [line for line in read(metrics) if line["split"] == "validation"]
     lines = lines[:: max(1, len(lines) // POINTS)]
     per_step = run["tokens"] / run["steps"]
     return {

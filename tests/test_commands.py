@@ -107,6 +107,22 @@ def test_report_pairs_seeds_and_fills_documents(tmp_path, capsys):
     assert main([*fill, "--check"]) == 0
 
 
+def test_report_adds_seeds_to_an_earlier_result(tmp_path):
+    for seed in (0, 1):
+        _finished_run(tmp_path / f"s{seed}" / "dense", "dense", seed, 3.0 + seed)
+    first, second, both = (tmp_path / name for name in ("first", "second", "both"))
+    made = ["--title=Pair", "--made-by=x"]
+    assert main(["report", "--runs", str(tmp_path / "s0"), *made, f"--out={first}"]) == 0
+    assert main(["report", "--runs", str(first), str(tmp_path / "s1"), *made, f"--out={second}"]) == 0
+    assert main(["report", "--runs", str(tmp_path / "s0"), str(tmp_path / "s1"), *made, f"--out={both}"]) == 0
+    for file in ("summary.json", "curves.jsonl"):
+        assert (second / file).read_text() == (both / file).read_text()
+    _finished_run(tmp_path / "again", "dense", 0, 2.0)
+    again = tmp_path / "replaced"
+    assert main(["report", "--runs", str(second), str(tmp_path / "again"), *made, f"--out={again}"]) == 0
+    assert json.loads((again / "summary.json").read_text())["rows"][0][6] == "3.0000 ± 1.0000"  # of 2 and 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
     [

@@ -132,6 +132,15 @@ def test_wrong_configuration_file(refused, free, tmp_path, name):
     free()
 
 
+def test_an_override_of_what_a_variant_sets(refused, free, tmp_path):
+    good = (tmp_path / "config.py").read_text()
+    variants = "config.variants = {'big': {'train': {'steps': 30}}}"
+    (tmp_path / "variants.py").write_text(good.replace("    return config\n", f"    {variants}\n    return config\n"))
+    parts = ("--config.train.steps=10", "variant big sets train.steps itself")
+    refused(["--config.train.steps=10"], *parts, file=tmp_path / "variants.py")
+    free()
+
+
 def test_missing_configuration_file(refused, tmp_path):
     refused([], "absent.py does not exist", file=tmp_path / "absent.py")
 

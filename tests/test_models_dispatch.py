@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_reduce.config import ExecutionConfig, MoEConfig
-from moe_reduce.models.dispatch import DISPATCHES, Experts, sort_by_expert
+from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool, sort_by_expert
 from moe_reduce.models.routing import route
 
 S, D, F, E, A = 96, 16, 24, 5, 2
@@ -42,8 +42,9 @@ def test_equals_reference(name, kind):
     target_SD = jax.random.normal(jax.random.key(4), (S, D))
 
     def loss(which, x_SD, weights_SA, pool):
-        y_SD, dropped = DISPATCHES[which](x_SD, chosen_SA, weights_SA, pool, EXECUTION)
-        return jnp.sum(y_SD * target_SD), (y_SD, dropped)
+        y_SD, pool, dropped = DISPATCHES[which](x_SD, chosen_SA, weights_SA, Pool.of(pool, x_SD.dtype), EXECUTION)
+        # what the next user of the pool adds to the gradient must come through
+        return jnp.sum(y_SD * target_SD) + sum(jnp.sum(matrix**2) for matrix in pool.masters), (y_SD, dropped)
 
     def both(which):
         return jax.jit(jax.value_and_grad(lambda *a: loss(which, *a), argnums=(0, 1, 2), has_aux=True))(
@@ -63,16 +64,17 @@ def test_blocks_of_any_size(block_rows):
     x_SD = jax.random.normal(jax.random.key(1), (S, D))
     weights_SA, chosen_SA = jnp.full((S, A), 0.5), _chosen("random")
     execution = dataclasses.replace(EXECUTION, block_rows=block_rows)
-    y, _ = DISPATCHES["blocks"](x_SD, chosen_SA, weights_SA, _pool(jax.random.key(0)), execution)
-    expected, _ = DISPATCHES["reference"](x_SD, chosen_SA, weights_SA, _pool(jax.random.key(0)), execution)
+    pool = Pool.of(_pool(jax.random.key(0)), x_SD.dtype)
+    y, _, _ = DISPATCHES["blocks"](x_SD, chosen_SA, weights_SA, pool, execution)
+    expected, _, _ = DISPATCHES["reference"](x_SD, chosen_SA, weights_SA, pool, execution)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_capacity_reports_what_it_drops():
     chosen_SA = _chosen("one_expert_takes_all")
     execution = dataclasses.replace(EXECUTION, capacity_factor=1.0)
-    x_SD, pool = jax.random.normal(jax.random.key(1), (S, D)), _pool(jax.random.key(0))
-    y, dropped = DISPATCHES["capacity"](x_SD, chosen_SA, jnp.full((S, A), 0.5), pool, execution)
+    x_SD, pool = jax.random.normal(jax.random.key(1), (S, D)), Pool.of(_pool(jax.random.key(0)), jnp.dtype("float32"))
+    y, _, dropped = DISPATCHES["capacity"](x_SD, chosen_SA, jnp.full((S, A), 0.5), pool, execution)
     capacity = -(-S * A // E)
     np.testing.assert_allclose(dropped, (2 * S - 2 * capacity) / (2 * S), rtol=1e-6)
     assert jnp.all(y[capacity:] == 0)

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -25,7 +26,21 @@ def read(file: str, overrides: list[str]) -> dict[str, RunConfig]:
     for override in overrides:
         if not override.startswith("--config."):
             raise UserError(f"unknown argument {override}: overrides look like --config.train.steps=10")
-    return config.parse(_read_config_dict(file, overrides))
+    described = _read_config_dict(file, overrides)
+    _refuse_hidden(described, overrides)
+    return config.parse(described)
+
+
+def _refuse_hidden(described: ml_collections.ConfigDict, overrides: list[str]) -> None:
+    """An override of what a variant sets for itself would change nothing, silently."""
+    for override in overrides:
+        key = override.removeprefix("--config.").split("=")[0]
+        for name, variant in described.get("variants", {}).items():
+            value: Any = variant
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, (ml_collections.ConfigDict, dict)) else None
+            if value is not None:
+                raise UserError(f"{override}: variant {name} sets {key} itself; use --config.variants.{name}.{key}=…")
 
 
 def _read_config_dict(file: str, overrides: list[str]) -> ml_collections.ConfigDict:

@@ -9,7 +9,7 @@ from moe_reduce.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--runs", nargs="+", type=Path, metavar="WORKDIR", help="finished runs, of one or more seeds")
+    parser.add_argument("--runs", nargs="+", type=Path, metavar="WORKDIR", help="finished runs, or earlier results")
     parser.add_argument("--title", help="of the table that --runs make")
     parser.add_argument("--made-by", help="the command that made --runs, shown above the table")
     parser.add_argument("--document", nargs="+", type=Path, metavar="FILE.md", help="documents to fill")

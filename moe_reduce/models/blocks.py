@@ -1,9 +1,9 @@
 """SwiGLU experts on rows sorted by expert: exact, and only routed rows are computed.
 
 XLA has no dense operation whose cost follows the number of rows that each expert really gets. A loop has: expert by
-expert, block by block of `block_rows` rows, with a trip count known only at run time. The last block of an expert
-reaches into the rows of the next one; these are computed for nothing and then overwritten, because experts are visited
-in order. A loop with a dynamic trip count cannot be differentiated in reverse, so the gradient is written here too.
+expert, block by block of rows, with a trip count known only at run time. The last block of an expert reaches into the
+rows of the next one; these are computed for nothing and then overwritten, because experts are visited in order. A loop
+with a dynamic trip count cannot be differentiated in reverse, so the gradient is written here too.
 """
 
 import itertools
@@ -13,47 +13,68 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-BLOCK_MULTIPLES = (1, 4)  # the sizes of blocks, in units of `block_rows`; more sizes only compiled longer
+from moe_reduce.models.products import dot
+
+BLOCK_MULTIPLES = (1, 2, 3, 4)  # the sizes of blocks, in units of `block_rows`; each size is compiled by itself
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def grouped_swiglu(x_MD, counts_E, gate_EDF, up_EDF, down_EFD, block_rows: int) -> jax.Array:
-    """Row m, of the expert whose group of counts_E contains m, -> down(silu(gate·x) · up·x), [M, D].
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def grouped_swiglu(x_MD, counts_E, matrices, masters, block_rows: int, form: str):
+    """Row m, of the expert whose group of counts_E contains m, -> down(silu(gate·x) · up·x); and the masters.
 
-    Rows past the sum of the counts give zero.
+    Args:
+        x_MD: rows, in the compute dtype, sorted by expert.
+        counts_E: rows of each expert, int32; rows past their sum give zero.
+        matrices: gate [E, D, F], up [E, D, F] and down [E, F, D] in the compute dtype. No gradient flows into them.
+        masters: what the matrices were cast from. Not read: they are handed on, so that their gradient, coming back
+            from whoever uses them next, is where this call adds its own, in place. (The gradient of a pool that all
+            layers use would otherwise be made of zeros and added up once a layer.)
+        block_rows: rows of the smallest block.
+        form: of the products (see models/products.py).
     """
-    return _forward(x_MD, counts_E, gate_EDF, up_EDF, down_EFD, block_rows)[0]
+    return _forward(x_MD, counts_E, matrices, masters, block_rows, form)[0]
 
 
 def _slice(rows, start, size):
-    return lax.dynamic_slice_in_dim(rows, start, size)
+    return _values(lax.dynamic_slice_in_dim(_bits(rows), start, size))
 
 
 def _update(rows, block, start):
-    return lax.dynamic_update_slice_in_dim(rows, block, start, axis=0)
+    """Into a buffer of bits: XLA on CPU turns a whole bf16 buffer into fp32 and back for each update of a part."""
+    return lax.dynamic_update_slice_in_dim(rows, _bits(block), start, axis=0)
 
 
-def _for_each_block(counts_E, block_rows: int, body, expert_start, carry):
-    """body(carry, local, size, start, rows_left) for every block; expert_start(e) gives what all its blocks share.
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _values(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits, jnp.bfloat16) if bits.dtype == jnp.uint16 else bits
+
+
+def _for_each_block(counts_E, block_rows: int, body, matrices, carry):
+    """body(carry, expert, its matrices, size, start, rows_left) for every block of every expert.
 
     A block takes the smallest of a few static sizes that holds all rows of its expert (one matmul an expert is the
-    usual case: large matmuls run faster), and the largest, again and again, where none does. The choice is a chain of
-    loops and not a `switch`, and empty experts are left out of the list and not skipped by a `cond`: XLA copies the
-    carried buffers around a conditional, and updates them in place in a loop.
+    usual case: preparing its weights costs more than rows for nothing), and the largest, again and again, where none
+    does. The choice is a chain of loops and not a `switch`, and empty experts are left out of the list and not skipped
+    by a `cond`: XLA copies the carried buffers around a conditional, and updates them in place in a loop.
     """
     starts_E = jnp.cumsum(counts_E) - counts_E
     (used_E,) = jnp.nonzero(counts_E > 0, size=counts_E.shape[0], fill_value=0)
+    matrices = tuple(_bits(matrix) for matrix in matrices)
     sizes = [0] + [block_rows * multiple for multiple in BLOCK_MULTIPLES]
 
     def visit(index, carry):
         expert = used_E[index]
-        local = expert_start(expert)
+        mine = tuple(_values(bits[expert]) for bits in matrices)
         state = (jnp.int32(0), carry)
         for smaller, size in reversed(list(itertools.pairwise(sizes))):
 
             def block(state, size=size):
                 done, carry = state
-                return done + size, body(carry, local, size, starts_E[expert] + done, counts_E[expert] - done)
+                left = counts_E[expert] - done
+                return done + size, body(carry, expert, mine, size, starts_E[expert] + done, left)
 
             state = lax.while_loop(lambda state, least=smaller: counts_E[expert] - state[0] > least, block, state)
         return state[1]
@@ -62,77 +83,56 @@ def _for_each_block(counts_E, block_rows: int, body, expert_start, carry):
 
 
 def _padded(rows: int, columns: int, block_rows: int, dtype) -> jax.Array:
-    return jnp.zeros((rows + block_rows * BLOCK_MULTIPLES[-1], columns), dtype)
+    return _bits(jnp.zeros((rows + block_rows * BLOCK_MULTIPLES[-1], columns), dtype))
 
 
-def _forward(x_MD, counts_E, gate_EDF, up_EDF, down_EFD, block_rows: int):
+def _forward(x_MD, counts_E, matrices, masters, block_rows: int, form: str):
     rows, width = x_MD.shape
-    hidden = gate_EDF.shape[2]
+    hidden, dtype = matrices[0].shape[2], x_MD.dtype
     x_MD = jnp.pad(x_MD, ((0, block_rows * BLOCK_MULTIPLES[-1]), (0, 0)))
 
-    def matrices(expert):
-        return gate_EDF[expert], up_EDF[expert], down_EFD[expert]
-
-    def body(carry, local, size, start, left):
+    def body(carry, expert, mine, size, start, left):
+        del expert
         y, gates, ups = carry
-        gate_DF, up_DF, down_FD = local
+        gate_DF, up_DF, down_FD = mine
         x = _slice(x_MD, start, size)
-        gate, up = x @ gate_DF, x @ up_DF
+        gate, up = dot(x, gate_DF, 1, 0, form).astype(dtype), dot(x, up_DF, 1, 0, form).astype(dtype)
         valid = (jnp.arange(size) < left)[:, None]
-        block = jnp.where(valid, (jax.nn.silu(gate) * up) @ down_FD, 0)
+        block = jnp.where(valid, dot(jax.nn.silu(gate) * up, down_FD, 1, 0, form).astype(dtype), 0)
         return _update(y, block, start), _update(gates, gate, start), _update(ups, up, start)
 
-    empty = (
-        _padded(rows, width, block_rows, x_MD.dtype),
-        _padded(rows, hidden, block_rows, x_MD.dtype),
-        _padded(rows, hidden, block_rows, x_MD.dtype),
-    )
+    empty = tuple(_padded(rows, columns, block_rows, dtype) for columns in (width, hidden, hidden))
     y, gates, ups = _for_each_block(counts_E, block_rows, body, matrices, empty)
-    return y[:rows], (x_MD, counts_E, gate_EDF, up_EDF, down_EFD, gates, ups)
+    return (_values(y[:rows]), masters), (x_MD, counts_E, matrices, gates, ups)
 
 
-def _backward(block_rows: int, saved, dy_MD):
-    x_MD, counts_E, gate_EDF, up_EDF, down_EFD, gates, ups = saved
-    rows = dy_MD.shape[0]
+def _backward(block_rows: int, form: str, saved, cotangents):
+    x_MD, counts_E, matrices, gates, ups = saved
+    dy_MD, dmasters = cotangents
+    rows, dtype = dy_MD.shape[0], dy_MD.dtype
     dy_MD = jnp.pad(dy_MD, ((0, block_rows * BLOCK_MULTIPLES[-1]), (0, 0)))
 
-    def visit_input(carry, local, size, start, left):
-        dx, dgates, dups, hiddens = carry
-        gate_DF, up_DF, down_FD = local
+    def body(carry, expert, mine, size, start, left):
+        dx, dmasters = carry
+        gate_DF, up_DF, down_FD = mine
         valid = (jnp.arange(size) < left)[:, None]
+        # rows of the next expert have a zero here, and so everywhere below
         dy = jnp.where(valid, _slice(dy_MD, start, size), 0)
-        gate, up = _slice(gates, start, size), _slice(ups, start, size)
+        gate, up, x = _slice(gates, start, size), _slice(ups, start, size), _slice(x_MD, start, size)
         activation, silu_vjp = jax.vjp(jax.nn.silu, gate)
-        dhidden = dy @ down_FD.T
+        dhidden = dot(dy, down_FD, 1, 1, form).astype(dtype)
         (dgate,) = silu_vjp(dhidden * up)
         dup = dhidden * activation
-        dx = _update(dx, dgate @ gate_DF.T + dup @ up_DF.T, start)
-        return dx, _update(dgates, dgate, start), _update(dups, dup, start), _update(hiddens, activation * up, start)
+        dx = _update(dx, (dot(dgate, gate_DF, 1, 1, form) + dot(dup, up_DF, 1, 1, form)).astype(dtype), start)
+        here = (dot(x, dgate, 0, 0, form), dot(x, dup, 0, 0, form), dot(activation * up, dy, 0, 0, form))
+        dmasters = tuple(
+            total.at[expert].add(part.astype(total.dtype)) for total, part in zip(dmasters, here, strict=True)
+        )
+        return dx, dmasters
 
-    def matrices(expert):
-        return gate_EDF[expert], up_EDF[expert], down_EFD[expert]
-
-    hidden = gates.shape[1]
-    dtype = x_MD.dtype
-    empty = tuple(_padded(rows, columns, block_rows, dtype) for columns in (x_MD.shape[1], hidden, hidden, hidden))
-    dx, dgates, dups, hiddens = _for_each_block(counts_E, block_rows, visit_input, matrices, empty)
-    dgate = _weight_gradient(x_MD, dgates, counts_E, block_rows)
-    dup = _weight_gradient(x_MD, dups, counts_E, block_rows)
-    ddown = _weight_gradient(hiddens, dy_MD, counts_E, block_rows)
-    return dx[:rows], None, dgate, dup, ddown
-
-
-def _weight_gradient(left, right, counts_E, block_rows: int):
-    """Σ over the rows of each expert of left ⊗ right, [E, columns of left, columns of right]."""
-
-    def body(carry, expert, size, start, rows_left):
-        valid = (jnp.arange(size) < rows_left)[:, None]
-        rows = jnp.where(valid, _slice(left, start, size), 0)
-        product = rows.T @ _slice(right, start, size)
-        return carry.at[expert].add(product)
-
-    empty = jnp.zeros((counts_E.shape[0], left.shape[1], right.shape[1]), left.dtype)
-    return _for_each_block(counts_E, block_rows, body, lambda expert: expert, empty)
+    empty = _padded(rows, x_MD.shape[1], block_rows, dtype)
+    dx, dmasters = _for_each_block(counts_E, block_rows, body, matrices, (empty, tuple(dmasters)))
+    return _values(dx[:rows]), None, None, dmasters
 
 
 grouped_swiglu.defvjp(_forward, _backward)

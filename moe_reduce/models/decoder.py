@@ -9,7 +9,7 @@ from flax.linen.initializers import ones, zeros
 from jax.sharding import PartitionSpec
 
 from moe_reduce.config import ExecutionConfig, ModelConfig
-from moe_reduce.models.dispatch import Experts
+from moe_reduce.models.dispatch import Experts, Pool
 from moe_reduce.models.experts import BATCH_AXES, ExpertPool, Router, mixture_of_experts
 from moe_reduce.models.layers import Attention, Embedding, FeedForward, RMSNorm, Unembedding
 
@@ -22,30 +22,37 @@ REMAT_POLICIES = {
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, or experts, each added to the residual stream.
 
-    Uses the shared pool and router that it is given, and makes its own where it is given none. Sows the statistics of
-    its routing into `intermediates`.
+    Uses the shared pool and router that it is given, and makes its own where it is given none. The masters of a shared
+    pool go from block to block with x, so that their gradient is added up on the way back. Sows the statistics of its
+    routing into `intermediates`.
     """
 
     config: ModelConfig
     execution: ExecutionConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, positions_BT, mask_B1TT, pool: Experts | None, router_DE):
+    def __call__(self, carry: tuple[jax.Array, Experts | None], positions_BT, mask_B1TT, computed, router_DE):
         config, execution = self.config, self.execution
+        x_BTD, masters = carry
         normed_BTD = RMSNorm(config.norm_epsilon, name="attention_norm")(x_BTD)
         x_BTD = x_BTD + Attention(config, execution, name="attention")(normed_BTD, positions_BT, mask_B1TT)
         normed_BTD = RMSNorm(config.norm_epsilon, name="mlp_norm")(x_BTD)
         if config.moe is None:
-            return shard_batch(x_BTD + FeedForward(config, name="mlp")(normed_BTD)), None
-        pool = ExpertPool(config, name="experts")() if pool is None else pool
-        router_DE = Router(config, name="router")() if router_DE is None else router_DE
-        bias_E = self.param("router_bias", zeros, (config.moe.experts,)) if config.moe.selection_bias else None
-        y_BTD, statistics = mixture_of_experts(normed_BTD, pool, router_DE, bias_E, config.moe, execution)
-        if config.moe.output_gain:
-            gain_D = self.param("output_gain", ones, (config.width,)).astype(y_BTD.dtype)
-            y_BTD = y_BTD * jnp.broadcast_to(gain_D, y_BTD.shape)
-        self.sow("intermediates", "routing", statistics, reduce_fn=lambda _, new: new, init_fn=dict)
-        return shard_batch(x_BTD + y_BTD), None
+            y_BTD = FeedForward(config, execution, name="mlp")(normed_BTD)
+        else:
+            if masters is None:
+                pool = Pool.of(ExpertPool(config, name="experts")(), x_BTD.dtype)
+            else:
+                pool = Pool(computed, masters)
+            router_DE = Router(config, name="router")() if router_DE is None else router_DE
+            bias_E = self.param("router_bias", zeros, (config.moe.experts,)) if config.moe.selection_bias else None
+            y_BTD, pool, statistics = mixture_of_experts(normed_BTD, pool, router_DE, bias_E, config.moe, execution)
+            masters = None if masters is None else pool.masters
+            if config.moe.output_gain:
+                gain_D = self.param("output_gain", ones, (config.width,)).astype(y_BTD.dtype)
+                y_BTD = y_BTD * jnp.broadcast_to(gain_D, y_BTD.shape)
+            self.sow("intermediates", "routing", statistics, reduce_fn=lambda _, new: new, init_fn=dict)
+        return (shard_batch(x_BTD + y_BTD), masters), None
 
 
 class Decoder(nn.Module):
@@ -60,21 +67,22 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None, positions_BT=None) -> jax.Array:
         config = self.config
-        embedding = Embedding(config, jnp.dtype(self.execution.compute_dtype), name="embedding")
+        embedding = Embedding(config, self.execution, name="embedding")
         x_BTD = shard_batch(embedding.encode(tokens_BT))
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :], tokens_BT.shape)
         mask_B1TT = None if segments_BT is None else (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
-        pool, router_DE = self._shared()
-        x_BTD, _ = self._layers()(x_BTD, positions_BT, mask_B1TT, pool, router_DE)
+        (computed, masters), router_DE = self._shared(x_BTD.dtype)
+        (x_BTD, _), _ = self._layers()((x_BTD, masters), positions_BT, mask_B1TT, computed, router_DE)
         x_BTD = RMSNorm(config.norm_epsilon, name="final_norm")(x_BTD)
         if config.tied_embeddings:
             return embedding.decode(x_BTD)
-        return Unembedding(config, name="unembedding")(x_BTD)
+        return Unembedding(config, self.execution, name="unembedding")(x_BTD)
 
-    def _shared(self) -> tuple[Experts | None, jax.Array | None]:
+    def _shared(self, dtype: jnp.dtype) -> tuple[Pool | tuple[None, None], jax.Array | None]:
         moe = self.config.moe
-        pool = ExpertPool(self.config, name="experts")() if moe and moe.placement == "shared" else None
+        shared = moe is not None and moe.placement == "shared"
+        pool = Pool.of(ExpertPool(self.config, name="experts")(), dtype) if shared else (None, None)
         router_DE = Router(self.config, name="router")() if moe and moe.router == "shared" else None
         return pool, router_DE
 

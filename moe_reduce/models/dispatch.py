@@ -5,12 +5,12 @@
     capacity   a fixed number of rows for each expert; what does not fit is dropped and the share reported.
     reference  every expert on every token. Slow and plain, for tests.
 
-Each takes rows x_SD, experts_SA (int32; E means "no expert here": the row adds nothing), weights_SA, the experts'
-matrices, and returns y_SD and the dropped share of assignments, a scalar.
+Each takes rows x_SD, experts_SA (int32; E means "no expert here": the row adds nothing), weights_SA and the pool, and
+returns y_SD, the pool for whoever uses it next, and the dropped share of assignments, a scalar.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,43 @@ class Experts(NamedTuple):
     up_EDF: jax.Array
     down_EFD: jax.Array
 
-    def astype(self, dtype: jnp.dtype) -> "Experts":
-        return Experts(*(matrix.astype(dtype) for matrix in self))
+
+class Pool(NamedTuple):
+    """Experts twice: as they are computed with, and as they are kept and trained.
+
+    Casting once for all layers saves passes over the pool; gradients flow only into the masters, which every call
+    takes and hands on, and so add up in fp32 whatever the compute dtype.
+    """
+
+    computed: Experts
+    masters: Experts
+
+    @classmethod
+    def of(cls, masters: Experts, dtype: jnp.dtype) -> "Pool":
+        """Masters and their copy in the compute dtype."""
+        return cls(Experts(*(jax.lax.stop_gradient(matrix.astype(dtype)) for matrix in masters)), masters)
 
 
-Dispatch = Callable[[jax.Array, jax.Array, jax.Array, Experts, ExecutionConfig], tuple[jax.Array, jax.Array]]
+Dispatch = Callable[[jax.Array, jax.Array, jax.Array, Pool, ExecutionConfig], tuple[jax.Array, Pool, jax.Array]]
+
+
+@jax.custom_vjp
+def borrow(pool: Pool) -> tuple[Experts, Pool]:
+    """Matrices to compute with that can be differentiated, and the pool to hand on."""
+    return pool.computed, pool
+
+
+def _borrow_forward(pool: Pool):
+    return borrow(pool), None
+
+
+def _borrow_backward(_, cotangents):
+    dmatrices, dpool = cotangents
+    totals = (total + part.astype(total.dtype) for total, part in zip(dpool.masters, dmatrices, strict=True))
+    return (Pool(dpool.computed, Experts(*totals)),)
+
+
+borrow.defvjp(_borrow_forward, _borrow_backward)
 
 
 class Order(NamedTuple):
@@ -72,7 +104,7 @@ gather_rows.defvjp(_gather_forward, _gather_backward)
 @jax.custom_vjp
 def combine_rows(y_MD: jax.Array, weights_SA: jax.Array, order: Order) -> jax.Array:
     """Sorted expert outputs -> y_SD = Σ_a weight · output."""
-    return jnp.einsum("SAD,SA->SD", y_MD[order.rank_SA], weights_SA.astype(y_MD.dtype))
+    return jnp.sum(y_MD[order.rank_SA] * weights_SA[:, :, None].astype(y_MD.dtype), axis=1)
 
 
 def _combine_forward(y_MD: jax.Array, weights_SA: jax.Array, order: Order):
@@ -83,24 +115,28 @@ def _combine_backward(saved: tuple[jax.Array, jax.Array, Order], dy_SD: jax.Arra
     y_MD, weights_SA, order = saved
     weights_M = weights_SA.reshape(-1)[order.order_M].astype(dy_SD.dtype)
     dy_MD = dy_SD[order.order_M // weights_SA.shape[1]] * weights_M[:, None]
-    dweights_SA = jnp.einsum("SD,SAD->SA", dy_SD, y_MD[order.rank_SA], preferred_element_type=jnp.float32)
+    dweights_SA = jnp.sum(dy_SD[:, None].astype(jnp.float32) * y_MD[order.rank_SA].astype(jnp.float32), axis=-1)
     return dy_MD, dweights_SA.astype(weights_SA.dtype), None
 
 
 combine_rows.defvjp(_combine_forward, _combine_backward)
 
 
-def dispatch_blocks(x_SD, experts_SA, weights_SA, experts: Experts, execution: ExecutionConfig):
+def dispatch_blocks(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig):
     """Exact and dropless: only routed rows are computed, block by block (see models/blocks.py). Dropped share 0."""
-    order = sort_by_expert(experts_SA, experts.gate_EDF.shape[0])
+    order = sort_by_expert(experts_SA, pool.computed.gate_EDF.shape[0])
     x_MD = gather_rows(x_SD, order)
-    y_MD = blocks.grouped_swiglu(x_MD, order.counts_E, *experts, execution.block_rows)
-    return combine_rows(y_MD, weights_SA, order), jnp.zeros(())
+    grouped: Any = blocks.grouped_swiglu(
+        x_MD, order.counts_E, tuple(pool.computed), tuple(pool.masters), execution.block_rows, execution.products
+    )
+    y_MD, masters = grouped
+    return combine_rows(y_MD, weights_SA, order), Pool(pool.computed, Experts(*masters)), jnp.zeros(())
 
 
-def dispatch_ragged(x_SD, experts_SA, weights_SA, experts: Experts, execution: ExecutionConfig):
+def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig):
     """Exact and dropless: jax.lax.ragged_dot over the sorted rows. Dropped share 0."""
     del execution
+    experts, pool = borrow(pool)
     order = sort_by_expert(experts_SA, experts.gate_EDF.shape[0])
     x_MD = gather_rows(x_SD, order)
     # rows of experts elsewhere lie past the groups, where a kernel may leave anything
@@ -111,11 +147,12 @@ def dispatch_ragged(x_SD, experts_SA, weights_SA, experts: Experts, execution: E
 
     hidden_MF = jax.nn.silu(grouped(x_MD, experts.gate_EDF)) * grouped(x_MD, experts.up_EDF)
     y_MD = grouped(hidden_MF, experts.down_EFD)
-    return combine_rows(y_MD, weights_SA, order), jnp.zeros(())
+    return combine_rows(y_MD, weights_SA, order), pool, jnp.zeros(())
 
 
-def dispatch_capacity(x_SD, experts_SA, weights_SA, experts: Experts, execution: ExecutionConfig):
+def dispatch_capacity(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig):
     """At most capacity_factor · mean rows for each expert, in sorted order; returns the share that is dropped."""
+    experts, pool = borrow(pool)
     count = experts.gate_EDF.shape[0]
     order = sort_by_expert(experts_SA, count)
     assignments = experts_SA.size
@@ -133,19 +170,20 @@ def dispatch_capacity(x_SD, experts_SA, weights_SA, experts: Experts, execution:
     y_MD = y_ECD.reshape(count * capacity, -1).at[slot_M].get(mode="fill", fill_value=0)
     here = expert_M < count
     dropped = jnp.sum(here & (position_M >= capacity)) / jnp.maximum(jnp.sum(here), 1)
-    return combine_rows(y_MD, weights_SA, order), dropped.astype(jnp.float32)
+    return combine_rows(y_MD, weights_SA, order), pool, dropped.astype(jnp.float32)
 
 
-def dispatch_reference(x_SD, experts_SA, weights_SA, experts: Experts, execution: ExecutionConfig):
+def dispatch_reference(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig):
     """Every expert on every token, for tests: memory grows as E · S · F. Dropped share 0."""
     del execution
+    experts, pool = borrow(pool)
     count = experts.gate_EDF.shape[0]
     chosen_SAE = jax.nn.one_hot(experts_SA, count, dtype=x_SD.dtype)
     weights_SE = jnp.einsum("SA,SAE->SE", weights_SA.astype(x_SD.dtype), chosen_SAE)
     gate_ESF = jnp.einsum("SD,EDF->ESF", x_SD, experts.gate_EDF)
     up_ESF = jnp.einsum("SD,EDF->ESF", x_SD, experts.up_EDF)
     y_ESD = jnp.einsum("ESF,EFD->ESD", jax.nn.silu(gate_ESF) * up_ESF, experts.down_EFD)
-    return jnp.einsum("SE,ESD->SD", weights_SE, y_ESD), jnp.zeros(())
+    return jnp.einsum("SE,ESD->SD", weights_SE, y_ESD), pool, jnp.zeros(())
 
 
 DISPATCHES: dict[str, Dispatch] = {

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe_reduce.config import ExecutionConfig, ModelConfig, MoEConfig
-from moe_reduce.models.dispatch import DISPATCHES, Experts
+from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool, borrow
 from moe_reduce.models.layers import normal_init, residual_std
 from moe_reduce.models.routing import route
 
@@ -48,8 +48,8 @@ class Router(nn.Module):
         return self.param("weight", normal_init(self.config.init_std), shape)
 
 
-def mixture_of_experts(x_BTD, pool: Experts, router_DE, bias_E, moe: MoEConfig, execution: ExecutionConfig):
-    """Σ over the chosen experts of weight · expert(x), [B, T, D], and the statistics of the call.
+def mixture_of_experts(x_BTD, pool: Pool, router_DE, bias_E, moe: MoEConfig, execution: ExecutionConfig):
+    """Σ over the chosen experts of weight · expert(x), [B, T, D], the pool to hand on, and the call's statistics.
 
     Statistics: counts_E (assignments), probability_E (mean), z, dropped (share of assignments, 0 if dropless).
     """
@@ -60,14 +60,14 @@ def mixture_of_experts(x_BTD, pool: Experts, router_DE, bias_E, moe: MoEConfig, 
     routing = route(logits_SE, bias_E, moe)
     chosen_BTA = routing.experts_SA.reshape(batch, time, moe.active)
     weights_BTA = routing.weights_SA.reshape(batch, time, moe.active)
-    y_BTD, dropped = apply_experts(x_BTD, chosen_BTA, weights_BTA, pool.astype(x_BTD.dtype), execution)
+    y_BTD, pool, dropped = apply_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution)
     statistics = {
         "counts_E": routing.counts_E,
         "probability_E": routing.probability_E,
         "z": routing.z,
         "dropped": dropped,
     }
-    return y_BTD, statistics
+    return y_BTD, pool, statistics
 
 
 def _moe(config: ModelConfig) -> MoEConfig:
@@ -75,14 +75,14 @@ def _moe(config: ModelConfig) -> MoEConfig:
     return config.moe
 
 
-def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Experts, execution: ExecutionConfig):
-    """y_BTD and the dropped share, on one device or over the mesh in context.
+def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig):
+    """y_BTD, the pool to hand on, and the dropped share; on one device or over the mesh in context.
 
     Over a mesh, tokens are split along the batch axes, experts along `expert` and their hidden width along `tensor`:
     each device computes what its experts and its slice of F add for its tokens, and the sum over both axes is exact.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.size == 1:
         return _local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first_expert=0)
     tokens = PartitionSpec(BATCH_AXES)
     inward, outward = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor")
@@ -92,25 +92,28 @@ def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Experts, execution: Exec
         out_specs=(tokens, PartitionSpec()),
         check_vma=False,
     )
-    return body(x_BTD, chosen_BTA, weights_BTA, tuple(pool))
+    experts, pool = borrow(pool)
+    y_BTD, dropped = body(x_BTD, chosen_BTA, weights_BTA, tuple(experts))
+    return y_BTD, pool, dropped
 
 
 def _sharded_experts(x_BTD, chosen_BTA, weights_BTA, matrices, execution: ExecutionConfig):
-    pool = Experts(*matrices)
-    first = jax.lax.axis_index("expert") * pool.gate_EDF.shape[0]
+    experts = Experts(*matrices)
+    first = jax.lax.axis_index("expert") * experts.gate_EDF.shape[0]
     # capacity is a multiple of the mean over all experts, of which only a part is here
     factor = execution.capacity_factor / jax.lax.axis_size("expert")
     execution = dataclasses.replace(execution, capacity_factor=factor)
-    y_BTD, dropped = _local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first)
+    pool = Pool.of(experts, x_BTD.dtype)
+    y_BTD, _, dropped = _local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first)
     return jax.lax.psum(y_BTD, ("expert", "tensor")), jax.lax.pmean(dropped, (*BATCH_AXES, "expert", "tensor"))
 
 
-def _local_experts(x_BTD, chosen_BTA, weights_BTA, pool: Experts, execution: ExecutionConfig, first_expert):
-    experts = pool.gate_EDF.shape[0]
+def _local_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig, first_expert):
+    experts = pool.computed.gate_EDF.shape[0]
     batch, time, width = x_BTD.shape
     chosen_SA = chosen_BTA.reshape(batch * time, -1) - first_expert
     chosen_SA = jnp.where((chosen_SA >= 0) & (chosen_SA < experts), chosen_SA, experts)
     weights_SA = weights_BTA.reshape(batch * time, -1)
     dispatch = DISPATCHES[execution.dispatch]
-    y_SD, dropped = dispatch(x_BTD.reshape(batch * time, width), chosen_SA, weights_SA, pool, execution)
-    return y_SD.reshape(x_BTD.shape), dropped
+    y_SD, pool, dropped = dispatch(x_BTD.reshape(batch * time, width), chosen_SA, weights_SA, pool, execution)
+    return y_SD.reshape(x_BTD.shape), pool, dropped

@@ -1,12 +1,14 @@
 """The parts every decoder shares: norm, rotary positions, attention, dense feed-forward, embeddings."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from moe_reduce.config import ExecutionConfig, ModelConfig
+from moe_reduce.models import products
 
 
 def normal_init(std: float) -> nn.initializers.Initializer:
@@ -44,30 +46,26 @@ def rotate(x_BTHC: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
     return rotated.astype(x_BTHC.dtype)
 
 
-def matmul(x: jax.Array, matrix: jax.Array, inputs: int = 1) -> jax.Array:
+def matmul(x: jax.Array, matrix: jax.Array, execution: ExecutionConfig, inputs: int = 1) -> jax.Array:
     """x [B, T, *in] · matrix [*in, *out] -> [B, T, *out]; `inputs` axes are contracted.
 
     As one two-dimensional product: with batch and time apart, XLA on CPU ran the gradient at a third of the speed.
     """
     rows, size = x.shape[0] * x.shape[1], math.prod(matrix.shape[:inputs])
-    product = x.reshape(rows, size) @ matrix.astype(x.dtype).reshape(size, -1)
-    return product.reshape(*x.shape[:2], *matrix.shape[inputs:])
+    y: Any = products.product(x.reshape(rows, size), matrix.reshape(size, -1), execution.products)
+    return y.reshape(*x.shape[:2], *matrix.shape[inputs:])
 
 
-def causal_attention(q_BTHC: jax.Array, k_BTGC: jax.Array, v_BTGC: jax.Array, mask_B1TT: jax.Array | None) -> jax.Array:
-    """Softmax attention over the past, [B, T, H, C]; scores and softmax in fp32, query head h reads head h·G/H."""
+def causal_attention(q_BTHC, k_BTGC, v_BTGC, mask_B1TT: jax.Array | None, form: str = "plain") -> jax.Array:
+    """Softmax attention over the past, [B, T, H, C]; query head h reads key/value head h·G/H."""
     batch, time, heads, width = q_BTHC.shape
     groups = k_BTGC.shape[2]
     q_BGRTC = q_BTHC.reshape(batch, time, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     k_BGSC, v_BGSC = k_BTGC.transpose(0, 2, 1, 3), v_BTGC.transpose(0, 2, 1, 3)
+    past_B1TT = jnp.tril(jnp.ones((time, time), bool))[None, None]
+    allowed_B1TT = past_B1TT if mask_B1TT is None else past_B1TT & mask_B1TT
     # the R query heads of a group and their positions are rows of one product, so no key or value is repeated
-    q_BGQC = q_BGRTC.reshape(batch, groups, -1, width)
-    scores = jnp.einsum("BGQC,BGSC->BGQS", q_BGQC, k_BGSC, preferred_element_type=jnp.float32) * width**-0.5
-    scores = scores.reshape(batch, groups, -1, time, time)
-    past_TT = jnp.tril(jnp.ones((time, time), bool))
-    allowed = past_TT[None, None, None] if mask_B1TT is None else (past_TT[None, None] & mask_B1TT)[:, :, None]
-    shares = jax.nn.softmax(jnp.where(allowed, scores, jnp.float32(-1e30)), axis=-1).astype(v_BGSC.dtype)
-    mixed = jnp.einsum("BGQS,BGSC->BGQC", shares.reshape(batch, groups, -1, time), v_BGSC)
+    mixed: Any = products.attention(q_BGRTC.reshape(batch, groups, -1, width), k_BGSC, v_BGSC, allowed_B1TT, form)
     return mixed.reshape(batch, heads, time, width).transpose(0, 2, 1, 3)
 
 
@@ -93,20 +91,21 @@ class Attention(nn.Module):
                 q_BTHC, k_BTGC, v_BTGC, mask=mask_B1TT, is_causal=True, implementation="cudnn"
             )
         else:
-            mixed_BTHC = causal_attention(q_BTHC, k_BTGC, v_BTGC, mask_B1TT)
+            mixed_BTHC = causal_attention(q_BTHC, k_BTGC, v_BTGC, mask_B1TT, self.execution.products)
         shape = (config.query_heads, config.head_width, config.width)
         w_HCD = self.param("output", normal_init(residual_std(config)), shape)
-        return matmul(mixed_BTHC, w_HCD, inputs=2)
+        return matmul(mixed_BTHC, w_HCD, self.execution, inputs=2)
 
     def _project(self, name: str, x_BTD: jax.Array, heads: int) -> jax.Array:
         shape = (self.config.width, heads, self.config.head_width)
-        return matmul(x_BTD, self.param(name, normal_init(self.config.init_std), shape))
+        return matmul(x_BTD, self.param(name, normal_init(self.config.init_std), shape), self.execution)
 
 
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate·x) · up·x) (arXiv:2002.05202)."""
 
     config: ModelConfig
+    execution: ExecutionConfig
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -114,14 +113,15 @@ class FeedForward(nn.Module):
         gate_DF = self.param("gate", normal_init(self.config.init_std), (width, hidden))
         up_DF = self.param("up", normal_init(self.config.init_std), (width, hidden))
         down_FD = self.param("down", normal_init(residual_std(self.config)), (hidden, width))
-        return matmul(jax.nn.silu(matmul(x_BTD, gate_DF)) * matmul(x_BTD, up_DF), down_FD)
+        hidden = jax.nn.silu(matmul(x_BTD, gate_DF, self.execution)) * matmul(x_BTD, up_DF, self.execution)
+        return matmul(hidden, down_FD, self.execution)
 
 
 class Embedding(nn.Module):
     """Token table, whole [V, D] or factorised U [V, K] · W [K, D] (ALBERT, arXiv:1909.11942)."""
 
     config: ModelConfig
-    dtype: jnp.dtype
+    execution: ExecutionConfig
 
     def setup(self):
         config = self.config
@@ -135,22 +135,23 @@ class Embedding(nn.Module):
 
     def encode(self, tokens_BT: jax.Array) -> jax.Array:
         """Ids [B, T] -> x [B, T, D]."""
+        dtype = jnp.dtype(self.execution.compute_dtype)
         if self.config.embedding_factor is None:
-            return self.table.astype(self.dtype)[tokens_BT]
-        return matmul(self.factor.astype(self.dtype)[tokens_BT], self.projection)
+            return self.table.astype(dtype)[tokens_BT]
+        return matmul(self.factor.astype(dtype)[tokens_BT], self.projection, self.execution)
 
     def decode(self, x_BTD: jax.Array) -> jax.Array:
         """x [B, T, D] -> logits [B, T, V] with the tied table, accumulated in fp32."""
         if self.config.embedding_factor is None:
-            return output_logits(x_BTD, self.table)
-        return output_logits(matmul(x_BTD, self.projection.T), self.factor)
+            return output_logits(x_BTD, self.table, self.execution)
+        inner_BTK = matmul(x_BTD, self.projection.T, self.execution)
+        return output_logits(inner_BTK, self.factor, self.execution)
 
 
-def output_logits(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
+def output_logits(x_BTD: jax.Array, table_VD: jax.Array, execution: ExecutionConfig) -> jax.Array:
     """fp32 logits [B, T, V] of inputs in the compute dtype."""
     batch, time, width = x_BTD.shape
-    x_SD = x_BTD.reshape(batch * time, width)
-    logits_SV = jnp.einsum("SD,VD->SV", x_SD, table_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+    logits_SV: Any = products.logits(x_BTD.reshape(batch * time, width), table_VD, execution.products)
     return logits_SV.reshape(batch, time, -1)
 
 
@@ -158,8 +159,10 @@ class Unembedding(nn.Module):
     """An output table of its own, for models that do not tie it to the input."""
 
     config: ModelConfig
+    execution: ExecutionConfig
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         shape = (self.config.vocab_size, self.config.width)
-        return output_logits(x_BTD, self.param("table", normal_init(self.config.init_std), shape))
+        table_VD = self.param("table", normal_init(self.config.init_std), shape)
+        return output_logits(x_BTD, table_VD, self.execution)

@@ -1,0 +1,107 @@
+"""Matrix products: operands in the compute dtype, sums in fp32, and a gradient that keeps to the same rule.
+
+Left to itself, the gradient of a bf16 product rounds what it gives a matrix to bf16 and multiplies fp32 with bf16 on
+the way. Here cotangents are in the compute dtype, and a matrix is given its gradient in the dtype that it is kept in.
+
+`transposed` (ExecutionConfig.products) is for bf16 on CPUs: XLA reaches their matrix units, or takes a product of bf16
+with an fp32 sum at all, only when the contracted axis of the left operand is the last one in memory. So that operand is
+transposed in memory first, and every operand is pinned as it lies (measured: 1,100 against 250 GFLOP/s). On other
+platforms that would only be a copy.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+
+def dot(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, form: str, batch: int = 0) -> jax.Array:
+    """Contracts one axis of each, counted from the end of the `batch` leading axes; summed in fp32, result fp32."""
+    axes = tuple(range(batch))
+    numbers = (((batch + left_axis,), (batch + right_axis,)), (axes, axes))
+    if form != "transposed":
+        return jax.lax.dot_general(left, right, numbers, preferred_element_type=jnp.float32)
+    if left_axis == 0:
+        left, numbers = jnp.swapaxes(left, -1, -2), (((batch + 1,), (batch + right_axis,)), (axes, axes))
+    return _pin(jax.lax.dot_general(_pin(left), _pin(right), numbers, preferred_element_type=jnp.float32))
+
+
+def _pin(x: jax.Array) -> jax.Array:
+    """x with its axes in memory in their order; XLA can neither swap the operands nor fold a transposition away."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x_SI: jax.Array, matrix_IO: jax.Array, form: str = "plain") -> jax.Array:
+    """x · matrix, [S, O] in the dtype of x; the matrix is cast to it, its gradient is not."""
+    return dot(x_SI, matrix_IO.astype(x_SI.dtype), 1, 0, form).astype(x_SI.dtype)
+
+
+def _product_forward(x_SI, matrix_IO, form):
+    return product(x_SI, matrix_IO, form), (x_SI, matrix_IO)
+
+
+def _product_backward(form, saved, dy_SO):
+    x_SI, matrix_IO = saved
+    dx_SI = dot(dy_SO, matrix_IO.astype(dy_SO.dtype), 1, 1, form).astype(x_SI.dtype)
+    return dx_SI, dot(x_SI, dy_SO, 0, 0, form).astype(matrix_IO.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def logits(x_SD: jax.Array, table_VD: jax.Array, form: str = "plain") -> jax.Array:
+    """x · tableᵀ, [S, V] in fp32."""
+    return dot(x_SD, table_VD.astype(x_SD.dtype), 1, 1, form)
+
+
+def _logits_forward(x_SD, table_VD, form):
+    return logits(x_SD, table_VD, form), (x_SD, table_VD)
+
+
+def _logits_backward(form, saved, dlogits_SV):
+    x_SD, table_VD = saved
+    dlogits_SV = dlogits_SV.astype(x_SD.dtype)
+    dx_SD = dot(dlogits_SV, table_VD.astype(x_SD.dtype), 1, 0, form).astype(x_SD.dtype)
+    return dx_SD, dot(dlogits_SV, x_SD, 0, 0, form).astype(table_VD.dtype)
+
+
+logits.defvjp(_logits_forward, _logits_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attention(q_BGQC, k_BGSC, v_BGSC, allowed_B1QS, form: str = "plain") -> jax.Array:
+    """softmax(q·kᵀ/√C over the allowed)·v for G groups, [B, G, Q, C]; scores and softmax in fp32.
+
+    Q holds the positions of all query heads of a group, one head after the other; allowed_B1QS covers one head.
+    """
+    return _attention_forward(q_BGQC, k_BGSC, v_BGSC, allowed_B1QS, form)[0]
+
+
+def _attention_forward(q_BGQC, k_BGSC, v_BGSC, allowed_B1QS, form):
+    batch, groups, queries, width = q_BGQC.shape
+    scores = dot(q_BGQC, k_BGSC, 1, 1, form, batch=2) * width**-0.5
+    scores = scores.reshape(batch, groups, -1, *allowed_B1QS.shape[2:])
+    shares = jax.nn.softmax(jnp.where(allowed_B1QS[:, :, None], scores, jnp.float32(-1e30)), axis=-1)
+    shares_BGQS = shares.reshape(batch, groups, queries, -1).astype(v_BGSC.dtype)
+    mixed_BGQC = dot(shares_BGQS, v_BGSC, 1, 0, form, batch=2).astype(v_BGSC.dtype)
+    return mixed_BGQC, (q_BGQC, k_BGSC, v_BGSC, shares_BGQS, mixed_BGQC)
+
+
+def _attention_backward(form, saved, dmixed_BGQC):
+    q_BGQC, k_BGSC, v_BGSC, shares_BGQS, mixed_BGQC = saved
+    dtype = q_BGQC.dtype
+    dv_BGSC = dot(shares_BGQS, dmixed_BGQC, 0, 0, form, batch=2).astype(dtype)
+    dshares_BGQS = dot(dmixed_BGQC, v_BGSC, 1, 1, form, batch=2)
+    # Σ_s share · dshare = dmixed · mixed: a sum over C instead of over S
+    mean_BGQ1 = jnp.sum(dmixed_BGQC.astype(jnp.float32) * mixed_BGQC.astype(jnp.float32), axis=-1, keepdims=True)
+    dscores = shares_BGQS.astype(jnp.float32) * (dshares_BGQS - mean_BGQ1) * q_BGQC.shape[-1] ** -0.5
+    dscores_BGQS = dscores.astype(dtype)
+    dq_BGQC = dot(dscores_BGQS, k_BGSC, 1, 0, form, batch=2).astype(dtype)
+    dk_BGSC = dot(dscores_BGQS, q_BGQC, 0, 0, form, batch=2).astype(dtype)
+    return dq_BGQC, dk_BGSC, dv_BGSC, None
+
+
+attention.defvjp(_attention_forward, _attention_backward)
