@@ -35,8 +35,9 @@ def _refuse_hidden(described: ml_collections.ConfigDict, overrides: list[str]) -
     """An override of what a variant sets for itself would change nothing, silently."""
     for override in overrides:
         key = override.removeprefix("--config.").split("=")[0]
-        for name, variant in described.get("variants", {}).items():
-            value: Any = variant
+        variants: Any = described.get("variants", {})
+        for name, variant in variants.items():
+            value = variant
             for part in key.split("."):
                 value = value.get(part) if isinstance(value, (ml_collections.ConfigDict, dict)) else None
             if value is not None:
