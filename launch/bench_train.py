@@ -182,7 +182,7 @@ def moe_layer(model: ModelConfig, rows: int, repeats: int) -> dict[str, Any]:
 
     def layer(x_SD, weights_SA, matrices):
         pool = dispatch.Pool.of(matrices, x_SD.dtype)
-        return dispatch.DISPATCHES[execution.dispatch](x_SD, chosen_SA, weights_SA, pool, execution)[0]
+        return dispatch.DISPATCHES[execution.dispatch](x_SD, chosen_SA, weights_SA, pool, execution).y_SD
 
     def gradient(x_SD, weights_SA, matrices):
         return jax.vjp(layer, x_SD, weights_SA, matrices)[1](x_SD)

@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from moe_reduce.errors import UserError
 
@@ -12,6 +12,14 @@ COMMANDS = {
     "evaluate": "loss, perplexity and next-token accuracy of a model on a corpus",
     "inspect": "what a model directory holds and how it came to be",
     "plan": "exact parameter counts, bytes and FLOPs, without loading a weight",
+    "pool": "the experts of all layers as one pool that every layer can call",
+    "score": "how much each expert matters, under several criteria",
+    "prune": "a model of the best experts only, from file to file",
+    "group-heads": "fewer key/value heads, each the mean of those it replaces",
+    "drop-layers": "fewer layers: those named, or those of the least Block Influence",
+    "factorise-embedding": "the tied token table as two thin factors",
+    "sparsify": "zeros in place of the smallest weights",
+    "prune-neurons": "narrower feed-forward blocks or experts",
     "report": "the results table of a document, from summary.json files",
 }
 
@@ -32,16 +40,20 @@ def main(argv: list[str] | None = None) -> int:
     for name, purpose in COMMANDS.items():
         command = choices.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
         if name == wanted:  # only the chosen command is imported
-            importlib.import_module(f"moe_reduce.commands.{name}").add_arguments(command)
+            _module(name).add_arguments(command)
     try:
         parsed, overrides = parser.parse_known_args(arguments)
-        print(importlib.import_module(f"moe_reduce.commands.{parsed.command}").run(parsed, overrides))
+        print(_module(parsed.command).run(parsed, overrides))
     except UserError as error:
         print(f"moe-reduce{f' {wanted}' if wanted else ''}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as head, has seen enough
         sys.stdout = None
     return 0
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"moe_reduce.commands.{command.replace('-', '_')}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class MoEConfig:
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True  # renormalise the weights over the chosen (norm_topk_prob)
     selection_bias: bool = False  # [N, E], added for the choice only; moved by loss-free balancing and by pooling
+    score_offset: bool = False  # [N], subtracted from the logits of a layer before they are scored (pooling, sigmoid)
     output_gain: bool = False  # [N, D], multiplies what the experts add to the residual of each layer
     init_scale: float = 1.0  # of the experts' initial weights, relative to the dense block's
 

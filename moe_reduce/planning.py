@@ -15,6 +15,7 @@ COMPONENTS = {  # the last of these names in a path decides its component
     "experts": "experts",
     "router": "router",
     "router_bias": "router_bias",
+    "score_offset": "score_offset",
     "output_gain": "output_gain",
     "attention_norm": "norm",
     "mlp_norm": "norm",

@@ -42,21 +42,23 @@ def test_equals_reference(name, kind):
     target_SD = jax.random.normal(jax.random.key(4), (S, D))
 
     def loss(which, x_SD, weights_SA, pool):
-        y_SD, pool, dropped = DISPATCHES[which](x_SD, chosen_SA, weights_SA, Pool.of(pool, x_SD.dtype), EXECUTION)
+        result = DISPATCHES[which](x_SD, chosen_SA, weights_SA, Pool.of(pool, x_SD.dtype), EXECUTION)
         # what the next user of the pool adds to the gradient must come through
-        return jnp.sum(y_SD * target_SD) + sum(jnp.sum(matrix**2) for matrix in pool.masters), (y_SD, dropped)
+        return jnp.sum(result.y_SD * target_SD) + sum(jnp.sum(matrix**2) for matrix in result.pool.masters), result
 
     def both(which):
         return jax.jit(jax.value_and_grad(lambda *a: loss(which, *a), argnums=(0, 1, 2), has_aux=True))(
             x_SD, weights_SA, pool
         )
 
-    (_, (y, dropped)), gradients = both(name)
-    (_, (expected, _)), expected_gradients = both("reference")
-    assert dropped == 0
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
-    for found, wanted in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
+    (_, found), gradients = both(name)
+    (_, expected), expected_gradients = both("reference")
+    assert found.dropped == 0
+    np.testing.assert_allclose(found.y_SD, expected.y_SD, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(found.norm_SA, expected.norm_SA, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.maximum_SA, expected.maximum_SA, rtol=1e-5, atol=1e-5)
+    for value, wanted in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("block_rows", [1, 3, 16, 512])
@@ -65,8 +67,8 @@ def test_blocks_of_any_size(block_rows):
     weights_SA, chosen_SA = jnp.full((S, A), 0.5), _chosen("random")
     execution = dataclasses.replace(EXECUTION, block_rows=block_rows)
     pool = Pool.of(_pool(jax.random.key(0)), x_SD.dtype)
-    y, _, _ = DISPATCHES["blocks"](x_SD, chosen_SA, weights_SA, pool, execution)
-    expected, _, _ = DISPATCHES["reference"](x_SD, chosen_SA, weights_SA, pool, execution)
+    y = DISPATCHES["blocks"](x_SD, chosen_SA, weights_SA, pool, execution).y_SD
+    expected = DISPATCHES["reference"](x_SD, chosen_SA, weights_SA, pool, execution).y_SD
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -74,7 +76,7 @@ def test_capacity_reports_what_it_drops():
     chosen_SA = _chosen("one_expert_takes_all")
     execution = dataclasses.replace(EXECUTION, capacity_factor=1.0)
     x_SD, pool = jax.random.normal(jax.random.key(1), (S, D)), Pool.of(_pool(jax.random.key(0)), jnp.dtype("float32"))
-    y, _, dropped = DISPATCHES["capacity"](x_SD, chosen_SA, jnp.full((S, A), 0.5), pool, execution)
+    y, _, dropped, *_ = DISPATCHES["capacity"](x_SD, chosen_SA, jnp.full((S, A), 0.5), pool, execution)
     capacity = -(-S * A // E)
     np.testing.assert_allclose(dropped, (2 * S - 2 * capacity) / (2 * S), rtol=1e-6)
     assert jnp.all(y[capacity:] == 0)

@@ -81,8 +81,8 @@ def test_a_bf16_pool_adds_up_its_gradient_in_fp32(dispatch):
 
         def call(masters, _):
             one = Pool(pool.computed, masters)
-            y_SD, one, _ = DISPATCHES[dispatch](x_SD, chosen_SA, jnp.ones((16, 1)), one, execution)
-            return one.masters, jnp.sum(y_SD.astype(jnp.float32))
+            result = DISPATCHES[dispatch](x_SD, chosen_SA, jnp.ones((16, 1)), one, execution)
+            return result.pool.masters, jnp.sum(result.y_SD.astype(jnp.float32))
 
         return jnp.sum(jax.lax.scan(call, pool.masters, None, length=calls)[1])
 

@@ -31,7 +31,9 @@ OWN = {
         **SIZES,
         qk_norm=True,
         tied_embeddings=False,
-        moe=dataclasses.replace(POOL, selection_bias=True, output_gain=True, score_function="sigmoid"),
+        moe=dataclasses.replace(
+            POOL, selection_bias=True, score_offset=True, output_gain=True, score_function="sigmoid"
+        ),
     ),
     "layers-with-gain": ModelConfig(**SIZES, moe=dataclasses.replace(POOL, placement="layer", output_gain=True)),
     "dense-factorised": ModelConfig(**SIZES, embedding_factor=6, feed_forward_width=40),
@@ -129,6 +131,7 @@ def test_names_of_our_own_architectures(tmp_path: Path):
         "model.router.weight",
         "model.layers.2.router_bias",
         "model.layers.2.output_gain",
+        "model.layers.2.score_offset",
         "model.layers.2.mlp.gate.weight",
         "model.layers.2.mlp.experts.10.gate_proj.weight",
         "model.embed_tokens.factor",

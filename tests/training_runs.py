@@ -40,7 +40,7 @@ MODELS = {
     "pool": ModelConfig(
         **SIZES,
         moe=dataclasses.replace(
-            SHARED, router="layer", score_function="sigmoid", selection_bias=True, output_gain=True
+            SHARED, router="layer", score_function="sigmoid", selection_bias=True, score_offset=True, output_gain=True
         ),
     ),
 }

@@ -1,12 +1,19 @@
 """What several commands on artifacts share."""
 
 import argparse
+import dataclasses
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_reduce.config import ModelConfig
 from moe_reduce.errors import UserError
+
+if TYPE_CHECKING:
+    from moe_reduce.config import DataConfig, ExecutionConfig
+    from moe_reduce.storage.model import Model
 
 
 def add_out(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -19,6 +26,69 @@ def check_out(out: Path, overwrite: bool) -> None:
     """Raises UserError when --out exists and may not be replaced."""
     if out.exists() and not overwrite:
         raise UserError(f"--out={out} exists: choose another directory or add --overwrite")
+
+
+def add_data(parser: argparse.ArgumentParser, required: bool, purpose: str) -> None:
+    """--data and how it is read; `data_config` takes it from there."""
+    kinds = "path, glob, hub:OWNER/NAME, python-stdlib, or token ids (.npy)"
+    parser.add_argument("--data", required=required, help=f"{purpose}: {kinds}")
+    parser.add_argument("--tokenizer", help="tokenizer.model, tokenizer.json or a directory (default: the model's own)")
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens a sequence (default: 256)")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences a batch (default: 16)")
+    parser.add_argument("--max-batches", type=int, help="stop after so many (default: the whole corpus)")
+    parser.add_argument("--cache", default="runs/tokens", help="where prepared tokens are kept (default: runs/tokens)")
+    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
+
+
+def data_config(arguments: argparse.Namespace) -> "DataConfig":
+    """The corpus that --data names, all of it; raises UserError when a number is out of range."""
+    from moe_reduce import validation
+    from moe_reduce.config import DataConfig
+
+    for name, value in (("--batch-size", arguments.batch_size), ("--max-batches", arguments.max_batches)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be positive, got {value}")
+    data = DataConfig(
+        source=arguments.data,
+        tokenizer=arguments.tokenizer or str(arguments.model),
+        sequence_length=arguments.sequence_length,
+        validation_fraction=0.0,
+        cache=arguments.cache,
+    )
+    validation.check_data(data)
+    return data
+
+
+def execution(arguments: argparse.Namespace) -> "ExecutionConfig":
+    """How to compute on this machine's platform, in --compute-dtype."""
+    import jax
+
+    from moe_reduce.config import ExecutionConfig
+
+    wanted = dataclasses.replace(ExecutionConfig(), compute_dtype=arguments.compute_dtype)
+    return wanted.resolve(jax.default_backend())
+
+
+def load_model(arguments: argparse.Namespace) -> "Model":
+    """--model, whole."""
+    from moe_reduce import load
+
+    return load(arguments.model, execution=execution(arguments))
+
+
+def batches(arguments: argparse.Namespace, vocab_size: int) -> Iterator[Any]:
+    """The batches of --data, at most --max-batches, under a progress bar."""
+    from tqdm import tqdm
+
+    from moe_reduce.data.batches import WholeSplit
+    from moe_reduce.data.prepare import prepare
+
+    data = data_config(arguments)
+    tokens, _ = prepare(data, vocab_size)
+    found = WholeSplit(tokens, data, arguments.batch_size)
+    count = len(found) if arguments.max_batches is None else min(arguments.max_batches, len(found))
+    for index in tqdm(range(count), unit="batch", disable=not sys.stderr.isatty()):
+        yield found[index]
 
 
 def no_overrides(overrides: list[str]) -> None:

@@ -17,14 +17,21 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+# What a block sows for those who make the collection mutable; layers are stacked on the first axis. Nobody else pays.
+COLLECTIONS = (
+    "intermediates",  # routing: counts_E, probability_E, z, dropped of each call
+    "assignments",  # routed: expert, weight, norm, maximum of each assignment, [B, T, A]
+    "hidden",  # block_input, router_input and block_output, [B, T, D]
+)
 
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, or experts, each added to the residual stream.
 
     Uses the shared pool and router that it is given, and makes its own where it is given none. The masters of a shared
-    pool go from block to block with x, so that their gradient is added up on the way back. Sows the statistics of its
-    routing into `intermediates`.
+    pool go from block to block with x, so that their gradient is added up on the way back.
+
+    Sows, for those who ask (see `COLLECTIONS`).
     """
 
     config: ModelConfig
@@ -34,9 +41,8 @@ class Block(nn.Module):
     def __call__(self, carry: tuple[jax.Array, Experts | None], positions_BT, mask_B1TT, computed, router_DE):
         config, execution = self.config, self.execution
         x_BTD, masters = carry
-        normed_BTD = RMSNorm(config.norm_epsilon, name="attention_norm")(x_BTD)
-        x_BTD = x_BTD + Attention(config, execution, name="attention")(normed_BTD, positions_BT, mask_B1TT)
-        normed_BTD = RMSNorm(config.norm_epsilon, name="mlp_norm")(x_BTD)
+        _sow(self, "hidden", "block_input", x_BTD)
+        x_BTD, normed_BTD = _attend(config, execution, x_BTD, positions_BT, mask_B1TT)
         if config.moe is None:
             y_BTD = FeedForward(config, execution, name="mlp")(normed_BTD)
         else:
@@ -46,13 +52,42 @@ class Block(nn.Module):
                 pool = Pool(computed, masters)
             router_DE = Router(config, name="router")() if router_DE is None else router_DE
             bias_E = self.param("router_bias", zeros, (config.moe.experts,)) if config.moe.selection_bias else None
-            y_BTD, pool, statistics = mixture_of_experts(normed_BTD, pool, router_DE, bias_E, config.moe, execution)
+            offset = self.param("score_offset", zeros, ()) if config.moe.score_offset else None
+            y_BTD, pool, statistics, assignments = mixture_of_experts(
+                normed_BTD, pool, router_DE, bias_E, offset, config.moe, execution
+            )
             masters = None if masters is None else pool.masters
             if config.moe.output_gain:
                 gain_D = self.param("output_gain", ones, (config.width,)).astype(y_BTD.dtype)
                 y_BTD = y_BTD * jnp.broadcast_to(gain_D, y_BTD.shape)
-            self.sow("intermediates", "routing", statistics, reduce_fn=lambda _, new: new, init_fn=dict)
+            _sow(self, "hidden", "router_input", normed_BTD)
+            _sow(self, "intermediates", "routing", statistics)
+            _sow(self, "assignments", "routed", assignments)
+        _sow(self, "hidden", "block_output", x_BTD + y_BTD)
         return (shard_batch(x_BTD + y_BTD), masters), None
+
+
+def _attend(config: ModelConfig, execution: ExecutionConfig, x_BTD, positions_BT, mask_B1TT):
+    """The first half of a block, as submodules of whoever calls: (x after attention, what the second half reads)."""
+    normed_BTD = RMSNorm(config.norm_epsilon, name="attention_norm")(x_BTD)
+    x_BTD = x_BTD + Attention(config, execution, name="attention")(normed_BTD, positions_BT, mask_B1TT)
+    return x_BTD, RMSNorm(config.norm_epsilon, name="mlp_norm")(x_BTD)
+
+
+class AttentionHalf(nn.Module):
+    """The first half of a block by itself, under the same parameter names: for models that pass layer by layer."""
+
+    config: ModelConfig
+    execution: ExecutionConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, mask_B1TT: jax.Array | None = None):
+        return _attend(self.config, self.execution, x_BTD, positions_BT, mask_B1TT)
+
+
+def _sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
+    """One value a call, without the tuple that linen collects repeated calls in."""
+    module.sow(collection, name, value, reduce_fn=lambda _, new: new, init_fn=dict)
 
 
 class Decoder(nn.Module):
@@ -92,7 +127,7 @@ class Decoder(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[self.execution.remat], prevent_cse=False)
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0, **dict.fromkeys(COLLECTIONS, 0)},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # type: ignore[arg-type]
             length=self.config.layers,

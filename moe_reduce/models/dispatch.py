@@ -6,7 +6,7 @@
     reference  every expert on every token. Slow and plain, for tests.
 
 Each takes rows x_SD, experts_SA (int32; E means "no expert here": the row adds nothing), weights_SA and the pool, and
-returns y_SD, the pool for whoever uses it next, and the dropped share of assignments, a scalar.
+returns a Result.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,17 @@ class Pool(NamedTuple):
         return cls(Experts(*(jax.lax.stop_gradient(matrix.astype(dtype)) for matrix in masters)), masters)
 
 
-Dispatch = Callable[[jax.Array, jax.Array, jax.Array, Pool, ExecutionConfig], tuple[jax.Array, Pool, jax.Array]]
+class Result(NamedTuple):
+    """What one call of the experts gives. Sizes of raw expert outputs are for scoring; unused, they cost nothing."""
+
+    y_SD: jax.Array
+    pool: Pool  # for whoever uses it next
+    dropped: jax.Array  # share of the assignments, a scalar
+    norm_SA: jax.Array  # ‖f(x)‖₂ of each assignment, fp32; 0 where no expert ran
+    maximum_SA: jax.Array  # max |f(x)|, likewise
+
+
+Dispatch = Callable[[jax.Array, jax.Array, jax.Array, Pool, ExecutionConfig], Result]
 
 
 @jax.custom_vjp
@@ -122,19 +132,30 @@ def _combine_backward(saved: tuple[jax.Array, jax.Array, Order], dy_SD: jax.Arra
 combine_rows.defvjp(_combine_forward, _combine_backward)
 
 
-def dispatch_blocks(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig):
-    """Exact and dropless: only routed rows are computed, block by block (see models/blocks.py). Dropped share 0."""
+def _result(y_MD: jax.Array, weights_SA: jax.Array, order: Order, pool: Pool, dropped: Any = 0.0) -> Result:
+    y_float = jax.lax.stop_gradient(y_MD).astype(jnp.float32)
+    return Result(
+        combine_rows(y_MD, weights_SA, order),
+        pool,
+        jnp.asarray(dropped, jnp.float32),
+        jnp.sqrt(jnp.sum(jnp.square(y_float), axis=-1))[order.rank_SA],
+        jnp.max(jnp.abs(y_float), axis=-1)[order.rank_SA],
+    )
+
+
+def dispatch_blocks(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
+    """Exact and dropless: only routed rows are computed, block by block (see models/blocks.py)."""
     order = sort_by_expert(experts_SA, pool.computed.gate_EDF.shape[0])
     x_MD = gather_rows(x_SD, order)
     grouped: Any = blocks.grouped_swiglu(
         x_MD, order.counts_E, tuple(pool.computed), tuple(pool.masters), execution.block_rows, execution.products
     )
     y_MD, masters = grouped
-    return combine_rows(y_MD, weights_SA, order), Pool(pool.computed, Experts(*masters)), jnp.zeros(())
+    return _result(y_MD, weights_SA, order, Pool(pool.computed, Experts(*masters)))
 
 
-def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig):
-    """Exact and dropless: jax.lax.ragged_dot over the sorted rows. Dropped share 0."""
+def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
+    """Exact and dropless: jax.lax.ragged_dot over the sorted rows."""
     del execution
     experts, pool = borrow(pool)
     order = sort_by_expert(experts_SA, experts.gate_EDF.shape[0])
@@ -146,12 +167,11 @@ def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: Executi
         return jnp.where(here_M1, jax.lax.ragged_dot(rows_MX, matrices, order.counts_E), 0)
 
     hidden_MF = jax.nn.silu(grouped(x_MD, experts.gate_EDF)) * grouped(x_MD, experts.up_EDF)
-    y_MD = grouped(hidden_MF, experts.down_EFD)
-    return combine_rows(y_MD, weights_SA, order), pool, jnp.zeros(())
+    return _result(grouped(hidden_MF, experts.down_EFD), weights_SA, order, pool)
 
 
-def dispatch_capacity(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig):
-    """At most capacity_factor · mean rows for each expert, in sorted order; returns the share that is dropped."""
+def dispatch_capacity(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
+    """At most capacity_factor · mean rows for each expert, in sorted order; what does not fit is dropped."""
     experts, pool = borrow(pool)
     count = experts.gate_EDF.shape[0]
     order = sort_by_expert(experts_SA, count)
@@ -170,20 +190,22 @@ def dispatch_capacity(x_SD, experts_SA, weights_SA, pool: Pool, execution: Execu
     y_MD = y_ECD.reshape(count * capacity, -1).at[slot_M].get(mode="fill", fill_value=0)
     here = expert_M < count
     dropped = jnp.sum(here & (position_M >= capacity)) / jnp.maximum(jnp.sum(here), 1)
-    return combine_rows(y_MD, weights_SA, order), pool, dropped.astype(jnp.float32)
+    return _result(y_MD, weights_SA, order, pool, dropped)
 
 
-def dispatch_reference(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig):
-    """Every expert on every token, for tests: memory grows as E · S · F. Dropped share 0."""
+def dispatch_reference(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
+    """Every expert on every token, for tests: memory grows as E · S · F."""
     del execution
     experts, pool = borrow(pool)
     count = experts.gate_EDF.shape[0]
-    chosen_SAE = jax.nn.one_hot(experts_SA, count, dtype=x_SD.dtype)
-    weights_SE = jnp.einsum("SA,SAE->SE", weights_SA.astype(x_SD.dtype), chosen_SAE)
     gate_ESF = jnp.einsum("SD,EDF->ESF", x_SD, experts.gate_EDF)
     up_ESF = jnp.einsum("SD,EDF->ESF", x_SD, experts.up_EDF)
     y_ESD = jnp.einsum("ESF,EFD->ESD", jax.nn.silu(gate_ESF) * up_ESF, experts.down_EFD)
-    return jnp.einsum("SE,ESD->SD", weights_SE, y_ESD), pool, jnp.zeros(())
+    chosen_SAE = jax.nn.one_hot(experts_SA, count, dtype=x_SD.dtype)
+    y_SAD = jnp.einsum("SAE,ESD->SAD", chosen_SAE, y_ESD)
+    y_SD = jnp.einsum("SA,SAD->SD", weights_SA.astype(x_SD.dtype), y_SAD)
+    norm_SA = jnp.linalg.norm(y_SAD.astype(jnp.float32), axis=-1)
+    return Result(y_SD, pool, jnp.zeros(()), norm_SA, jnp.max(jnp.abs(y_SAD.astype(jnp.float32)), axis=-1))
 
 
 DISPATCHES: dict[str, Dispatch] = {

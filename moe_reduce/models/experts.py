@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe_reduce.config import ExecutionConfig, ModelConfig, MoEConfig
-from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool, borrow
+from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool, Result, borrow
 from moe_reduce.models.layers import normal_init, residual_std
 from moe_reduce.models.routing import route
 
@@ -48,26 +48,29 @@ class Router(nn.Module):
         return self.param("weight", normal_init(self.config.init_std), shape)
 
 
-def mixture_of_experts(x_BTD, pool: Pool, router_DE, bias_E, moe: MoEConfig, execution: ExecutionConfig):
+def mixture_of_experts(x_BTD, pool: Pool, router_DE, bias_E, offset, moe: MoEConfig, execution: ExecutionConfig):
     """Σ over the chosen experts of weight · expert(x), [B, T, D], the pool to hand on, and the call's statistics.
 
-    Statistics: counts_E (assignments), probability_E (mean), z, dropped (share of assignments, 0 if dropless).
+    Returns (y_BTD, pool, statistics, assignments). Statistics: counts_E (assignments), probability_E (mean), z, dropped
+    (share of assignments, 0 if dropless). Assignments, each [B, T, A]: expert, weight, and the norm and the largest
+    magnitude of the expert's raw output.
     """
     batch, time, width = x_BTD.shape
     x_SD = x_BTD.reshape(batch * time, width)
     # routing is decided in true fp32 (not the bf16 passes that are a TPU's default): else experts tie and swap
     logits_SE = jnp.matmul(x_SD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    routing = route(logits_SE, bias_E, moe)
+    routing = route(logits_SE if offset is None else logits_SE - offset, bias_E, moe)
     chosen_BTA = routing.experts_SA.reshape(batch, time, moe.active)
     weights_BTA = routing.weights_SA.reshape(batch, time, moe.active)
-    y_BTD, pool, dropped = apply_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution)
+    y_BTD, pool, dropped, norm_BTA, maximum_BTA = apply_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution)
     statistics = {
         "counts_E": routing.counts_E,
         "probability_E": routing.probability_E,
         "z": routing.z,
         "dropped": dropped,
     }
-    return y_BTD, pool, statistics
+    assignments = {"expert": chosen_BTA, "weight": weights_BTA, "norm": norm_BTA, "maximum": maximum_BTA}
+    return y_BTD, pool, statistics, assignments
 
 
 def _moe(config: ModelConfig) -> MoEConfig:
@@ -76,25 +79,27 @@ def _moe(config: ModelConfig) -> MoEConfig:
 
 
 def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig):
-    """y_BTD, the pool to hand on, and the dropped share; on one device or over the mesh in context.
+    """(y_BTD, the pool to hand on, the dropped share, output norms_BTA and maxima_BTA).
 
-    Over a mesh, tokens are split along the batch axes, experts along `expert` and their hidden width along `tensor`:
-    each device computes what its experts and its slice of F add for its tokens, and the sum over both axes is exact.
+    On one device, or over the mesh in context: tokens are split along the batch axes, experts along `expert` and their
+    hidden width along `tensor`. Each device computes what its experts and its slice of F add for its tokens, and the
+    sum over both axes is exact. Norms and maxima are of whole outputs only where `tensor` is 1.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first_expert=0)
+        result = _local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first_expert=0)
+        return result.y_SD, result.pool, *result[2:]
     tokens = PartitionSpec(BATCH_AXES)
     inward, outward = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor")
     body = jax.shard_map(
         partial(_sharded_experts, execution=execution),
         in_specs=(tokens, tokens, tokens, (inward, inward, outward)),
-        out_specs=(tokens, PartitionSpec()),
+        out_specs=(tokens, PartitionSpec(), tokens, tokens),
         check_vma=False,
     )
     experts, pool = borrow(pool)
-    y_BTD, dropped = body(x_BTD, chosen_BTA, weights_BTA, tuple(experts))
-    return y_BTD, pool, dropped
+    y_BTD, dropped, norm_BTA, maximum_BTA = body(x_BTD, chosen_BTA, weights_BTA, tuple(experts))
+    return y_BTD, pool, dropped, norm_BTA, maximum_BTA
 
 
 def _sharded_experts(x_BTD, chosen_BTA, weights_BTA, matrices, execution: ExecutionConfig):
@@ -103,17 +108,22 @@ def _sharded_experts(x_BTD, chosen_BTA, weights_BTA, matrices, execution: Execut
     # capacity is a multiple of the mean over all experts, of which only a part is here
     factor = execution.capacity_factor / jax.lax.axis_size("expert")
     execution = dataclasses.replace(execution, capacity_factor=factor)
-    pool = Pool.of(experts, x_BTD.dtype)
-    y_BTD, _, dropped = _local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first)
-    return jax.lax.psum(y_BTD, ("expert", "tensor")), jax.lax.pmean(dropped, (*BATCH_AXES, "expert", "tensor"))
+    result = _local_experts(x_BTD, chosen_BTA, weights_BTA, Pool.of(experts, x_BTD.dtype), execution, first)
+    y_BTD = jax.lax.psum(result.y_SD, ("expert", "tensor"))
+    dropped = jax.lax.pmean(result.dropped, (*BATCH_AXES, "expert", "tensor"))
+    # an assignment's expert is on one shard of the expert axis; elsewhere its norm is 0
+    norm_BTA = jax.lax.psum(jax.lax.stop_gradient(result.norm_SA), ("expert", "tensor"))
+    return y_BTD, dropped, norm_BTA, jax.lax.pmax(jax.lax.stop_gradient(result.maximum_SA), ("expert", "tensor"))
 
 
-def _local_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig, first_expert):
+def _local_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig, first_expert) -> Result:
+    """A Result whose rows are split into batch and time again."""
     experts = pool.computed.gate_EDF.shape[0]
     batch, time, width = x_BTD.shape
     chosen_SA = chosen_BTA.reshape(batch * time, -1) - first_expert
     chosen_SA = jnp.where((chosen_SA >= 0) & (chosen_SA < experts), chosen_SA, experts)
     weights_SA = weights_BTA.reshape(batch * time, -1)
     dispatch = DISPATCHES[execution.dispatch]
-    y_SD, pool, dropped = dispatch(x_BTD.reshape(batch * time, width), chosen_SA, weights_SA, pool, execution)
-    return y_SD.reshape(x_BTD.shape), pool, dropped
+    result = dispatch(x_BTD.reshape(batch * time, width), chosen_SA, weights_SA, pool, execution)
+    norm_BTA, maximum_BTA = (x.reshape(chosen_BTA.shape) for x in (result.norm_SA, result.maximum_SA))
+    return Result(result.y_SD.reshape(x_BTD.shape), result.pool, result.dropped, norm_BTA, maximum_BTA)

@@ -15,12 +15,13 @@ from moe_reduce.planning import counts_by_component
 
 MANIFEST_FILE = "manifest.json"
 PACKAGES = ("moe_reduce", "jax", "flax", "numpy", "safetensors")
+SAMPLES, SAMPLE_BYTES = 64, 16 * 1024  # of each weight file, where there is no manifest
 WEIGHT_PATTERN = "model*.safetensors*"
 
 
 @dataclass(frozen=True)
 class Input:
-    """Something a step read: its path as it was given, and the SHA-256 of its manifest or, without one, its weights."""
+    """Something a step read: its path as it was given, and the SHA-256 of its manifest or, without one, fingerprint."""
 
     path: str
     sha256: str
@@ -46,12 +47,23 @@ def sha256_of_file(file: Path) -> str:
 
 
 def input_of(directory: Path) -> Input:
-    """How a step names a model directory that it read. Without a manifest every weight file is read once."""
+    """How a step names a model directory that it read.
+
+    Without a manifest, as published models come, the SHA-256 is of a fingerprint of config.json and each weight file:
+    its size and 64 samples of 16 KiB from its whole length, the header included. Reading every byte of a large model
+    would cost more than most steps do.
+    """
     manifest = directory / MANIFEST_FILE
     if manifest.is_file():
         return Input(str(directory), sha256_of_file(manifest))
-    lines = [f"{file.name} {sha256_of_file(file)}\n" for file in sorted(directory.glob(WEIGHT_PATTERN))]
-    return Input(str(directory), hashlib.sha256("".join(lines).encode()).hexdigest())
+    digest = hashlib.sha256()
+    for file in [*directory.glob("config.json"), *sorted(directory.glob(WEIGHT_PATTERN))]:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with open(file, "rb") as stream:
+            for sample in range(SAMPLES):
+                stream.seek(sample * max(file.stat().st_size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+                digest.update(stream.read(SAMPLE_BYTES))
+    return Input(str(directory), digest.hexdigest())
 
 
 def write(directory: Path, params: Mapping[str, Any], chain: tuple[Step, ...], hashes: Mapping[str, str]) -> None:

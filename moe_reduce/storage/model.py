@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ import numpy as np
 from moe_reduce import trees
 from moe_reduce.config import ExecutionConfig, ModelConfig
 from moe_reduce.errors import UserError
-from moe_reduce.models.decoder import Decoder
+from moe_reduce.models.decoder import Decoder, abstract_params
 from moe_reduce.storage import hf_config, manifest
 from moe_reduce.storage.huggingface import read_params, write_items
 from moe_reduce.storage.manifest import Step
-from moe_reduce.storage.tensors import SHARD_BYTES, TensorFiles, write_tensors
+from moe_reduce.storage.tensors import SHARD_BYTES, TensorFiles, TensorItem, write_tensors
 
 # What belongs to a model directory beside config and weights; copied along unread.
 COMPANIONS = (
@@ -93,19 +94,56 @@ def save(
     done to make this model, appended to its chain. shard_bytes: largest size of a weight file. Raises UserError when
     the path exists (unless overwrite, and it is a model directory), or cannot be written.
     """
+    (embedding,) = trees.select(model.params, "embedding/(table|factor)", expect=1).values()
+    contents = Contents(
+        config=model.config,
+        items=write_items(model.params, model.config),
+        dtype=str(embedding.dtype),
+        source=model.source,
+        hf_config=model.hf_config,
+        chain=model.chain if step is None else (*model.chain, step),
+    )
+    write_directory(contents, path, overwrite, shard_bytes)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a model directory; tensors may come from other files, so that no model need fit into memory."""
+
+    config: ModelConfig
+    items: Iterable[TensorItem]
+    dtype: str
+    source: Path | None  # directory whose tokenizer belongs to this model
+    hf_config: dict[str, Any] | None
+    chain: tuple[Step, ...]
+
+
+def write_directory(
+    contents: Contents, path: str | Path, overwrite: bool = False, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes a model directory whole or not at all; see `save`."""
     target = Path(path).absolute()
     _check_target(target, overwrite)
     temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        _write(model, temporary, model.chain if step is None else (*model.chain, step), shard_bytes)
+        _write(contents, temporary, shard_bytes)
         _replace(temporary, target)
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error}): free the space or choose another path") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """What processes that were killed while writing here have left behind."""
+    for directory in target.parent.glob(f".{target.name}.writing-*"):
+        owner = directory.name.rsplit("-", 1)[1]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -117,16 +155,15 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"{target} is not a model directory, so it is not overwritten: choose another path")
 
 
-def _write(model: Model, directory: Path, chain: tuple[Step, ...], shard_bytes: int) -> None:
-    hashes = write_tensors(directory, write_items(model.params, model.config), shard_bytes)
-    (embedding,) = trees.select(model.params, "embedding/(table|factor)", expect=1).values()
-    raw = hf_config.to_hf(model.config, model.hf_config, str(embedding.dtype))
+def _write(contents: Contents, directory: Path, shard_bytes: int) -> None:
+    hashes = write_tensors(directory, contents.items, shard_bytes)
+    raw = hf_config.to_hf(contents.config, contents.hf_config, contents.dtype)
     (directory / hf_config.CONFIG_FILE).write_text(hf_config.dumps(raw))
-    companions = () if model.source is None else [model.source / name for name in COMPANIONS]
+    companions = () if contents.source is None else [contents.source / name for name in COMPANIONS]
     for file in companions:
         if file.is_file():
             shutil.copyfile(file, directory / file.name)
-    manifest.write(directory, model.params, chain, hashes)
+    manifest.write(directory, abstract_params(contents.config), contents.chain, hashes)
 
 
 def _replace(temporary: Path, target: Path) -> None:

@@ -43,6 +43,7 @@ TABLE = {  # path of the leaf -> (tensor name, axes on disk, axes of the leaf be
     "layers/router/weight": (f"{LAYER}.mlp.gate.weight", "E D", "DE"),
     "router/weight": ("model.router.weight", "E D", "DE"),
     "layers/router_bias": (f"{LAYER}.router_bias", "E", "E"),
+    "layers/score_offset": (f"{LAYER}.score_offset", "", ""),
     "layers/output_gain": (f"{LAYER}.output_gain", "D", "D"),
 }
 TIED_OUTPUT = "lm_head.weight"

@@ -44,7 +44,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-TensorItem = tuple[str, tuple[int, ...], np.dtype, np.ndarray | Callable[[], np.ndarray]]
+COPY_BYTES = 4 * 1024**2  # read and written at a time where a tensor is copied from file to file
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ class Entry:
     dtype: np.dtype
     start: int
     stop: int
+
+
+# name, shape, dtype, and the data: an array, a function that makes it, or the place in another file to copy it from
+TensorItem = tuple[str, tuple[int, ...], np.dtype, np.ndarray | Callable[[], np.ndarray] | Entry]
 
 
 class TensorFiles:
@@ -105,6 +109,12 @@ class TensorFiles:
             self._maps[entry.file] = np.memmap(entry.file, np.uint8, mode="r")
         data = np.asarray(self._maps[entry.file])[entry.start : entry.stop]
         return data.view(entry.dtype).reshape(entry.shape)
+
+    def read_whole(self, name: str) -> np.ndarray:
+        """A copy of the tensor, read and not mapped: mapped pages would count as this process's memory."""
+        entry = self.entries[name]
+        count = (entry.stop - entry.start) // entry.dtype.itemsize
+        return np.fromfile(entry.file, entry.dtype, count, offset=entry.start).reshape(entry.shape)
 
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
         """A copy of one slice of the tensor; only its pages are read."""
@@ -170,10 +180,11 @@ def _check_extent(file: Path, entries: dict[str, Entry], base: int, size: int) -
 
 
 def write_tensors(directory: Path, items: Iterable[TensorItem], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
-    """Writes (name, shape, dtype, array or function that returns it) as one file, or as shards with an index.
+    """Writes tensors as one file, or as shards with an index.
 
     A shard takes tensors in the order given until the next would exceed `shard_bytes`. Functions are called one at a
-    time, when their turn comes, and their result is dropped after writing. Returns the SHA-256 of each file by name.
+    time, when their turn comes, and their result is dropped after writing; what lies in other files is copied a few
+    megabytes at a time. Returns the SHA-256 of each file by name.
     """
     shards = _split(list(items), shard_bytes)
     if len(shards) == 1:
@@ -235,9 +246,29 @@ def _write_file(file: Path, items: Sequence[TensorItem]) -> str:
 def _write_tensor(stream: BinaryIO, digest: "hashlib._Hash", item: TensorItem) -> None:
     """A function of its own, so that the tensor is gone before the next one is made."""
     name, shape, dtype, source = item
+    if isinstance(source, Entry):
+        if (source.shape, source.dtype) != (shape, dtype):
+            raise ValueError(f"tensor {name} was announced as {shape} {dtype}, got {source.shape} {source.dtype}")
+        _copy(stream, digest, source)
+        return
     array = source() if callable(source) else source
     if array.shape != shape or array.dtype != dtype:
         raise ValueError(f"tensor {name} was announced as {shape} {dtype}, got {array.shape} {array.dtype}")
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     stream.write(data)
     digest.update(data)
+
+
+def _copy(stream: BinaryIO, digest: "hashlib._Hash", entry: Entry) -> None:
+    """Through a buffer and not a memory map: mapped pages of a file count as this process's memory."""
+    buffer = memoryview(bytearray(min(COPY_BYTES, max(entry.stop - entry.start, 1))))
+    with open(entry.file, "rb", buffering=0) as source:
+        source.seek(entry.start)
+        left = entry.stop - entry.start
+        while left:
+            count = source.readinto(buffer[: min(left, len(buffer))])
+            if not count:
+                raise UserError(f"{entry.file} ended while it was copied: fetch it again")
+            stream.write(buffer[:count])
+            digest.update(buffer[:count])
+            left -= count

@@ -19,6 +19,7 @@ DECAYED = {  # by component: matrices decay; norms, biases and gains do not
     "experts": True,
     "router": True,
     "router_bias": False,
+    "score_offset": False,
     "output_gain": False,
     "norm": False,
 }

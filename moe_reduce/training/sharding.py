@@ -30,6 +30,7 @@ RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"experts/down", ("expert", "tensor", "fsdp")),
     (r"router/weight", (None, None)),
     (r"router_bias", (None,)),
+    (r"score_offset", ()),
     (r"output_gain", (None,)),
 )
 

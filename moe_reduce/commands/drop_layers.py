@@ -1,0 +1,63 @@
+"""moe-reduce drop-layers: fewer layers, those named or those that Block Influence finds to do least."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_reduce.commands import model_arguments, transforming
+from moe_reduce.errors import UserError
+
+if TYPE_CHECKING:
+    from moe_reduce.storage.model import Model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    transforming.add_arguments(parser)
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--layers", type=_numbers, help="layers to drop, from 0, such as 3,5")
+    wanted.add_argument("--count", type=int, help="drop so many, those of the least Block Influence on --data")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
+    """Writes the shallower model and returns its path."""
+    if arguments.count is not None and arguments.data is None:
+        raise UserError(f"--count={arguments.count} measures Block Influence: give --data, or --layers")
+    model = transforming.read(arguments, overrides)
+    from moe_reduce.reduction.architecture import drop_layers
+
+    settings = {"layers": arguments.layers} if arguments.count is None else _least_influential(arguments, model)
+    dropped = settings["layers"]
+    return transforming.write(arguments, model, drop_layers(model, dropped), settings, _kept_experts(model, dropped))
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be layer numbers such as 3,5") from None
+
+
+def _kept_experts(model: "Model", dropped: list[int]) -> Any:
+    """Original (layer, index) of the experts in the layers left; None where no expert goes with its layer."""
+    from moe_reduce.reduction.files import originals
+
+    if model.config.moe is None or model.config.moe.placement == "shared":
+        return None
+    rows = originals(model.config, model.chain)
+    return [row for layer, row in enumerate(rows) if layer not in dropped]
+
+
+def _least_influential(arguments: argparse.Namespace, model: "Model") -> dict[str, Any]:
+    """{count, layers, block_influence}: all are measured once, in the whole model, as ShortGPT does."""
+    import numpy as np
+
+    from moe_reduce.reduction.architecture import block_influence
+
+    if not 1 <= arguments.count < model.config.layers:
+        raise UserError(f"--count={arguments.count} must be at least 1 and below the {model.config.layers} layers")
+    influence_N = block_influence(model, model_arguments.batches(arguments, model.config.vocab_size))
+    layers = sorted(np.argsort(influence_N, kind="stable")[: arguments.count].tolist())
+    influence = {f"layer {layer}": round(value, 6) for layer, value in enumerate(influence_N.tolist())}
+    print(model_arguments.show({"block_influence": influence, "dropped": layers}, as_json=False))
+    return {"count": arguments.count, "layers": layers, "block_influence": list(influence.values())}

@@ -1,0 +1,21 @@
+"""moe-reduce group-heads: fewer key/value heads, each the mean of those it replaces (GQA)."""
+
+import argparse
+from pathlib import Path
+
+from moe_reduce.commands import transforming
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    transforming.add_arguments(parser)
+    parser.add_argument("--key-value-heads", required=True, type=int, help="how many; must divide their number now")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
+    """Writes the model with grouped heads and returns its path."""
+    model = transforming.read(arguments, overrides)
+    from moe_reduce.reduction.architecture import group_heads
+
+    grouped = group_heads(model, arguments.key_value_heads)
+    return transforming.write(arguments, model, grouped, {"key_value_heads": arguments.key_value_heads})

@@ -1,0 +1,36 @@
+"""moe-reduce pool: the experts of all layers as one pool that every layer can call."""
+
+import argparse
+from pathlib import Path
+
+from moe_reduce.commands import transforming
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    transforming.add_arguments(parser)
+    parser.add_argument("--start", choices=("lossless", "concat", "random"), default="lossless")
+    parser.add_argument("--score-function", choices=("softmax", "sigmoid"), default="softmax")
+    parser.add_argument(
+        "--router", choices=("shared", "layer"), default="shared", help="one for all layers, or one each"
+    )
+    parser.add_argument("--bias", type=float, help="against other layers' experts, in logits (default: exact)")
+    parser.add_argument("--offset", type=float, default=0.0, help="subtracted before sigmoid scores (default: 0)")
+    parser.add_argument("--no-canonical", action="store_true", help="leave norms and output sizes in the layers")
+    parser.add_argument("--seed", type=int, default=0, help="of --start=random (default: 0)")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
+    """Writes the pooled model and returns its path."""
+    model = transforming.read(arguments, overrides)
+    from moe_reduce.reduction import pooling
+
+    pooling.check_poolable(model.config)
+    names = ("start", "score_function", "router", "bias", "offset", "seed")
+    settings = {name: getattr(arguments, name) for name in names}
+    start = model if arguments.no_canonical else pooling.canonical(model)
+    pooled = pooling.pool(start, **settings)
+    assert model.config.moe is not None
+    origins = [list(pair) for pair in pooling.origins(model.config.layers, model.config.moe.experts)]
+    settings |= {"canonical": not arguments.no_canonical}
+    return transforming.write(arguments, model, pooled, settings, kept_experts=[origins])

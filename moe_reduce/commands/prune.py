@@ -1,0 +1,84 @@
+"""moe-reduce prune: keeps the best experts, from file to file; weights pass through a few megabytes at a time."""
+
+import argparse
+from pathlib import Path
+
+from moe_reduce.commands import model_arguments
+from moe_reduce.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--model", required=True, type=Path, help="a mixture of experts, of ours or of Hugging Face")
+    parser.add_argument("--scores", required=True, type=Path, help="what moe-reduce score wrote for this model")
+    parser.add_argument("--criterion", default="reap", help="one of those scored (default: reap)")
+    parser.add_argument("--keep", required=True, type=float, help="share of the experts, such as 0.5, or their number")
+    parser.add_argument(
+        "--scope", choices=("layer", "global"), default="layer",
+        help="the best of each layer, as many in each; or the best of all, which gives layers pools of their own size",
+    )  # fmt: skip
+    parser.add_argument("--floor", type=int, help="fewest in a layer, with --scope=global (default: those active)")
+    parser.add_argument("--protect-super-experts", action="store_true", help="keep experts of outstanding activation")
+    parser.add_argument("--out", required=True, type=Path, help="model directory to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
+    """Writes the pruned model directory, prints what it cost, and returns its path."""
+    model_arguments.no_overrides(overrides)
+    model_arguments.check_out(arguments.out, arguments.overwrite)
+    from moe_reduce import planning
+    from moe_reduce.models.decoder import abstract_params
+    from moe_reduce.reduction import files, scores
+    from moe_reduce.storage import manifest
+    from moe_reduce.storage.model import write_directory
+
+    directory = files.open_directory(arguments.model)
+    kept = _choose(arguments, directory, scores.read(arguments.scores))
+    before = planning.count(abstract_params(directory.config))
+    pruned = files.pruned_config(directory, kept)
+    after = planning.count(abstract_params(pruned))
+    step = manifest.Step(
+        command="prune",
+        arguments={name: getattr(arguments, name) for name in ("criterion", "keep", "scope", "floor")}
+        | {"protect_super_experts": arguments.protect_super_experts},
+        inputs=(
+            manifest.input_of(arguments.model),
+            manifest.Input(str(arguments.scores), manifest.sha256_of_file(arguments.scores)),
+        ),
+        parameters_before=before,
+        parameters_after=after,
+        kept_experts=files.kept_originals(directory, kept),
+    )
+    write_directory(files.prune_files(directory, kept, step), arguments.out, arguments.overwrite)
+    counts = sorted({len(row) for row in kept})
+    shown = {
+        "experts of a pool": f"{directory.moe.experts} -> {' to '.join(map(str, counts[:1] + counts[1:][-1:]))}",
+        "parameters": f"{before:,} -> {after:,}",
+    }
+    print(model_arguments.show(shown, as_json=False))
+    return arguments.out
+
+
+def _choose(arguments: argparse.Namespace, directory, found):
+    from moe_reduce.reduction import selection
+
+    moe = directory.moe
+    values = found.of(arguments.criterion)
+    rows = 1 if moe.placement == "shared" else directory.config.layers
+    if values.shape != (rows, moe.experts):
+        raise UserError(
+            f"--scores={arguments.scores} are of {values.shape[0]} x {values.shape[1]} experts, the model has {rows} x "
+            f"{moe.experts}: score this model"
+        )
+    protected: frozenset = frozenset()
+    if arguments.protect_super_experts:
+        protected = selection.super_experts(found.of("max_activation"))
+    if arguments.scope == "layer":
+        if arguments.floor is not None:
+            raise UserError("--floor is for --scope=global; with --scope=layer every layer keeps the same number")
+        return selection.keep_by_row(values, selection.count_of(arguments.keep, moe.experts), protected)
+    floor = moe.active if arguments.floor is None else arguments.floor
+    if floor < moe.active:
+        raise UserError(f"--floor={floor} is below the {moe.active} experts that are active for a token: raise it")
+    return selection.keep_overall(values, selection.count_of(arguments.keep, rows * moe.experts), floor, protected)

@@ -1,0 +1,72 @@
+"""What the commands share that read a model, transform it and write another: plumbing, and what it cost."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_reduce.commands import model_arguments
+
+if TYPE_CHECKING:
+    from moe_reduce.storage.model import Model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model, --out, --overwrite, and the data to measure on."""
+    parser.add_argument("--model", required=True, type=Path, help="a model directory of ours or of Hugging Face")
+    parser.add_argument("--out", required=True, type=Path, help="model directory to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    model_arguments.add_data(parser, required=False, purpose="measure the loss on it, before and after")
+
+
+def read(arguments: argparse.Namespace, overrides: list[str]) -> "Model":
+    """The model that the command starts from; mistakes about --out and --data are found before a weight is read."""
+    model_arguments.no_overrides(overrides)
+    model_arguments.check_out(arguments.out, arguments.overwrite)
+    if arguments.data is not None:
+        model_arguments.data_config(arguments)
+    return model_arguments.load_model(arguments)
+
+
+def write(
+    arguments: argparse.Namespace, before: "Model", after: "Model", settings: dict[str, Any], kept_experts: Any = None
+) -> Path:
+    """Saves what became of the model, prints what it cost, and returns --out.
+
+    settings: what the command did, for the manifest, as is kept_experts: the original (layer, index) of each expert
+    kept. With --data, the loss is measured before and after.
+    """
+    from moe_reduce import planning, save
+    from moe_reduce.storage import manifest
+
+    sizes = planning.count(before.params), planning.count(after.params)
+    cost = {"parameters": f"{sizes[0]:,} -> {sizes[1]:,}"}
+    quality = None
+    if arguments.data is not None:
+        settings = settings | _measured_on(arguments)
+        earlier, quality = _evaluated(arguments, before), _evaluated(arguments, after)
+        cost["loss"] = f"{earlier['loss']:.4f} -> {quality['loss']:.4f}"
+        quality = quality | {"loss_before": earlier["loss"]}
+    step = manifest.Step(
+        command=arguments.command,
+        arguments=settings,
+        inputs=(manifest.input_of(arguments.model),),
+        parameters_before=sizes[0],
+        parameters_after=sizes[1],
+        quality=quality,
+        kept_experts=kept_experts,
+    )
+    save(after, arguments.out, step, overwrite=arguments.overwrite)
+    print(model_arguments.show(cost, as_json=False))
+    return arguments.out
+
+
+def _measured_on(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("data", "tokenizer", "sequence_length", "batch_size", "max_batches", "compute_dtype")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _evaluated(arguments: argparse.Namespace, model: "Model") -> dict[str, Any]:
+    from moe_reduce.inference.evaluate import evaluate
+
+    data = model_arguments.data_config(arguments)
+    return evaluate(model, data, arguments.batch_size, arguments.max_batches)

@@ -1,0 +1,1 @@
+"""Model -> smaller model: pure functions of (config, params)."""

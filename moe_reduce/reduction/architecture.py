@@ -1,0 +1,231 @@
+"""Exact or data-light reductions of the architecture: heads, layers, the embedding, single weights, neurons.
+
+Each is a pure function Model -> Model that takes real or abstract leaves (jax.ShapeDtypeStruct), so that it can be
+planned without a weight. Letters as in moe_reduce.models; I and O are the inputs and outputs of any matrix, M counts
+matrices. Arithmetic is in fp32, results in the dtype of their leaf.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_reduce import trees
+from moe_reduce.config import ModelConfig
+from moe_reduce.errors import UserError
+from moe_reduce.models.decoder import Decoder, abstract_params
+from moe_reduce.storage.model import Model
+from moe_reduce.training.losses import decoder_inputs
+from moe_reduce.training.task import Batch
+
+FEED_FORWARD = r"(layers/)?(mlp|experts)/(gate|up|down)"
+MATRICES = rf"layers/attention/(query|key|value|output)|{FEED_FORWARD}"
+MATRIX_LEAVES = 7
+
+
+def group_heads(model: Model, key_value_heads: int) -> Model:
+    """Fewer key/value heads: those of a group become their mean (GQA, arXiv:2305.13245). Touches 2 leaves.
+
+    Exact when the heads within a group are equal. Raises UserError unless `key_value_heads` divides their number now.
+    """
+    present = model.config.key_value_heads
+    if key_value_heads < 1 or present % key_value_heads:
+        fitting = ", ".join(str(number) for number in range(1, present + 1) if present % number == 0)
+        raise UserError(f"key_value_heads={key_value_heads} does not divide the model's {present}: give {fitting}")
+
+    def mean(w_NDGC: jax.Array) -> jax.Array:
+        groups = w_NDGC.astype(jnp.float32).reshape(*w_NDGC.shape[:2], key_value_heads, -1, w_NDGC.shape[3])
+        first = groups[:, :, :, :1]
+        # around the first head: equal heads give exactly that head, whatever their number
+        mean_NDGC = (first + jnp.mean(groups - first, axis=3, keepdims=True))[:, :, :, 0]
+        return mean_NDGC.astype(w_NDGC.dtype)
+
+    found = trees.select(model.params, "layers/attention/(key|value)", expect=2)
+    leaves = {path: _computed(mean, leaf) for path, leaf in found.items()}
+    return _changed(model, leaves, key_value_heads=key_value_heads)
+
+
+def drop_layers(model: Model, layers: Sequence[int]) -> Model:
+    """Without the layers of these numbers, from 0. Touches every leaf below layers/; a shared pool stays whole.
+
+    Raises UserError when a number is out of range or repeated, or no layer would remain.
+    """
+    total = model.config.layers
+    for layer in layers:
+        if not 0 <= layer < total:
+            raise UserError(f"layers: {layer} is not in 0..{total - 1}, the layers of this model: name others")
+    if len(set(layers)) < len(layers):
+        raise UserError(f"layers={list(layers)} names one twice: name each layer once")
+    if len(layers) == total:
+        raise UserError(f"layers names all {total} layers: leave at least one")
+    kept = np.array([layer for layer in range(total) if layer not in layers])
+    below = len(trees.flatten(abstract_params(model.config)["layers"]))
+    found = trees.select(model.params, "layers/.*", expect=below)
+    leaves = {path: _computed(lambda leaf: leaf[kept], leaf) for path, leaf in found.items()}
+    return _changed(model, leaves, layers=len(kept))
+
+
+def block_influence(model: Model, batches: Iterable[Batch]) -> np.ndarray:
+    """BI_l = 1 − E[cos(x_l, x_{l+1})], float64 [N], over the counted positions (ShortGPT, arXiv:2403.03853).
+
+    x_l is what block l reads, x_{l+1} what it leaves in the residual stream, for the last block before the final norm.
+    0: the block turns no hidden state. Raises UserError without a counted position.
+    """
+    decoder = Decoder(model.config, model.execution)
+
+    @jax.jit
+    def sums(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        _, sown = decoder.apply({"params": params}, *decoder_inputs(batch), mutable=["hidden"])
+        hidden: Any = sown["hidden"]["layers"]
+        cosine_NBT = _cosine(hidden["block_input"], hidden["block_output"])
+        weights_BT = jnp.asarray(batch["weights"])
+        return jnp.einsum("NBT,BT->N", cosine_NBT, weights_BT), jnp.sum(weights_BT)
+
+    cosine_N, weight = np.zeros(model.config.layers), 0.0
+    for batch in batches:
+        added_N, added = jax.device_get(sums(model.params, batch))
+        cosine_N, weight = cosine_N + np.asarray(added_N, np.float64), weight + float(added)
+    if weight == 0:
+        raise UserError("data holds no position to measure Block Influence on: give more text")
+    return 1 - cosine_N / weight
+
+
+def factorise_embedding(model: Model, inner: int) -> Model:
+    """The tied table [V, D] as factor [V, K] · projection [K, D], K = `inner`, by truncated SVD. Touches 1 leaf.
+
+    The nearest of its rank, and exact when K reaches the rank of the table. The projection keeps lengths on average, as
+    at initialisation (ALBERT, arXiv:1909.11942). Raises UserError for an untied or factorised model, or an unfit K.
+    """
+    config = model.config
+    if not config.tied_embeddings:
+        raise UserError("tied_embeddings is False, and the factors serve both ends: give a model with a tied embedding")
+    if config.embedding_factor is not None:
+        raise UserError(f"the embedding is factorised already (embedding_factor={config.embedding_factor}): leave it")
+    largest = min(config.vocab_size, config.width)
+    if not 1 <= inner <= largest:
+        raise UserError(f"inner={inner} is not in 1..{largest}, the ranks of the embedding: choose one of these")
+
+    def factors(table_VD: jax.Array) -> dict[str, jax.Array]:
+        left, singular, right = jnp.linalg.svd(table_VD.astype(jnp.float32), full_matrices=False)
+        gain = (config.width / inner) ** 0.5  # of the projection over orthonormal rows
+        factor_VK = left[:, :inner] * (singular[None, :inner] / gain)
+        projection_KD = right[:inner] * gain
+        return {"factor": factor_VK.astype(table_VD.dtype), "projection": projection_KD.astype(table_VD.dtype)}
+
+    (table_VD,) = trees.select(model.params, "embedding/table", expect=1).values()
+    params = model.params | {"embedding": _computed(factors, table_VD)}
+    return dataclasses.replace(model, config=dataclasses.replace(config, embedding_factor=inner), params=params)
+
+
+def prune_magnitude(model: Model, share: float) -> Model:
+    """Zero in place of the ⌊share · n⌋ smallest |w| of each matrix of n weights, the first of equals. Touches 7 leaves.
+
+    Attention, feed-forward and expert matrices, each by itself; never embeddings, norms, routers or biases. Zeros that
+    are there already count. Raises UserError unless 0 <= share < 1.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"share={share} must be at least 0 and below 1: it is the share of the weights set to zero")
+
+    def prune(w_IO: jax.Array) -> jax.Array:
+        count = int(Decimal(str(share)) * w_IO.size)  # of the number as it was written: 0.29 · 100 is 29
+        smallest = jnp.argsort(jnp.abs(w_IO).reshape(-1), stable=True)[:count]
+        return w_IO.reshape(-1).at[smallest].set(0, unique_indices=True).reshape(w_IO.shape)
+
+    found = trees.select(model.params, MATRICES, expect=MATRIX_LEAVES)
+    return _changed(model, {path: _each_matrix(prune, path, leaf) for path, leaf in found.items()})
+
+
+def prune_two_four(model: Model) -> Model:
+    """Of each 4 weights that follow each other along the inputs of a matrix, the 2 largest |w|. Touches 7 leaves.
+
+    The 2:4 pattern that sparse tensor cores read (arXiv:2104.08378), in the matrices of `prune_magnitude`; of equals
+    the last stay. Raises UserError when a matrix has a number of inputs that 4 does not divide.
+    """
+
+    def prune(w_IO: jax.Array) -> jax.Array:
+        quads = w_IO.reshape(-1, 4, w_IO.shape[1])
+        rank = jnp.argsort(jnp.argsort(jnp.abs(quads), axis=1, stable=True), axis=1)
+        return jnp.where(rank >= 2, quads, 0).reshape(w_IO.shape)
+
+    found = trees.select(model.params, MATRICES, expect=MATRIX_LEAVES)
+    for path, leaf in found.items():
+        inputs, _ = _matrix_sizes(path, leaf.shape)
+        if inputs % 4:
+            raise UserError(f"{path} has {inputs} inputs, which 4 does not divide: prune by share instead of 2:4")
+    return _changed(model, {path: _each_matrix(prune, path, leaf) for path, leaf in found.items()})
+
+
+def prune_neurons(model: Model, keep: int) -> Model:
+    """The `keep` neurons of largest ‖gate_f‖·‖up_f‖·‖down_f‖ in each layer, or each expert. Touches 3 leaves.
+
+    That product times ‖x‖² bounds what neuron f can add, since |silu(z)| <= |z|. Neurons stay in their order, so that
+    keeping all is the identity. Raises UserError when `keep` is not in 1..F.
+    """
+    moe = model.config.moe
+    width = model.config.feed_forward_width if moe is None else moe.width
+    assert width is not None, "a dense model has a feed_forward_width"
+    if not 1 <= keep <= width:
+        raise UserError(f"keep={keep} is not in 1..{width}, the neurons of a feed-forward block: choose one of these")
+
+    def prune(down: jax.Array, gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
+        size = _norm(gate, -2) * _norm(up, -2) * _norm(down, -1)
+        kept = jnp.sort(jax.lax.top_k(size, keep)[1], axis=-1)
+        columns, rows = kept[..., None, :], kept[..., :, None]
+        return (
+            jnp.take_along_axis(down, rows, axis=-2),
+            jnp.take_along_axis(gate, columns, axis=-1),
+            jnp.take_along_axis(up, columns, axis=-1),
+        )
+
+    found = trees.select(model.params, FEED_FORWARD, expect=3)  # in the order of their names
+    leaves = dict(zip(found, _computed(prune, *found.values()), strict=True))
+    if moe is None:
+        return _changed(model, leaves, feed_forward_width=keep)
+    return _changed(model, leaves, moe=dataclasses.replace(moe, width=keep))
+
+
+def _changed(model: Model, leaves: dict[str, Any], **config: Any) -> Model:
+    """The model with these leaves and fields of its configuration replaced."""
+    changed: ModelConfig = dataclasses.replace(model.config, **config)
+    return dataclasses.replace(model, config=changed, params=trees.update(model.params, leaves))
+
+
+def _computed(function: Callable[..., Any], *leaves: Any) -> Any:
+    """function(*leaves); of abstract leaves only the shapes."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        return jax.eval_shape(function, *leaves)
+    return function(*map(jnp.asarray, leaves))
+
+
+def _matrix_sizes(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(I, O) of the matrices that are stacked in a leaf; heads and head width are one axis."""
+    if path.endswith("attention/output"):
+        return shape[-3] * shape[-2], shape[-1]
+    if "attention/" in path:
+        return shape[-3], shape[-2] * shape[-1]
+    return shape[-2], shape[-1]
+
+
+def _each_matrix(function: Callable[[jax.Array], jax.Array], path: str, leaf: Any) -> Any:
+    """function(w_IO) -> w_IO on every matrix of a leaf, one after the other: sorting needs memory beside it."""
+
+    def apply(leaf: jax.Array) -> jax.Array:
+        w_MIO = leaf.reshape(-1, *_matrix_sizes(path, leaf.shape))
+        return jax.lax.map(function, w_MIO).reshape(leaf.shape)
+
+    return _computed(apply, leaf)
+
+
+def _norm(x: jax.Array, axis: int) -> jax.Array:
+    return jnp.linalg.norm(x.astype(jnp.float32), axis=axis)
+
+
+def _cosine(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Of the vectors on the last axis, fp32; 0 where one of them is zero."""
+    left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+    lengths = jnp.linalg.norm(left, axis=-1) * jnp.linalg.norm(right, axis=-1)
+    return jnp.sum(left * right, axis=-1) / jnp.maximum(lengths, jnp.finfo(jnp.float32).tiny)

@@ -1,0 +1,180 @@
+"""Pruning from file to file: the bytes of kept experts are copied, and no model need fit into memory."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moe_reduce.config import ModelConfig, MoEConfig
+from moe_reduce.errors import UserError
+from moe_reduce.reduction.pooling import LOSSLESS_BIAS, check_poolable
+from moe_reduce.reduction.pruning import check_kept
+from moe_reduce.reduction.selection import Kept
+from moe_reduce.storage import hf_config, manifest
+from moe_reduce.storage.huggingface import check_names
+from moe_reduce.storage.manifest import Step
+from moe_reduce.storage.model import Contents
+from moe_reduce.storage.names import LAYER, TABLE, leaves
+from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem
+
+Source = Entry | Callable[[], np.ndarray]
+EXPERT_NAME = f"{LAYER}.mlp.experts.{{expert}}."
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A model directory of which only headers have been read."""
+
+    path: Path
+    config: ModelConfig
+    raw: dict
+    files: TensorFiles
+    chain: tuple[Step, ...]
+
+    @property
+    def moe(self) -> MoEConfig:
+        """Raises UserError for a dense model."""
+        if self.config.moe is None:
+            raise UserError(f"{self.path} is a dense model: it has no experts to prune")
+        return self.config.moe
+
+
+def open_directory(path: Path) -> Directory:
+    """Reads config.json, headers and manifest; raises UserError when tensors are missing, unknown or mis-shaped."""
+    config, raw = hf_config.read_config(path)
+    files = TensorFiles(path)
+    check_names(files, config)
+    for name, entry in files.entries.items():
+        if entry.dtype.kind not in "fV" or entry.dtype.itemsize < 2:  # ml_dtypes' bfloat16 is of kind V
+            raise UserError(f"tensor {name} in {entry.file} is {entry.dtype}, not a floating-point weight: convert it")
+    return Directory(path, config, raw, files, manifest.read_chain(path))
+
+
+def prune_files(directory: Directory, kept: Kept, step: Step) -> Contents:
+    """The directory's model with the kept experts only, as `storage.model.write_directory` takes it.
+
+    Layers of a per-layer model that keep different numbers become one pool, with each layer's own experts the only
+    ones that it can choose: no config of a per-layer model says otherwise. Raises UserError as `pruning.prune` does.
+    """
+    config = pruned_config(directory, kept)
+    items = _pooled_items if _uneven(directory, kept) else _smaller_items
+    table = directory.files.entries[next(name for name in directory.files.entries if "embed_tokens" in name)]
+    chain = (*directory.chain, step)
+    return Contents(config, items(directory, config, kept), str(table.dtype), directory.path, directory.raw, chain)
+
+
+def pruned_config(directory: Directory, kept: Kept) -> ModelConfig:
+    """The architecture that is left; raises UserError when the model cannot keep these experts."""
+    if _uneven(directory, kept):
+        check_poolable(directory.config)
+        _check_uneven(directory.moe, kept, directory.config.layers)
+        return _pooled_config(directory.config, kept)
+    check_kept(directory.moe, kept, directory.config.layers)
+    return _smaller_config(directory.config, kept)
+
+
+def _uneven(directory: Directory, kept: Kept) -> bool:
+    return directory.moe.placement == "layer" and len({len(row) for row in kept}) > 1
+
+
+def _check_uneven(moe: MoEConfig, kept: Kept, layers: int) -> None:
+    if len(kept) != layers:
+        raise UserError(f"kept experts are given for {len(kept)} layers, the model has {layers} pools")
+    for row in kept:
+        check_kept(moe, (row,) * layers, layers)
+
+
+def _smaller_config(config: ModelConfig, kept: Kept) -> ModelConfig:
+    assert config.moe is not None
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=len(kept[0])))
+
+
+def _smaller_items(directory: Directory, config: ModelConfig, kept: Kept) -> Iterator[TensorItem]:
+    shared = directory.moe.placement == "shared"
+    for leaf in leaves(config):
+        name, stored, _ = TABLE[leaf.path]
+        letters = re.findall(r"{(\w+)}", name)
+        for index in np.ndindex(leaf.stacked):
+            place = dict(zip(letters, index, strict=True))
+            row = kept[0 if shared or "layer" not in place else place["layer"]]
+            if "expert" in place:
+                place["expert"] = row[place["expert"]]
+            entry = directory.files.entries[name.format(**place)]
+            source: Source = entry
+            if "E" in stored.split():
+                source = _rows(directory.files, name.format(**place), stored.split().index("E"), row)
+            yield leaf.name(index), leaf.stored_shape, entry.dtype, source
+
+
+def _rows(files: TensorFiles, name: str, axis: int, row: tuple[int, ...]) -> Callable[[], np.ndarray]:
+    return lambda: np.take(files.read(name), np.asarray(row), axis=axis)
+
+
+def _pooled_config(config: ModelConfig, kept: Kept) -> ModelConfig:
+    assert config.moe is not None
+    moe = dataclasses.replace(
+        config.moe, experts=sum(map(len, kept)), placement="shared", router="shared", selection_bias=True
+    )
+    return dataclasses.replace(config, moe=moe)
+
+
+def _pooled_items(directory: Directory, config: ModelConfig, kept: Kept) -> Iterator[TensorItem]:
+    order = [(layer, index) for layer, row in enumerate(kept) for index in row]
+    for leaf in leaves(config):
+        for index in np.ndindex(leaf.stacked):
+            name = leaf.name(index)
+            if leaf.path.startswith("experts/"):
+                layer, expert = order[index[0]]
+                suffix = name.split(".", 3)[3]
+                entry = directory.files.entries[EXPERT_NAME.format(layer=layer, expert=expert) + suffix]
+                yield name, leaf.stored_shape, entry.dtype, entry
+            elif leaf.path in ("router/weight", "layers/router_bias"):
+                dtype = directory.files.entries[_router_name(0)].dtype
+                source = _concatenated(directory, kept) if leaf.path == "router/weight" else _own_only(kept, index[0])
+                dtype = dtype if leaf.path == "router/weight" else np.dtype(np.float32)
+                yield name, leaf.stored_shape, dtype, source
+            else:
+                entry = directory.files.entries[name]
+                yield name, leaf.stored_shape, entry.dtype, entry
+
+
+def _router_name(layer: int) -> str:
+    return TABLE["layers/router/weight"][0].format(layer=layer)
+
+
+def _concatenated(directory: Directory, kept: Kept) -> Callable[[], np.ndarray]:
+    def make() -> np.ndarray:
+        parts = [directory.files.read(_router_name(layer))[list(row)] for layer, row in enumerate(kept)]
+        return np.concatenate(parts)
+
+    return make
+
+
+def _own_only(kept: Kept, layer: int) -> Callable[[], np.ndarray]:
+    def make() -> np.ndarray:
+        owner = np.repeat(np.arange(len(kept)), [len(row) for row in kept])
+        return np.where(owner == layer, 0.0, -LOSSLESS_BIAS).astype(np.float32)
+
+    return make
+
+
+def originals(config: ModelConfig, chain: tuple[Step, ...]) -> list[list[list[int]]]:
+    """For each row of experts, the original (layer, index) of each, as the chain of what was done says."""
+    for step in reversed(chain):
+        if step.kept_experts is not None:
+            return step.kept_experts
+    moe = config.moe
+    assert moe is not None
+    if moe.placement == "shared":
+        return [[[0, index] for index in range(moe.experts)]]
+    return [[[layer, index] for index in range(moe.experts)] for layer in range(config.layers)]
+
+
+def kept_originals(directory: Directory, kept: Kept) -> list[list[list[int]]]:
+    """What a manifest says about a pruning: the original (layer, index) of the experts kept, in their new order."""
+    before = originals(directory.config, directory.chain)
+    rows = [[before[row][index] for index in indices] for row, indices in enumerate(kept)]
+    return [[pair for row in rows for pair in row]] if _uneven(directory, kept) else rows

@@ -1,0 +1,149 @@
+"""Scoring a model that does not fit into memory: layer by layer, and the experts of a layer a few at a time.
+
+The hidden states of the whole calibration set go from layer to layer; each weight is read once.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from moe_reduce import trees
+from moe_reduce.config import ExecutionConfig, ModelConfig
+from moe_reduce.errors import UserError
+from moe_reduce.models.decoder import AttentionHalf
+from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool, Result
+from moe_reduce.models.routing import Routing, route
+from moe_reduce.reduction.files import Directory
+from moe_reduce.reduction.scores import Sums, sums_of
+from moe_reduce.storage.names import Leaf, leaves
+from moe_reduce.training.task import Batch
+
+CHUNK_BYTES = 200 * 1024**2  # of experts in memory at a time
+HALF = ("layers/attention_norm", "layers/attention/", "layers/mlp_norm")
+
+
+def collect(directory: Directory, batches: Sequence[Batch], execution: ExecutionConfig) -> Sums:
+    """As scores.collect, of a directory of which one layer's attention and a few experts are in memory at a time.
+
+    Hidden states of all batches are, so 4 bytes · D · 3 for each token. Raises UserError for a shared pool, whose
+    experts every layer needs, for a factorised embedding, and without a batch.
+    """
+    config = directory.config
+    if directory.moe.placement == "shared" or config.embedding_factor is not None:
+        raise UserError(f"{directory.path} has one pool for all layers: score it without --layer-wise")
+    if not batches:
+        raise UserError("no tokens to score with: give a larger --data")
+    dtype = jnp.dtype(execution.compute_dtype)
+    states = [_embed(directory, batch["tokens"], dtype) for batch in batches]
+    weights = [jnp.asarray(batch["weights"]) for batch in batches]
+    layers = []
+    for layer in tqdm(range(config.layers), unit="layer", disable=not sys.stderr.isatty()):
+        states, sums = _layer(directory, layer, states, weights, execution)
+        layers.append(sums)
+    tokens = sum(int(np.sum(np.asarray(batch["weights"]) > 0)) for batch in batches)
+    stacked = {name: np.stack([sums[name] for sums in layers]) for name in layers[0]}
+    return Sums(tokens, **stacked)
+
+
+def _embed(directory: Directory, tokens_BT: Any, dtype: jnp.dtype) -> jax.Array:
+    """Only the rows of the table that occur are read."""
+    rows = directory.files.read("model.embed_tokens.weight")[np.asarray(tokens_BT)]
+    return jnp.asarray(rows).astype(dtype)
+
+
+def _layer(directory: Directory, layer: int, states: list, weights: list, execution: ExecutionConfig):
+    """One layer for all batches: their new states, and the summed statistics of the layer's experts, [E] each."""
+    config, moe = directory.config, directory.moe
+    half = trees.unflatten({path.removeprefix("layers/"): leaf for path, leaf in _half(directory, layer)})
+    router_DE = _leaf(directory, "layers/router/weight", layer)
+    bias_E = _leaf(directory, "layers/router_bias", layer) if moe.selection_bias else None
+    gain_D = _leaf(directory, "layers/output_gain", layer) if moe.output_gain else jnp.ones(config.width)
+    before = [_attend(config, execution, half, router_DE, bias_E, x_BTD) for x_BTD in states]
+    parts: list[Any] = [None] * len(states)
+    for first, experts in _chunks(directory, layer):
+        for place, (_, normed_SD, routing) in enumerate(before):
+            part = _experts(execution, normed_SD, routing, experts, jnp.int32(first))
+            parts[place] = part if parts[place] is None else _add(parts[place], part)
+    after, totals = [], None
+    for (x_BTD, _, routing), (y_SD, norm_SA, maximum_SA), weights_BT in zip(before, parts, weights, strict=True):
+        after.append(x_BTD + (y_SD * gain_D[None]).astype(x_BTD.dtype).reshape(x_BTD.shape))
+        shape = (*weights_BT.shape, moe.active)
+        routed = {"expert": routing.experts_SA, "weight": routing.weights_SA, "norm": norm_SA, "maximum": maximum_SA}
+        sums = jax.device_get(_sums({name: x.reshape(shape) for name, x in routed.items()}, weights_BT, moe.experts))
+        totals = sums if totals is None else _merge(totals, sums)
+    return after, totals
+
+
+_sums = jax.jit(sums_of, static_argnums=2)
+
+
+def _merge(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        name: np.maximum(left[name], right[name]) if name == "maximum" else left[name] + right[name] for name in left
+    }
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _attend(config: ModelConfig, execution: ExecutionConfig, half, router_DE, bias_E, x_BTD):
+    batch, time, width = x_BTD.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32)[None], (batch, time))
+    applied: Any = AttentionHalf(config, execution).apply({"params": half}, x_BTD, positions_BT)
+    x_BTD, normed_BTD = applied
+    normed_SD = normed_BTD.reshape(-1, width)
+    logits_SE = jnp.matmul(
+        normed_SD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    assert config.moe is not None
+    return x_BTD, normed_SD, route(logits_SE, bias_E, config.moe)
+
+
+@partial(jax.jit, static_argnums=0)
+def _experts(execution: ExecutionConfig, normed_SD, routing: Routing, experts: Experts, first):
+    count = experts.gate_EDF.shape[0]
+    chosen_SA = routing.experts_SA - first
+    chosen_SA = jnp.where((chosen_SA >= 0) & (chosen_SA < count), chosen_SA, count)
+    pool = Pool.of(experts, normed_SD.dtype)
+    result: Result = DISPATCHES[execution.dispatch](normed_SD, chosen_SA, routing.weights_SA, pool, execution)
+    return result.y_SD, result.norm_SA, result.maximum_SA
+
+
+@jax.jit
+def _add(left, right):
+    return left[0] + right[0], left[1] + right[1], jnp.maximum(left[2], right[2])
+
+
+def _leaf_of(directory: Directory, path: str) -> Leaf:
+    return next(leaf for leaf in leaves(directory.config) if leaf.path == path)
+
+
+def _leaf(directory: Directory, path: str, layer: int) -> jax.Array:
+    leaf = _leaf_of(directory, path)
+    return jnp.asarray(leaf.from_stored(directory.files.read_whole(leaf.name((layer,)))))
+
+
+def _half(directory: Directory, layer: int) -> Iterator[tuple[str, jax.Array]]:
+    for leaf in leaves(directory.config):
+        if leaf.path.startswith(HALF):
+            yield leaf.path, _leaf(directory, leaf.path, layer)
+
+
+def _chunks(directory: Directory, layer: int) -> Iterator[tuple[int, Experts]]:
+    """(number of the first, matrices) of a few experts of a layer at a time; all chunks are of one size."""
+    described = [_leaf_of(directory, f"layers/experts/{name}") for name in ("gate", "up", "down")]
+    names = [[leaf.name((layer, expert)) for leaf in described] for expert in range(directory.moe.experts)]
+    one = sum(directory.files.entries[name].stop - directory.files.entries[name].start for name in names[0])
+    count = max(1, min(directory.moe.experts, CHUNK_BYTES // one))
+    while directory.moe.experts % count:
+        count -= 1
+    for first in range(0, directory.moe.experts, count):
+        matrices = []
+        for place, leaf in enumerate(described):
+            tensors = (directory.files.read_whole(names[first + number][place]) for number in range(count))
+            matrices.append(jnp.asarray(np.stack([leaf.from_stored(tensor) for tensor in tensors])))
+        yield first, Experts(*matrices)

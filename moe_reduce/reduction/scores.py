@@ -1,0 +1,190 @@
+"""How much each expert matters: REAP (arXiv:2510.13999) and the other criteria, from one pass over a corpus.
+
+Letters: N layers, E experts a layer (or of the shared pool), S tokens. For an assignment of a token x to an expert e,
+g is the combine weight that the model really uses and f the raw output of the expert, before weighting.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_reduce.config import ModelConfig, MoEConfig
+from moe_reduce.errors import UserError
+from moe_reduce.models.decoder import Decoder
+from moe_reduce.storage.model import Model
+from moe_reduce.training.losses import decoder_inputs
+
+CRITERIA = (
+    "reap",  # mean of g·‖f‖₂ over the tokens routed to the expert
+    "reap_total",  # the same sum over ALL tokens: usage counts
+    "frequency",  # number of tokens routed to the expert
+    "ean_mean",  # mean of ‖f‖₂
+    "ean_sum",  # sum of ‖f‖₂
+    "weighted_ean_sum",  # sum of g·‖f‖₂
+    "max_activation",  # largest |f|
+    "random",  # for comparison
+)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one pass adds up, by layer call and expert: all fp32 arrays [N, E]."""
+
+    tokens: int
+    counts: np.ndarray
+    weighted_norm: np.ndarray  # Σ g·‖f‖₂
+    norm: np.ndarray  # Σ ‖f‖₂
+    maximum: np.ndarray  # max |f|
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(
+            self.tokens + other.tokens,
+            self.counts + other.counts,
+            self.weighted_norm + other.weighted_norm,
+            self.norm + other.norm,
+            np.maximum(self.maximum, other.maximum),
+        )
+
+    def pooled(self) -> "Sums":
+        """One row for a pool that every layer calls, [1, E]."""
+        return Sums(
+            self.tokens,
+            np.sum(self.counts, axis=0, keepdims=True),
+            np.sum(self.weighted_norm, axis=0, keepdims=True),
+            np.sum(self.norm, axis=0, keepdims=True),
+            np.max(self.maximum, axis=0, keepdims=True),
+        )
+
+
+def sums_of(assignments: dict[str, jax.Array], weights_BT: jax.Array, experts: int) -> dict[str, jax.Array]:
+    """Sums over one layer call; `assignments` as the decoder sows them, [B, T, A]. Tokens of weight 0 do not count."""
+    counted_BTA = (weights_BT > 0)[:, :, None].astype(jnp.float32)
+    index = assignments["expert"].reshape(-1)
+    norm_BTA = assignments["norm"] * counted_BTA
+
+    def total(values_BTA: jax.Array) -> jax.Array:
+        return jnp.zeros(experts, jnp.float32).at[index].add(values_BTA.reshape(-1))
+
+    return {
+        "counts": total(jnp.broadcast_to(counted_BTA, norm_BTA.shape)),
+        "weighted_norm": total(assignments["weight"] * norm_BTA),
+        "norm": total(norm_BTA),
+        "maximum": jnp.zeros(experts, jnp.float32).at[index].max((assignments["maximum"] * counted_BTA).reshape(-1)),
+    }
+
+
+def collect(model: Model, batches: Iterable[Any]) -> Sums:
+    """Streams batches through the model. Raises UserError when the model has no experts or there is no batch."""
+    moe = moe_of(model.config)
+    decoder = Decoder(model.config, model.execution)
+
+    @jax.jit
+    def step(params, batch):
+        _, sown = decoder.apply({"params": params}, *decoder_inputs(batch), mutable=["assignments"])
+        routed = sown["assignments"]["layers"]["routed"]
+        return jax.vmap(lambda layer: sums_of(layer, batch["weights"], moe.experts))(routed)
+
+    found: Sums | None = None
+    for batch in batches:
+        arrays = jax.device_get(step(model.params, batch))
+        part = Sums(int(np.sum(np.asarray(batch["weights"]) > 0)), **arrays)
+        found = part if found is None else found + part
+    if found is None:
+        raise UserError("no tokens to score with: give a larger --data")
+    return found
+
+
+def moe_of(config: ModelConfig) -> MoEConfig:
+    """Raises UserError for a dense model."""
+    if config.moe is None:
+        raise UserError("a dense model has no experts to score: give a mixture of experts")
+    return config.moe
+
+
+def check_criteria(names: Iterable[str]) -> None:
+    """Raises UserError when one is unknown."""
+    for name in names:
+        if name not in CRITERIA:
+            raise UserError(f"criterion {name!r} is unknown; known: {', '.join(CRITERIA)}")
+
+
+def criterion(name: str, sums: Sums, seed: int = 0) -> np.ndarray:
+    """Scores [N, E], fp32; higher is more worth keeping, and 0 for experts that no token was routed to."""
+    counts = np.maximum(sums.counts, 1)
+    formulas = {
+        "reap": lambda: sums.weighted_norm / counts,
+        "reap_total": lambda: sums.weighted_norm / np.float32(sums.tokens),
+        "frequency": lambda: sums.counts,
+        "ean_mean": lambda: sums.norm / counts,
+        "ean_sum": lambda: sums.norm,
+        "weighted_ean_sum": lambda: sums.weighted_norm,
+        "max_activation": lambda: sums.maximum,
+        "random": lambda: np.random.default_rng(seed).random(sums.counts.shape, np.float32),
+    }
+    check_criteria([name])
+    return np.where(sums.counts > 0, formulas[name](), 0).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `score` writes: counts and scores of each criterion, [N, E] (N = 1 for a shared pool)."""
+
+    tokens: int
+    counts: np.ndarray
+    scores: dict[str, np.ndarray]
+    counts_by_layer: np.ndarray | None = None  # of a shared pool, [N, E]
+
+    def of(self, name: str) -> np.ndarray:
+        """Raises UserError when the criterion was not scored."""
+        if name not in self.scores:
+            raise UserError(f"criterion {name!r} is not among the scores: {', '.join(self.scores)}")
+        return self.scores[name]
+
+
+def scores(moe: MoEConfig, sums: Sums, criteria: Iterable[str], seed: int = 0) -> Scores:
+    """Scores of a model's experts under several criteria, from the sums of one pass."""
+    shared = moe.placement == "shared"
+    rows = sums.pooled() if shared else sums
+    by_name = {name: criterion(name, rows, seed) for name in criteria}
+    return Scores(sums.tokens, rows.counts, by_name, sums.counts if shared else None)
+
+
+def write(found: Scores, file: Path) -> None:
+    """As JSON; see DESIGN's contract for the keys."""
+    content: dict[str, Any] = {
+        "tokens": found.tokens,
+        "counts": found.counts.tolist(),
+        "scores": {name: values.tolist() for name, values in found.scores.items()},
+    }
+    if found.counts_by_layer is not None:
+        content["counts_by_layer"] = found.counts_by_layer.tolist()
+    temporary = file.with_name(f".{file.name}.writing")
+    temporary.write_text(json.dumps(content) + "\n")
+    temporary.replace(file)
+
+
+def write_arrays(sums: Sums, file: Path) -> None:
+    """The sums themselves, of every layer call, as .npz."""
+    np.savez(file, **{name: getattr(sums, name) for name in ("tokens", "counts", "weighted_norm", "norm", "maximum")})
+
+
+def read(file: Path) -> Scores:
+    """Raises UserError when the file is not what `score` writes."""
+    try:
+        content = json.loads(file.read_text())
+        by_name = {name: np.asarray(values, np.float32) for name, values in content["scores"].items()}
+        counts = np.asarray(content["counts"], np.float32)
+        by_layer = np.asarray(content["counts_by_layer"], np.float32) if "counts_by_layer" in content else None
+        tokens = int(content["tokens"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} holds no scores ({error!r}): make it with moe-reduce score") from None
+    for name, values in by_name.items():
+        if values.shape != counts.shape or counts.ndim != 2 or not np.all(np.isfinite(values)):
+            raise UserError(f"{file}: scores of {name} are not finite numbers of shape {counts.shape}: make it again")
+    return Scores(tokens, counts, by_name, by_layer)

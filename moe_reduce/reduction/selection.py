@@ -1,0 +1,83 @@
+"""Scores -> which experts to keep, named by (row, index): the row is the layer, or 0 for a shared pool."""
+
+import math
+
+import numpy as np
+
+from moe_reduce.errors import UserError
+
+Kept = tuple[tuple[int, ...], ...]  # for each row, the kept indices in ascending order
+
+SUPER_PERCENTILE = 99.5  # of all largest activations
+SUPER_SHARE = 0.1  # of the largest of all
+SUPER_LAYERS = 0.75  # of the layers, from the first
+
+
+def keep_by_row(scores_NE: np.ndarray, keep: int, protected: frozenset[tuple[int, int]] = frozenset()) -> Kept:
+    """The `keep` best of each row; protected ones first. Ties go to the lower index."""
+    rows, experts = scores_NE.shape
+    _check_keep(keep, experts)
+    kept = []
+    for row in range(rows):
+        guarded = [expert for expert in range(experts) if (row, expert) in protected]
+        if len(guarded) > keep:
+            raise UserError(f"{len(guarded)} experts of layer {row} are protected, but only {keep} are to be kept")
+        others = [int(expert) for expert in _best(scores_NE[row]) if (row, int(expert)) not in protected]
+        kept.append(tuple(sorted(guarded + others[: keep - len(guarded)])))
+    return tuple(kept)
+
+
+def keep_overall(
+    scores_NE: np.ndarray, keep: int, floor: int, protected: frozenset[tuple[int, int]] = frozenset()
+) -> Kept:
+    """The `keep` best in one ranking, at least `floor` in each row.
+
+    With several rows, scores are divided by the mean of their row first: layers differ in scale, not in worth.
+    """
+    rows, experts = scores_NE.shape
+    _check_keep(keep, rows * experts)
+    if floor > experts or floor * rows > keep:
+        raise UserError(
+            f"a floor of {floor} experts in each of {rows} layers does not fit into {keep} kept of {experts}"
+        )
+    means = np.mean(scores_NE, axis=1, keepdims=True)
+    ranked = scores_NE / np.where(means > 0, means, 1) if rows > 1 else scores_NE
+    first = {(row, int(expert)) for row in range(rows) for expert in _best(ranked[row])[:floor]} | set(protected)
+    if len(first) > keep:
+        raise UserError(f"{len(first)} experts are protected or under the floor, but only {keep} are to be kept")
+    order = [divmod(int(place), experts) for place in _best(ranked.reshape(-1))]
+    chosen = first | set([pair for pair in order if pair not in first][: keep - len(first)])
+    return tuple(tuple(sorted(index for row, index in chosen if row == wanted)) for wanted in range(rows))
+
+
+def _best(values: np.ndarray) -> np.ndarray:
+    return np.argsort(-values, kind="stable")
+
+
+def _check_keep(keep: int, experts: int) -> None:
+    if not 1 <= keep <= experts:
+        raise UserError(f"{keep} experts cannot be kept of {experts}")
+
+
+def count_of(keep: float, experts: int) -> int:
+    """A share in (0, 1], or a whole number above 1, -> a number of experts; a share is rounded up."""
+    if 0 < keep <= 1:
+        return math.ceil(round(keep * experts, 6))
+    if keep > 1 and keep == int(keep):
+        return int(keep)
+    raise UserError(f"--keep={keep} must be a share in (0, 1] or a whole number of experts")
+
+
+def super_experts(maximum_NE: np.ndarray) -> frozenset[tuple[int, int]]:
+    """(layer, index) of experts whose largest activation exceeds both the 99.5th percentile and a tenth of the largest.
+
+    Only in the first 75 % of the layers. Raises UserError when there is none: protection that protects nothing.
+    """
+    layers = math.ceil(SUPER_LAYERS * maximum_NE.shape[0])
+    threshold = max(float(np.percentile(maximum_NE, SUPER_PERCENTILE)), SUPER_SHARE * float(np.max(maximum_NE)))
+    found = np.argwhere(maximum_NE[:layers] > threshold)
+    if not len(found):
+        raise UserError(
+            "no expert's largest activation stands out, so there is none to protect: leave the protection off"
+        )
+    return frozenset((int(layer), int(index)) for layer, index in found)

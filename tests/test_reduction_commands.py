@@ -1,0 +1,193 @@
+"""score, prune and pool through the real command line, and what transformers makes of the result."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import moe_reduce
+from moe_reduce import trees
+from moe_reduce.__main__ import main
+from moe_reduce.config import ExecutionConfig
+from moe_reduce.models.decoder import init_params
+from moe_reduce.reduction import scores
+from moe_reduce.reduction.pruning import prune
+from moe_reduce.storage import manifest
+from moe_reduce.storage.model import Model
+from moe_reduce.storage.tensors import TensorFiles
+
+
+@pytest.fixture
+def directory(tmp_path, tiny_layer_moe):
+    """A Qwen3-MoE of 8 experts a layer on disk."""
+    moe = dataclasses.replace(tiny_layer_moe.moe, experts=8)
+    config = dataclasses.replace(tiny_layer_moe, init_std=0.3, layers=3, moe=moe)
+    params = init_params(config, jax.random.key(0))
+    moe_reduce.save(Model(config, params, ExecutionConfig()), tmp_path / "model")
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 64, (12, 16)).astype(np.int32))
+    return tmp_path / "model"
+
+
+def _score(directory, *more):
+    out = directory.parent / "scores.json"
+    data = [f"--data={directory.parent / 'tokens.npy'}", "--sequence-length=16", "--batch-size=4"]
+    assert main(["score", f"--model={directory}", *data, "--criteria=all", f"--out={out}", *more]) == 0
+    return out
+
+
+def _tokens():
+    return jax.random.randint(jax.random.key(1), (2, 16), 0, 64)
+
+
+def test_score_writes_json_arrays_and_pictures(directory):
+    file = _score(directory)
+    content = json.loads(file.read_text())
+    assert content["tokens"] == 12 * 15
+    assert np.asarray(content["counts"]).sum() == 3 * 2 * 12 * 15
+    assert set(content["scores"]) == set(scores.CRITERIA)
+    arrays = np.load(file.with_suffix(".npz"))
+    np.testing.assert_array_equal(arrays["counts"], content["counts"])
+    for name in ("histogram", "map"):
+        assert (file.parent / f"scores-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prune_by_layer_equals_the_transform_and_opens_in_transformers(directory, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    file, out = _score(directory), tmp_path / "pruned"
+    assert main(["prune", f"--model={directory}", f"--scores={file}", "--keep=0.5", f"--out={out}"]) == 0
+    small, model = moe_reduce.load(out), moe_reduce.load(directory)
+    reap = np.asarray(json.loads(file.read_text())["scores"]["reap"])
+    kept = tuple(tuple(sorted(np.argsort(-row, kind="stable")[:4].tolist())) for row in reap)
+    expected = prune(model, kept)
+    jax.tree.map(np.testing.assert_array_equal, small.params, expected.params)
+    step = small.chain[-1]
+    assert step.kept_experts == [[[layer, index] for index in row] for layer, row in enumerate(kept)]
+    assert manifest.verify(out) == []
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    assert theirs.config.num_experts == 4
+    with torch.no_grad():
+        wanted = theirs(torch.from_numpy(np.asarray(_tokens()).astype(np.int64))).logits.numpy()
+    np.testing.assert_allclose(small(_tokens()), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_prune_overall_gives_layers_pools_of_their_own_size(directory, tmp_path):
+    file, out = _score(directory), tmp_path / "pruned"
+    arguments = [f"--model={directory}", f"--scores={file}", "--keep=11", "--scope=global", "--criterion=reap_total"]
+    assert main(["prune", *arguments, f"--out={out}"]) == 0
+    small = moe_reduce.load(out)
+    (kept,) = small.chain[-1].kept_experts
+    sizes = [sum(layer == wanted for layer, _ in kept) for wanted in range(3)]
+    assert sum(sizes) == 11
+    assert min(sizes) >= 2
+    assert len(set(sizes)) > 1, "the test wants layers that keep different numbers"
+    # the same model, with what is gone out of reach
+    model = moe_reduce.load(directory)
+    moe = dataclasses.replace(model.config.moe, selection_bias=True)
+    bias = np.full((3, 8), -1e9, np.float32)
+    for layer, index in kept:
+        bias[layer, index] = 0
+    flat = trees.flatten(model.params) | {"layers/router_bias": bias}
+    hidden = Model(dataclasses.replace(model.config, moe=moe), trees.unflatten(flat), model.execution)
+    np.testing.assert_allclose(small(_tokens()), hidden(_tokens()), rtol=1e-4, atol=1e-4)
+
+
+def test_pool_then_score_then_prune_keeps_the_original_names(directory, tmp_path):
+    pooled, out = tmp_path / "pooled", tmp_path / "small"
+    data = ["--sequence-length=16", f"--data={tmp_path / 'tokens.npy'}"]
+    assert main(["pool", f"--model={directory}", f"--out={pooled}", *data]) == 0
+    quality = moe_reduce.load(pooled).chain[-1].quality
+    assert quality["loss"] == pytest.approx(quality["loss_before"], rel=1e-5)
+    file = _score(pooled)
+    assert main(["prune", f"--model={pooled}", f"--scores={file}", "--keep=0.25", f"--out={out}"]) == 0
+    small = moe_reduce.load(out)
+    assert small.config.moe.experts == 6
+    (kept,) = small.chain[-1].kept_experts
+    reap = np.asarray(json.loads(file.read_text())["scores"]["reap"][0])
+    best = sorted(np.argsort(-reap, kind="stable")[:6].tolist())
+    assert kept == [[index // 8, index % 8] for index in best]
+    source = moe_reduce.load(pooled)
+    jax.tree.map(np.testing.assert_array_equal, small.params, prune(source, (tuple(best),)).params)
+
+
+def test_mistakes_leave_nothing_behind(directory, tmp_path, capsys):
+    file = _score(directory)
+    prune_it = ["prune", f"--model={directory}", f"--scores={file}", f"--out={tmp_path / 'out'}"]
+    pool_it = ["pool", f"--model={directory}", f"--out={tmp_path / 'out'}"]
+    again = ["score", f"--model={directory}", f"--data={tmp_path / 'tokens.npy'}"]
+    for arguments, part in (
+        ([*prune_it, "--keep=0"], "--keep"),
+        ([*prune_it, "--keep=0.1"], "fewer than the 2 active"),
+        ([*prune_it, "--keep=0.5", "--criterion=raep"], "raep"),
+        ([*prune_it, "--keep=0.5", "--floor=3"], "--floor"),
+        ([*prune_it, "--keep=0.5", "--scope=global", "--floor=1"], "--floor=1"),
+        ([*prune_it, "--keep=0.5", f"--scores={directory / 'config.json'}"], "config.json"),
+        ([*pool_it, "--start=best"], "--start"),
+        ([*again, "--criteria=reap,raep", f"--out={tmp_path / 'out'}"], "raep"),
+        ([*again, f"--out={file}"], "--overwrite"),
+    ):
+        capsys.readouterr()
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert part in line
+    assert not (tmp_path / "out").exists()
+
+
+def _rewrite_header(file, change):
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+def _truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _renamed(header):
+    header["model.layers.0.mlp.experts.99.gate_proj.weight"] = header.pop(
+        "model.layers.0.mlp.experts.3.gate_proj.weight"
+    )
+
+
+def _reshaped(header):
+    header["model.layers.0.mlp.experts.3.gate_proj.weight"]["shape"].reverse()
+
+
+def _retyped(header):
+    header["model.layers.0.mlp.experts.3.gate_proj.weight"]["dtype"] = "I32"
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (_truncate, "truncated"),
+        (lambda file: _rewrite_header(file, _renamed), "experts.3.gate_proj"),
+        (lambda file: _rewrite_header(file, _reshaped), "experts.3.gate_proj"),
+        (lambda file: _rewrite_header(file, _retyped), "experts.3.gate_proj"),
+    ],
+)
+def test_damaged_weights_are_refused(directory, tmp_path, capsys, damage, part):
+    file = _score(directory)
+    damage(directory / "model.safetensors")
+    capsys.readouterr()
+    assert main(["prune", f"--model={directory}", f"--scores={file}", "--keep=0.5", f"--out={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert part in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_process_left_is_removed(directory, tmp_path):
+    file, out = _score(directory), tmp_path / "out"
+    abandoned = tmp_path / ".out.writing-999999999"
+    shutil.copytree(directory, abandoned)
+    assert main(["prune", f"--model={directory}", f"--scores={file}", "--keep=1.0", f"--out={out}"]) == 0
+    assert not abandoned.exists()
+    kept, before = TensorFiles(out), TensorFiles(directory)
+    for name in before.entries:
+        np.testing.assert_array_equal(kept.read(name), before.read(name))
