@@ -1,4 +1,4 @@
-"""What opens and closes the gap of configs/cpu_pair.py: one change at a time to a plain pool, 4.1M tokens each.
+"""What opens and closes the gap of configs/cpu_pair.py: one change at a time, 4.1M tokens each.
 
 Cost: about 10 minutes a variant on one core. Expected: docs/shared_moe.md.
 Command: ./launch/shared_moe.sh, or moe-reduce train --config=configs/cpu_ablations.py --workdir=runs/cpu_ablations
@@ -10,9 +10,8 @@ from configs import cpu_pair
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The pair, with four wide experts and one router for all layers, and its neighbours."""
+    """The pair and its neighbours."""
     config = cpu_pair.get_config()
-    config.model.moe.update(experts=4, active=2, width=92, router="shared")
     config.train.update(steps=1000, evaluate_every=100, checkpoint_every=500)
     changes = {
         "dense": cpu_pair.dense(),

@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
         vocab_size=1024, layers=8, width=64, query_heads=2, key_value_heads=1, head_width=32, init_std=0.06
     )
     config.model.moe = defaults.moe_base()
-    config.model.moe.update(experts=8, active=4, width=43, placement="shared", router="layer")
+    config.model.moe.update(experts=4, active=2, width=92, placement="shared", router="shared")
     config.data.update(source="../shared/data/corpus/openstax_prose.jsonl.gz", sequence_length=128)
     config.train.update(
         steps=2500, batch_size=32, learning_rate=8e-3, final_learning_rate=8e-4, warmup_steps=100,

@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     """Twice the width of the small pair, heads, feed-forward and pool in proportion."""
     config = cpu_pair.get_config()
     config.model.update(width=128, query_heads=4, init_std=0.045)
-    config.model.moe.width = 137
+    config.model.moe.width = 280
     config.train.update(learning_rate=6e-3, final_learning_rate=6e-4)
     dense = cpu_pair.dense()
     dense["model"].update(feed_forward_width=512, key_value_heads=4)

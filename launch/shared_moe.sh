@@ -16,6 +16,7 @@ failures="$(mktemp)"
 for seed in 0 1 2; do
   for variant in $(variants configs/cpu_pair.py); do echo "cpu_pair seed$seed $variant $seed" >>"$jobs_file"; done
 done
+for variant in $(variants configs/cpu_pair_large.py); do echo "cpu_pair_large seed0 $variant 0" >>"$jobs_file"; done
 for variant in $(variants configs/cpu_ablations.py); do echo "cpu_ablations seed0 $variant 0" >>"$jobs_file"; done
 
 # core $1 takes every CORES-th job
@@ -37,5 +38,7 @@ if [[ -s "$failures" ]]; then
 fi
 "$PYTHON" -m moe_reduce report --runs runs/cpu_pair/seed* --out=docs/results/cpu_pair --overwrite \
   --title="Dense against shared MoE, English textbooks, CPU" --made-by="./launch/shared_moe.sh"
+"$PYTHON" -m moe_reduce report --runs runs/cpu_pair_large/seed0 --out=docs/results/cpu_pair_large --overwrite \
+  --title="The same, four times as large" --made-by="./launch/shared_moe.sh"
 "$PYTHON" -m moe_reduce report --runs runs/cpu_ablations/seed0 --out=docs/results/cpu_ablations --overwrite \
-  --title="What closes the gap early" --made-by="./launch/shared_moe.sh"
+  --title="What changes the gap: 4.1M tokens, one seed" --made-by="./launch/shared_moe.sh"

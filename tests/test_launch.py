@@ -36,7 +36,7 @@ def test_every_config_says_what_it_costs(file):
         assert word in docstring
 
 
-@pytest.mark.parametrize("pair", ["quickstart", "cpu_pair"])
+@pytest.mark.parametrize("pair", ["quickstart", "cpu_pair", "cpu_pair_large"])
 def test_shared_moe_has_at_most_40_percent(pair):
     runs = config_file.read(str(ROOT / "configs" / f"{pair}.py"), [])
     sizes = {name: planning.count(abstract_params(run.model)) for name, run in runs.items()}
@@ -48,7 +48,7 @@ def test_every_script_parses(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/speed.md", "docs/shared_moe.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/speed.md", "docs/shared_moe.md", "docs/reduction.md"])
 def test_tables_of_documents_are_the_generated_ones(document):
     assert main(["report", f"--document={ROOT / document}", f"--results={ROOT / 'docs/results'}", "--check"]) == 0
 
@@ -65,3 +65,15 @@ def test_benchmark_runs(tmp_path):
     summary = json.loads(out.read_text())
     assert all(row["ratio"] > 0 for row in summary["steps"])
     assert 0 < summary["layer"]["forward_share_of_peak"] < 1.2
+
+
+@pytest.mark.slow
+def test_file_benchmark_runs(tmp_path):
+    model, out = tmp_path / "model", tmp_path / "summary.json"
+    small = ["--layers=2", "--experts=16", "--width=64", "--hidden=32", "--shard-megabytes=1"]
+    subprocess.run([sys.executable, ROOT / "launch" / "synthetic_moe.py", model, *small], check=True)
+    script = [sys.executable, ROOT / "launch" / "bench_files.py"]
+    subprocess.run([*script, f"--model={model}", "--repeats=1", f"--out={out}"], check=True)
+    summary = json.loads(out.read_text())
+    assert summary["prune"]["kept_bytes"] > 0
+    assert all(len(row) == len(summary["columns"]) for row in summary["rows"])

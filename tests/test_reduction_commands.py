@@ -113,6 +113,15 @@ def test_pool_then_score_then_prune_keeps_the_original_names(directory, tmp_path
     jax.tree.map(np.testing.assert_array_equal, small.params, prune(source, (tuple(best),)).params)
 
 
+def test_pooling_what_was_pruned_keeps_the_original_names(directory, tmp_path):
+    file, half, pooled = _score(directory), tmp_path / "half", tmp_path / "pooled"
+    assert main(["prune", f"--model={directory}", f"--scores={file}", "--keep=0.5", f"--out={half}"]) == 0
+    assert main(["pool", f"--model={half}", f"--out={pooled}"]) == 0
+    before, after = moe_reduce.load(half), moe_reduce.load(pooled)
+    assert after.chain[-1].kept_experts == [[pair for row in before.chain[-1].kept_experts for pair in row]]
+    np.testing.assert_allclose(after(_tokens()), before(_tokens()), rtol=1e-4, atol=1e-4)
+
+
 def test_mistakes_leave_nothing_behind(directory, tmp_path, capsys):
     file = _score(directory)
     prune_it = ["prune", f"--model={directory}", f"--scores={file}", f"--out={tmp_path / 'out'}"]

@@ -5,6 +5,7 @@ The sums over a batch and over experts are taken in another order on each mesh, 
 Adam divides by the size of a gradient, and so enlarges the rounding of one that is nearly zero.
 """
 
+import dataclasses
 import json
 import shutil
 import socket
@@ -79,6 +80,18 @@ def test_eight_devices_compute_what_one_does(on_one_device, tmp_path, kind, shap
     expected = on_one_device(kind)
     train(run_config(kind, token_data(tmp_path), mesh), tmp_path / "run")
     assert_same_run(tmp_path / "run", expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"), [("dense", {"fsdp": 2, "tensor": 2}), ("shared", {"expert": 2, "tensor": 2})]
+)
+def test_bf16_products_go_over_a_mesh(tmp_path, kind, mesh):
+    """Their operands are pinned in memory, which the partitioner has to follow."""
+    single = run_config(kind, token_data(tmp_path), steps=4)
+    half = dataclasses.replace(single, execution=dataclasses.replace(single.execution, compute_dtype="bfloat16"))
+    train(half, tmp_path / "one")
+    train(dataclasses.replace(half, mesh=MeshConfig(data=2, **mesh)), tmp_path / "many")
+    np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=2e-3)
 
 
 @pytest.fixture(scope="module")

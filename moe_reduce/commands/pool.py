@@ -24,13 +24,13 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the pooled model and returns its path."""
     model = transforming.read(arguments, overrides)
     from moe_reduce.reduction import pooling
+    from moe_reduce.reduction.files import originals
 
     pooling.check_poolable(model.config)
     names = ("start", "score_function", "router", "bias", "offset", "seed")
     settings = {name: getattr(arguments, name) for name in names}
     start = model if arguments.no_canonical else pooling.canonical(model)
     pooled = pooling.pool(start, **settings)
-    assert model.config.moe is not None
-    origins = [list(pair) for pair in pooling.origins(model.config.layers, model.config.moe.experts)]
+    kept = [pair for row in originals(model.config, model.chain) for pair in row]
     settings |= {"canonical": not arguments.no_canonical}
-    return transforming.write(arguments, model, pooled, settings, kept_experts=[origins])
+    return transforming.write(arguments, model, pooled, settings, kept_experts=[kept])

@@ -142,11 +142,6 @@ def _router(router_NDE: jax.Array, start: Start, placement: str, std: float, see
     return {"layers/router/weight": jnp.broadcast_to(concat[None], (layers, *concat.shape))}
 
 
-def origins(layers: int, experts: int) -> list[tuple[int, int]]:
-    """The original (layer, index) of each expert of a fresh pool, in its order."""
-    return [(layer, index) for layer in range(layers) for index in range(experts)]
-
-
 def _moe(config: ModelConfig) -> MoEConfig:
     if config.moe is None:
         raise UserError("a dense model has no experts to pool")
