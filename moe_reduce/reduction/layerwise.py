@@ -24,7 +24,7 @@ from moe_reduce.reduction.scores import Sums, sums_of
 from moe_reduce.storage.names import Leaf, leaves
 from moe_reduce.training.task import Batch
 
-CHUNK_BYTES = 200 * 1024**2  # of experts in memory at a time
+CHUNK_BYTES = 40 * 1024**2  # of experts in memory at a time
 HALF = ("layers/attention_norm", "layers/attention/", "layers/mlp_norm")
 
 

@@ -7,9 +7,11 @@ length, a JSON header `{name: {dtype, shape, data_offsets}}`, then the data
 """
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -260,15 +262,22 @@ def _write_tensor(stream: BinaryIO, digest: "hashlib._Hash", item: TensorItem) -
 
 
 def _copy(stream: BinaryIO, digest: "hashlib._Hash", entry: Entry) -> None:
-    """Through a buffer and not a memory map: mapped pages of a file count as this process's memory."""
-    buffer = memoryview(bytearray(min(COPY_BYTES, max(entry.stop - entry.start, 1))))
-    with open(entry.file, "rb", buffering=0) as source:
+    """Through buffers and not a memory map: mapped pages of a file count as this process's memory.
+
+    One buffer is hashed in a thread while the next is read and written, since hashing takes as long as copying.
+    """
+    size = min(COPY_BYTES, max(entry.stop - entry.start, 1))
+    buffers = itertools.cycle([memoryview(bytearray(size)), memoryview(bytearray(size))])
+    with open(entry.file, "rb", buffering=0) as source, ThreadPoolExecutor(1) as hasher:
         source.seek(entry.start)
-        left = entry.stop - entry.start
+        left, hashing = entry.stop - entry.start, hasher.submit(lambda: None)
         while left:
-            count = source.readinto(buffer[: min(left, len(buffer))])
+            buffer = next(buffers)
+            count = source.readinto(buffer[: min(left, size)])
             if not count:
                 raise UserError(f"{entry.file} ended while it was copied: fetch it again")
+            hashing.result()  # of the other buffer, which is free again
+            hashing = hasher.submit(digest.update, buffer[:count])
             stream.write(buffer[:count])
-            digest.update(buffer[:count])
             left -= count
+        hashing.result()
