@@ -15,10 +15,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from moe_reduce.disk import write_json
 from moe_reduce.errors import UserError
 from moe_reduce.training.comparison import entropy
 from moe_reduce.training.metrics import read
-from moe_reduce.training.run import SUMMARY, write_json
+from moe_reduce.training.run import SUMMARY
 
 COLUMNS = [
     "model", "parameters", "of the first", "training MFLOP a token", "tokens", "seeds", "validation loss", "gap",

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import socket
 
 import jax
 import numpy as np
@@ -74,7 +76,18 @@ def test_prune_by_layer_equals_the_transform_and_opens_in_transformers(directory
     np.testing.assert_allclose(small(_tokens()), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
-def test_prune_overall_gives_layers_pools_of_their_own_size(directory, tmp_path):
+def _biased(model):
+    """The model with a selection bias of its own in every layer."""
+    moe = dataclasses.replace(model.config.moe, selection_bias=True)
+    bias_NE = np.random.default_rng(3).normal(size=(3, 8)).astype(np.float32)
+    params = trees.unflatten(trees.flatten(model.params) | {"layers/router_bias": bias_NE})
+    return Model(dataclasses.replace(model.config, moe=moe), params, model.execution)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_prune_overall_gives_layers_pools_of_their_own_size(directory, tmp_path, biased):
+    if biased:
+        moe_reduce.save(_biased(moe_reduce.load(directory)), directory, overwrite=True)
     file, out = _score(directory), tmp_path / "pruned"
     arguments = [f"--model={directory}", f"--scores={file}", "--keep=11", "--scope=global", "--criterion=reap_total"]
     assert main(["prune", *arguments, f"--out={out}"]) == 0
@@ -87,9 +100,10 @@ def test_prune_overall_gives_layers_pools_of_their_own_size(directory, tmp_path)
     # the same model, with what is gone out of reach
     model = moe_reduce.load(directory)
     moe = dataclasses.replace(model.config.moe, selection_bias=True)
+    own = np.asarray(model.params["layers"]["router_bias"]) if biased else np.zeros((3, 8))
     bias = np.full((3, 8), -1e9, np.float32)
     for layer, index in kept:
-        bias[layer, index] = 0
+        bias[layer, index] = own[layer, index]
     flat = trees.flatten(model.params) | {"layers/router_bias": bias}
     hidden = Model(dataclasses.replace(model.config, moe=moe), trees.unflatten(flat), model.execution)
     np.testing.assert_allclose(small(_tokens()), hidden(_tokens()), rtol=1e-4, atol=1e-4)
@@ -191,12 +205,14 @@ def test_damaged_weights_are_refused(directory, tmp_path, capsys, damage, part):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_killed_process_left_is_removed(directory, tmp_path):
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(directory, tmp_path):
     file, out = _score(directory), tmp_path / "out"
-    abandoned = tmp_path / ".out.writing-999999999"
-    shutil.copytree(directory, abandoned)
+    abandoned, others = (tmp_path / f".out.{socket.gethostname()}.{process}" for process in (999999999, os.getppid()))
+    for place in (abandoned, others):
+        shutil.copytree(directory, place)
     assert main(["prune", f"--model={directory}", f"--scores={file}", "--keep=1.0", f"--out={out}"]) == 0
     assert not abandoned.exists()
+    assert others.exists()
     kept, before = TensorFiles(out), TensorFiles(directory)
     for name in before.entries:
         np.testing.assert_array_equal(kept.read(name), before.read(name))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import moe_reduce
+from moe_reduce import trees
 from moe_reduce.__main__ import main
 from moe_reduce.config import ExecutionConfig
 from moe_reduce.models.decoder import init_params
@@ -17,9 +18,16 @@ from moe_reduce.storage.model import Model
 
 @pytest.fixture
 def model(tiny_layer_moe):
-    moe = dataclasses.replace(tiny_layer_moe.moe, experts=6, output_gain=True, selection_bias=True)
+    # every option that routing has; offset, bias and gain start as constants, so each is drawn anew
+    options = {"output_gain": True, "selection_bias": True, "score_function": "sigmoid", "score_offset": True}
+    moe = dataclasses.replace(tiny_layer_moe.moe, experts=6, **options)
     config = dataclasses.replace(tiny_layer_moe, init_std=0.3, layers=3, moe=moe)
-    return Model(config, init_params(config, jax.random.key(0)), ExecutionConfig().resolve("cpu"))
+    params = init_params(config, jax.random.key(0))
+    drawn = trees.select(params, "layers/(output_gain|router_bias|score_offset)", expect=3)
+    params = trees.update(
+        params, {path: jax.random.normal(jax.random.key(i), x.shape) for i, (path, x) in enumerate(drawn.items())}
+    )
+    return Model(config, params, ExecutionConfig().resolve("cpu"))
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 20_000, 10**9])
@@ -39,7 +47,8 @@ def test_equals_the_whole_model(model, tmp_path, monkeypatch, chunk_bytes):
 
 
 def test_command_and_what_it_refuses(model, tmp_path, capsys):
-    moe = dataclasses.replace(model.config.moe, output_gain=False, selection_bias=False)
+    plain_options = {"output_gain": False, "selection_bias": False, "score_function": "softmax", "score_offset": False}
+    moe = dataclasses.replace(model.config.moe, **plain_options)
     plain = dataclasses.replace(model.config, moe=moe)
     plain = dataclasses.replace(model, config=plain, params=init_params(plain, jax.random.key(0)))
     moe_reduce.save(plain, tmp_path / "model")

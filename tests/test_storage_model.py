@@ -130,7 +130,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path, model: moe_reduce.Model):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))  # bytes a file; writing more is an OSError
     try:
-        with pytest.raises(UserError, match="cannot be written"):
+        with pytest.raises(UserError, match="cannot write"):
             moe_reduce.save(model, tmp_path / "one")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -139,7 +139,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path, model: moe_reduce.Model):
 
 def test_parent_is_a_file(tmp_path: Path, model: moe_reduce.Model):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write"):
         moe_reduce.save(model, tmp_path / "file/model")
 
 

@@ -16,16 +16,20 @@ if TYPE_CHECKING:
     from moe_reduce.storage.model import Model
 
 
-def add_out(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+def add_out(
+    parser: argparse.ArgumentParser, default: str | None = None, required: bool = False, what: str = "directory"
+) -> None:
     """--out and --overwrite."""
-    parser.add_argument("--out", type=Path, default=default, help=f"directory to write (default: {default})")
+    shown = f"{what} to write" + (f" (default: {default})" if default else "")
+    path = default and Path(default)
+    parser.add_argument("--out", type=Path, default=path, required=required, help=shown)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
 
 
 def check_out(out: Path, overwrite: bool) -> None:
     """Raises UserError when --out exists and may not be replaced."""
     if out.exists() and not overwrite:
-        raise UserError(f"--out={out} exists: choose another directory or add --overwrite")
+        raise UserError(f"--out={out} exists: choose another path or add --overwrite")
 
 
 def add_data(parser: argparse.ArgumentParser, required: bool, purpose: str) -> None:

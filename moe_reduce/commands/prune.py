@@ -19,8 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--floor", type=int, help="fewest in a layer, with --scope=global (default: those active)")
     parser.add_argument("--protect-super-experts", action="store_true", help="keep experts of outstanding activation")
-    parser.add_argument("--out", required=True, type=Path, help="model directory to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    model_arguments.add_out(parser, required=True, what="model directory")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:

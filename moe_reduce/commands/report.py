@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from moe_reduce.commands import model_arguments
+from moe_reduce.disk import write_text
 from moe_reduce.errors import UserError
 
 
@@ -36,5 +37,5 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
         if arguments.check and text != document.read_text():
             raise UserError(f"{document} is out of date: run moe-reduce report --document={document}")
         if not arguments.check:
-            document.write_text(text)
+            write_text(document, text)
     return "\n".join(map(str, arguments.document))

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_reduce import disk
 from moe_reduce.commands import model_arguments
 
 if TYPE_CHECKING:
@@ -18,8 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--criteria", default="reap,frequency,max_activation", help="comma separated; or all")
     parser.add_argument("--layer-wise", action="store_true", help="for a model larger than memory: a layer at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the random criterion (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("scores.json"), help="file to write (default: scores.json)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    model_arguments.add_out(parser, "scores.json", what="file")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
@@ -28,14 +28,13 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     model_arguments.check_out(arguments.out, arguments.overwrite)
     from moe_reduce.reduction import scores
     from moe_reduce.reduction.pictures import score_pictures
-    from moe_reduce.training.run import writing
 
     wanted = scores.CRITERIA if arguments.criteria == "all" else arguments.criteria.split(",")
     scores.check_criteria(wanted)
     model_arguments.data_config(arguments)
     sums, moe = _layer_wise(arguments) if arguments.layer_wise else _whole(arguments)
     found = scores.scores(moe, sums, wanted, arguments.seed)
-    with writing(arguments.out):
+    with disk.writing(arguments.out, "free some space or choose another path"):
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         scores.write_arrays(sums, arguments.out.with_suffix(".npz"))
         score_pictures(found, arguments.out.with_suffix(""))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moe_reduce.commands import config_file
 from moe_reduce.config import RunConfig
+from moe_reduce.disk import write_json
 from moe_reduce.errors import UserError
 
 
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
 
     _join_processes(arguments)
     from moe_reduce.training import checkpoints, comparison
-    from moe_reduce.training.run import SUMMARY, train, write_json
+    from moe_reduce.training.run import SUMMARY, train
 
     checkpoints.quiet_failures()
     for name, config in runs.items():

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--model, --out, --overwrite, and the data to measure on."""
     parser.add_argument("--model", required=True, type=Path, help="a model directory of ours or of Hugging Face")
-    parser.add_argument("--out", required=True, type=Path, help="model directory to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    model_arguments.add_out(parser, required=True, what="model directory")
     model_arguments.add_data(parser, required=False, purpose="measure the loss on it, before and after")
 
 

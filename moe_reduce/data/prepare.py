@@ -6,16 +6,14 @@ Several processes or hosts may prepare the same corpus at once; the first to fin
 import contextlib
 import hashlib
 import logging
-import os
 import re
-import shutil
-import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import tqdm
 
+from moe_reduce import disk
 from moe_reduce.config import DataConfig
 from moe_reduce.data import shards, sources
 from moe_reduce.data.pieces import SPLITS, TRAIN, VALIDATION, pieces, split_pieces
@@ -28,6 +26,7 @@ from moe_reduce.errors import UserError
 
 TRAIN_A_TOKENIZER = "train"
 SAMPLED_CHARACTERS = 1 << 13  # pieces that a tokenizer's sample is made of
+REMEDY = "free space there, or set data.cache to another place"
 SCANNED_CHARACTERS = 1_000_000_000  # of the corpus, for that sample: a hub data set may be endless
 logger = logging.getLogger(__name__)
 
@@ -77,18 +76,20 @@ def _open(directory: Path) -> tuple[TokenStore, Tokenizer]:
 
 
 def _make(config: DataConfig, vocab_size: int, given: Tokenizer | None, corpus: str, directory: Path) -> None:
-    with _temporary_beside(directory) as unfinished:
+    with contextlib.ExitStack() as stack:
+        with _writing(directory):
+            unfinished = stack.enter_context(disk.temporary_beside(directory))
         tokenizer = given or _trained_tokenizer(config, vocab_size)
         with _writing(directory):
             tokenizer.save(unfinished)
         manifest = _write_tokens(config, tokenizer, corpus, unfinished, directory)
         with _writing(directory):
             manifest.save(unfinished)
-        try:
-            os.rename(unfinished, directory)
-        except OSError as error:
-            if not directory.exists():  # otherwise another process finished first: its tokens are the same
-                raise _unwritable(directory, error) from error
+            try:
+                unfinished.rename(directory)
+            except OSError:
+                if not directory.exists():  # otherwise another process finished first: its tokens are the same
+                    raise
 
 
 def _trained_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
@@ -169,42 +170,5 @@ def _progress(description: str) -> "tqdm.tqdm":
     return tqdm.tqdm(desc=description, unit="MB", bar_format="{desc}: {n:.1f} MB [{elapsed}, {rate_fmt}]", disable=None)
 
 
-@contextlib.contextmanager
-def _temporary_beside(directory: Path) -> Iterator[Path]:
-    """An empty directory for unfinished work, gone afterwards; those of killed processes of this host go as well."""
-    prefix = f".{directory.name}.{socket.gethostname()}."
-    unfinished = directory.parent / f"{prefix}{os.getpid()}"
-    for abandoned in directory.parent.glob(f"{prefix}*"):
-        if abandoned == unfinished or not _is_running(int(abandoned.name.removeprefix(prefix))):
-            shutil.rmtree(abandoned, ignore_errors=True)
-    with _writing(directory):
-        unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it runs, as another user
-        return True
-    return True
-
-
-@contextlib.contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """OSErrors inside (no permission, full disk) become a UserError about the cache."""
-    try:
-        yield
-    except OSError as error:
-        raise _unwritable(directory, error) from error
-
-
-def _unwritable(directory: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write tokens to {directory} ({error.strerror}): free space there, or set data.cache to another place"
-    )
+def _writing(directory: Path) -> contextlib.AbstractContextManager[None]:
+    return disk.writing(f"tokens to {directory}", REMEDY)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from moe_reduce.config import ExecutionConfig, ModelConfig, MoEConfig
 from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool, Result, borrow
 from moe_reduce.models.layers import normal_init, residual_std
-from moe_reduce.models.routing import route
+from moe_reduce.models.routing import route, router_logits
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -57,9 +57,7 @@ def mixture_of_experts(x_BTD, pool: Pool, router_DE, bias_E, offset, moe: MoECon
     """
     batch, time, width = x_BTD.shape
     x_SD = x_BTD.reshape(batch * time, width)
-    # routing is decided in true fp32 (not the bf16 passes that are a TPU's default): else experts tie and swap
-    logits_SE = jnp.matmul(x_SD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    routing = route(logits_SE if offset is None else logits_SE - offset, bias_E, moe)
+    routing = route(router_logits(x_SD, router_DE, offset), bias_E, moe)
     chosen_BTA = routing.experts_SA.reshape(batch, time, moe.active)
     weights_BTA = routing.weights_SA.reshape(batch, time, moe.active)
     y_BTD, pool, dropped, norm_BTA, maximum_BTA = apply_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution)
@@ -87,7 +85,7 @@ def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: Executi
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        result = _local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first_expert=0)
+        result = local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first_expert=0)
         return result.y_SD, result.pool, *result[2:]
     tokens = PartitionSpec(BATCH_AXES)
     inward, outward = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor")
@@ -108,7 +106,7 @@ def _sharded_experts(x_BTD, chosen_BTA, weights_BTA, matrices, execution: Execut
     # capacity is a multiple of the mean over all experts, of which only a part is here
     factor = execution.capacity_factor / jax.lax.axis_size("expert")
     execution = dataclasses.replace(execution, capacity_factor=factor)
-    result = _local_experts(x_BTD, chosen_BTA, weights_BTA, Pool.of(experts, x_BTD.dtype), execution, first)
+    result = local_experts(x_BTD, chosen_BTA, weights_BTA, Pool.of(experts, x_BTD.dtype), execution, first)
     y_BTD = jax.lax.psum(result.y_SD, ("expert", "tensor"))
     dropped = jax.lax.pmean(result.dropped, (*BATCH_AXES, "expert", "tensor"))
     # an assignment's expert is on one shard of the expert axis; elsewhere its norm is 0
@@ -116,8 +114,11 @@ def _sharded_experts(x_BTD, chosen_BTA, weights_BTA, matrices, execution: Execut
     return y_BTD, dropped, norm_BTA, jax.lax.pmax(jax.lax.stop_gradient(result.maximum_SA), ("expert", "tensor"))
 
 
-def _local_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig, first_expert) -> Result:
-    """A Result whose rows are split into batch and time again."""
+def local_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig, first_expert) -> Result:
+    """A Result whose rows are split into batch and time again, of a pool that starts at `first_expert` of all.
+
+    Assignments to experts elsewhere add nothing.
+    """
     experts = pool.computed.gate_EDF.shape[0]
     batch, time, width = x_BTD.shape
     chosen_SA = chosen_BTA.reshape(batch * time, -1) - first_expert

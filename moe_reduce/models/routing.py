@@ -18,6 +18,16 @@ class Routing(NamedTuple):
     z: jax.Array  # mean squared logsumexp of the logits (ST-MoE, arXiv:2202.08906)
 
 
+def router_logits(x_SD: jax.Array, router_DE: jax.Array, offset: jax.Array | None) -> jax.Array:
+    """Logits [S, E], less the layer's offset (a scalar).
+
+    In true fp32, not the bf16 passes that are a TPU's default: else experts tie and swap.
+    """
+    x_SD, router_DE = x_SD.astype(jnp.float32), router_DE.astype(jnp.float32)
+    logits_SE = jnp.matmul(x_SD, router_DE, precision=jax.lax.Precision.HIGHEST)
+    return logits_SE if offset is None else logits_SE - offset
+
+
 def route(logits_SE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> Routing:
     """Top-A experts of each token.
 

@@ -1,6 +1,5 @@
 """Pruning from file to file: the bytes of kept experts are copied, and no model need fit into memory."""
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ import numpy as np
 
 from moe_reduce.config import ModelConfig, MoEConfig
 from moe_reduce.errors import UserError
-from moe_reduce.reduction.pooling import LOSSLESS_BIAS, check_poolable
-from moe_reduce.reduction.pruning import check_kept
+from moe_reduce.reduction.pooling import LOSSLESS_BIAS, check_poolable, foreign_bias, pooled_config
+from moe_reduce.reduction.pruning import check_kept, smaller_config
 from moe_reduce.reduction.selection import Kept
 from moe_reduce.storage import hf_config, manifest
 from moe_reduce.storage.huggingface import check_names
@@ -71,9 +70,9 @@ def pruned_config(directory: Directory, kept: Kept) -> ModelConfig:
     if _uneven(directory, kept):
         check_poolable(directory.config)
         _check_uneven(directory.moe, kept, directory.config.layers)
-        return _pooled_config(directory.config, kept)
+        return pooled_config(directory.config, sum(map(len, kept)))
     check_kept(directory.moe, kept, directory.config.layers)
-    return _smaller_config(directory.config, kept)
+    return smaller_config(directory.config, kept)
 
 
 def _uneven(directory: Directory, kept: Kept) -> bool:
@@ -85,11 +84,6 @@ def _check_uneven(moe: MoEConfig, kept: Kept, layers: int) -> None:
         raise UserError(f"kept experts are given for {len(kept)} layers, the model has {layers} pools")
     for row in kept:
         check_kept(moe, (row,) * layers, layers)
-
-
-def _smaller_config(config: ModelConfig, kept: Kept) -> ModelConfig:
-    assert config.moe is not None
-    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=len(kept[0])))
 
 
 def _smaller_items(directory: Directory, config: ModelConfig, kept: Kept) -> Iterator[TensorItem]:
@@ -113,14 +107,6 @@ def _rows(files: TensorFiles, name: str, axis: int, row: tuple[int, ...]) -> Cal
     return lambda: np.take(files.read(name), np.asarray(row), axis=axis)
 
 
-def _pooled_config(config: ModelConfig, kept: Kept) -> ModelConfig:
-    assert config.moe is not None
-    moe = dataclasses.replace(
-        config.moe, experts=sum(map(len, kept)), placement="shared", router="shared", selection_bias=True
-    )
-    return dataclasses.replace(config, moe=moe)
-
-
 def _pooled_items(directory: Directory, config: ModelConfig, kept: Kept) -> Iterator[TensorItem]:
     order = [(layer, index) for layer, row in enumerate(kept) for index in row]
     for leaf in leaves(config):
@@ -131,32 +117,33 @@ def _pooled_items(directory: Directory, config: ModelConfig, kept: Kept) -> Iter
                 suffix = name.split(".", 3)[3]
                 entry = directory.files.entries[EXPERT_NAME.format(layer=layer, expert=expert) + suffix]
                 yield name, leaf.stored_shape, entry.dtype, entry
-            elif leaf.path in ("router/weight", "layers/router_bias"):
-                dtype = directory.files.entries[_router_name(0)].dtype
-                source = _concatenated(directory, kept) if leaf.path == "router/weight" else _own_only(kept, index[0])
-                dtype = dtype if leaf.path == "router/weight" else np.dtype(np.float32)
-                yield name, leaf.stored_shape, dtype, source
+            elif leaf.path == "router/weight":
+                dtype = directory.files.entries[_stored_name("layers/router/weight", 0)].dtype
+                yield name, leaf.stored_shape, dtype, _concatenated(directory, kept)
+            elif leaf.path == "layers/router_bias":
+                yield name, leaf.stored_shape, np.dtype(np.float32), _own_only(directory, kept, index[0])
             else:
                 entry = directory.files.entries[name]
                 yield name, leaf.stored_shape, entry.dtype, entry
 
 
-def _router_name(layer: int) -> str:
-    return TABLE["layers/router/weight"][0].format(layer=layer)
+def _stored_name(path: str, layer: int) -> str:
+    return TABLE[path][0].format(layer=layer)
+
+
+def _kept_rows(directory: Directory, path: str, kept: Kept) -> list[np.ndarray]:
+    """Of a leaf with one row for each expert, each layer's kept ones."""
+    return [directory.files.read(_stored_name(path, layer))[list(row)] for layer, row in enumerate(kept)]
 
 
 def _concatenated(directory: Directory, kept: Kept) -> Callable[[], np.ndarray]:
+    return lambda: np.concatenate(_kept_rows(directory, "layers/router/weight", kept))
+
+
+def _own_only(directory: Directory, kept: Kept, layer: int) -> Callable[[], np.ndarray]:
     def make() -> np.ndarray:
-        parts = [directory.files.read(_router_name(layer))[list(row)] for layer, row in enumerate(kept)]
-        return np.concatenate(parts)
-
-    return make
-
-
-def _own_only(kept: Kept, layer: int) -> Callable[[], np.ndarray]:
-    def make() -> np.ndarray:
-        owner = np.repeat(np.arange(len(kept)), [len(row) for row in kept])
-        return np.where(owner == layer, 0.0, -LOSSLESS_BIAS).astype(np.float32)
+        own = _kept_rows(directory, "layers/router_bias", kept) if directory.moe.selection_bias else None
+        return foreign_bias([len(row) for row in kept], LOSSLESS_BIAS, own)[layer]
 
     return make
 

@@ -17,8 +17,9 @@ from moe_reduce import trees
 from moe_reduce.config import ExecutionConfig, ModelConfig
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import AttentionHalf
-from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool, Result
-from moe_reduce.models.routing import Routing, route
+from moe_reduce.models.dispatch import Experts, Pool
+from moe_reduce.models.experts import local_experts
+from moe_reduce.models.routing import route, router_logits
 from moe_reduce.reduction.files import Directory
 from moe_reduce.reduction.scores import Sums, sums_of
 from moe_reduce.storage.names import Leaf, leaves
@@ -64,18 +65,18 @@ def _layer(directory: Directory, layer: int, states: list, weights: list, execut
     router_DE = _leaf(directory, "layers/router/weight", layer)
     bias_E = _leaf(directory, "layers/router_bias", layer) if moe.selection_bias else None
     gain_D = _leaf(directory, "layers/output_gain", layer) if moe.output_gain else jnp.ones(config.width)
-    before = [_attend(config, execution, half, router_DE, bias_E, x_BTD) for x_BTD in states]
+    offset = _leaf(directory, "layers/score_offset", layer) if moe.score_offset else None
+    before = [_attend(config, execution, half, router_DE, bias_E, offset, x_BTD) for x_BTD in states]
     parts: list[Any] = [None] * len(states)
     for first, experts in _chunks(directory, layer):
-        for place, (_, normed_SD, routing) in enumerate(before):
-            part = _experts(execution, normed_SD, routing, experts, jnp.int32(first))
+        for place, (_, normed_BTD, chosen_BTA, weights_BTA) in enumerate(before):
+            part = _experts(execution, normed_BTD, chosen_BTA, weights_BTA, experts, jnp.int32(first))
             parts[place] = part if parts[place] is None else _add(parts[place], part)
     after, totals = [], None
-    for (x_BTD, _, routing), (y_SD, norm_SA, maximum_SA), weights_BT in zip(before, parts, weights, strict=True):
-        after.append(x_BTD + (y_SD * gain_D[None]).astype(x_BTD.dtype).reshape(x_BTD.shape))
-        shape = (*weights_BT.shape, moe.active)
-        routed = {"expert": routing.experts_SA, "weight": routing.weights_SA, "norm": norm_SA, "maximum": maximum_SA}
-        sums = jax.device_get(_sums({name: x.reshape(shape) for name, x in routed.items()}, weights_BT, moe.experts))
+    for (x_BTD, _, *routed), (y_BTD, *sizes), weights_BT in zip(before, parts, weights, strict=True):
+        after.append(x_BTD + (y_BTD * gain_D[None, None]).astype(x_BTD.dtype))
+        assignments = dict(zip(("expert", "weight", "norm", "maximum"), (*routed, *sizes), strict=True))
+        sums = jax.device_get(_sums(assignments, weights_BT, moe.experts))
         totals = sums if totals is None else _merge(totals, sums)
     return after, totals
 
@@ -90,26 +91,22 @@ def _merge(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> dict[st
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _attend(config: ModelConfig, execution: ExecutionConfig, half, router_DE, bias_E, x_BTD):
+def _attend(config: ModelConfig, execution: ExecutionConfig, half, router_DE, bias_E, offset, x_BTD):
+    """The state behind attention, the input of the experts, and who is chosen with which weight."""
     batch, time, width = x_BTD.shape
     positions_BT = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32)[None], (batch, time))
     applied: Any = AttentionHalf(config, execution).apply({"params": half}, x_BTD, positions_BT)
     x_BTD, normed_BTD = applied
-    normed_SD = normed_BTD.reshape(-1, width)
-    logits_SE = jnp.matmul(
-        normed_SD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
     assert config.moe is not None
-    return x_BTD, normed_SD, route(logits_SE, bias_E, config.moe)
+    routing = route(router_logits(normed_BTD.reshape(-1, width), router_DE, offset), bias_E, config.moe)
+    shape = (batch, time, config.moe.active)
+    return x_BTD, normed_BTD, routing.experts_SA.reshape(shape), routing.weights_SA.reshape(shape)
 
 
 @partial(jax.jit, static_argnums=0)
-def _experts(execution: ExecutionConfig, normed_SD, routing: Routing, experts: Experts, first):
-    count = experts.gate_EDF.shape[0]
-    chosen_SA = routing.experts_SA - first
-    chosen_SA = jnp.where((chosen_SA >= 0) & (chosen_SA < count), chosen_SA, count)
-    pool = Pool.of(experts, normed_SD.dtype)
-    result: Result = DISPATCHES[execution.dispatch](normed_SD, chosen_SA, routing.weights_SA, pool, execution)
+def _experts(execution: ExecutionConfig, normed_BTD, chosen_BTA, weights_BTA, experts: Experts, first):
+    pool = Pool.of(experts, normed_BTD.dtype)
+    result = local_experts(normed_BTD, chosen_BTA, weights_BTA, pool, execution, first)
     return result.y_SD, result.norm_SA, result.maximum_SA
 
 

@@ -8,10 +8,13 @@ gates approach the softmax gates with a relative error of about e^(max z - t). T
 """
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_reduce import trees
 from moe_reduce.config import ModelConfig, MoEConfig
@@ -86,28 +89,37 @@ def pool(
     weights are not renormalised over the chosen, which no pool can reproduce.
     """
     check_poolable(model.config)
-    moe = _moe(model.config)
     flat = trees.flatten(model.params)
     trees.select(model.params, r"layers/(experts/(gate|up|down)|router/weight)", expect=4)
     layers, _, experts = flat["layers/router/weight"].shape
-    total = layers * experts
+    sizes = (experts,) * layers
+    total = sum(sizes)
     fresh = {
         f"experts/{name}": flat[f"layers/experts/{name}"].reshape(total, *flat[f"layers/experts/{name}"].shape[2:])
         for name in ("gate", "up", "down")
     }
     fresh |= _router(flat["layers/router/weight"], start, router, model.config.init_std, seed)
     strength = (LOSSLESS_BIAS if bias is None else bias) if start == "lossless" else 0.0
-    fresh["layers/router_bias"] = foreign_bias(layers, experts, strength) + _own_bias(flat, layers, experts)
+    fresh["layers/router_bias"] = jnp.asarray(foreign_bias(sizes, strength, flat.get("layers/router_bias")))
     if score_function == "sigmoid":
         fresh["layers/score_offset"] = jnp.full(layers, offset, jnp.float32)
     kept = {path: leaf for path, leaf in flat.items() if path not in _REPLACED}
-    config = dataclasses.replace(
-        moe, experts=total, placement="shared", router=router, score_function=score_function,
+    config = pooled_config(model.config, total, router, score_function)
+    return dataclasses.replace(model, config=config, params=trees.unflatten(kept | fresh))
+
+
+def pooled_config(
+    config: ModelConfig,
+    experts: int,
+    router: Literal["shared", "layer"] = "shared",
+    score_function: Literal["softmax", "sigmoid"] = "softmax",
+) -> ModelConfig:
+    """The architecture with one pool of so many experts in place of the layers' own."""
+    moe = dataclasses.replace(
+        _moe(config), experts=experts, placement="shared", router=router, score_function=score_function,
         selection_bias=True, score_offset=score_function == "sigmoid",
     )  # fmt: skip
-    return dataclasses.replace(
-        model, config=dataclasses.replace(model.config, moe=config), params=trees.unflatten(kept | fresh)
-    )
+    return dataclasses.replace(config, moe=moe)
 
 
 _REPLACED = (
@@ -116,18 +128,16 @@ _REPLACED = (
 )  # fmt: skip
 
 
-def foreign_bias(layers: int, experts: int, strength: float) -> jax.Array:
-    """0 on each layer's own slice of the pool and -strength elsewhere, [N, N·E]."""
-    own_NN = jnp.eye(layers, dtype=jnp.float32)
-    return jnp.repeat((own_NN - 1.0) * strength, experts, axis=1)
+def foreign_bias(sizes: Sequence[int], strength: float, own: Sequence[Any] | None = None) -> np.ndarray:
+    """-strength against the experts of other layers, [N, P], where layer n's own are the next sizes[n] of the pool.
 
-
-def _own_bias(flat: dict[str, Any], layers: int, experts: int) -> jax.Array:
-    """The selection bias that the layers had, each on its own slice, [N, N·E]."""
-    if "layers/router_bias" not in flat:
-        return jnp.zeros((layers, layers * experts), jnp.float32)
-    bias_NE = flat["layers/router_bias"].astype(jnp.float32)
-    return jnp.einsum("NM,ME->NME", jnp.eye(layers, dtype=jnp.float32), bias_NE).reshape(layers, -1)
+    own: the selection biases that the layers had on their own experts, [sizes[n]] for each; None: 0.
+    """
+    layers = len(sizes)
+    bias_NP = np.full((layers, sum(sizes)), -strength, np.float32)
+    for layer, (stop, size) in enumerate(zip(itertools.accumulate(sizes), sizes, strict=True)):
+        bias_NP[layer, stop - size : stop] = 0 if own is None else np.asarray(own[layer], np.float32)
+    return bias_NP
 
 
 def _router(router_NDE: jax.Array, start: Start, placement: str, std: float, seed: int) -> dict[str, jax.Array]:

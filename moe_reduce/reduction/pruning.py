@@ -7,14 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_reduce import trees
-from moe_reduce.config import MoEConfig
+from moe_reduce.config import ModelConfig, MoEConfig
 from moe_reduce.errors import UserError
 from moe_reduce.reduction.selection import Kept
 from moe_reduce.storage.model import Model
-
-EXPERT_LEAVES = r"(layers/)?experts/(gate|up|down)"
-# axis of the experts in each leaf that has one, counted behind a leading axis of layers
-EXPERT_AXES = {"experts/gate": 0, "experts/up": 0, "experts/down": 0, "router/weight": 1, "router_bias": 0}
+from moe_reduce.storage.names import expert_axis
 
 
 def prune(model: Model, kept: Kept) -> Model:
@@ -27,11 +24,15 @@ def prune(model: Model, kept: Kept) -> Model:
     if moe is None:
         raise UserError("a dense model has no experts to prune")
     check_kept(moe, kept, model.config.layers)
-    shared = moe.placement == "shared"
-    trees.select(model.params, EXPERT_LEAVES, expect=3)
-    params = trees.map_with_path(lambda path, leaf: _keep(path, leaf, kept, shared), model.params)
-    config = dataclasses.replace(model.config, moe=dataclasses.replace(moe, experts=len(kept[0])))
-    return dataclasses.replace(model, config=config, params=params)
+    trees.select(model.params, r"(layers/)?experts/(gate|up|down)", expect=3)
+    params = trees.map_with_path(lambda path, leaf: _keep(path, leaf, kept), model.params)
+    return dataclasses.replace(model, config=smaller_config(model.config, kept), params=params)
+
+
+def smaller_config(config: ModelConfig, kept: Kept) -> ModelConfig:
+    """The architecture with the kept experts, as many in each row."""
+    assert config.moe is not None
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=len(kept[0])))
 
 
 def check_kept(moe: MoEConfig, kept: Kept, layers: int) -> None:
@@ -52,12 +53,11 @@ def check_kept(moe: MoEConfig, kept: Kept, layers: int) -> None:
             raise UserError(f"kept experts {row} are not ascending numbers below {moe.experts}")
 
 
-def _keep(path: str, leaf: Any, kept: Kept, shared: bool) -> Any:
+def _keep(path: str, leaf: Any, kept: Kept) -> Any:
     """The kept slices of one leaf; leaves without experts are returned as they are."""
-    name = path.removeprefix("layers/")
-    if name not in EXPERT_AXES:
+    axis = expert_axis(path)
+    if axis is None:
         return leaf
-    axis, stacked = EXPERT_AXES[name], path.startswith("layers/")
-    if not stacked or shared:
-        return jnp.take(leaf, np.asarray(kept[0]), axis=axis + stacked)
-    return jnp.stack([jnp.take(leaf[layer], np.asarray(row), axis=axis) for layer, row in enumerate(kept)])
+    if len(kept) == 1:
+        return jnp.take(leaf, np.asarray(kept[0]), axis=axis)
+    return jnp.stack([jnp.take(leaf[layer], np.asarray(row), axis=axis - 1) for layer, row in enumerate(kept)])

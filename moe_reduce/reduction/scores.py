@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_reduce.config import ModelConfig, MoEConfig
+from moe_reduce.disk import write_json
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder
 from moe_reduce.storage.model import Model
@@ -164,9 +165,7 @@ def write(found: Scores, file: Path) -> None:
     }
     if found.counts_by_layer is not None:
         content["counts_by_layer"] = found.counts_by_layer.tolist()
-    temporary = file.with_name(f".{file.name}.writing")
-    temporary.write_text(json.dumps(content) + "\n")
-    temporary.replace(file)
+    write_json(file, content, indent=None)
 
 
 def write_arrays(sums: Sums, file: Path) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_reduce import trees
+from moe_reduce import disk, trees
 from moe_reduce.config import ExecutionConfig, ModelConfig
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder, abstract_params
@@ -124,26 +124,9 @@ def write_directory(
     """Writes a model directory whole or not at all; see `save`."""
     target = Path(path).absolute()
     _check_target(target, overwrite)
-    temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        _write(contents, temporary, shard_bytes)
-        _replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error}): free the space or choose another path") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_abandoned(target: Path) -> None:
-    """What processes that were killed while writing here have left behind."""
-    for directory in target.parent.glob(f".{target.name}.writing-*"):
-        owner = directory.name.rsplit("-", 1)[1]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(directory, ignore_errors=True)
+    with disk.writing(target, "free the space or choose another path"), disk.temporary_beside(target) as unfinished:
+        _write(contents, unfinished, shard_bytes)
+        _replace(unfinished, target)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -166,12 +149,12 @@ def _write(contents: Contents, directory: Path, shard_bytes: int) -> None:
     manifest.write(directory, abstract_params(contents.config), contents.chain, hashes)
 
 
-def _replace(temporary: Path, target: Path) -> None:
+def _replace(unfinished: Path, target: Path) -> None:
     if not target.exists():
-        temporary.rename(target)
+        unfinished.rename(target)
         return
     # A directory cannot be renamed over a full one: the old one steps aside, whole, for the moment between.
-    aside = temporary.with_name(f"{temporary.name}.old")
+    aside = unfinished.with_name(f"{unfinished.name}.old")
     target.rename(aside)
-    temporary.rename(target)
+    unfinished.rename(target)
     shutil.rmtree(aside)

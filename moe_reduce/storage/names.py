@@ -51,6 +51,15 @@ TIED_OUTPUT = "lm_head.weight"
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
+def expert_axis(path: str) -> int | None:
+    """The axis that numbers experts in a whole leaf, or None when it has none."""
+    name, _, axes = TABLE[path]
+    numbered = re.findall(r"{(\w+)}", name)
+    if "expert" in numbered:
+        return numbered.index("expert")
+    return len(numbered) + axes.index("E") if "E" in axes else None
+
+
 @dataclass(frozen=True)
 class Leaf:
     """How one parameter leaf is laid out on disk; `shape` is the leaf's own."""

@@ -1,11 +1,9 @@
 """One RunConfig -> a workdir: data, mesh, task, loop, then model/ and summary.json."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from moe_reduce import planning
+from moe_reduce import disk, planning
 from moe_reduce.config import ModelConfig, RunConfig, to_dict
 from moe_reduce.data.batches import train_batches, validation_batches
 from moe_reduce.data.prepare import prepare
@@ -50,7 +48,7 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         peak(list(mesh.devices.flat), run.execution.compute_dtype),
     )
     started = time.time()
-    with writing(workdir):
+    with disk.writing(f"below {workdir}", "free some space, then run the same command again to go on"):
         outcome = _fit(run, mesh, tokens, speed, workdir).run()
         summary = _summary(run, name, outcome, speed, time.time() - started)
         _save(run, mesh, workdir, outcome, summary, getattr(tokens, "directory", None))
@@ -81,18 +79,6 @@ def _fit(run: RunConfig, mesh: Mesh, tokens: TokenSource, speed: Speed, workdir:
     )
 
 
-@contextlib.contextmanager
-def writing(workdir: Path) -> Iterator[None]:
-    """A full disk, or one that is gone, is one line and no traceback."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write below {workdir} ({error.strerror or error}): free some space, then run the same command "
-            "again to go on"
-        ) from error
-
-
 def claim(workdir: Path, run: RunConfig) -> None:
     """Makes the workdir this run's; raises UserError when it is another configuration's, or cannot be written.
 
@@ -110,7 +96,7 @@ def claim(workdir: Path, run: RunConfig) -> None:
                 f"--workdir={workdir} belongs to another configuration ({difference}): choose another workdir"
             )
         if difference or not file.exists():
-            write_json(file, wanted)
+            disk.write_json(file, wanted)
     except (OSError, ValueError) as error:
         raise UserError(f"--workdir={workdir} cannot be used ({error}): choose another one") from error
 
@@ -182,11 +168,4 @@ def _save(
         )
         model = Model(run.model, params, run.execution, source=source)
         save(model, workdir / "model", step, overwrite=True)
-        write_json(workdir / SUMMARY, summary)
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Whole or not at all, whoever else writes it."""
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, file)
+        disk.write_json(workdir / SUMMARY, summary)

@@ -1,0 +1,63 @@
+"""Files and directories that are written whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moe_reduce.errors import UserError
+
+
+@contextlib.contextmanager
+def writing(place: str | Path, remedy: str) -> Iterator[None]:
+    """OSErrors inside (a full disk, no permission, a disk that is gone) become a UserError in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {place} ({error.strerror or error}): {remedy}") from error
+
+
+def write_json(file: Path, content: Any, indent: int | None = 2) -> None:
+    """Content as JSON; see `write_text`."""
+    write_text(file, json.dumps(content, indent=indent) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Whole or not at all, whoever else writes it."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_beside(target: Path) -> Iterator[Path]:
+    """An empty directory for unfinished work, gone afterwards; those of killed processes of this host go as well."""
+    prefix = f".{target.name}.{socket.gethostname()}."
+    unfinished = target.parent / f"{prefix}{os.getpid()}"
+    for found in target.parent.glob(f"{prefix}*"):
+        owner = found.name.removeprefix(prefix)
+        if owner.isdigit() and (found == unfinished or not is_running(int(owner))):
+            shutil.rmtree(found, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def is_running(process: int) -> bool:
+    """Whether this host runs a process of this number, anyone's."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, as another user
+        return True
+    return True
