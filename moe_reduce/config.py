@@ -7,6 +7,7 @@ the result into dataclasses; an unknown, missing or ill-typed key is a UserError
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -119,6 +120,9 @@ class BalanceConfig:
     z_loss_weight: float = 0.0
     bias_rate: float = 0.0  # step of the loss-free selection bias; needs model.moe.selection_bias
     bias_scope: Literal["pooled", "per_call"] = "pooled"  # which counts the loss-free bias evens out
+    # Routing has collapsed, and training stops, when a logged step uses the experts less evenly than this.
+    entropy_floor: float = 0.0  # of the experts' use, as a share of the most even use's
+    dead_share_limit: float = 1.0  # of experts that get under a tenth of the mean
 
 
 @dataclass(frozen=True)
@@ -158,11 +162,97 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+@dataclass(frozen=True)
+class PoolStage:
+    """A stage of `reduce`: all experts into one pool (reduction/pooling.py)."""
+
+    kind: Literal["pool"] = "pool"
+    canonical: bool = True  # norm scales and output sizes folded first, so that layers can share experts
+    start: Literal["lossless", "concat", "random"] = "lossless"
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    router: Literal["shared", "layer"] = "shared"
+    bias: float | None = None  # against experts of other layers, in logits; None: exact
+    offset: float = 0.0  # subtracted before sigmoid scores
+
+
+@dataclass(frozen=True)
+class PruneStage:
+    """A stage of `reduce`: experts are scored on the training text, and the best are kept."""
+
+    kind: Literal["prune"] = "prune"
+    keep: float = 1.0  # share of the experts that the first model had, or their number over all layers
+    criterion: str = "reap"
+    scope: Literal["layer", "global"] = "layer"
+    floor: int | None = None
+    protect_super_experts: bool = False
+    calibration_batches: int = 16  # of train.batch_size sequences
+    seed: int = 0  # which batches, and the random criterion
+
+
+@dataclass(frozen=True)
+class TuneStage:
+    """A stage of `reduce`: some components train. Steps and rates; the rest is as `train` says."""
+
+    kind: Literal["tune"] = "tune"
+    # language_model: next token (and the teacher's distribution) | router: each layer's own experts chosen as before
+    objective: Literal["language_model", "router"] = "language_model"
+    components: str = "router"  # comma separated names of planning.COMPONENTS
+    teacher_weight: float = 0.0  # share of KL(first model ‖ this one) in the loss
+    bias_from: float | None = None  # c against experts of other layers at the first step, and
+    bias_to: float = 0.0  # after anneal_share of the steps
+    anneal_share: float = 0.8
+    steps: int = REQUIRED_INT
+    learning_rate: float = 1e-4
+    final_learning_rate: float = 1e-5
+    warmup_steps: int = 0
+
+    def schedule(self, train: TrainConfig) -> TrainConfig:
+        """`train` with the steps and rates of this stage."""
+        names = ("steps", "learning_rate", "final_learning_rate", "warmup_steps")
+        return dataclasses.replace(train, **{name: getattr(self, name) for name in names})
+
+
+Stage = PoolStage | PruneStage | TuneStage
+STAGES = {"pool": PoolStage, "prune": PruneStage, "tune": TuneStage}
+
+
+@dataclass(frozen=True)
+class ReduceConfig:
+    """One reduction: a model directory and what is done to it, stage by stage."""
+
+    model: str = ""  # directory of a mixture of experts, of ours or of Hugging Face
+    dtype: str | None = None  # of the parameters; None: as stored. What trains is kept in fp32.
+    order: str = ""  # names of the stages, comma separated: a ConfigDict sorts its keys
+    stages: dict[str, Stage] = field(default_factory=dict)  # in that order, once parsed
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    data: DataConfig = field(default_factory=DataConfig)  # data.tokenizer=train: the model's own
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
 def base() -> ml_collections.ConfigDict:
     """Every key with its default, and `variants`: name -> the keys that differ, for runs compared side by side."""
     config = _to_config_dict(RunConfig())
     config.variants = ml_collections.ConfigDict()
     return config
+
+
+def reduce_base() -> ml_collections.ConfigDict:
+    """As `base`, for `reduce`; a variant's `stages` replace the others."""
+    config = _to_config_dict(ReduceConfig())
+    config.variants = ml_collections.ConfigDict()
+    return config
+
+
+def stage(kind: str, **changes: Any) -> dict[str, Any]:
+    """The keys of a stage with their defaults, some of them changed."""
+    return to_dict(STAGES[kind](**changes))
+
+
+def in_order(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The keys of a ReduceConfig, or of a variant, that say what is done in which order."""
+    return {"order": ",".join(stages), "stages": stages}
 
 
 def moe_base() -> ml_collections.ConfigDict:
@@ -177,6 +267,8 @@ def _to_config_dict(value: Any) -> ml_collections.ConfigDict:
         default = getattr(value, entry.name)
         if dataclasses.is_dataclass(default):
             config[entry.name] = _to_config_dict(default)
+        elif isinstance(default, dict):
+            config[entry.name] = ml_collections.ConfigDict(default)
         elif default is None:
             kind = _alternatives(hints[entry.name])[0]
             config[entry.name] = config_dict.placeholder(
@@ -187,21 +279,35 @@ def _to_config_dict(value: Any) -> ml_collections.ConfigDict:
     return config
 
 
-def parse(config: ml_collections.ConfigDict) -> dict[str, RunConfig]:
-    """The runs that a configuration describes: {"": run} or, with variants, one for each name."""
+def parse(config: ml_collections.ConfigDict, reader: Callable[[dict[str, Any]], T]) -> dict[str, T]:
+    """The runs that a configuration describes: {"": run} or, with variants, one for each name.
+
+    reader: run_from_dict or reduce_from_dict.
+    """
     raw = config.to_dict()
     variants = raw.pop("variants", {})
     if not variants:
-        return {"": run_from_dict(raw)}
+        return {"": reader(raw)}
     if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
         raise UserError(f"config key variants must map names to groups of keys, got {variants!r}")
-    return {name: run_from_dict(_merge(raw, changes, f"variants.{name}")) for name, changes in variants.items()}
+    return {name: reader(_merge(raw, changes, f"variants.{name}")) for name, changes in variants.items()}
 
 
 def run_from_dict(raw: dict[str, Any]) -> RunConfig:
     """A validated RunConfig from nested plain values, as in a run's config.json."""
     run = _from_dict(RunConfig, raw, "")
     validation.check_run(run)
+    return run
+
+
+def reduce_from_dict(raw: dict[str, Any]) -> ReduceConfig:
+    """A validated ReduceConfig from nested plain values."""
+    run = _from_dict(ReduceConfig, raw, "")
+    names = run.order.split(",") if run.order else []
+    if sorted(names) != sorted(run.stages):
+        raise UserError(f"order={run.order!r} must name each of the stages once: {', '.join(run.stages) or 'none'}")
+    run = dataclasses.replace(run, stages={name: run.stages[name] for name in names})
+    validation.check_reduce(run)
     return run
 
 
@@ -217,7 +323,8 @@ def _merge(raw: Any, changes: dict[str, Any], path: str) -> dict[str, Any]:
     for key, value in changes.items():
         if key not in merged:
             raise UserError(f"config key {path}.{key} is unknown; known here: {', '.join(sorted(merged))}")
-        nested = isinstance(value, dict) and isinstance(merged[key], dict)
+        # stages are a list with names: a variant has its own
+        nested = isinstance(value, dict) and isinstance(merged[key], dict) and key != "stages"
         merged[key] = _merge(merged[key], value, f"{path}.{key}") if nested else value
     return merged
 
@@ -246,6 +353,10 @@ def _checked(hint: Any, value: Any, path: str) -> Any:
         return None
     if dataclasses.is_dataclass(kind):
         return _from_dict(kind, value, path)  # type: ignore[arg-type]
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"config key {path} must be a group of named stages, got {value!r}")
+        return {name: _stage(entry, f"{path}.{name}") for name, entry in value.items()}
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise UserError(f"config key {path} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
@@ -255,6 +366,13 @@ def _checked(hint: Any, value: Any, path: str) -> Any:
     if type(value) is not kind:
         raise UserError(f"config key {path} must be {kind.__name__}, got {value!r}")
     return value
+
+
+def _stage(raw: Any, path: str) -> Stage:
+    kind = raw["kind"] if isinstance(raw, dict) and "kind" in raw else None
+    if kind not in STAGES:
+        raise UserError(f"config key {path}.kind must be one of {', '.join(STAGES)}, got {kind!r}")
+    return _from_dict(STAGES[kind], raw, path)
 
 
 def to_dict(value: Any) -> dict[str, Any]:

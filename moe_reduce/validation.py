@@ -13,8 +13,11 @@ if TYPE_CHECKING:
         MeshConfig,
         ModelConfig,
         MoEConfig,
+        ReduceConfig,
         RunConfig,
+        Stage,
         TrainConfig,
+        TuneStage,
     )
 
 
@@ -35,9 +38,44 @@ def check_run(run: "RunConfig") -> None:
     check_model(run.model)
     _check_execution(run.execution)
     check_data(run.data)
-    _check_mesh(run.mesh, run)
+    check_mesh(run.mesh, run.model)
     _check_train(run.train)
-    _check_balance(run.balance, run.model)
+    _check_balance(run.balance)
+    if run.balance.bias_rate > 0 and not (run.model.moe and run.model.moe.selection_bias):
+        raise UserError("balance.bias_rate needs model.moe.selection_bias=True: there is no bias to move")
+
+
+def check_reduce(run: "ReduceConfig") -> None:
+    """Raises UserError at the first key that cannot work; what depends on the model is checked when it is open."""
+    if not run.model:
+        raise UserError("model is empty: give the directory of a mixture of experts, --config.model=DIR")
+    if not run.stages:
+        raise UserError("stages is empty: nothing would be done to the model")
+    _check_execution(run.execution)
+    check_data(run.data)
+    _check_balance(run.balance)
+    if run.balance.bias_rate > 0:
+        raise UserError("balance.bias_rate is for train: in reduce the selection bias belongs to the pool")
+    for name, stage in run.stages.items():
+        if not name.replace("_", "").isalnum():
+            raise UserError(f"stages.{name}: a stage's name is made of letters, digits and underscores")
+        _check_stage(f"stages.{name}", stage, run)
+
+
+def _check_stage(path: str, stage: "Stage", run: "ReduceConfig") -> None:
+    if stage.kind == "prune":
+        positive(path, stage, "keep", "calibration_batches")
+    if stage.kind == "tune":
+        _check_tune(path, stage, run)
+
+
+def _check_tune(path: str, stage: "TuneStage", run: "ReduceConfig") -> None:
+    _check_train(stage.schedule(run.train), path)
+    _in_range(path, stage, "anneal_share", 0.0, 1.0001)
+    if not 0 <= stage.teacher_weight <= 1:
+        raise UserError(f"{path}.teacher_weight must be from 0 to 1, got {stage.teacher_weight}")
+    if stage.objective == "router" and stage.components != "router":
+        raise UserError(f"{path}.objective=router trains routers only: set {path}.components=router")
 
 
 def check_model(model: "ModelConfig") -> None:
@@ -85,43 +123,40 @@ def check_data(data: "DataConfig") -> None:
         raise UserError("data.source is empty: give python-stdlib, a path or glob, hub:NAME, or a .npy file")
 
 
-def _check_mesh(mesh: "MeshConfig", run: "RunConfig") -> None:
+def check_mesh(mesh: "MeshConfig", model: "ModelConfig") -> None:
+    """Raises UserError when the sizes of a model do not divide over a mesh."""
     positive("mesh", mesh, "fsdp", "expert", "tensor")
     if mesh.data != -1:
         positive("mesh", mesh, "data")
-    if run.model.moe is not None and run.model.moe.experts % mesh.expert:
-        raise UserError(
-            f"model.moe.experts ({run.model.moe.experts}) must be a multiple of mesh.expert ({mesh.expert})"
-        )
-    if run.model.moe is None and mesh.expert > 1:
+    if model.moe is not None and model.moe.experts % mesh.expert:
+        raise UserError(f"model.moe.experts ({model.moe.experts}) must be a multiple of mesh.expert ({mesh.expert})")
+    if model.moe is None and mesh.expert > 1:
         raise UserError(f"mesh.expert={mesh.expert} needs experts, but model.moe is None: set mesh.expert=1")
     for name in ("query_heads", "key_value_heads", "feed_forward_width"):
-        size = getattr(run.model, name)
+        size = getattr(model, name)
         if size is not None and size % mesh.tensor:
             raise UserError(f"model.{name} ({size}) must be a multiple of mesh.tensor ({mesh.tensor})")
-    if run.model.width % mesh.fsdp:
-        raise UserError(f"model.width ({run.model.width}) must be a multiple of mesh.fsdp ({mesh.fsdp})")
+    if model.width % mesh.fsdp:
+        raise UserError(f"model.width ({model.width}) must be a multiple of mesh.fsdp ({mesh.fsdp})")
 
 
-def _check_train(train: "TrainConfig") -> None:
+def _check_train(train: "TrainConfig", path: str = "train") -> None:
     positive(
-        "train", train, "steps", "batch_size", "accumulation", "learning_rate", "epsilon", "clip_norm", "log_every",
+        path, train, "steps", "batch_size", "accumulation", "learning_rate", "epsilon", "clip_norm", "log_every",
         "evaluate_every", "evaluate_batches", "checkpoint_every", "checkpoints_kept", "expert_learning_rate_scale",
     )  # fmt: skip
     for name in ("beta1", "beta2", "ema_decay"):
-        _in_range("train", train, name, 0.0, 1.0)
+        _in_range(path, train, name, 0.0, 1.0)
     for name in ("final_learning_rate", "weight_decay", "warmup_steps", "seed"):
-        _in_range("train", train, name, 0.0, float("inf"))
+        _in_range(path, train, name, 0.0, float("inf"))
     if train.batch_size % train.accumulation:
         raise UserError(
             f"train.batch_size ({train.batch_size}) must be a multiple of train.accumulation ({train.accumulation})"
         )
     if train.warmup_steps >= train.steps:
-        raise UserError(f"train.warmup_steps ({train.warmup_steps}) must be below train.steps ({train.steps})")
+        raise UserError(f"{path}.warmup_steps ({train.warmup_steps}) must be below {path}.steps ({train.steps})")
 
 
-def _check_balance(balance: "BalanceConfig", model: "ModelConfig") -> None:
-    for name in ("weight", "z_loss_weight", "bias_rate"):
+def _check_balance(balance: "BalanceConfig") -> None:
+    for name in ("weight", "z_loss_weight", "bias_rate", "entropy_floor", "dead_share_limit"):
         _in_range("balance", balance, name, 0.0, float("inf"))
-    if balance.bias_rate > 0 and not (model.moe and model.moe.selection_bias):
-        raise UserError("balance.bias_rate needs model.moe.selection_bias=True: there is no bias to move")

@@ -15,7 +15,7 @@ def routing(counts, probability):
 
 def test_pooled_lets_layers_specialise_and_per_call_does_not():
     one_expert_a_layer = routing([[8.0, 0.0], [0.0, 8.0]], [[0.75, 0.25], [0.25, 0.75]])
-    _, metrics = balance_terms(one_expert_a_layer, BalanceConfig())
+    _, metrics = balance_terms(one_expert_a_layer, BalanceConfig(), shared_pool=True)
     assert float(metrics["balance_pooled"]) == pytest.approx(2 * (0.5 * 0.5 + 0.5 * 0.5))
     assert float(metrics["balance_per_call"]) == pytest.approx(2 * 0.75)
 
@@ -23,7 +23,7 @@ def test_pooled_lets_layers_specialise_and_per_call_does_not():
 @pytest.mark.parametrize(("loss", "expected"), [("none", 0.0), ("pooled", 2 * 0.75), ("per_call", 2 * 0.75)])
 def test_penalty_is_weighted(loss, expected):
     collapsed = routing([[8.0, 0.0], [8.0, 0.0]], [[0.75, 0.25], [0.75, 0.25]])
-    penalty, _ = balance_terms(collapsed, BalanceConfig(loss=loss, weight=0.1, z_loss_weight=0.01))
+    penalty, _ = balance_terms(collapsed, BalanceConfig(loss=loss, weight=0.1, z_loss_weight=0.01), shared_pool=True)
     assert float(penalty) == pytest.approx(0.1 * expected + 0.01 * 4.0)
 
 

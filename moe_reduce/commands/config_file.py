@@ -3,16 +3,19 @@
 import argparse
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from moe_reduce import config
-from moe_reduce.config import RunConfig
+from moe_reduce.config import run_from_dict
 from moe_reduce.errors import UserError
+
+T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -21,14 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
     parser.epilog = "Any key of the configuration can be changed: --config.train.steps=10 --config.model.width=64"
 
 
-def read(file: str, overrides: list[str]) -> dict[str, RunConfig]:
-    """The runs of a configuration file with overrides of the form --config.a.b=value."""
+def read(file: str, overrides: list[str], reader: Callable[[dict[str, Any]], T] = run_from_dict) -> dict[str, T]:
+    """The runs of a configuration file with overrides of the form --config.a.b=value.
+
+    reader: what makes a run of nested values, and raises UserError at the first that is wrong.
+    """
     for override in overrides:
         if not override.startswith("--config."):
             raise UserError(f"unknown argument {override}: overrides look like --config.train.steps=10")
     described = _read_config_dict(file, overrides)
     _refuse_hidden(described, overrides)
-    return config.parse(described)
+    return config.parse(described, reader)
 
 
 def _refuse_hidden(described: ml_collections.ConfigDict, overrides: list[str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_reduce.commands import config_file, model_arguments
-from moe_reduce.config import ModelConfig
+from moe_reduce.config import ModelConfig, run_from_dict
 from moe_reduce.errors import UserError
 
 
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
         model_arguments.no_overrides(overrides)
         models = {str(arguments.model): model_arguments.directory_config(arguments.model)}
     else:
-        runs = config_file.read(arguments.config, overrides)
+        runs = config_file.read(arguments.config, overrides, run_from_dict)
         models = {name or arguments.config: config.model for name, config in runs.items()}
     plans = {name: plan(model, arguments.context) for name, model in models.items()}
     return model_arguments.show(plans, arguments.json)

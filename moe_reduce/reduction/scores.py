@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from moe_reduce.config import ModelConfig, MoEConfig
 from moe_reduce.disk import write_json
@@ -20,6 +21,7 @@ from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder
 from moe_reduce.storage.model import Model
 from moe_reduce.training.losses import decoder_inputs
+from moe_reduce.training.sharding import replicated
 
 CRITERIA = (
     "reap",  # mean of g·‖f‖₂ over the tokens routed to the expert
@@ -80,21 +82,25 @@ def sums_of(assignments: dict[str, jax.Array], weights_BT: jax.Array, experts: i
     }
 
 
-def collect(model: Model, batches: Iterable[Any]) -> Sums:
-    """Streams batches through the model. Raises UserError when the model has no experts or there is no batch."""
+def collect(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> Sums:
+    """Streams batches through the model, with the mesh in context, if any.
+
+    Raises UserError when the model has no experts or there is no batch."""
     moe = moe_of(model.config)
     decoder = Decoder(model.config, model.execution)
 
-    @jax.jit
-    def step(params, batch):
+    def sums(params, batch):
         _, sown = decoder.apply({"params": params}, *decoder_inputs(batch), mutable=["assignments"])
         routed = sown["assignments"]["layers"]["routed"]
-        return jax.vmap(lambda layer: sums_of(layer, batch["weights"], moe.experts))(routed)
+        by_name = jax.vmap(lambda layer: sums_of(layer, batch["weights"], moe.experts))(routed)
+        return jnp.sum(batch["weights"] > 0), by_name
+
+    step = jax.jit(sums, out_shardings=None if mesh is None else replicated(mesh))
 
     found: Sums | None = None
     for batch in batches:
-        arrays = jax.device_get(step(model.params, batch))
-        part = Sums(int(np.sum(np.asarray(batch["weights"]) > 0)), **arrays)
+        tokens, by_name = jax.device_get(step(model.params, batch))
+        part = Sums(int(tokens), **by_name)
         found = part if found is None else found + part
     if found is None:
         raise UserError("no tokens to score with: give a larger --data")

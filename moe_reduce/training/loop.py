@@ -174,6 +174,9 @@ class Fit:
         if step % self.train.log_every == 0 or step == self.train.steps:
             bar.set_postfix(loss=f"{values['loss']:.3f}")
             self.log.write(step, "train", values | self._speed_since_last(step))
+            reason = self.task.stop(values)
+            if reason:
+                raise UserError(f"{reason}, at step {step}; {self._kept()}")
 
     def _speed_since_last(self, step: int) -> dict[str, float | None]:
         last_step, last_seconds = self._last_logged
@@ -186,13 +189,16 @@ class Fit:
         return {"tokens_per_second": rate, "mfu": rate * self.speed.flops_per_token / self.speed.peak.flops}
 
     def _stop_diverged(self, step: int, what: str) -> NoReturn:
+        raise UserError(
+            f"{what} step {step}, batch {step - 1} of the training order with train.seed={self.train.seed}; "
+            f"{self._kept()}: lower train.learning_rate or raise train.warmup_steps, in a new --workdir"
+        )
+
+    def _kept(self) -> str:
         self.checkpoints.wait()
         latest = self.checkpoints.latest()
         kept = "no checkpoint was due yet" if latest is None else f"the last good checkpoint is of step {latest}"
-        raise UserError(
-            f"{what} step {step}, batch {step - 1} of the training order with train.seed={self.train.seed}; {kept} in "
-            f"{self.workdir / 'checkpoints'}: lower train.learning_rate or raise train.warmup_steps, in a new --workdir"
-        )
+        return f"{kept} in {self.workdir / 'checkpoints'}"
 
     def _validate(self, state: State, batches: Sequence[Batch]) -> dict[str, Any]:
         params = state.params if state.average is None else state.average

@@ -1,15 +1,17 @@
 """Next-token cross-entropy with the balancing terms of a mixture of experts, as a task for the loop."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from moe_reduce import trees
 from moe_reduce.config import BalanceConfig, ExecutionConfig, ModelConfig
 from moe_reduce.models.decoder import Decoder
-from moe_reduce.training.task import Batch, Params, Sums, Task, no_change
+from moe_reduce.training.task import Batch, Params, Sums, Task, never, no_change
 
 
 def language_model_task(model: ModelConfig, execution: ExecutionConfig, balance: BalanceConfig) -> Task:
@@ -22,7 +24,7 @@ def language_model_task(model: ModelConfig, execution: ExecutionConfig, balance:
         if model.moe is None:
             return nll, {"loss": nll}
         routing = sown["intermediates"]["layers"]["routing"]
-        penalty, metrics = balance_terms(routing, balance)
+        penalty, metrics = balance_terms(routing, balance, model.moe.placement == "shared")
         return nll + penalty, {"loss": nll} | metrics
 
     def after_step(params: Params, metrics: dict[str, jax.Array]) -> Params:
@@ -32,6 +34,7 @@ def language_model_task(model: ModelConfig, execution: ExecutionConfig, balance:
         loss=loss,
         evaluate=evaluator(decoder),
         after_step=after_step if balance.bias_rate > 0 else no_change,
+        stop=partial(collapse, balance) if model.moe else never,
     )
 
 
@@ -67,7 +70,7 @@ def evaluator(decoder: Decoder):
     return evaluate
 
 
-def balance_terms(routing: Any, balance: BalanceConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+def balance_terms(routing: Any, balance: BalanceConfig, shared_pool: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted penalty and its metrics; `routing` holds the statistics of all N layer calls, stacked.
 
     GShard/Switch form E · Σ_e f_e · P_e (arXiv:2006.16668, 2101.03961): 1 when balanced. `per_call`: of each call,
@@ -85,9 +88,32 @@ def balance_terms(routing: Any, balance: BalanceConfig) -> tuple[jax.Array, dict
         "balance_per_call": per_call,
         "router_z": z,
         "dropped_share": jnp.mean(routing["dropped"]),
+        **_evenness(share_NE, shared_pool),
         "counts_NE": counts_NE,
     }
     return balance.weight * chosen + balance.z_loss_weight * z, jax.lax.stop_gradient(metrics)
+
+
+def _evenness(share_NE: jax.Array, shared_pool: bool) -> dict[str, jax.Array]:
+    """Entropy of the experts' use, over that of the most even use; share of experts under a tenth of the mean use.
+
+    Of a shared pool as a whole, where a layer may specialise; of each layer's experts otherwise, averaged.
+    """
+    rows = jnp.mean(share_NE, axis=0, keepdims=True) if shared_pool else share_NE
+    experts = rows.shape[1]
+    entropy = jnp.mean(jnp.sum(jax.scipy.special.entr(rows), axis=1)) / np.log(max(experts, 2))
+    return {"expert_entropy": entropy, "dead_expert_share": jnp.mean((rows < 0.1 / experts).astype(jnp.float32))}
+
+
+def collapse(balance: BalanceConfig, metrics: dict[str, float]) -> str | None:
+    """What a user reads when routing has collapsed, by the metrics of one step; None while it has not."""
+    if metrics["expert_entropy"] < balance.entropy_floor:
+        return f"routing collapsed: expert_entropy {metrics['expert_entropy']:.3f} is under balance.entropy_floor"
+    if metrics["dead_expert_share"] > balance.dead_share_limit:
+        return (
+            f"routing collapsed: dead_expert_share {metrics['dead_expert_share']:.3f} is over balance.dead_share_limit"
+        )
+    return None
 
 
 def move_bias(params: Params, counts_NE: jax.Array, balance: BalanceConfig) -> Params:

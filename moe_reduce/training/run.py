@@ -1,20 +1,24 @@
 """One RunConfig -> a workdir: data, mesh, task, loop, then model/ and summary.json."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from moe_reduce import disk, planning
-from moe_reduce.config import ModelConfig, RunConfig, to_dict
+from moe_reduce.config import DataConfig, ExecutionConfig, ModelConfig, RunConfig, TrainConfig, to_dict
 from moe_reduce.data.batches import train_batches, validation_batches
 from moe_reduce.data.prepare import prepare
 from moe_reduce.data.shards import TokenSource
@@ -23,11 +27,25 @@ from moe_reduce.models.decoder import abstract_params, init_params
 from moe_reduce.storage.manifest import Step
 from moe_reduce.storage.model import Model, save
 from moe_reduce.training import sharding, steps
-from moe_reduce.training.loop import Fit, Outcome, Speed
+from moe_reduce.training.loop import Fit, Speed
 from moe_reduce.training.losses import language_model_task
+from moe_reduce.training.task import Params, Task, join, partition
 from moe_reduce.training.throughput import peak
 
 SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One use of the loop: what trains, from where, on what, and for how long."""
+
+    task: Task
+    model: ModelConfig
+    initial: Params | Callable[[], Params]  # all leaves of the model; made under jit where they are to lie, or given
+    execution: ExecutionConfig
+    data: DataConfig
+    train: TrainConfig
+    others: Params = field(default_factory=dict)  # frozen leaves that the task reads and the model does not have
 
 
 def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
@@ -36,61 +54,104 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     mesh = sharding.make_mesh(run.mesh)
     sharding.shardings(mesh, abstract_params(run.model))  # refused before anything is prepared
     steps.check_batch(mesh, run.train)
-    claim(workdir, run)
-    if _first_process_says((workdir / SUMMARY).exists()):
+    claim(workdir, to_dict(run))
+    if first_process_says((workdir / SUMMARY).exists()):
         print(f"{workdir} is done: nothing to do (a new --workdir starts again)")
         return json.loads((workdir / SUMMARY).read_text()) if (workdir / SUMMARY).exists() else {}
     tokens, _ = prepare(run.data, run.model.vocab_size)
-    flops = planning.train_flops_per_token(run.model, run.data.sequence_length)
-    speed = Speed(
-        run.train.batch_size * run.data.sequence_length,
-        flops,
-        peak(list(mesh.devices.flat), run.execution.compute_dtype),
+    job = Job(
+        language_model_task(run.model, run.execution, run.balance),
+        run.model,
+        partial(init_params, run.model, jax.random.key(run.train.seed)),
+        run.execution,
+        run.data,
+        run.train,
     )
-    started = time.time()
-    with disk.writing(f"below {workdir}", "free some space, then run the same command again to go on"):
-        outcome = _fit(run, mesh, tokens, speed, workdir).run()
-        summary = _summary(run, name, outcome, speed, time.time() - started)
-        _save(run, mesh, workdir, outcome, summary, getattr(tokens, "directory", None))
-    if jax.process_count() > 1:  # none leaves, and takes the others' connection down, before the result is written
-        multihost_utils.sync_global_devices("result written")
+    with writing(workdir):
+        params, figures = fit(job, mesh, tokens, workdir)
+        summary = {"name": name, **describe(run.model), "seed": run.train.seed, **figures, **machine()}
+        step = Step(
+            command="train",
+            arguments=to_dict(run),
+            inputs=(),
+            parameters_before=0,
+            parameters_after=summary["parameters"],
+            quality=summary["validation"],
+        )
+        params = sharding.to_host(mesh, params)
+        finish(workdir, Model(run.model, params, run.execution, getattr(tokens, "directory", None)), step, summary)
     return summary
 
 
-def _first_process_says(value: bool) -> bool:
+def fit(job: Job, mesh: Mesh, tokens: TokenSource, workdir: Path) -> tuple[Params, dict[str, Any]]:
+    """(all leaves of the model after training, the figures of a summary), going on where an earlier call stopped."""
+    started = time.time()
+    trained, frozen = (job.initial, {}) if callable(job.initial) else partition(job.initial, job.task.trainable)
+    if not callable(trained):  # copies: the loop gives the buffers of its state away
+        trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
+    tokens_per_step = job.train.batch_size * job.data.sequence_length
+    flops = planning.train_flops_per_token(job.model, job.data.sequence_length)
+    highest = peak(list(mesh.devices.flat), job.execution.compute_dtype)
+    share = sharding.batch_share(mesh)
+    outcome = Fit(
+        task=job.task,
+        initial=trained,
+        frozen=join(frozen, job.others),
+        train=job.train,
+        mesh=mesh,
+        batches=train_batches(tokens, job.data, job.train.batch_size, job.train.seed, *share),
+        validation=validation_batches(tokens, job.data, job.train.batch_size, job.train.evaluate_batches, *share),
+        workdir=workdir,
+        speed=Speed(tokens_per_step, flops, highest),
+    ).run()
+    rate = outcome.tokens_per_second if outcome.intervals else None
+    figures = {
+        "train_flops_per_token": flops,
+        "tokens": job.train.steps * tokens_per_step,
+        "steps": job.train.steps,
+        **quality(outcome.validation),
+        "tokens_per_second": rate,
+        "mfu": None if rate is None else rate * flops / highest.flops,
+        "peak_flops": highest.flops,
+        "peak_source": highest.source,
+        "compile_seconds": outcome.compile_seconds,
+        "seconds": time.time() - started,
+    }
+    return join(outcome.params, frozen), figures
+
+
+def finish(workdir: Path, model: Model, step: Step, summary: dict[str, Any]) -> None:
+    """model/ first, summary.json last: its presence means that the run is done. By the first process alone."""
+    if jax.process_index() == 0:
+        save(model, workdir / "model", step, overwrite=True)
+        disk.write_json(workdir / SUMMARY, summary)
+    if jax.process_count() > 1:  # none leaves, and takes the others' connection down, before the result is written
+        multihost_utils.sync_global_devices("result written")
+
+
+def writing(workdir: Path) -> contextlib.AbstractContextManager[None]:
+    """A full disk below a workdir is one line, and nothing is lost."""
+    return disk.writing(f"below {workdir}", "free some space, then run the same command again to go on")
+
+
+def first_process_says(value: bool) -> bool:
     """The first process's value on all: disks differ, or show each other's files late, and all must do the same."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
-def _fit(run: RunConfig, mesh: Mesh, tokens: TokenSource, speed: Speed, workdir: Path) -> Fit:
-    share = sharding.batch_share(mesh)
-    return Fit(
-        task=language_model_task(run.model, run.execution, run.balance),
-        initial=partial(init_params, run.model, jax.random.key(run.train.seed)),
-        frozen={},
-        train=run.train,
-        mesh=mesh,
-        batches=train_batches(tokens, run.data, run.train.batch_size, run.train.seed, *share),
-        validation=validation_batches(tokens, run.data, run.train.batch_size, run.train.evaluate_batches, *share),
-        workdir=workdir,
-        speed=speed,
-    )
-
-
-def claim(workdir: Path, run: RunConfig) -> None:
-    """Makes the workdir this run's; raises UserError when it is another configuration's, or cannot be written.
+def claim(workdir: Path, wanted: dict[str, Any]) -> None:
+    """Makes the workdir this run's, by its resolved configuration; raises UserError when it is another's, or read-only.
 
     A run that ended before its first step, as for a missing corpus, may be corrected and started in the same place.
     """
     file = workdir / "config.json"
-    wanted = to_dict(run)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         found = json.loads(file.read_text()) if file.exists() else wanted
         difference = _first_difference(found, wanted)
-        began = (workdir / "metrics.jsonl").exists() or set(found) != set(wanted)
+        began = any(child.is_dir() for child in workdir.iterdir()) or set(found) != set(wanted)
         if difference and began:
             raise UserError(
                 f"--workdir={workdir} belongs to another configuration ({difference}): choose another workdir"
@@ -113,27 +174,16 @@ def _first_difference(found: Any, wanted: Any, path: str = "") -> str:
     return ""
 
 
-def _summary(run: RunConfig, name: str, outcome: Outcome, speed: Speed, seconds: float) -> dict[str, Any]:
-    rate = outcome.tokens_per_second
-    trained = bool(outcome.intervals)
-    return {
-        "name": name,
-        **describe(run.model),
-        "train_flops_per_token": speed.flops_per_token,
-        "tokens": run.train.steps * speed.tokens_per_step,
-        "steps": run.train.steps,
-        "seed": run.train.seed,
-        "validation": {k: outcome.validation[k] for k in ("loss", "perplexity", "accuracy")},
-        "expert_use": expert_use(outcome.validation),
-        "tokens_per_second": rate if trained else None,
-        "mfu": rate * speed.flops_per_token / speed.peak.flops if trained else None,
-        "peak_flops": speed.peak.flops,
-        "peak_source": speed.peak.source,
-        "compile_seconds": outcome.compile_seconds,
-        "seconds": seconds,
-        "machine": f"{jax.device_count()} × {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-        "jax": jax.__version__,
-    }
+def quality(validation: dict[str, Any]) -> dict[str, Any]:
+    """What a summary says about a validation's sums."""
+    losses = {name: validation[name] for name in ("loss", "perplexity", "accuracy")}
+    return {"validation": losses, "expert_use": expert_use(validation)}
+
+
+def machine() -> dict[str, Any]:
+    """Where a summary's figures were measured."""
+    device = f"{jax.device_count()} × {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
+    return {"machine": device, "jax": jax.__version__}
 
 
 def describe(model: ModelConfig) -> dict[str, Any]:
@@ -149,23 +199,3 @@ def expert_use(validation: dict[str, Any]) -> list[list[float]] | None:
         return None
     counts = np.asarray(validation["counts_NE"], np.float64)
     return (counts / counts.sum(axis=1, keepdims=True)).round(6).tolist()
-
-
-def _save(
-    run: RunConfig, mesh: Mesh, workdir: Path, outcome: Outcome, summary: dict[str, Any], source: Path | None
-) -> None:
-    """model/ first, summary.json last: its presence means that the run is done."""
-    whole = jax.jit(lambda params: params, out_shardings=sharding.replicated(mesh))(outcome.params)
-    if jax.process_index() == 0:
-        params = jax.tree.map(np.asarray, whole)
-        step = Step(
-            command="train",
-            arguments=to_dict(run),
-            inputs=(),
-            parameters_before=0,
-            parameters_after=summary["parameters"],
-            quality=summary["validation"],
-        )
-        model = Model(run.model, params, run.execution, source=source)
-        save(model, workdir / "model", step, overwrite=True)
-        disk.write_json(workdir / SUMMARY, summary)

@@ -12,7 +12,9 @@ from moe_reduce import trees
 from moe_reduce.config import MeshConfig
 from moe_reduce.errors import UserError
 from moe_reduce.models.experts import BATCH_AXES
+from moe_reduce.training.task import TEACHER
 
+PIECE_BYTES = 2**30  # of a leaf, replicated at a time
 AXES = ("data", "fsdp", "expert", "tensor")
 
 # Of one layer's parameter; leaves below layers/ are stacked and get an unsharded first axis.
@@ -57,6 +59,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 def spec(path: str) -> PartitionSpec:
     """How the parameter at `path` is split; raises UserError when no rule names it."""
+    path = path.removeprefix(f"{TEACHER}/")
     stacked = path.startswith("layers/")
     inner = path.removeprefix("layers/")
     for pattern, axes in RULES:
@@ -83,6 +86,22 @@ def _checked(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def to_host(mesh: Mesh, params: trees.Tree) -> dict[str, Any]:
+    """Whole leaves as numpy arrays in every process, gathered in pieces that fit beside the shards on a device."""
+    gather: Any = jax.jit(lambda piece: piece, out_shardings=replicated(mesh))
+
+    def whole(_: str, leaf: Any) -> np.ndarray:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return np.asarray(leaf)
+        rows = max(1, PIECE_BYTES // max(1, leaf.nbytes // leaf.shape[0])) if leaf.ndim else 1
+        if not leaf.ndim or rows >= leaf.shape[0]:
+            return np.asarray(gather(leaf))
+        pieces = (np.asarray(gather(leaf[first : first + rows])) for first in range(0, leaf.shape[0], rows))
+        return np.concatenate(list(pieces))
+
+    return trees.map_with_path(whole, params)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -8,6 +8,7 @@ import jax
 
 from moe_reduce import trees
 
+TEACHER = "teacher"  # the frozen leaves of a second model that a task compares with lie below this name
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
 Sums = dict[str, Any]
@@ -17,6 +18,12 @@ def no_change(params: Params, metrics: dict[str, jax.Array]) -> Params:
     """The `after_step` of a task in which everything is learned by gradients."""
     del metrics
     return params
+
+
+def never(metrics: dict[str, float]) -> str | None:
+    """The `stop` of a task that has no reason to end early."""
+    del metrics
+    return None
 
 
 def every_leaf(path: str) -> bool:
@@ -33,13 +40,15 @@ class Task:
     scalars, to be logged, or arrays, for `after_step`. evaluate(params, batch) -> fp32 sums over the counted targets,
     at least `nll`, `correct` and `weight`; arrays are summed over batches and handed back. trainable(path) says which
     leaves train; the others get no gradient and no optimiser state. after_step(trained params, metrics) -> trained
-    params makes changes that no gradient makes, such as loss-free balancing.
+    params makes changes that no gradient makes, such as loss-free balancing, or annealing. stop(logged scalars) -> why
+    training must end, or None.
     """
 
     loss: Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
     evaluate: Callable[[Params, Batch], Sums]
     trainable: Callable[[str], bool] = every_leaf
     after_step: Callable[[Params, dict[str, jax.Array]], Params] = no_change
+    stop: Callable[[dict[str, float]], str | None] = never
 
 
 def partition(params: Params, trainable: Callable[[str], bool]) -> tuple[Params, Params]:

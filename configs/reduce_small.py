@@ -1,0 +1,80 @@
+"""configs/small_qwen3_moe.py as one pool, pruned step by step to a tenth of its experts, beside per-layer pruning.
+
+Every reduction gets the same tokens between the same shares of experts; only routers learn, except where a variant says
+more (`_norms`, `_experts`: the rungs of recovery above routers).
+Cost: minutes a stage on one core; hours for all variants. Expected: docs/reduction.md.
+Command: ./launch/reduce_small.sh, or
+moe-reduce reduce --config=configs/reduce_small.py --config.model=runs/small_qwen3_moe/model --workdir=runs/reduce_small
+"""
+
+import ml_collections
+
+from configs import small_qwen3_moe
+from moe_reduce import config as defaults
+
+SHARES = (75, 50, 30, 20, 10)  # percent of the experts
+STEPS = 300  # of recovery at each share; 4,096 tokens a step
+ANNEALING = 600  # steps in which other layers' experts enter the competition
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The pool, what it is compared with, and the recoveries."""
+    base = small_qwen3_moe.get_config()
+    config = defaults.reduce_base()
+    config.model = "runs/small_qwen3_moe/model"
+    for section in ("data", "train", "execution"):
+        config[section] = base[section]
+    config.balance.update(loss="pooled", weight=0.01, entropy_floor=0.2)
+    config.train.update(evaluate_every=100, checkpoint_every=300)
+    config.variants = ml_collections.ConfigDict(
+        {name: defaults.in_order(stages) for name, stages in variants().items()}
+    )
+    return config
+
+
+def variants() -> dict:
+    """Reductions by name."""
+    annealed = {"pool": pool(), "anneal": tune(ANNEALING, bias_from=6.0)}
+    found = {
+        "pool": annealed | ladder("reap_total"),
+        "pool_no_recovery": {"pool": pool()} | ladder("reap_total", recover=False),
+        "pool_random_start": {
+            "pool": pool(start="random", score_function="sigmoid"),
+            "distil": tune(ANNEALING // 2, objective="router"),
+            "router": tune(ANNEALING // 2),
+        }
+        | ladder("reap_total"),
+    }
+    for criterion in ("reap", "frequency", "random"):
+        found[f"layers_{criterion}_no_recovery"] = ladder(criterion, recover=False)
+        found[f"layers_{criterion}"] = {"router": tune(ANNEALING)} | ladder(criterion)
+    for rung, components in RUNGS.items():
+        found[f"layers_{rung}"] = {"router": tune(ANNEALING)} | ladder("reap", components=components)
+        found[f"pool_{rung}"] = annealed | ladder("reap_total", components=components)
+    found["layers_taught"] = {"router": tune(ANNEALING)} | ladder("reap", teacher_weight=0.5)
+    found["pool_taught"] = annealed | ladder("reap_total", teacher_weight=0.5)
+    return found
+
+
+RUNGS = {"norms": "router,norm", "experts": "router,norm,experts"}
+
+
+def pool(**changes) -> dict:
+    """All experts into one pool, a router in each layer."""
+    return defaults.stage("pool", router="layer", canonical=False, **changes)
+
+
+def tune(steps: int, **changes) -> dict:
+    """Training for so many steps."""
+    rates = {"learning_rate": 2e-3, "final_learning_rate": 2e-4, "warmup_steps": 20}
+    return defaults.stage("tune", steps=steps, **(rates | changes))
+
+
+def ladder(criterion: str, recover: bool = True, **changes) -> dict:
+    """Pruned to each share in turn, recovering in between."""
+    stages = {}
+    for share in SHARES:
+        stages[f"prune_{share}"] = defaults.stage("prune", keep=share / 100, criterion=criterion)
+        if recover:
+            stages[f"recover_{share}"] = tune(STEPS, **changes)
+    return stages

@@ -1,0 +1,170 @@
+"""A reduction: stage after stage, each resumable, each with a model directory, figures and a place in the chain."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe_reduce import disk
+from moe_reduce.config import ReduceConfig, Stage, to_dict
+from moe_reduce.data.batches import validation_batches
+from moe_reduce.data.prepare import prepare
+from moe_reduce.data.shards import TokenSource
+from moe_reduce.errors import UserError
+from moe_reduce.inference.evaluate import measure
+from moe_reduce.models.decoder import abstract_params
+from moe_reduce.reduction import pictures
+from moe_reduce.reduction.stages import Place, configurations, experts_of, run_stage
+from moe_reduce.storage import manifest
+from moe_reduce.storage.hf_config import read_config
+from moe_reduce.storage.model import Model, load
+from moe_reduce.training import sharding, steps
+from moe_reduce.training.comparison import align
+from moe_reduce.training.run import (
+    SUMMARY,
+    claim,
+    describe,
+    finish,
+    first_process_says,
+    machine,
+    quality,
+    writing,
+)
+from moe_reduce.validation import check_mesh
+
+FIRST = "original"
+
+
+def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
+    """Runs the stages that are not done yet; returns the content of summary.json."""
+    run = _resolved(run)
+    mesh = sharding.make_mesh(run.mesh)
+    steps.check_batch(mesh, run.train)
+    first_config, _ = read_config(Path(run.model))
+    for _, config in [("", first_config), *configurations(first_config, run)]:
+        check_mesh(run.mesh, config)
+        sharding.shardings(mesh, abstract_params(config))
+    claim(workdir, to_dict(run))
+    if first_process_says((workdir / SUMMARY).exists()):
+        print(f"{workdir} is done: nothing to do (a new --workdir starts again)")
+        return json.loads((workdir / SUMMARY).read_text()) if (workdir / SUMMARY).exists() else {}
+    tokens, _ = prepare(run.data, first_config.vocab_size)
+    with writing(workdir), jax.set_mesh(mesh):
+        summaries = [_first(run, mesh, tokens, workdir)]
+        for number, (stage_name, stage) in enumerate(run.stages.items(), start=1):
+            summaries.append(_stage(run, mesh, tokens, workdir, number, stage_name, stage))
+        total = {"name": name, "stages": summaries, **machine()}
+        if jax.process_index() == 0:
+            pictures.reduction_picture(summaries, workdir / "loss.png")
+            disk.write_json(workdir / SUMMARY, total)
+    return total
+
+
+def _resolved(run: ReduceConfig) -> ReduceConfig:
+    tokenizer = run.model if run.data.tokenizer == "train" else run.data.tokenizer
+    return dataclasses.replace(
+        run,
+        execution=run.execution.resolve(jax.default_backend()),
+        data=dataclasses.replace(run.data, tokenizer=tokenizer),
+    )
+
+
+def stage_directory(workdir: Path, number: int, name: str) -> Path:
+    """Where a stage of a reduction lives; 0 is the model that it began with."""
+    return workdir / f"{number:02d}-{name}"
+
+
+def _model_directory(run: ReduceConfig, workdir: Path, number: int) -> Path:
+    if number == 0:
+        return Path(run.model)
+    return stage_directory(workdir, number, list(run.stages)[number - 1]) / "model"
+
+
+def _load(run: ReduceConfig, mesh: jax.sharding.Mesh, directory: Path) -> Model:
+    shardings = sharding.shardings(mesh, abstract_params(read_config(directory)[0]))
+    return load(directory, run.dtype, run.execution, shardings)
+
+
+def _first(run: ReduceConfig, mesh: jax.sharding.Mesh, tokens: TokenSource, workdir: Path) -> dict[str, Any]:
+    directory = stage_directory(workdir, 0, FIRST)
+    if first_process_says((directory / SUMMARY).exists()):
+        return json.loads((directory / SUMMARY).read_text())
+    model = _load(run, mesh, Path(run.model))
+    summary = _summary(FIRST, "", model, run, mesh, tokens)
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        disk.write_json(directory / SUMMARY, summary)
+    return summary
+
+
+def _stage(
+    run: ReduceConfig, mesh: jax.sharding.Mesh, tokens: TokenSource, workdir: Path, number: int, name: str, stage: Stage
+) -> dict[str, Any]:
+    directory = stage_directory(workdir, number, name)
+    if first_process_says((directory / SUMMARY).exists()):
+        return json.loads((directory / SUMMARY).read_text())
+    print(f"-- {name}", flush=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    source = _model_directory(run, workdir, number - 1)
+    model, first = _load(run, mesh, source), _load(run, mesh, Path(run.model))
+    before = describe(model.config)["parameters"]
+    result = run_stage(stage, model, Place(run, mesh, tokens, first, directory))
+    summary = _summary(name, stage.kind, result.model, run, mesh, tokens) | result.figures
+    step = manifest.Step(
+        command="reduce",
+        arguments=dataclasses.asdict(stage),
+        inputs=(manifest.input_of(source),),
+        parameters_before=before,
+        parameters_after=summary["parameters"],
+        quality=summary["validation"],
+        kept_experts=result.kept_experts,
+    )
+    whole = sharding.to_host(mesh, result.model.params)
+    finish(directory, dataclasses.replace(result.model, params=whole), step, summary)
+    return summary
+
+
+def _summary(
+    name: str, kind: str, model: Model, run: ReduceConfig, mesh: jax.sharding.Mesh, tokens: TokenSource
+) -> dict[str, Any]:
+    started = time.time()
+    share = sharding.batch_share(mesh)
+    batches = validation_batches(tokens, run.data, run.train.batch_size, run.train.evaluate_batches, *share)
+    validation = measure(model, (sharding.put_batch(mesh, batch) for batch in batches), mesh)
+    return {
+        "name": name,
+        "kind": kind,
+        **describe(model.config),
+        "experts": experts_of(model.config),
+        "tokens": 0,  # trained on; what a stage knows better replaces this
+        **quality(validation),
+        "evaluation_seconds": time.time() - started,
+    }
+
+
+def table(summaries: dict[str, dict[str, Any]]) -> str:
+    """A row for each stage of each reduction."""
+    rows = [("", ["experts", "parameters", "loss", "gap", "accuracy", "tokens"])]
+    for name, summary in summaries.items():
+        first = summary["stages"][0]["validation"]["loss"]
+        for stage in summary["stages"]:
+            validation = stage["validation"]
+            cells = [
+                f"{stage['experts']:,}",
+                f"{stage['parameters']:,}",
+                f"{validation['loss']:.4f}",
+                f"{validation['loss'] - first:+.4f}",
+                f"{validation['accuracy']:.2%}",
+                f"{stage['tokens']:,}",
+            ]
+            rows.append((f"{name} {stage['name']}".strip(), cells))
+    return align(rows)
+
+
+def check_directory(model: str) -> None:
+    """Raises UserError when there is no model where the configuration says."""
+    if not (Path(model) / "config.json").is_file():
+        raise UserError(f"model={model} is not a model directory: give one that exists, as --config.model=DIR")

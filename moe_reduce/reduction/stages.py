@@ -1,0 +1,166 @@
+"""The stages of a reduction, each a model in and a model out; and what each makes of an architecture."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_reduce import trees
+from moe_reduce.config import ModelConfig, MoEConfig, PoolStage, PruneStage, ReduceConfig, Stage, TuneStage
+from moe_reduce.data.batches import train_batches
+from moe_reduce.data.shards import TokenSource
+from moe_reduce.errors import UserError
+from moe_reduce.models.decoder import abstract_params
+from moe_reduce.reduction import pooling, pruning, scores, selection, tuning
+from moe_reduce.reduction.files import originals
+from moe_reduce.reduction.selection import Kept
+from moe_reduce.storage.model import Model
+from moe_reduce.training import sharding
+from moe_reduce.training.run import Job, fit
+from moe_reduce.training.task import TEACHER
+
+Home = list[list[list[int]]]  # of each expert of each row, its layer and index in the first model
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage runs: the reduction that it belongs to, and a directory of its own."""
+
+    run: ReduceConfig
+    mesh: Mesh
+    tokens: TokenSource
+    first: Model  # the model that the reduction began with
+    directory: Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage made, and what its summary and the chain say about it."""
+
+    model: Model
+    kept_experts: Home | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def run_stage(stage: Stage, model: Model, place: Place) -> Result:
+    """Applies one stage."""
+    if isinstance(stage, PoolStage):
+        return _pool(stage, model)
+    if isinstance(stage, PruneStage):
+        return _prune(stage, model, place)
+    return _tune(stage, model, place)
+
+
+def configurations(first: ModelConfig, run: ReduceConfig) -> Iterator[tuple[str, ModelConfig]]:
+    """(name, architecture) behind each stage. Raises UserError when one cannot follow the one before it."""
+    config = first
+    total = experts_of(first)
+    for name, stage in run.stages.items():
+        try:
+            config = _after(stage, config, total)
+            if isinstance(stage, TuneStage):
+                _check_tune(stage, config, first)
+        except UserError as error:
+            raise UserError(f"stages.{name}: {error}") from None
+        yield name, config
+
+
+def experts_of(config: ModelConfig) -> int:
+    """Experts of a whole model."""
+    moe = scores.moe_of(config)
+    return moe.experts if moe.placement == "shared" else config.layers * moe.experts
+
+
+def _after(stage: Stage, config: ModelConfig, total: int) -> ModelConfig:
+    moe = scores.moe_of(config)
+    if isinstance(stage, PoolStage):
+        pooling.check_poolable(config)
+        if stage.canonical:
+            config = dataclasses.replace(config, moe=dataclasses.replace(moe, output_gain=True))
+        return pooling.pooled_config(config, experts_of(config), stage.router, stage.score_function)
+    if isinstance(stage, PruneStage):
+        scores.check_criteria([stage.criterion])
+        keep = _keep(stage, config, total)
+        if not moe.active <= keep <= moe.experts:
+            raise UserError(f"{keep} experts of {moe.experts} cannot be kept where {moe.active} are active for a token")
+        return dataclasses.replace(config, moe=dataclasses.replace(moe, experts=keep))
+    return config
+
+
+def _keep(stage: PruneStage, config: ModelConfig, total: int) -> int:
+    """Experts to keep in each pool of the model: `keep` speaks of all experts of the first model."""
+    moe = scores.moe_of(config)
+    rows = 1 if moe.placement == "shared" else config.layers
+    if stage.scope == "global" and rows > 1:
+        raise UserError("layers would keep different numbers, which needs a pool first (or the command prune)")
+    return -(-selection.count_of(stage.keep, total) // rows)
+
+
+def _check_tune(stage: TuneStage, config: ModelConfig, first: ModelConfig) -> None:
+    moe = scores.moe_of(config)
+    tuning.check_components("tune", stage, abstract_params(config))
+    if stage.bias_from is not None and not (moe.placement == "shared" and moe.selection_bias):
+        raise UserError("bias_from needs a pool, whose layers have a selection bias: put a pool stage before")
+    if stage.objective == "router" and (moe.placement != "shared" or moe.experts != experts_of(first)):
+        raise UserError("objective=router compares a whole pool with the routers it came from: put it before pruning")
+
+
+def _pool(stage: PoolStage, model: Model) -> Result:
+    home = [pair for row in originals(model.config, model.chain) for pair in row]
+    start = pooling.canonical(model) if stage.canonical else model
+    pooled = pooling.pool(start, stage.start, stage.score_function, stage.router, stage.bias, stage.offset)
+    return Result(pooled, [home])
+
+
+def _prune(stage: PruneStage, model: Model, place: Place) -> Result:
+    moe: MoEConfig = scores.moe_of(model.config)
+    sums = scores.collect(model, _calibration(stage, place), place.mesh)
+    found = scores.scores(moe, sums, dict.fromkeys((stage.criterion, "frequency", "max_activation")), stage.seed)
+    scores.write(found, place.directory / "scores.json")
+    protected = selection.super_experts(found.of("max_activation")) if stage.protect_super_experts else frozenset()
+    keep = _keep(stage, model.config, experts_of(place.first.config))
+    kept: Kept = selection.keep_by_row(found.of(stage.criterion), keep, protected)
+    home = originals(model.config, model.chain)
+    names = [[home[row][index] for index in indices] for row, indices in enumerate(kept)]
+    return Result(pruning.prune(model, kept), names, {"calibration_tokens": sums.tokens})
+
+
+def _calibration(stage: PruneStage, place: Place) -> Iterator[Any]:
+    run = place.run
+    share = sharding.batch_share(place.mesh)
+    batches = train_batches(place.tokens, run.data, run.train.batch_size, run.train.seed + 1 + stage.seed, *share)
+    return (sharding.put_batch(place.mesh, batch) for batch in itertools.islice(batches, stage.calibration_batches))
+
+
+def _tune(stage: TuneStage, model: Model, place: Place) -> Result:
+    run = place.run
+    foreign_NE, params, others = None, model.params, {}
+    if stage.bias_from is not None:
+        foreign_NE = foreign(model)
+        params = tuning.start_annealing(params, stage, foreign_NE)
+    teacher = place.first
+    if stage.objective == "router" or stage.teacher_weight > 0:
+        if any(isinstance(other, PoolStage) and other.canonical for other in run.stages.values()):
+            teacher = pooling.canonical(teacher)  # whose routers read what the pool's read
+        others = {TEACHER: teacher.params}
+    task = tuning.tuning_task(model.config, teacher.config, stage, run.execution, run.balance, foreign_NE)
+    job = Job(task, model.config, params, run.execution, run.data, stage.schedule(run.train), others)
+    trained, figures = fit(job, place.mesh, place.tokens, place.directory)
+    dtypes = {path: leaf.dtype for path, leaf in trees.flatten(model.params).items()}
+    # routers stay in fp32, in which they are computed; anything else returns to the dtype of its neighbours
+    kept = trees.map_with_path(lambda path, leaf: leaf if "router" in path else leaf.astype(dtypes[path]), trained)
+    return Result(dataclasses.replace(model, params=kept), None, figures)
+
+
+def foreign(model: Model) -> np.ndarray:
+    """Where an expert of the pool is another layer's by origin, [N, E]."""
+    (row,) = originals(model.config, model.chain)
+    home_E = np.asarray([layer for layer, _ in row])
+    if home_E.max() >= model.config.layers or home_E.max() == 0:
+        raise UserError("the chain of this model does not say which layer each expert of the pool came from")
+    return home_E[None] != np.arange(model.config.layers)[:, None]

@@ -1,0 +1,207 @@
+"""A reduction of several stages through the real command line: what each leaves, resuming, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from training_runs import MODELS, assert_close, token_data, unmeasured_peak
+
+import moe_reduce
+from moe_reduce import trees
+from moe_reduce.__main__ import main
+from moe_reduce.commands import config_file
+from moe_reduce.config import ExecutionConfig, reduce_from_dict
+from moe_reduce.models.decoder import init_params
+from moe_reduce.reduction import run as run_module
+from moe_reduce.reduction import stages
+from moe_reduce.storage.manifest import verify
+from moe_reduce.storage.model import Model
+from moe_reduce.training import run as training_run
+
+CONFIG = """
+from moe_reduce import config as defaults
+
+
+def get_config():
+    config = defaults.reduce_base()
+    config.model = {model!r}
+    config.mesh.data = 1
+    config.data.update(source={source!r}, sequence_length=32, validation_fraction=0.25)
+    config.execution.block_rows = 8
+    config.train.update(batch_size=8, log_every=1, evaluate_every=100, evaluate_batches=2, checkpoint_every=2)
+    config.update(defaults.in_order({{
+        "pool": defaults.stage("pool", router={router!r}),
+        "anneal": defaults.stage("tune", steps=6, learning_rate=1e-2, bias_from=4.0, anneal_share=0.5),
+        "prune_50": defaults.stage("prune", keep=0.5, criterion="reap_total", calibration_batches=2),
+        "recover_50": defaults.stage("tune", steps=4, components="router,norm", teacher_weight=0.5),
+    }}))
+    return config
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick_peak(monkeypatch):
+    monkeypatch.setattr(training_run, "peak", unmeasured_peak)
+
+
+def write(directory, router="shared"):
+    """A model of 4 experts in each of 2 layers, and a configuration, whose path is returned."""
+    config = dataclasses.replace(MODELS["layer"], init_std=0.3)
+    params = init_params(config, jax.random.key(0))
+    moe_reduce.save(Model(config, params, ExecutionConfig()), directory / "model", overwrite=True)
+    data = token_data(directory)
+    file = directory / "config.py"
+    file.write_text(CONFIG.format(model=str(directory / "model"), source=data.source, router=router))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A directory with model/, config.py and the finished run/ of it."""
+    directory = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run, "peak", unmeasured_peak)
+        assert _reduce(write(directory), directory / "run") == 0
+    return directory
+
+
+def _reduce(file, workdir, *more):
+    return main(["reduce", f"--config={file}", f"--workdir={workdir}", *more])
+
+
+def test_every_stage_leaves_a_model_and_figures(finished):
+    work = finished / "run"
+    summary = json.loads((work / "summary.json").read_text())
+    names = ["original", "pool", "anneal", "prune_50", "recover_50"]
+    assert [stage["name"] for stage in summary["stages"]] == names
+    assert [stage["experts"] for stage in summary["stages"]] == [8, 8, 8, 4, 4]
+    losses = [stage["validation"]["loss"] for stage in summary["stages"]]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5), "a lossless start"
+    assert losses[2] != pytest.approx(losses[1], rel=1e-4)
+    models = [moe_reduce.load(work / f"{number:02d}-{name}/model") for number, name in enumerate(names) if number]
+    pooled, annealed, pruned, recovered = models
+    # what was said to train did, and nothing else
+    _only_these_differ(pooled, annealed, "router")
+    _only_these_differ(pruned, recovered, "router|norm")
+    bias = np.asarray(annealed.params["layers"]["router_bias"])
+    np.testing.assert_array_equal(bias, 0)
+    assert [step.command for step in recovered.chain] == ["reduce"] * 4
+    (kept,) = recovered.chain[2].kept_experts
+    scores = np.asarray(json.loads((work / "03-prune_50/scores.json").read_text())["scores"]["reap_total"][0])
+    best = sorted(np.argsort(-scores, kind="stable")[:4].tolist())
+    assert kept == [[index // 4, index % 4] for index in best]
+    assert verify(work / "04-recover_50/model") == []
+    assert (work / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _only_these_differ(before, after, pattern):
+    import re
+
+    old, new = trees.flatten(before.params), trees.flatten(after.params)
+    changed = {path for path in old if not np.array_equal(np.asarray(old[path]), np.asarray(new[path]))}
+    assert changed
+    assert all(re.search(pattern, path) for path in changed), changed
+
+
+def test_anneals_in_a_straight_line_with_a_router_in_each_layer(tmp_path):
+    file = write(tmp_path, router="layer")
+    more = ["--config.stages.anneal.bias_to=1.0", "--config.order=pool,anneal"]
+    file.write_text(file.read_text().split('        "prune_50"')[0] + "    }))\n    return config\n")
+    assert _reduce(file, tmp_path / "run", *more) == 0
+    model = moe_reduce.load(tmp_path / "run/02-anneal/model")
+    bias = np.asarray(model.params["layers"]["router_bias"])
+    home = np.repeat([0, 1], 4)
+    np.testing.assert_allclose(bias, np.where(home[None] == np.array([[0], [1]]), 0.0, -1.0))
+
+
+def test_resumes_where_it_was_stopped(finished, tmp_path, monkeypatch):
+    file = finished / "config.py"
+    once = stages.run_stage
+
+    def stopped(stage, model, place):
+        if place.directory.name == "03-prune_50":
+            raise KeyboardInterrupt
+        return once(stage, model, place)
+
+    monkeypatch.setattr(run_module, "run_stage", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        _reduce(file, tmp_path / "run")
+    monkeypatch.setattr(run_module, "run_stage", once)
+    # as if killed within the training of a stage: its checkpoint of step 4 is the last thing written
+    shutil.rmtree(tmp_path / "run/02-anneal/model")
+    (tmp_path / "run/02-anneal/summary.json").unlink()
+    shutil.rmtree(tmp_path / "run/02-anneal/checkpoints/6")
+    assert _reduce(file, tmp_path / "run") == 0
+    for stage in ("02-anneal", "04-recover_50"):
+        left, right = (moe_reduce.load(place / "run" / stage / "model") for place in (finished, tmp_path))
+        assert_close(left.params, right.params)
+
+
+def test_done_says_so(finished, capsys):
+    before = (finished / "run/summary.json").stat().st_mtime_ns
+    assert _reduce(finished / "config.py", finished / "run") == 0
+    out = capsys.readouterr().out
+    assert "is done" in out
+    assert out.splitlines()[-1] == str(finished / "run/summary.json")
+    assert (finished / "run/summary.json").stat().st_mtime_ns == before
+
+
+def test_routers_learn_from_the_first_model(tmp_path):
+    """The source's way: a random router, taught what the layers' routers choose."""
+    file = write(tmp_path)
+    text = file.read_text().replace('defaults.stage("pool",', 'defaults.stage("pool", start="random",')
+    old = 'defaults.stage("tune", steps=6, learning_rate=1e-2, bias_from=4.0, anneal_share=0.5)'
+    assert old in text
+    new = 'defaults.stage("tune", steps=60, learning_rate=3e-2, objective="router")'
+    file.write_text(text.replace(old, new).split('        "prune_50"')[0] + "    }))\n    return config\n")
+    assert _reduce(file, tmp_path / "run") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/02-anneal/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["split"] == "train"]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("--config.model=", "model is empty"),
+        ("--config.model=nowhere", "nowhere is not a model directory"),
+        ("--config.order=pool", "must name each of the stages once"),
+        ("--config.stages.pool.kind=melt", "stages.pool.kind"),
+        ("--config.stages.anneal.components=routers", "the model has no 'routers'"),
+        ("--config.stages.anneal.teacher_weight=2.0", "stages.anneal.teacher_weight"),
+        ("--config.stages.anneal.objective=router", "stages.recover_50"),
+        ("--config.stages.prune_50.criterion=size", "criterion 'size' is unknown"),
+        ("--config.stages.prune_50.keep=0.1", "cannot be kept where 2 are active"),
+        ("--config.order=prune_50,pool,anneal,recover_50", "cannot be kept"),
+        ("--config.order=anneal,pool,prune_50,recover_50", "bias_from needs a pool"),
+        ("--config.balance.bias_rate=0.1", "balance.bias_rate is for train"),
+        ("--config.balance.entropy_floor=0.999", "routing collapsed"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, override, part):
+    file = write(tmp_path)
+    if override.startswith("--config.stages.anneal.objective"):
+        override = "--config.stages.recover_50.objective=router"
+    if override.startswith("--config.order=prune_50"):
+        file.write_text(file.read_text().replace("keep=0.5", "keep=0.2"))
+    assert _reduce(file, tmp_path / "run", override) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("moe-reduce reduce: ")
+    assert part in line
+
+
+def test_another_configuration_is_refused(finished, capsys):
+    assert _reduce(finished / "config.py", finished / "run", "--config.stages.prune_50.keep=0.75") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "belongs to another configuration" in line
+    assert "stages.prune_50.keep" in line
+
+
+def test_architectures_of_the_stages_are_those_of_the_models(finished):
+    (run,) = config_file.read(str(finished / "config.py"), [], reduce_from_dict).values()
+    first = moe_reduce.load(finished / "model").config
+    for number, (name, config) in enumerate(stages.configurations(first, run), start=1):
+        assert moe_reduce.load(finished / f"run/{number:02d}-{name}/model").config == config
