@@ -221,6 +221,7 @@ class ReduceConfig:
     """One reduction: a model directory and what is done to it, stage by stage."""
 
     model: str = ""  # directory of a mixture of experts, of ours or of Hugging Face
+    architecture: ModelConfig | None = None  # what `model` must be, if given: `plan` then works without the weights
     dtype: str | None = None  # of the parameters; None: as stored. What trains is kept in fp32.
     order: str = ""  # names of the stages, comma separated: a ConfigDict sorts its keys
     stages: dict[str, Stage] = field(default_factory=dict)  # in that order, once parsed
@@ -309,6 +310,11 @@ def reduce_from_dict(raw: dict[str, Any]) -> ReduceConfig:
     run = dataclasses.replace(run, stages={name: run.stages[name] for name in names})
     validation.check_reduce(run)
     return run
+
+
+def any_from_dict(raw: dict[str, Any]) -> RunConfig | ReduceConfig:
+    """Either kind of run, by its keys."""
+    return reduce_from_dict(raw) if "stages" in raw else run_from_dict(raw)
 
 
 def model_from_dict(raw: dict[str, Any], path: str = "model") -> ModelConfig:

@@ -46,6 +46,19 @@ def count(params: Mapping[str, Any]) -> int:
     return sum(counts_by_component(params).values())
 
 
+def active_parameters(config: ModelConfig, params: Mapping[str, Any]) -> int:
+    """Parameters that take part in one token: everything but the experts that it is not routed to.
+
+    A token meets at most `active` experts in each layer, and of a pool no more than there are.
+    """
+    total = count(params)
+    if config.moe is None:
+        return total
+    experts = counts_by_component(params)["experts"]
+    one = 3 * config.width * config.moe.width
+    return total - experts + min(experts, config.layers * config.moe.active * one)
+
+
 def matmul_parameters_per_token(config: ModelConfig) -> int:
     """Parameters that one token is multiplied with: a pool counts once for each layer that calls it."""
     attention = config.width * config.head_width * 2 * (config.query_heads + config.key_value_heads)

@@ -51,6 +51,8 @@ def check_reduce(run: "ReduceConfig") -> None:
         raise UserError("model is empty: give the directory of a mixture of experts, --config.model=DIR")
     if not run.stages:
         raise UserError("stages is empty: nothing would be done to the model")
+    if run.architecture is not None:
+        check_model(run.architecture)
     _check_execution(run.execution)
     check_data(run.data)
     _check_balance(run.balance)

@@ -10,8 +10,11 @@ import pytest
 from moe_reduce import planning
 from moe_reduce.__main__ import main
 from moe_reduce.commands import config_file
+from moe_reduce.config import RunConfig, TuneStage, any_from_dict
 from moe_reduce.models.decoder import abstract_params
+from moe_reduce.reduction.stages import configurations
 from moe_reduce.training import optimizer, sharding
+from moe_reduce.validation import check_mesh
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -19,14 +22,27 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_builds_abstractly(file):
-    runs = config_file.read(str(file), [])
+    runs = config_file.read(str(file), [], any_from_dict)
     assert runs
     for run in runs.values():
-        params = abstract_params(run.model)
-        assert planning.count(params) > 0
-        for path in planning.trees.flatten(params):
-            sharding.spec(path)
-        optimizer.build(run.train, params)
+        for model, train in _models(run):
+            params = abstract_params(model)
+            assert planning.count(params) > 0
+            for path in planning.trees.flatten(params):
+                sharding.spec(path)
+            optimizer.build(train, params)
+            check_mesh(run.mesh, model)
+
+
+def _models(run):
+    """Every architecture that a run makes, and a schedule that trains it."""
+    if isinstance(run, RunConfig):
+        return [(run.model, run.train)]
+    (trained,) = config_file.read(str(ROOT / "configs/small_qwen3_moe.py"), []).values()
+    first = run.architecture or trained.model  # of configs/reduce_small.py, which reduces what that one trains
+    schedules = [stage.schedule(run.train) for stage in run.stages.values() if isinstance(stage, TuneStage)]
+    train = (schedules or [trained.train])[0]
+    return [(config, train) for config in [first, *(config for _, config in configurations(first, run))]]
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)

@@ -5,7 +5,9 @@ import pytest
 
 from moe_reduce import planning
 from moe_reduce.commands import config_file
+from moe_reduce.config import reduce_from_dict
 from moe_reduce.models.decoder import abstract_params, init_params
+from moe_reduce.reduction import stages
 
 
 def _model(name):
@@ -29,6 +31,33 @@ def test_dense_llama_125m():
     params = abstract_params(_model("dense_llama_125m"))
     assert planning.count(params) == 137_841_408
     assert planning.counts_by_component(params)["feed_forward"] == 12 * 3 * 768 * 3072
+
+
+def test_qwen3_30b_a3b_as_a_pool_and_pruned():
+    runs = config_file.read("configs/qwen3_30b_a3b_global.py", [], reduce_from_dict)
+    run = runs["lossless_start"]
+    assert run.architecture is not None
+    found = {"original": run.architecture} | dict(stages.configurations(run.architecture, run))
+    counts = {name: planning.counts_by_component(abstract_params(config)) for name, config in found.items()}
+    one = 3 * 2048 * 768
+    assert stages.experts_of(found["pool"]) == 6144
+    assert counts["original"] == {
+        "attention": 48 * 2 * 2048 * 128 * (32 + 4),
+        "embedding": 151_936 * 2048,
+        "experts": 6144 * one,
+        "norm": 48 * (2 * 2048 + 2 * 128) + 2048,
+        "router": 48 * 2048 * 128,
+        "unembedding": 151_936 * 2048,
+    }
+    assert sum(counts["original"].values()) == 30_532_122_624
+    assert planning.active_parameters(run.architecture, abstract_params(run.architecture)) == 3_353_032_704
+    pooled = {"router": 2048 * 6144, "router_bias": 48 * 6144, "output_gain": 48 * 2048}
+    assert counts["pool"] == dict(sorted((counts["original"] | pooled).items()))
+    for name, experts in (("prune_1200", 1200), ("prune_600", 600)):
+        smaller = {"experts": experts * one, "router": 2048 * experts, "router_bias": 48 * experts}
+        assert counts[name] == dict(sorted((counts["pool"] | smaller).items()))
+    assert sum(counts["prune_1200"].values()) == 7_193_434_368
+    assert sum(counts["prune_600"].values()) == 4_361_021_568
 
 
 def test_abstract_equals_real(tiny_shared):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_reduce.commands import config_file, model_arguments
-from moe_reduce.config import ModelConfig, run_from_dict
+from moe_reduce.config import ModelConfig, ReduceConfig, RunConfig, any_from_dict
 from moe_reduce.errors import UserError
 
 
@@ -27,10 +27,22 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
         model_arguments.no_overrides(overrides)
         models = {str(arguments.model): model_arguments.directory_config(arguments.model)}
     else:
-        runs = config_file.read(arguments.config, overrides, run_from_dict)
-        models = {name or arguments.config: config.model for name, config in runs.items()}
+        runs = config_file.read(arguments.config, overrides, any_from_dict)
+        models = {}
+        for name, described in runs.items():
+            models |= _models(name or arguments.config, described)
     plans = {name: plan(model, arguments.context) for name, model in models.items()}
     return model_arguments.show(plans, arguments.json)
+
+
+def _models(name: str, described: RunConfig | ReduceConfig) -> dict[str, ModelConfig]:
+    """The model that a run trains; or those in front of and behind the stages of a reduction."""
+    if isinstance(described, RunConfig):
+        return {name: described.model}
+    from moe_reduce.reduction.stages import configurations
+
+    first = described.architecture or model_arguments.directory_config(Path(described.model))
+    return {f"{name} {stage}": config for stage, config in [("original", first), *configurations(first, described)]}
 
 
 def plan(model: ModelConfig, context: int) -> dict[str, Any]:
@@ -42,6 +54,7 @@ def plan(model: ModelConfig, context: int) -> dict[str, Any]:
     total = planning.count(params)
     return {
         "parameters": total,
+        "active_parameters": planning.active_parameters(model, params),
         "by_component": planning.counts_by_component(params),
         "matmul_parameters_per_token": planning.matmul_parameters_per_token(model),
         "weight_bytes": {"float32": 4 * total, "bfloat16": 2 * total},

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from moe_reduce import disk
-from moe_reduce.config import ReduceConfig, Stage, to_dict
+from moe_reduce.config import ModelConfig, ReduceConfig, Stage, to_dict
 from moe_reduce.data.batches import validation_batches
 from moe_reduce.data.prepare import prepare
 from moe_reduce.data.shards import TokenSource
@@ -44,6 +44,7 @@ def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     mesh = sharding.make_mesh(run.mesh)
     steps.check_batch(mesh, run.train)
     first_config, _ = read_config(Path(run.model))
+    _check_architecture(run, first_config)
     for _, config in [("", first_config), *configurations(first_config, run)]:
         check_mesh(run.mesh, config)
         sharding.shardings(mesh, abstract_params(config))
@@ -61,6 +62,16 @@ def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
             pictures.reduction_picture(summaries, workdir / "loss.png")
             disk.write_json(workdir / SUMMARY, total)
     return total
+
+
+def _check_architecture(run: ReduceConfig, found: ModelConfig) -> None:
+    # how a model was initialised, and how long its texts may be, does not change what it is
+    same = dataclasses.replace(found, init_std=1.0, max_positions=1)
+    if (
+        run.architecture not in (None, found)
+        and dataclasses.replace(run.architecture, init_std=1.0, max_positions=1) != same
+    ):
+        raise UserError(f"model={run.model} is another architecture than `architecture` says: correct one of them")
 
 
 def _resolved(run: ReduceConfig) -> ReduceConfig:
