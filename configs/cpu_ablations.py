@@ -1,6 +1,6 @@
 """What opens and closes the gap of configs/cpu_pair.py: one change at a time, 4.1M tokens each.
 
-Cost: about 10 minutes a variant on one core. Expected: docs/shared_moe.md.
+Cost: about 6 minutes a variant on one core. Expected: docs/shared_moe.md.
 Command: ./launch/shared_moe.sh, or moe-reduce train --config=configs/cpu_ablations.py --workdir=runs/cpu_ablations
 """
 

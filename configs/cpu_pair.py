@@ -1,6 +1,6 @@
 """Experiment 1 at CPU size: dense LLaMA against a shared MoE of 40 % of its parameters, on English textbooks.
 
-Cost: 10.2M tokens a model, about half an hour on one core each. Expected: docs/shared_moe.md.
+Cost: 10.2M tokens a model, about a quarter of an hour on one core each. Expected: docs/shared_moe.md.
 Command: ./launch/shared_moe.sh (three seeds), or moe-reduce train --config=configs/cpu_pair.py --workdir=runs/cpu_pair
 Data: ../shared/data/corpus where it is there; any text does: --config.data.source='my/*.txt'.
 """

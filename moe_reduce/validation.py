@@ -37,6 +37,8 @@ def check_run(run: "RunConfig") -> None:
     """Raises UserError at the first key that cannot work."""
     check_model(run.model)
     _check_execution(run.execution)
+    if not run.execution.expert_gradients:
+        raise UserError("execution.expert_gradients=False would train everything but the experts: leave it to reduce")
     check_data(run.data)
     check_mesh(run.mesh, run.model)
     _check_train(run.train)

@@ -61,6 +61,25 @@ def test_equals_reference(name, kind):
         np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["blocks", "ragged", "capacity", "reference"])
+def test_frozen_experts_leave_the_other_gradients_as_they_are(name):
+    x_SD = jax.random.normal(jax.random.key(1), (S, D))
+    weights_SA = jax.nn.softmax(jax.random.normal(jax.random.key(2), (S, A)))
+
+    def gradients(which, execution):
+        def loss(x_SD, weights_SA, pool):
+            result = DISPATCHES[which](x_SD, _chosen("random"), weights_SA, Pool.of(pool, x_SD.dtype), execution)
+            return jnp.sum(result.y_SD * jax.random.normal(jax.random.key(4), (S, D)))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x_SD, weights_SA, _pool(jax.random.key(0)))
+
+    dx, dweights, dpool = gradients(name, dataclasses.replace(EXECUTION, expert_gradients=False))
+    wanted_dx, wanted_dweights, _ = gradients("reference", EXECUTION)
+    np.testing.assert_allclose(dx, wanted_dx, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(dweights, wanted_dweights, rtol=1e-4, atol=1e-3)
+    assert all(not np.any(matrix) for matrix in dpool)
+
+
 @pytest.mark.parametrize("block_rows", [1, 3, 16, 512])
 def test_blocks_of_any_size(block_rows):
     x_SD = jax.random.normal(jax.random.key(1), (S, D))

@@ -28,7 +28,7 @@ def grouped_swiglu(x_MD, counts_E, matrices, masters, block_rows: int, form: str
         matrices: gate [E, D, F], up [E, D, F] and down [E, F, D] in the compute dtype. No gradient flows into them.
         masters: what the matrices were cast from. Not read: they are handed on, so that their gradient, coming back
             from whoever uses them next, is where this call adds its own, in place. (The gradient of a pool that all
-            layers use would otherwise be made of zeros and added up once a layer.)
+            layers use would otherwise be made of zeros and added up once a layer.) Empty: experts are frozen.
         block_rows: rows of the smallest block.
         form: of the products (see models/products.py).
     """
@@ -124,6 +124,8 @@ def _backward(block_rows: int, form: str, saved, cotangents):
         (dgate,) = silu_vjp(dhidden * up)
         dup = dhidden * activation
         dx = _update(dx, (dot(dgate, gate_DF, 1, 1, form) + dot(dup, up_DF, 1, 1, form)).astype(dtype), start)
+        if not dmasters:
+            return dx, ()
         here = (dot(x, dgate, 0, 0, form), dot(x, dup, 0, 0, form), dot(activation * up, dy, 0, 0, form))
         dmasters = tuple(
             total.at[expert].add(part.astype(total.dtype)) for total, part in zip(dmasters, here, strict=True)

@@ -47,7 +47,7 @@ class Block(nn.Module):
             y_BTD = FeedForward(config, execution, name="mlp")(normed_BTD)
         else:
             if masters is None:
-                pool = Pool.of(ExpertPool(config, name="experts")(), x_BTD.dtype)
+                pool = _pool(ExpertPool(config, name="experts")(), x_BTD.dtype, execution)
             else:
                 pool = Pool(computed, masters)
             router_DE = Router(config, name="router")() if router_DE is None else router_DE
@@ -65,6 +65,10 @@ class Block(nn.Module):
             _sow(self, "assignments", "routed", assignments)
         _sow(self, "hidden", "block_output", x_BTD + y_BTD)
         return (shard_batch(x_BTD + y_BTD), masters), None
+
+
+def _pool(masters: Experts, dtype: jnp.dtype, execution: ExecutionConfig) -> Pool:
+    return Pool.of(masters if execution.expert_gradients else jax.lax.stop_gradient(masters), dtype)
 
 
 def _attend(config: ModelConfig, execution: ExecutionConfig, x_BTD, positions_BT, mask_B1TT):
@@ -117,7 +121,7 @@ class Decoder(nn.Module):
     def _shared(self, dtype: jnp.dtype) -> tuple[Pool | tuple[None, None], jax.Array | None]:
         moe = self.config.moe
         shared = moe is not None and moe.placement == "shared"
-        pool = Pool.of(ExpertPool(self.config, name="experts")(), dtype) if shared else (None, None)
+        pool = _pool(ExpertPool(self.config, name="experts")(), dtype, self.execution) if shared else (None, None)
         router_DE = Router(self.config, name="router")() if moe and moe.router == "shared" else None
         return pool, router_DE
 

@@ -56,14 +56,18 @@ class Result(NamedTuple):
 Dispatch = Callable[[jax.Array, jax.Array, jax.Array, Pool, ExecutionConfig], Result]
 
 
+def borrow(pool: Pool, execution: ExecutionConfig) -> tuple[Experts, Pool]:
+    """Matrices to compute with, differentiable unless experts are frozen, and the pool to hand on."""
+    return _borrow(pool) if execution.expert_gradients else (pool.computed, pool)
+
+
 @jax.custom_vjp
-def borrow(pool: Pool) -> tuple[Experts, Pool]:
-    """Matrices to compute with that can be differentiated, and the pool to hand on."""
+def _borrow(pool: Pool) -> tuple[Experts, Pool]:
     return pool.computed, pool
 
 
 def _borrow_forward(pool: Pool):
-    return borrow(pool), None
+    return _borrow(pool), None
 
 
 def _borrow_backward(_, cotangents):
@@ -72,7 +76,7 @@ def _borrow_backward(_, cotangents):
     return (Pool(dpool.computed, Experts(*totals)),)
 
 
-borrow.defvjp(_borrow_forward, _borrow_backward)
+_borrow.defvjp(_borrow_forward, _borrow_backward)
 
 
 class Order(NamedTuple):
@@ -147,17 +151,17 @@ def dispatch_blocks(x_SD, experts_SA, weights_SA, pool: Pool, execution: Executi
     """Exact and dropless: only routed rows are computed, block by block (see models/blocks.py)."""
     order = sort_by_expert(experts_SA, pool.computed.gate_EDF.shape[0])
     x_MD = gather_rows(x_SD, order)
+    masters = tuple(pool.masters) if execution.expert_gradients else ()
     grouped: Any = blocks.grouped_swiglu(
-        x_MD, order.counts_E, tuple(pool.computed), tuple(pool.masters), execution.block_rows, execution.products
+        x_MD, order.counts_E, tuple(pool.computed), masters, execution.block_rows, execution.products
     )
     y_MD, masters = grouped
-    return _result(y_MD, weights_SA, order, Pool(pool.computed, Experts(*masters)))
+    return _result(y_MD, weights_SA, order, Pool(pool.computed, Experts(*masters) if masters else pool.masters))
 
 
 def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
     """Exact and dropless: jax.lax.ragged_dot over the sorted rows."""
-    del execution
-    experts, pool = borrow(pool)
+    experts, pool = borrow(pool, execution)
     order = sort_by_expert(experts_SA, experts.gate_EDF.shape[0])
     x_MD = gather_rows(x_SD, order)
     # rows of experts elsewhere lie past the groups, where a kernel may leave anything
@@ -172,7 +176,7 @@ def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: Executi
 
 def dispatch_capacity(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
     """At most capacity_factor · mean rows for each expert, in sorted order; what does not fit is dropped."""
-    experts, pool = borrow(pool)
+    experts, pool = borrow(pool, execution)
     count = experts.gate_EDF.shape[0]
     order = sort_by_expert(experts_SA, count)
     assignments = experts_SA.size
@@ -195,8 +199,7 @@ def dispatch_capacity(x_SD, experts_SA, weights_SA, pool: Pool, execution: Execu
 
 def dispatch_reference(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
     """Every expert on every token, for tests: memory grows as E · S · F."""
-    del execution
-    experts, pool = borrow(pool)
+    experts, pool = borrow(pool, execution)
     count = experts.gate_EDF.shape[0]
     gate_ESF = jnp.einsum("SD,EDF->ESF", x_SD, experts.gate_EDF)
     up_ESF = jnp.einsum("SD,EDF->ESF", x_SD, experts.up_EDF)

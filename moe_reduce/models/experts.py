@@ -95,7 +95,7 @@ def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: Executi
         out_specs=(tokens, PartitionSpec(), tokens, tokens),
         check_vma=False,
     )
-    experts, pool = borrow(pool)
+    experts, pool = borrow(pool, execution)
     y_BTD, dropped, norm_BTA, maximum_BTA = body(x_BTD, chosen_BTA, weights_BTA, tuple(experts))
     return y_BTD, pool, dropped, norm_BTA, maximum_BTA
 

@@ -4,6 +4,7 @@ routers on the choices of the first model's.
 The first model's parameters travel as frozen leaves below `TEACHER`.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,8 @@ def tuning_task(
     foreign_NE: np.ndarray | None = None,
 ) -> Task:
     """What a stage trains. foreign_NE: where the annealed bias lies, of experts that are another layer's by origin."""
+    trained = stage.components.split(",")
+    execution = dataclasses.replace(execution, expert_gradients="experts" in trained)
     decoder = Decoder(model, execution)
     evaluate = evaluator(decoder)
     if stage.objective == "router":

@@ -21,7 +21,7 @@ WEIGHT_PATTERN = "model*.safetensors*"
 
 @dataclass(frozen=True)
 class Input:
-    """Something a step read: its path as it was given, and the SHA-256 of its manifest or, without one, fingerprint."""
+    """Something a step read: its path as it was given, and a SHA-256, of its manifest or as `input_of` says."""
 
     path: str
     sha256: str
