@@ -187,7 +187,7 @@ class PruneStage:
     floor: int | None = None
     protect_super_experts: bool = False
     calibration_batches: int = 16  # of train.batch_size sequences
-    seed: int = 0  # which batches, and the random criterion
+    seed: int = 0  # added to train.seed: which batches, and the random criterion
 
 
 @dataclass(frozen=True)

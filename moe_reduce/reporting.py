@@ -17,6 +17,7 @@ import numpy as np
 
 from moe_reduce.disk import write_json
 from moe_reduce.errors import UserError
+from moe_reduce.reduction.pictures import ladder_picture
 from moe_reduce.training.comparison import entropy
 from moe_reduce.training.metrics import read
 from moe_reduce.training.run import SUMMARY
@@ -31,6 +32,75 @@ POINTS = 200  # kept of each curve
 
 
 def collect(sources: Iterable[Path], title: str, command: str, out: Path) -> None:
+    """What several runs found -> out/summary.json and a picture: of training runs, or of reductions."""
+    sources = list(sources)
+    kinds = {"stages" in summary for source in sources for summary in _summaries(source)}
+    if len(kinds) > 1:
+        raise UserError("--runs are of train and of reduce: collect them apart")
+    out.mkdir(parents=True, exist_ok=True)
+    (_collect_reductions if kinds == {True} else _collect_training)(sources, title, command, out)
+
+
+def _summaries(source: Path) -> list[dict[str, Any]]:
+    """Of the runs below a workdir, or in an earlier result."""
+    inner = sorted(path.parent for path in source.glob(f"*/{SUMMARY}"))
+    if inner and not (source / SUMMARY).is_file():  # variants of which each ran by itself
+        return [one for workdir in inner for one in _summaries(workdir)]
+    summary = _summary(source)
+    if "runs" not in summary:
+        return [summary]
+    runs = summary["runs"]
+    return [one for group in runs.values() for one in group] if isinstance(runs, dict) else runs
+
+
+def _collect_reductions(sources: list[Path], title: str, command: str, out: Path) -> None:
+    """A row a reduction, a column a share of the experts: loss behind it, and the share of the accuracy that is left.
+
+    Several seeds: mean, and half of the range. Where a share was pruned and then recovered, the recovered model counts.
+    """
+    groups: dict[str, dict[int, dict[str, Any]]] = {}
+    for source in sources:
+        for one in _summaries(source):
+            groups.setdefault(one["name"], {})[one["seed"]] = one
+    ladders = {name: [_ladder(one) for one in seeds.values()] for name, seeds in groups.items()}
+    shares = sorted({share for runs in ladders.values() for run in runs for share in run}, reverse=True)
+    rows = []
+    for name, runs in ladders.items():
+        tokens = sum(stage["tokens"] for stage in next(iter(groups[name].values()))["stages"])
+        cells = [_rung([run[share] for run in runs if share in run], [run[100] for run in runs]) for share in shares]
+        rows.append([name, f"{tokens / 1e6:.1f} M", str(len(runs)), *cells])
+    sizes = next(iter(ladders.values()))[0]
+    rows.insert(0, ["parameters", "", "", *(f"{sizes[share]['parameters']:,}" for share in shares)])
+    ladder_picture({name: next(iter(seeds.values())) for name, seeds in groups.items()}, out / "curves.png")
+    runs = {name: [_thin(one) for one in seeds.values()] for name, seeds in groups.items()}
+    columns = ["reduction", "training tokens", "seeds", *(f"{share} %" for share in shares)]
+    write_json(out / SUMMARY, {"title": title, "command": command, "columns": columns, "rows": rows, "runs": runs})
+
+
+def _ladder(run: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The last stage at each share of the experts, in percent."""
+    first = run["stages"][0]["experts"]
+    return {round(100 * stage["experts"] / first): stage for stage in run["stages"]}
+
+
+def _rung(stages: list[dict[str, Any]], firsts: list[dict[str, Any]]) -> str:
+    if not stages:
+        return ""
+    kept = np.mean([stage["validation"]["accuracy"] for stage in stages])
+    kept /= np.mean([first["validation"]["accuracy"] for first in firsts])
+    return f"{_spread([stage['validation']['loss'] for stage in stages], digits=3)} ({kept:.1%})"
+
+
+def _thin(run: dict[str, Any]) -> dict[str, Any]:
+    """Without the expert use of every stage but the first and the last, which a picture shows."""
+    stages = [
+        stage if place in (0, len(run["stages"]) - 1) else stage | {"expert_use": None}
+        for place, stage in enumerate(run["stages"])
+    ]
+    return run | {"stages": stages}
+
+
+def _collect_training(sources: list[Path], title: str, command: str, out: Path) -> None:
     """Runs of several seeds -> out/summary.json (a row a model), curves.jsonl (thinned) and curves.png.
 
     A source is the workdir of a run, of a comparison (which stands for its variants), or an earlier result, so that
@@ -49,7 +119,6 @@ def collect(sources: Iterable[Path], title: str, command: str, out: Path) -> Non
         if one.summary["tokens"] != tokens:
             seen = f"{one.summary['tokens']:,}"
             raise UserError(f"{one.name} in {one.source} saw {seen} tokens, {first[0].name} {tokens:,}")
-    out.mkdir(parents=True, exist_ok=True)
     curves = [one.curve for runs in groups.values() for one in runs]
     (out / CURVES).write_text("".join(json.dumps(curve) + "\n" for curve in curves))
     _picture(curves, title, out / "curves.png")
@@ -111,12 +180,12 @@ def _row(name: str, runs: list[dict[str, Any]], first: list[dict[str, Any]]) -> 
     ]
 
 
-def _spread(values: list[float], sign: bool = False) -> str:
+def _spread(values: list[float], sign: bool = False, digits: int = 4) -> str:
     """Mean, and half of the range where there are several."""
     if not values:
         return ""
-    mean = f"{np.mean(values):+.4f}" if sign else f"{np.mean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.4f}"
+    mean = f"{np.mean(values):+.{digits}f}" if sign else f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 
 def _curve(name: str, run: dict[str, Any], metrics: Path) -> dict[str, Any]:

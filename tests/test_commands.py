@@ -107,6 +107,46 @@ def test_report_pairs_seeds_and_fills_documents(tmp_path, capsys):
     assert main([*fill, "--check"]) == 0
 
 
+def _reduction(directory, name, seed, losses):
+    """What `reduce` leaves of a reduction to half of 8 experts, with a recovery at the half."""
+    directory.mkdir(parents=True)
+    stages = [
+        {
+            "name": stage, "kind": kind, "experts": experts, "parameters": 100 * experts, "tokens": tokens,
+            "validation": {"loss": loss, "accuracy": 1 / loss}, "expert_use": [[1 / experts] * experts],
+        }
+        for (stage, kind, experts, tokens), loss in zip(
+            [("original", "", 8, 0), ("prune", "prune", 4, 0), ("recover", "tune", 4, 2_000_000)], losses, strict=True
+        )
+    ]  # fmt: skip
+    content = {"name": name, "seed": seed, "stages": stages}
+    (directory / "summary.json").write_text(json.dumps(content))
+
+
+def test_report_of_reductions_takes_the_recovered_model_and_pairs_seeds(tmp_path, capsys):
+    _reduction(tmp_path / "s0/pool", "pool", 0, (2.0, 4.0, 2.5))
+    _reduction(tmp_path / "s1/pool", "pool", 1, (2.0, 5.0, 2.7))
+    _reduction(tmp_path / "s0/layers", "layers", 0, (2.0, 3.0, 2.8))
+    runs, made = [str(tmp_path / "s0"), str(tmp_path / "s1")], ["--title=Smaller", "--made-by=x"]
+    assert main(["report", "--runs", *runs, *made, f"--out={tmp_path / 'both'}"]) == 0
+    result = json.loads((tmp_path / "both/summary.json").read_text())
+    assert result["columns"] == ["reduction", "training tokens", "seeds", "100 %", "50 %"]
+    by_name = {row[0]: row[1:] for row in result["rows"]}
+    assert by_name["parameters"] == ["", "", "800", "400"]
+    kept = (1 / 2.5 + 1 / 2.7) / 2 / (1 / 2.0)
+    assert by_name["pool"] == ["2.0 M", "2", "2.000 ± 0.000 (100.0%)", f"2.600 ± 0.100 ({kept:.1%})"]
+    assert by_name["layers"][-1] == f"2.800 ({2.0 / 2.8:.1%})"
+    assert (tmp_path / "both/curves.png").read_bytes().startswith(b"\x89PNG")
+    # an earlier result counts as its runs
+    assert main(["report", "--runs", str(tmp_path / "both"), *made, f"--out={tmp_path / 'again'}"]) == 0
+    assert json.loads((tmp_path / "again/summary.json").read_text())["rows"] == result["rows"]
+    (tmp_path / "t/a").mkdir(parents=True)
+    (tmp_path / "t/a/summary.json").write_text(json.dumps({"name": "a", "seed": 0}))
+    capsys.readouterr()
+    assert main(["report", "--runs", str(tmp_path / "t"), *runs, *made, f"--out={tmp_path / 'no'}"]) == 2
+    assert "collect them apart" in capsys.readouterr().err
+
+
 def test_report_adds_seeds_to_an_earlier_result(tmp_path):
     for seed in (0, 1):
         _finished_run(tmp_path / f"s{seed}" / "dense", "dense", seed, 3.0 + seed)

@@ -57,7 +57,7 @@ def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         summaries = [_first(run, mesh, tokens, workdir)]
         for number, (stage_name, stage) in enumerate(run.stages.items(), start=1):
             summaries.append(_stage(run, mesh, tokens, workdir, number, stage_name, stage))
-        total = {"name": name, "stages": summaries, **machine()}
+        total = {"name": name, "seed": run.train.seed, "stages": summaries, **machine()}
         if jax.process_index() == 0:
             pictures.reduction_picture(summaries, workdir / "loss.png")
             disk.write_json(workdir / SUMMARY, total)

@@ -120,7 +120,8 @@ def _pool(stage: PoolStage, model: Model) -> Result:
 def _prune(stage: PruneStage, model: Model, place: Place) -> Result:
     moe: MoEConfig = scores.moe_of(model.config)
     sums = scores.collect(model, _calibration(stage, place), place.mesh)
-    found = scores.scores(moe, sums, dict.fromkeys((stage.criterion, "frequency", "max_activation")), stage.seed)
+    criteria = dict.fromkeys((stage.criterion, "frequency", "max_activation"))
+    found = scores.scores(moe, sums, criteria, _seed(stage, place))
     scores.write(found, place.directory / "scores.json")
     protected = selection.super_experts(found.of("max_activation")) if stage.protect_super_experts else frozenset()
     keep = _keep(stage, model.config, experts_of(place.first.config))
@@ -133,8 +134,13 @@ def _prune(stage: PruneStage, model: Model, place: Place) -> Result:
 def _calibration(stage: PruneStage, place: Place) -> Iterator[Any]:
     run = place.run
     share = sharding.batch_share(place.mesh)
-    batches = train_batches(place.tokens, run.data, run.train.batch_size, run.train.seed + 1 + stage.seed, *share)
+    # never the order that training reads
+    batches = train_batches(place.tokens, run.data, run.train.batch_size, 1000 + _seed(stage, place), *share)
     return (sharding.put_batch(place.mesh, batch) for batch in itertools.islice(batches, stage.calibration_batches))
+
+
+def _seed(stage: PruneStage, place: Place) -> int:
+    return place.run.train.seed + stage.seed
 
 
 def _tune(stage: TuneStage, model: Model, place: Place) -> Result:
