@@ -13,8 +13,8 @@ from configs import small_qwen3_moe
 from moe_reduce import config as defaults
 
 SHARES = (75, 50, 30, 20, 10)  # percent of the experts
-STEPS = 300  # of recovery at each share; 4,096 tokens a step
-ANNEALING = 600  # steps in which other layers' experts enter the competition
+STEPS = 200  # of recovery at each share; 4,096 tokens a step
+ANNEALING = 400  # steps in which other layers' experts enter the competition
 
 
 def get_config() -> ml_collections.ConfigDict:
