@@ -7,6 +7,7 @@ import shutil
 import socket
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ from moe_reduce.reduction import scores
 from moe_reduce.reduction.pruning import prune
 from moe_reduce.storage import manifest
 from moe_reduce.storage.model import Model
-from moe_reduce.storage.tensors import TensorFiles
+from moe_reduce.storage.tensors import TensorFiles, write_tensors
 
 
 @pytest.fixture
@@ -186,9 +187,19 @@ def _retyped(header):
     header["model.layers.0.mlp.experts.3.gate_proj.weight"]["dtype"] = "I32"
 
 
+def _quantised(file):
+    """The same file with one tensor in 8 bits, which is no weight without its scale."""
+    files, eight = TensorFiles(file.parent), np.dtype(ml_dtypes.float8_e4m3fn)
+    arrays = {name: files.read(name).copy() for name in files.entries}
+    wanted = "model.layers.0.mlp.experts.3.gate_proj.weight"
+    arrays[wanted] = arrays[wanted].astype(eight)
+    write_tensors(file.parent, [(name, array.shape, array.dtype, array) for name, array in arrays.items()])
+
+
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
+        (_quantised, "experts.3.gate_proj"),
         (_truncate, "truncated"),
         (lambda file: _rewrite_header(file, _renamed), "experts.3.gate_proj"),
         (lambda file: _rewrite_header(file, _reshaped), "experts.3.gate_proj"),

@@ -194,3 +194,12 @@ def test_prunings_that_cannot_be(tiny_layer_moe, tiny_dense):
             prune(model, kept)
     with pytest.raises(UserError, match="dense"):
         prune(dataclasses.replace(model, config=tiny_dense), ((0,),))
+
+
+def test_one_ranking_leaves_every_layer_its_floor():
+    # a layer whose experts differ much has fewer above the others' mean; all rows have the mean 1
+    values = np.array([[3.0, 0.6, 0.3, 0.1], [1.1, 1.1, 0.9, 0.9]])
+    assert selection.keep_overall(values, keep=4, floor=1) == ((0,), (0, 1, 2))
+    assert selection.keep_overall(values, keep=4, floor=2) == ((0, 1), (0, 1))
+    with pytest.raises(UserError, match="does not fit"):
+        selection.keep_overall(values, keep=3, floor=2)
