@@ -66,7 +66,7 @@ def pool(**changes) -> dict:
 
 def tune(steps: int, **changes) -> dict:
     """Training for so many steps."""
-    rates = {"learning_rate": 2e-3, "final_learning_rate": 2e-4, "warmup_steps": 20}
+    rates = {"learning_rate": 8e-3, "final_learning_rate": 8e-4, "warmup_steps": 20}
     return defaults.stage("tune", steps=steps, **(rates | changes))
 
 

@@ -224,8 +224,8 @@ class ReduceConfig:
     model: str = ""  # directory of a mixture of experts, of ours or of Hugging Face
     architecture: ModelConfig | None = None  # what `model` must be, if given: `plan` then works without the weights
     dtype: str | None = None  # of the parameters; None: as stored. What trains is kept in fp32.
-    order: str = ""  # names of the stages, comma separated: a ConfigDict sorts its keys
-    stages: dict[str, Stage] = field(default_factory=dict)  # in that order, once parsed
+    order: str = ""  # the stages to run, comma separated: a ConfigDict sorts its keys
+    stages: dict[str, Stage] = field(default_factory=dict)  # once parsed: those of `order`, in order
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     data: DataConfig = field(default_factory=DataConfig)  # data.tokenizer=train: the model's own
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -306,8 +306,9 @@ def reduce_from_dict(raw: dict[str, Any]) -> ReduceConfig:
     """A validated ReduceConfig from nested plain values."""
     run = _from_dict(ReduceConfig, raw, "")
     names = run.order.split(",") if run.order else []
-    if sorted(names) != sorted(run.stages):
-        raise UserError(f"order={run.order!r} must name each of the stages once: {', '.join(run.stages) or 'none'}")
+    if len(set(names)) < len(names) or not set(names) <= set(run.stages):
+        known = ", ".join(run.stages) or "there is none"
+        raise UserError(f"order={run.order!r} must name stages, each once; known: {known}")
     run = dataclasses.replace(run, stages={name: run.stages[name] for name in names})
     validation.check_reduce(run)
     return run
