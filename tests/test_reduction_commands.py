@@ -3,8 +3,12 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 
 import jax
 import ml_dtypes
@@ -227,3 +231,39 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(di
     kept, before = TensorFiles(out), TensorFiles(directory)
     for name in before.entries:
         np.testing.assert_array_equal(kept.read(name), before.read(name))
+
+
+KILLED = """
+import os, signal, sys
+from moe_reduce.__main__ import main
+from moe_reduce.storage import manifest
+manifest.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_prune_leaves_nothing_that_looks_like_a_model(directory, tmp_path):
+    file, out = _score(directory), tmp_path / "out"
+    arguments = ["prune", f"--model={directory}", f"--scores={file}", "--keep=0.5", f"--out={out}"]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=os.environ)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert list(tmp_path.glob(".out.*")), "the kill came too early to have left anything"
+    assert main(arguments) == 0
+    assert not list(tmp_path.glob(".out.*"))
+    assert manifest.verify(out) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(directory, tmp_path, capsys):
+    file, out = _score(directory), tmp_path / "out"
+    capsys.readouterr()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # bytes a file; writing more is an OSError
+    try:
+        assert main(["prune", f"--model={directory}", f"--scores={file}", "--keep=0.5", f"--out={out}"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"cannot write {out}" in line
+    assert not out.exists()
+    assert not list(tmp_path.glob(".out.*"))
