@@ -66,7 +66,9 @@ def test_metrics_have_all_fields(learned):
         *[(step, "train") for step in (10, 20, 30)], (30, "validation"),
         *[(step, "train") for step in (40, 50, 60)], (60, "validation"),
     ]  # fmt: skip
-    routed = {"balance_pooled", "balance_per_call", "router_z", "dropped_share"}
+    routed = {
+        "balance_pooled", "balance_per_call", "router_z", "dropped_share", "expert_entropy", "dead_expert_share",
+    }  # fmt: skip
     for line in metrics(workdir):
         assert (
             set(line) == {"step", "split", "loss", "learning_rate", "gradient_norm", "parameter_norm", *TIMING} | routed
