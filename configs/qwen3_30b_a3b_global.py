@@ -1,7 +1,8 @@
 """Qwen3-30B-A3B as one global pool of 6,144 experts, pruned to 50 %, to 1,200 and to 600, on FineWeb-Edu (METHODS 2).
 
-For a TPU v4-32: 16 chips, weights in bf16 over fsdp and expert, what trains in fp32. The start is lossless, then the
-experts of other layers enter the competition (`anneal`); the source's random start is the variant `random_start`.
+For a TPU v4-32: 16 chips, weights in bf16 over fsdp and expert, what trains in fp32. The start is lossless (without the
+canonical form, which would round folded weights to bf16 once more), then the experts of other layers enter the
+competition (`anneal`); the source's random start is the variant `random_start`.
 Cost: 100 million tokens of a 3.3B-active model, hours on a v4-32. Expected: not measured by us.
 Command: moe-reduce reduce --config=configs/qwen3_30b_a3b_global.py --config.model=DIR --workdir=runs/global
 Counts of every stage, without weights: moe-reduce plan --config=configs/qwen3_30b_a3b_global.py
@@ -27,11 +28,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.balance.update(entropy_floor=0.2, dead_share_limit=0.9)
     starts = {
         "lossless_start": {
-            "pool": defaults.stage("pool", router="shared"),
+            "pool": defaults.stage("pool", canonical=False),
             "anneal": tune(2 * STEPS, bias_from=6.0),
         },
         "random_start": {
-            "pool": defaults.stage("pool", router="shared", start="random", score_function="sigmoid"),
+            "pool": defaults.stage("pool", canonical=False, start="random", score_function="sigmoid"),
             "distil": tune(4 * STEPS, objective="router"),
             "router": tune(2 * STEPS),
         },

@@ -1,7 +1,7 @@
-"""configs/small_qwen3_moe.py as one pool, pruned step by step to a tenth of its experts, beside per-layer pruning.
+"""configs/small_qwen3_moe.py as one pool, pruned step by step to an eighth of its experts, beside per-layer pruning.
 
-Every reduction gets the same tokens between the same shares of experts; only routers learn, except where a variant says
-more (`_norms`, `_experts`: the rungs of recovery above routers).
+Every reduction gets the same tokens between the same numbers of experts. Only routers learn, except where a variant
+says more (`_norms`, `_experts`: the rungs of recovery above routers).
 Cost: minutes a stage on one core; hours for all variants. Expected: docs/reduction.md.
 Command: ./launch/reduce_small.sh, or
 moe-reduce reduce --config=configs/reduce_small.py --config.model=runs/small_qwen3_moe/model --workdir=runs/reduce_small
@@ -12,8 +12,8 @@ import ml_collections
 from configs import small_qwen3_moe
 from moe_reduce import config as defaults
 
-SHARES = (75, 50, 30, 20, 10)  # percent of the experts
-STEPS = 200  # of recovery at each share; 4,096 tokens a step
+KEPT = (144, 96, 60, 42, 24)  # of 192 experts: as many in each of 6 layers, and never fewer there than the 4 active
+STEPS = 200  # of recovery at each number; 4,096 tokens a step
 ANNEALING = 400  # steps in which other layers' experts enter the competition
 
 
@@ -71,10 +71,10 @@ def tune(steps: int, **changes) -> dict:
 
 
 def ladder(criterion: str, recover: bool = True, **changes) -> dict:
-    """Pruned to each share in turn, recovering in between."""
+    """Pruned to each number in turn, recovering in between."""
     stages = {}
-    for share in SHARES:
-        stages[f"prune_{share}"] = defaults.stage("prune", keep=share / 100, criterion=criterion)
+    for keep in KEPT:
+        stages[f"prune_{keep}"] = defaults.stage("prune", keep=float(keep), criterion=criterion)
         if recover:
-            stages[f"recover_{share}"] = tune(STEPS, **changes)
+            stages[f"recover_{keep}"] = tune(STEPS, **changes)
     return stages

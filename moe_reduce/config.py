@@ -183,8 +183,6 @@ class PruneStage:
     kind: Literal["prune"] = "prune"
     keep: float = 1.0  # share of the experts that the first model had, or their number over all layers
     criterion: str = "reap"
-    scope: Literal["layer", "global"] = "layer"
-    floor: int | None = None
     protect_super_experts: bool = False
     calibration_batches: int = 16  # of train.batch_size sequences
     seed: int = 0  # added to train.seed: which batches, and the random criterion
@@ -223,7 +221,7 @@ class ReduceConfig:
 
     model: str = ""  # directory of a mixture of experts, of ours or of Hugging Face
     architecture: ModelConfig | None = None  # what `model` must be, if given: `plan` then works without the weights
-    dtype: str | None = None  # of the parameters; None: as stored. What trains is kept in fp32.
+    dtype: Literal["stored", "float32", "bfloat16"] = "stored"  # of the parameters; what trains is kept in fp32
     order: str = ""  # the stages to run, comma separated: a ConfigDict sorts its keys
     stages: dict[str, Stage] = field(default_factory=dict)  # once parsed: those of `order`, in order
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)

@@ -28,7 +28,7 @@ def write_json(file: Path, content: Any, indent: int | None = 2) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Whole or not at all, whoever else writes it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         temporary.write_text(text)
         os.replace(temporary, file)

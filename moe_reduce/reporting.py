@@ -44,13 +44,13 @@ def collect(sources: Iterable[Path], title: str, command: str, out: Path) -> Non
 def _summaries(source: Path) -> list[dict[str, Any]]:
     """Of the runs below a workdir, or in an earlier result."""
     inner = sorted(path.parent for path in source.glob(f"*/{SUMMARY}"))
-    if inner and not (source / SUMMARY).is_file():  # variants of which each ran by itself
+    own = _summary(source) if (source / SUMMARY).is_file() or not inner else None
+    if own is not None and "runs" not in own:
+        return [own]
+    if inner:  # variants may each have run by itself, so they know better than the summary of all
         return [one for workdir in inner for one in _summaries(workdir)]
-    summary = _summary(source)
-    if "runs" not in summary:
-        return [summary]
-    runs = summary["runs"]
-    return [one for group in runs.values() for one in group] if isinstance(runs, dict) else runs
+    assert own is not None
+    return [one for group in own["runs"].values() for one in group]
 
 
 def _collect_reductions(sources: list[Path], title: str, command: str, out: Path) -> None:
@@ -69,12 +69,18 @@ def _collect_reductions(sources: list[Path], title: str, command: str, out: Path
         tokens = sum(stage["tokens"] for stage in next(iter(groups[name].values()))["stages"])
         cells = [_rung([run[share] for run in runs if share in run], [run[100] for run in runs]) for share in shares]
         rows.append([name, f"{tokens / 1e6:.1f} M", str(len(runs)), *cells])
-    sizes = next(iter(ladders.values()))[0]
-    rows.insert(0, ["parameters", "", "", *(f"{sizes[share]['parameters']:,}" for share in shares)])
+    sizes = [_sizes([run[share] for runs in ladders.values() for run in runs if share in run]) for share in shares]
+    rows.insert(0, ["parameters", "", "", *sizes])
     ladder_picture({name: next(iter(seeds.values())) for name, seeds in groups.items()}, out / "curves.png")
     runs = {name: [_thin(one) for one in seeds.values()] for name, seeds in groups.items()}
     columns = ["reduction", "training tokens", "seeds", *(f"{share} %" for share in shares)]
     write_json(out / SUMMARY, {"title": title, "command": command, "columns": columns, "rows": rows, "runs": runs})
+
+
+def _sizes(stages: list[dict[str, Any]]) -> str:
+    """Parameters; from the fewest to the most, where pools with routers of their own for the layers have more."""
+    counts = sorted({stage["parameters"] for stage in stages})
+    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
 
 
 def _ladder(run: dict[str, Any]) -> dict[int, dict[str, Any]]:

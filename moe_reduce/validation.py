@@ -53,6 +53,8 @@ def check_reduce(run: "ReduceConfig") -> None:
         raise UserError("model is empty: give the directory of a mixture of experts, --config.model=DIR")
     if not run.stages:
         raise UserError("stages is empty: nothing would be done to the model")
+    _check_sizes(run.mesh)
+    positive("train", run.train, "batch_size", "accumulation", "evaluate_batches")
     if run.architecture is not None:
         check_model(run.architecture)
     _check_execution(run.execution)
@@ -67,6 +69,8 @@ def check_reduce(run: "ReduceConfig") -> None:
 
 
 def _check_stage(path: str, stage: "Stage", run: "ReduceConfig") -> None:
+    if stage.kind == "pool" and stage.bias is not None and stage.start != "lossless":
+        raise UserError(f"{path}.bias is for start=lossless")
     if stage.kind == "prune":
         positive(path, stage, "keep", "calibration_batches")
     if stage.kind == "tune":
@@ -78,6 +82,18 @@ def _check_tune(path: str, stage: "TuneStage", run: "ReduceConfig") -> None:
     _in_range(path, stage, "anneal_share", 0.0, 1.0001)
     if not 0 <= stage.teacher_weight <= 1:
         raise UserError(f"{path}.teacher_weight must be from 0 to 1, got {stage.teacher_weight}")
+    if stage.bias_from is None and stage.bias_to:
+        raise UserError(f"{path}.bias_to needs {path}.bias_from: there is nothing to anneal")
+    if stage.bias_from is not None and not stage.bias_from >= stage.bias_to >= 0:
+        raise UserError(
+            f"{path}.bias_from ({stage.bias_from}) must fall to {path}.bias_to ({stage.bias_to}), 0 or more"
+        )
+    if stage.bias_from is not None and run.train.ema_decay:
+        raise UserError(
+            f"{path}.bias_from needs train.ema_decay=0: an average would keep the bias that annealing takes"
+        )
+    if stage.objective == "router" and stage.teacher_weight:
+        raise UserError(f"{path}.teacher_weight is for objective=language_model")
     if stage.objective == "router" and stage.components != "router":
         raise UserError(f"{path}.objective=router trains routers only: set {path}.components=router")
 
@@ -129,9 +145,7 @@ def check_data(data: "DataConfig") -> None:
 
 def check_mesh(mesh: "MeshConfig", model: "ModelConfig") -> None:
     """Raises UserError when the sizes of a model do not divide over a mesh."""
-    positive("mesh", mesh, "fsdp", "expert", "tensor")
-    if mesh.data != -1:
-        positive("mesh", mesh, "data")
+    _check_sizes(mesh)
     if model.moe is not None and model.moe.experts % mesh.expert:
         raise UserError(f"model.moe.experts ({model.moe.experts}) must be a multiple of mesh.expert ({mesh.expert})")
     if model.moe is None and mesh.expert > 1:
@@ -142,6 +156,12 @@ def check_mesh(mesh: "MeshConfig", model: "ModelConfig") -> None:
             raise UserError(f"model.{name} ({size}) must be a multiple of mesh.tensor ({mesh.tensor})")
     if model.width % mesh.fsdp:
         raise UserError(f"model.width ({model.width}) must be a multiple of mesh.fsdp ({mesh.fsdp})")
+
+
+def _check_sizes(mesh: "MeshConfig") -> None:
+    positive("mesh", mesh, "fsdp", "expert", "tensor")
+    if mesh.data != -1:
+        positive("mesh", mesh, "data")
 
 
 def _check_train(train: "TrainConfig", path: str = "train") -> None:

@@ -20,6 +20,7 @@ from moe_reduce.reduction import stages
 from moe_reduce.storage.manifest import verify
 from moe_reduce.storage.model import Model
 from moe_reduce.training import run as training_run
+from moe_reduce.training.checkpoints import Checkpoints
 
 CONFIG = """
 from moe_reduce import config as defaults
@@ -84,8 +85,10 @@ def test_every_stage_leaves_a_model_and_figures(finished):
     models = [moe_reduce.load(work / f"{number:02d}-{name}/model") for number, name in enumerate(names) if number]
     pooled, annealed, pruned, recovered = models
     # what was said to train did, and nothing else
-    _only_these_differ(pooled, annealed, "router")
-    _only_these_differ(pruned, recovered, "router|norm")
+    assert _changed(pooled, annealed) == {"router/weight", "layers/router_bias"}
+    norms = {path for path in trees.flatten(pruned.params) if "norm" in path}
+    assert len(norms) == 5
+    assert _changed(pruned, recovered) == {"router/weight"} | norms
     bias = np.asarray(annealed.params["layers"]["router_bias"])
     np.testing.assert_array_equal(bias, 0)
     assert [step.command for step in recovered.chain] == ["reduce"] * 4
@@ -97,13 +100,21 @@ def test_every_stage_leaves_a_model_and_figures(finished):
     assert (work / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def _only_these_differ(before, after, pattern):
-    import re
-
+def _changed(before, after):
     old, new = trees.flatten(before.params), trees.flatten(after.params)
-    changed = {path for path in old if not np.array_equal(np.asarray(old[path]), np.asarray(new[path]))}
-    assert changed
-    assert all(re.search(pattern, path) for path in changed), changed
+    return {path for path in old if not np.array_equal(np.asarray(old[path]), np.asarray(new[path]))}
+
+
+def test_eight_devices_reduce_as_one_does(finished, tmp_path):
+    mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "expert")]
+    order = "--config.order=pool,anneal,prune_50"
+    assert _reduce(finished / "config.py", tmp_path / "run", *mesh, order) == 0
+    one, eight = (json.loads((place / "run/summary.json").read_text())["stages"] for place in (finished, tmp_path))
+    for stage, wanted in zip(eight, one[:4], strict=True):
+        assert stage["name"] == wanted["name"]
+        assert stage["validation"]["loss"] == pytest.approx(wanted["validation"]["loss"], rel=1e-4)
+    kept = [moe_reduce.load(place / "run/03-prune_50/model").chain[-1].kept_experts for place in (finished, tmp_path)]
+    assert kept[0] == kept[1]
 
 
 def test_anneals_in_a_straight_line_with_a_router_in_each_layer(tmp_path):
@@ -133,7 +144,13 @@ def test_resumes_where_it_was_stopped(finished, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "run/02-anneal/model")
     (tmp_path / "run/02-anneal/summary.json").unlink()
     shutil.rmtree(tmp_path / "run/02-anneal/checkpoints/6")
+    restored = []
+    once_restored = Checkpoints.restore
+    monkeypatch.setattr(
+        Checkpoints, "restore", lambda self, step, wanted: (restored.append(step), once_restored(self, step, wanted))[1]
+    )
     assert _reduce(file, tmp_path / "run") == 0
+    assert restored == [4]
     for stage in ("02-anneal", "04-recover_50"):
         left, right = (moe_reduce.load(place / "run" / stage / "model") for place in (finished, tmp_path))
         assert_close(left.params, right.params)
@@ -177,6 +194,13 @@ def test_routers_learn_from_the_first_model(tmp_path):
         ("--config.stages.prune_50.keep=0.1", "cannot be kept where 2 are active"),
         ("--config.order=prune_50,pool,anneal,recover_50", "cannot be kept"),
         ("--config.order=anneal,pool,prune_50,recover_50", "bias_from needs a pool"),
+        ("--config.stages.anneal.bias_to=5.0", "must fall to"),
+        ("--config.stages.recover_50.bias_to=1.0", "needs stages.recover_50.bias_from"),
+        ("--config.train.ema_decay=0.9", "needs train.ema_decay=0"),
+        ("--config.train.batch_size=0", "train.batch_size"),
+        ("--config.mesh.fsdp=0", "mesh.fsdp"),
+        ("--config.dtype=bf16", "dtype must be one of"),
+        ("--config.mesh.tensor=2", "set mesh.tensor=1"),
         ("--config.balance.bias_rate=0.1", "balance.bias_rate is for train"),
         ("--config.balance.entropy_floor=0.999", "routing collapsed"),
     ],

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moe_reduce.config import BalanceConfig
-from moe_reduce.training.losses import balance_terms, mean_nll, move_bias
+from moe_reduce.training.losses import balance_terms, collapse, mean_nll, move_bias
 
 
 def routing(counts, probability):
@@ -25,6 +25,27 @@ def test_penalty_is_weighted(loss, expected):
     collapsed = routing([[8.0, 0.0], [8.0, 0.0]], [[0.75, 0.25], [0.75, 0.25]])
     penalty, _ = balance_terms(collapsed, BalanceConfig(loss=loss, weight=0.1, z_loss_weight=0.01), shared_pool=True)
     assert float(penalty) == pytest.approx(0.1 * expected + 0.01 * 4.0)
+
+
+def test_evenness_is_of_a_pool_as_a_whole_and_of_each_layers_own_experts():
+    # each of two layers uses two of forty experts evenly: 0.1 of the mean is 1 assignment of 400
+    counts = np.zeros((2, 40))
+    counts[0, :2] = counts[1, 2:4] = 200.0
+    counts[0, 4] = 0.5
+    both = routing(counts.tolist(), (np.ones((2, 40)) / 40).tolist())
+    _, pool = balance_terms(both, BalanceConfig(), shared_pool=True)
+    _, layers = balance_terms(both, BalanceConfig(), shared_pool=False)
+    assert float(pool["expert_entropy"]) == pytest.approx(np.log(4) / np.log(40), rel=1e-2)
+    assert float(layers["expert_entropy"]) == pytest.approx(np.log(2) / np.log(40), rel=1e-2)
+    assert float(pool["dead_expert_share"]) == pytest.approx(36 / 40)
+    assert float(layers["dead_expert_share"]) == pytest.approx(38 / 40)
+
+
+def test_collapse_says_what_went_under_its_floor():
+    even = {"expert_entropy": 0.9, "dead_expert_share": 0.1}
+    assert collapse(BalanceConfig(entropy_floor=0.5, dead_share_limit=0.5), even) is None
+    assert "entropy_floor" in str(collapse(BalanceConfig(entropy_floor=0.95), even))
+    assert "dead_share_limit" in str(collapse(BalanceConfig(dead_share_limit=0.05), even))
 
 
 @pytest.mark.parametrize(

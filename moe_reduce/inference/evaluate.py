@@ -1,5 +1,6 @@
 """Loss, perplexity and next-token accuracy of a model on any corpus."""
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -30,10 +31,11 @@ def evaluate(model: Model, data: DataConfig, batch_size: int, max_batches: int |
 
 
 def measure(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> dict[str, Any]:
-    """{loss, perplexity, accuracy, tokens; with experts counts_NE} over batches; `mesh`: the one in context, if any."""
+    """{loss, perplexity, accuracy, tokens; with experts counts_NE} over batches, on a mesh if one is given."""
     out = None if mesh is None else replicated(mesh)
     step = jax.jit(evaluator(Decoder(model.config, model.execution)), out_shardings=out)
-    sums = [jax.device_get(step(model.params, batch)) for batch in batches]
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        sums = [jax.device_get(step(model.params, batch)) for batch in batches]
     total = jax.tree.map(lambda *leaves: np.sum(np.stack(leaves), axis=0), *sums)
     return summarize(total) | {"tokens": int(total["weight"])}
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         print(f"{workdir} is done: nothing to do (a new --workdir starts again)")
         return json.loads((workdir / SUMMARY).read_text()) if (workdir / SUMMARY).exists() else {}
     tokens, _ = prepare(run.data, first_config.vocab_size)
-    with writing(workdir), jax.set_mesh(mesh):
+    with writing(workdir):  # not within the mesh: abstract initialisation runs on one token, which it could not divide
         summaries = [_first(run, mesh, tokens, workdir)]
         for number, (stage_name, stage) in enumerate(run.stages.items(), start=1):
             summaries.append(_stage(run, mesh, tokens, workdir, number, stage_name, stage))
@@ -96,7 +97,9 @@ def _model_directory(run: ReduceConfig, workdir: Path, number: int) -> Path:
 
 def _load(run: ReduceConfig, mesh: jax.sharding.Mesh, directory: Path) -> Model:
     shardings = sharding.shardings(mesh, abstract_params(read_config(directory)[0]))
-    return load(directory, run.dtype, run.execution, shardings)
+    # cast once: what trained since is kept in fp32
+    cast = run.dtype if run.dtype != "stored" and directory == Path(run.model) else None
+    return load(directory, cast, run.execution, shardings)
 
 
 def _first(run: ReduceConfig, mesh: jax.sharding.Mesh, tokens: TokenSource, workdir: Path) -> dict[str, Any]:
@@ -104,7 +107,7 @@ def _first(run: ReduceConfig, mesh: jax.sharding.Mesh, tokens: TokenSource, work
     if first_process_says((directory / SUMMARY).exists()):
         return json.loads((directory / SUMMARY).read_text())
     model = _load(run, mesh, Path(run.model))
-    summary = _summary(FIRST, "", model, run, mesh, tokens)
+    summary = {"tokens": 0} | _summary(FIRST, "", model, run, mesh, tokens)
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         disk.write_json(directory / SUMMARY, summary)
@@ -120,10 +123,13 @@ def _stage(
     print(f"-- {name}", flush=True)
     directory.mkdir(parents=True, exist_ok=True)
     source = _model_directory(run, workdir, number - 1)
-    model, first = _load(run, mesh, source), _load(run, mesh, Path(run.model))
+    model = _load(run, mesh, source)
     before = describe(model.config)["parameters"]
-    result = run_stage(stage, model, Place(run, mesh, tokens, first, directory))
-    summary = _summary(name, stage.kind, result.model, run, mesh, tokens) | result.figures
+    first_config, _ = read_config(Path(run.model))
+    place = Place(run, mesh, tokens, first_config, partial(_load, run, mesh, Path(run.model)), directory)
+    result = run_stage(stage, model, place)
+    # measured anew: what is saved may be rounded to the dtype that it was stored in
+    summary = result.figures | _summary(name, stage.kind, result.model, run, mesh, tokens)
     step = manifest.Step(
         command="reduce",
         arguments=dataclasses.asdict(stage),
@@ -150,7 +156,6 @@ def _summary(
         "kind": kind,
         **describe(model.config),
         "experts": experts_of(model.config),
-        "tokens": 0,  # trained on; what a stage knows better replaces this
         **quality(validation),
         "evaluation_seconds": time.time() - started,
     }

@@ -4,6 +4,7 @@ Letters: N layers, E experts a layer (or of the shared pool), S tokens. For an a
 g is the combine weight that the model really uses and f the raw output of the expert, before weighting.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -83,10 +84,12 @@ def sums_of(assignments: dict[str, jax.Array], weights_BT: jax.Array, experts: i
 
 
 def collect(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> Sums:
-    """Streams batches through the model, with the mesh in context, if any.
+    """Streams batches through the model, on a mesh if one is given.
 
     Raises UserError when the model has no experts or there is no batch."""
     moe = moe_of(model.config)
+    if mesh is not None and mesh.shape["tensor"] > 1:
+        raise UserError("experts are scored by their whole outputs, which mesh.tensor > 1 splits: set mesh.tensor=1")
     decoder = Decoder(model.config, model.execution)
 
     def sums(params, batch):
@@ -98,10 +101,11 @@ def collect(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> S
     step = jax.jit(sums, out_shardings=None if mesh is None else replicated(mesh))
 
     found: Sums | None = None
-    for batch in batches:
-        tokens, by_name = jax.device_get(step(model.params, batch))
-        part = Sums(int(tokens), **by_name)
-        found = part if found is None else found + part
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        for batch in batches:
+            tokens, by_name = jax.device_get(step(model.params, batch))
+            part = Sums(int(tokens), **by_name)
+            found = part if found is None else found + part
     if found is None:
         raise UserError("no tokens to score with: give a larger --data")
     return found

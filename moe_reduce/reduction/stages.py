@@ -2,11 +2,12 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -34,7 +35,8 @@ class Place:
     run: ReduceConfig
     mesh: Mesh
     tokens: TokenSource
-    first: Model  # the model that the reduction began with
+    first: ModelConfig  # of the model that the reduction began with, and
+    load_first: Callable[[], Model]  # the model itself
     directory: Path
 
 
@@ -44,13 +46,13 @@ class Result:
 
     model: Model
     kept_experts: Home | None = None
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=lambda: {"tokens": 0})  # trained on, and what else there is to say
 
 
 def run_stage(stage: Stage, model: Model, place: Place) -> Result:
     """Applies one stage."""
     if isinstance(stage, PoolStage):
-        return _pool(stage, model)
+        return _pool(stage, model, place.run.train.seed)
     if isinstance(stage, PruneStage):
         return _prune(stage, model, place)
     return _tune(stage, model, place)
@@ -96,8 +98,6 @@ def _keep(stage: PruneStage, config: ModelConfig, total: int) -> int:
     """Experts to keep in each pool of the model: `keep` speaks of all experts of the first model."""
     moe = scores.moe_of(config)
     rows = 1 if moe.placement == "shared" else config.layers
-    if stage.scope == "global" and rows > 1:
-        raise UserError("layers would keep different numbers, which needs a pool first (or the command prune)")
     return -(-selection.count_of(stage.keep, total) // rows)
 
 
@@ -106,14 +106,15 @@ def _check_tune(stage: TuneStage, config: ModelConfig, first: ModelConfig) -> No
     tuning.check_components("tune", stage, abstract_params(config))
     if stage.bias_from is not None and not (moe.placement == "shared" and moe.selection_bias):
         raise UserError("bias_from needs a pool, whose layers have a selection bias: put a pool stage before")
-    if stage.objective == "router" and (moe.placement != "shared" or moe.experts != experts_of(first)):
+    one_pool = moe.placement == "shared" and scores.moe_of(first).placement == "layer"
+    if stage.objective == "router" and not (one_pool and moe.experts == experts_of(first)):
         raise UserError("objective=router compares a whole pool with the routers it came from: put it before pruning")
 
 
-def _pool(stage: PoolStage, model: Model) -> Result:
+def _pool(stage: PoolStage, model: Model, seed: int) -> Result:
     home = [pair for row in originals(model.config, model.chain) for pair in row]
     start = pooling.canonical(model) if stage.canonical else model
-    pooled = pooling.pool(start, stage.start, stage.score_function, stage.router, stage.bias, stage.offset)
+    pooled = pooling.pool(start, stage.start, stage.score_function, stage.router, stage.bias, stage.offset, seed)
     return Result(pooled, [home])
 
 
@@ -122,13 +123,14 @@ def _prune(stage: PruneStage, model: Model, place: Place) -> Result:
     sums = scores.collect(model, _calibration(stage, place), place.mesh)
     criteria = dict.fromkeys((stage.criterion, "frequency", "max_activation"))
     found = scores.scores(moe, sums, criteria, _seed(stage, place))
-    scores.write(found, place.directory / "scores.json")
+    if jax.process_index() == 0:
+        scores.write(found, place.directory / "scores.json")
     protected = selection.super_experts(found.of("max_activation")) if stage.protect_super_experts else frozenset()
-    keep = _keep(stage, model.config, experts_of(place.first.config))
+    keep = _keep(stage, model.config, experts_of(place.first))
     kept: Kept = selection.keep_by_row(found.of(stage.criterion), keep, protected)
     home = originals(model.config, model.chain)
     names = [[home[row][index] for index in indices] for row, indices in enumerate(kept)]
-    return Result(pruning.prune(model, kept), names, {"calibration_tokens": sums.tokens})
+    return Result(pruning.prune(model, kept), names, {"tokens": 0, "calibration_tokens": sums.tokens})
 
 
 def _calibration(stage: PruneStage, place: Place) -> Iterator[Any]:
@@ -149,18 +151,25 @@ def _tune(stage: TuneStage, model: Model, place: Place) -> Result:
     if stage.bias_from is not None:
         foreign_NE = foreign(model)
         params = tuning.start_annealing(params, stage, foreign_NE)
-    teacher = place.first
+    first = place.first
     if stage.objective == "router" or stage.teacher_weight > 0:
-        if any(isinstance(other, PoolStage) and other.canonical for other in run.stages.values()):
+        teacher = place.load_first()
+        if stage.objective == "router" and any(_is_canonical(other) for other in run.stages.values()):
             teacher = pooling.canonical(teacher)  # whose routers read what the pool's read
-        others = {TEACHER: teacher.params}
-    task = tuning.tuning_task(model.config, teacher.config, stage, run.execution, run.balance, foreign_NE)
+        first, others = teacher.config, {TEACHER: teacher.params}
+    task = tuning.tuning_task(model.config, first, stage, run.execution, run.balance, foreign_NE)
     job = Job(task, model.config, params, run.execution, run.data, stage.schedule(run.train), others)
     trained, figures = fit(job, place.mesh, place.tokens, place.directory)
+    # counted for training of everything, which this is not
+    figures = {name: value for name, value in figures.items() if name not in ("mfu", "train_flops_per_token")}
     dtypes = {path: leaf.dtype for path, leaf in trees.flatten(model.params).items()}
     # routers stay in fp32, in which they are computed; anything else returns to the dtype of its neighbours
     kept = trees.map_with_path(lambda path, leaf: leaf if "router" in path else leaf.astype(dtypes[path]), trained)
     return Result(dataclasses.replace(model, params=kept), None, figures)
+
+
+def _is_canonical(stage: Stage) -> bool:
+    return isinstance(stage, PoolStage) and stage.canonical
 
 
 def foreign(model: Model) -> np.ndarray:
