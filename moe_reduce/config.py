@@ -181,7 +181,7 @@ class PruneStage:
     """A stage of `reduce`: experts are scored on the training text, and the best are kept."""
 
     kind: Literal["prune"] = "prune"
-    keep: float = 1.0  # share of the experts that the first model had, or their number over all layers
+    keep: float = 1.0  # share of the first model's experts, or their number; layers keep equally many, rounded up
     criterion: str = "reap"
     protect_super_experts: bool = False
     calibration_batches: int = 16  # of train.batch_size sequences

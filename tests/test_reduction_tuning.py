@@ -97,3 +97,14 @@ def test_foreign_experts_are_those_of_other_layers(model):
     np.testing.assert_array_equal(stages.foreign(pooled), expected)
     with pytest.raises(UserError, match="which layer"):
         stages.foreign(dataclasses.replace(pooled, chain=()))
+
+
+def test_annealing_is_done_after_its_share_of_the_steps(model):
+    pooled = dataclasses.replace(pooling.pool(model), chain=CHAIN)
+    foreign = stages.foreign(pooled)
+    stage = TuneStage(steps=10, anneal_share=0.5, bias_from=4.0, bias_to=1.0)
+    task = tuning.tuning_task(pooled.config, model.config, stage, EXECUTION, BalanceConfig(), foreign)
+    params = tuning.start_annealing(pooled.params, stage, foreign)
+    for wanted in (4.0, 3.4, 2.8, 2.2, 1.6, 1.0, 1.0, 1.0):
+        np.testing.assert_allclose(params["layers"]["router_bias"], np.where(foreign, -wanted, 0.0), rtol=1e-5)
+        params = task.after_step(params, {})
