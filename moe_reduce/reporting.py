@@ -67,7 +67,8 @@ def _collect_reductions(sources: list[Path], title: str, command: str, out: Path
     rows = []
     for name, runs in ladders.items():
         tokens = sum(stage["tokens"] for stage in next(iter(groups[name].values()))["stages"])
-        cells = [_rung([run[share] for run in runs if share in run], [run[100] for run in runs]) for share in shares]
+        firsts = [one["stages"][0] for one in groups[name].values()]
+        cells = [_rung([run[share] for run in runs if share in run], firsts) for share in shares]
         rows.append([name, f"{tokens / 1e6:.1f} M", str(len(runs)), *cells])
     sizes = [_sizes([run[share] for runs in ladders.values() for run in runs if share in run]) for share in shares]
     rows.insert(0, ["parameters", "", "", *sizes])
