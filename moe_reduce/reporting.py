@@ -15,10 +15,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from moe_reduce.disk import write_json
+from moe_reduce.disk import write_json, write_text
 from moe_reduce.errors import UserError
 from moe_reduce.reduction.pictures import ladder_picture
-from moe_reduce.training.comparison import entropy
+from moe_reduce.training.comparison import entropy, save_figure
 from moe_reduce.training.metrics import read
 from moe_reduce.training.run import SUMMARY
 
@@ -32,50 +32,66 @@ POINTS = 200  # kept of each curve
 
 
 def collect(sources: Iterable[Path], title: str, command: str, out: Path) -> None:
-    """What several runs found -> out/summary.json and a picture: of training runs, or of reductions."""
-    sources = list(sources)
-    kinds = {"stages" in summary for source in sources for summary in _summaries(source)}
+    """What several runs found -> out/summary.json and pictures: of training runs, or of reductions.
+
+    A source is the workdir of a run, of a comparison (which stands for its variants), or an earlier result, so that
+    seeds of several days and machines come together. Of two runs of one model and seed, the later source is kept.
+    """
+    found = {(one.name, one.summary["seed"]): one for source in sources for one in _measured(source)}
+    groups: dict[str, list[Measured]] = {}
+    # the dense baseline, if there is one, is what gaps are measured to
+    for one in sorted(found.values(), key=lambda one: one.name != "dense"):
+        groups.setdefault(one.name, []).append(one)
+    kinds = {"stages" in one.summary for one in found.values()}
     if len(kinds) > 1:
         raise UserError("--runs are of train and of reduce: collect them apart")
-    out.mkdir(parents=True, exist_ok=True)
-    (_collect_reductions if kinds == {True} else _collect_training)(sources, title, command, out)
+    content = (_reductions if kinds == {True} else _trainings)(groups, title, out)
+    write_json(out / SUMMARY, {"title": title, "command": command} | content)
 
 
-def _summaries(source: Path) -> list[dict[str, Any]]:
-    """Of the runs below a workdir, or in an earlier result."""
+class Measured(NamedTuple):
+    """One finished run: its name, what its summary says, and the directory that this was found in."""
+
+    name: str
+    source: Path
+    summary: dict[str, Any]
+
+
+def _measured(source: Path) -> list[Measured]:
+    file = source / SUMMARY
+    own: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"runs": {}}
+    if "runs" not in own:
+        return [Measured(own["name"] or source.name, source, own)]
     inner = sorted(path.parent for path in source.glob(f"*/{SUMMARY}"))
-    own = _summary(source) if (source / SUMMARY).is_file() or not inner else None
-    if own is not None and "runs" not in own:
-        return [own]
     if inner:  # variants may each have run by itself, so they know better than the summary of all
-        return [one for workdir in inner for one in _summaries(workdir)]
-    assert own is not None
-    return [one for group in own["runs"].values() for one in group]
+        return [one for workdir in inner for one in _measured(workdir)]
+    if not own["runs"]:
+        raise UserError(f"{source} has no {SUMMARY}: give the workdirs of finished runs, or an earlier result")
+    return [Measured(name, source, run) for name, runs in own["runs"].items() for run in runs]
 
 
-def _collect_reductions(sources: list[Path], title: str, command: str, out: Path) -> None:
+def _reductions(groups: dict[str, list[Measured]], title: str, out: Path) -> dict[str, Any]:
     """A row a reduction, a column a share of the experts: loss behind it, and the share of the accuracy that is left.
 
     Several seeds: mean, and half of the range. Where a share was pruned and then recovered, the recovered model counts.
     """
-    groups: dict[str, dict[int, dict[str, Any]]] = {}
-    for source in sources:
-        for one in _summaries(source):
-            groups.setdefault(one["name"], {})[one["seed"]] = one
-    ladders = {name: [_ladder(one) for one in seeds.values()] for name, seeds in groups.items()}
+    del title
+    ladders = {name: [_ladder(one.summary) for one in runs] for name, runs in groups.items()}
     shares = sorted({share for runs in ladders.values() for run in runs for share in run}, reverse=True)
     rows = []
     for name, runs in ladders.items():
-        tokens = sum(stage["tokens"] for stage in next(iter(groups[name].values()))["stages"])
-        firsts = [one["stages"][0] for one in groups[name].values()]
+        tokens = sum(stage["tokens"] for stage in groups[name][0].summary["stages"])
+        firsts = [one.summary["stages"][0] for one in groups[name]]
         cells = [_rung([run[share] for run in runs if share in run], firsts) for share in shares]
         rows.append([name, f"{tokens / 1e6:.1f} M", str(len(runs)), *cells])
     sizes = [_sizes([run[share] for runs in ladders.values() for run in runs if share in run]) for share in shares]
-    rows.insert(0, ["parameters", "", "", *sizes])
-    ladder_picture({name: next(iter(seeds.values())) for name, seeds in groups.items()}, out / "curves.png")
-    runs = {name: [_thin(one) for one in seeds.values()] for name, seeds in groups.items()}
-    columns = ["reduction", "training tokens", "seeds", *(f"{share} %" for share in shares)]
-    write_json(out / SUMMARY, {"title": title, "command": command, "columns": columns, "rows": rows, "runs": runs})
+    out.mkdir(parents=True, exist_ok=True)
+    ladder_picture({name: runs[0].summary for name, runs in groups.items()}, out / "curves.png")
+    return {
+        "columns": ["reduction", "training tokens", "seeds", *(f"{share} %" for share in shares)],
+        "rows": [["parameters", "", "", *sizes], *rows],
+        "runs": {name: [_thin(one.summary) for one in runs] for name, runs in groups.items()},
+    }
 
 
 def _sizes(stages: list[dict[str, Any]]) -> str:
@@ -99,70 +115,31 @@ def _rung(stages: list[dict[str, Any]], firsts: list[dict[str, Any]]) -> str:
 
 
 def _thin(run: dict[str, Any]) -> dict[str, Any]:
-    """Without the expert use of every stage but the first and the last, which a picture shows."""
-    stages = [
-        stage if place in (0, len(run["stages"]) - 1) else stage | {"expert_use": None}
-        for place, stage in enumerate(run["stages"])
-    ]
-    return run | {"stages": stages}
+    """Without the use of every expert in every layer, which a run's own picture shows."""
+    return run | {"stages": [{k: v for k, v in stage.items() if k != "expert_use"} for stage in run["stages"]]}
 
 
-def _collect_training(sources: list[Path], title: str, command: str, out: Path) -> None:
-    """Runs of several seeds -> out/summary.json (a row a model), curves.jsonl (thinned) and curves.png.
-
-    A source is the workdir of a run, of a comparison (which stands for its variants), or an earlier result, so that
-    seeds of several days and machines come together. Of two runs of one model and seed, the later source is kept.
-    """
-    found: dict[tuple[str, int], Measured] = {}
-    for source in sources:
-        found |= {(one.name, one.summary["seed"]): one for one in _measured(source)}
-    groups: dict[str, list[Measured]] = {}
-    # the dense baseline, if there is one, is what gaps are measured to
-    for one in sorted(found.values(), key=lambda one: one.name != "dense"):
-        groups.setdefault(one.name, []).append(one)
+def _trainings(groups: dict[str, list[Measured]], title: str, out: Path) -> dict[str, Any]:
+    """A row a model, gaps to the first; also curves.jsonl (thinned) and curves.png."""
     first = next(iter(groups.values()))
     tokens = first[0].summary["tokens"]
-    for one in found.values():
+    for one in (one for runs in groups.values() for one in runs):
         if one.summary["tokens"] != tokens:
             seen = f"{one.summary['tokens']:,}"
             raise UserError(f"{one.name} in {one.source} saw {seen} tokens, {first[0].name} {tokens:,}")
-    curves = [one.curve for runs in groups.values() for one in runs]
-    (out / CURVES).write_text("".join(json.dumps(curve) + "\n" for curve in curves))
+    out.mkdir(parents=True, exist_ok=True)
+    curves = [_curve(one) for runs in groups.values() for one in runs]
+    write_text(out / CURVES, "".join(json.dumps(curve) + "\n" for curve in curves))
     _picture(curves, title, out / "curves.png")
     summaries = {name: [one.summary for one in runs] for name, runs in groups.items()}
     rows = [_row(name, runs, summaries[first[0].name]) for name, runs in summaries.items()]
-    content = {"title": title, "command": command, "columns": COLUMNS, "rows": rows, "runs": summaries}
-    write_json(out / SUMMARY, content)
+    return {"columns": COLUMNS, "rows": rows, "runs": summaries}
 
 
-class Measured(NamedTuple):
-    """One finished run: what its summary says and its validation curve."""
-
-    name: str
-    source: Path
-    summary: dict[str, Any]
-    curve: dict[str, Any]
-
-
-def _measured(source: Path) -> list[Measured]:
-    inner = sorted(path.parent for path in source.glob(f"*/{SUMMARY}"))
-    if inner:
-        return [one for workdir in inner for one in _measured(workdir)]
-    summary = _summary(source)
-    if "runs" not in summary:
-        name = summary["name"] or source.name
-        return [Measured(name, source, summary, _curve(name, summary, source / "metrics.jsonl"))]
-    lines = (source / CURVES).read_text().splitlines()
-    curves = {(curve["name"], curve["seed"]): curve for curve in map(json.loads, lines)}
-    return [
-        Measured(name, source, run, curves[name, run["seed"]]) for name, runs in summary["runs"].items() for run in runs
-    ]
-
-
-def _summary(workdir: Path) -> dict[str, Any]:
-    file = workdir / SUMMARY
+def _summary(directory: Path) -> dict[str, Any]:
+    file = directory / SUMMARY
     if not file.is_file():
-        raise UserError(f"{workdir} has no {SUMMARY}: give the workdirs of finished runs, or an earlier result")
+        raise UserError(f"{directory} has no {SUMMARY}: make it with moe-reduce report --runs")
     return json.loads(file.read_text())
 
 
@@ -195,13 +172,17 @@ def _spread(values: list[float], sign: bool = False, digits: int = 4) -> str:
     return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 
-def _curve(name: str, run: dict[str, Any], metrics: Path) -> dict[str, Any]:
+def _curve(one: Measured) -> dict[str, Any]:
     """Validation loss against tokens, and the FLOPs a token that turn them into FLOPs."""
-    lines = [line for line in read(metrics) if line["split"] == "validation"]
+    run = one.summary
+    if (one.source / CURVES).is_file():  # an earlier result has no metrics any more
+        kept = [json.loads(line) for line in (one.source / CURVES).read_text().splitlines()]
+        return next(curve for curve in kept if (curve["name"], curve["seed"]) == (one.name, run["seed"]))
+    lines = [line for line in read(one.source / "metrics.jsonl") if line["split"] == "validation"]
     lines = lines[:: max(1, len(lines) // POINTS)]
     per_step = run["tokens"] / run["steps"]
     return {
-        "name": name,
+        "name": one.name,
         "seed": run["seed"],
         "train_flops_per_token": run["train_flops_per_token"],
         "tokens": [round(line["step"] * per_step) for line in lines],
@@ -223,9 +204,7 @@ def _picture(curves: list[dict[str, Any]], title: str, file: Path) -> None:
     for axes in (by_tokens, by_flops):
         axes.grid(alpha=0.3)
     by_tokens.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    save_figure(figure, file)
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -69,8 +69,6 @@ def check_reduce(run: "ReduceConfig") -> None:
 
 
 def _check_stage(path: str, stage: "Stage", run: "ReduceConfig") -> None:
-    if stage.kind == "pool" and stage.bias is not None and stage.start != "lossless":
-        raise UserError(f"{path}.bias is for start=lossless")
     if stage.kind == "prune":
         positive(path, stage, "keep", "calibration_batches")
     if stage.kind == "tune":

@@ -183,7 +183,7 @@ def test_routers_learn_from_the_first_model(tmp_path):
     ("override", "part"),
     [
         ("--config.model=", "model is empty"),
-        ("--config.model=nowhere", "nowhere is not a model directory"),
+        ("--config.model=nowhere", "nowhere is not a directory"),
         ("--config.order=pool,melt", "must name stages"),
         ("--config.order=pool,pool", "each once"),
         ("--config.stages.pool.kind=melt", "stages.pool.kind"),

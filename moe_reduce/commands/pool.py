@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from moe_reduce.commands import transforming
+from moe_reduce.config import PoolStage, to_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,14 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the pooled model and returns its path."""
     model = transforming.read(arguments, overrides)
-    from moe_reduce.reduction import pooling
-    from moe_reduce.reduction.files import originals
+    from moe_reduce.reduction.stages import pool_experts
 
-    pooling.check_poolable(model.config)
-    names = ("start", "score_function", "router", "bias", "offset", "seed")
-    settings = {name: getattr(arguments, name) for name in names}
-    start = model if arguments.no_canonical else pooling.canonical(model)
-    pooled = pooling.pool(start, **settings)
-    kept = [pair for row in originals(model.config, model.chain) for pair in row]
-    settings |= {"canonical": not arguments.no_canonical}
-    return transforming.write(arguments, model, pooled, settings, kept_experts=[kept])
+    names = ("start", "score_function", "router", "bias", "offset")
+    stage = PoolStage(canonical=not arguments.no_canonical, **{name: getattr(arguments, name) for name in names})
+    result = pool_experts(stage, model, arguments.seed)
+    settings = to_dict(stage) | {"seed": arguments.seed}
+    return transforming.write(arguments, model, result.model, settings, result.kept_experts)

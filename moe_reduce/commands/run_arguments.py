@@ -1,10 +1,13 @@
 """What the commands share that run a configuration in a workdir: train and reduce."""
 
 import argparse
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from moe_reduce.commands import config_file
+from moe_reduce.disk import write_json
 from moe_reduce.errors import UserError
 
 T = TypeVar("T")
@@ -21,14 +24,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--process", type=int, help="index of this process")
 
 
-def check_workdir(workdir: Path) -> None:
-    """Raises UserError for an address that is no path."""
+def run_each(
+    arguments: argparse.Namespace,
+    overrides: list[str],
+    reader: Callable[[dict[str, Any]], T],
+    run_one: Callable[[T, Path, str], None],
+    show: Callable[[dict[str, dict[str, Any]], Path], None],
+) -> Path:
+    """Runs what the configuration describes, one after the other; returns the path of summary.json.
+
+    run_one(run, its workdir, its name). show(summaries of all that is done, by name; workdir) prints and draws.
+    """
+    workdir: Path = arguments.workdir
+    _check_workdir(workdir)
+    described = config_file.read(arguments.config, overrides, reader)
+    runs = _chosen(described, arguments.variant)
+    import jax
+
+    _join_processes(arguments)
+    from moe_reduce.training import checkpoints
+    from moe_reduce.training.run import SUMMARY
+
+    checkpoints.quiet_failures()
+    for name, run in runs.items():
+        if name:
+            print(f"== {name}", flush=True)
+        run_one(run, workdir / name, name)
+    if jax.process_index() == 0:
+        files = {name: workdir / name / SUMMARY for name in described}
+        done = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+        show(done, workdir)
+        if "" not in runs:
+            write_json(workdir / SUMMARY, {"runs": list(done.values())})
+    return workdir / SUMMARY
+
+
+def _check_workdir(workdir: Path) -> None:
     if ":/" in str(workdir):
         raise UserError(f"--workdir={workdir} must be on a disk: mount the bucket, and give its path")
 
 
-def chosen(runs: dict[str, T], variants: list[str] | None) -> dict[str, T]:
-    """The runs that --variant names, or all; raises UserError when one is unknown."""
+def _chosen(runs: dict[str, T], variants: list[str] | None) -> dict[str, T]:
     unknown = sorted(set(variants or ()) - set(runs))
     if unknown:
         known = ", ".join(name for name in runs if name) or "this configuration has none"
@@ -36,8 +72,7 @@ def chosen(runs: dict[str, T], variants: list[str] | None) -> dict[str, T]:
     return {name: run for name, run in runs.items() if not variants or name in variants}
 
 
-def join_processes(arguments: argparse.Namespace) -> None:
-    """Connects the processes of a run on several hosts; raises UserError when they are half named."""
+def _join_processes(arguments: argparse.Namespace) -> None:
     import jax
 
     places = (arguments.coordinator, arguments.processes, arguments.process)

@@ -1,12 +1,11 @@
 """moe-reduce train: pretrain the model of a configuration, or several side by side, and print the comparison."""
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
-from moe_reduce.commands import config_file, run_arguments
-from moe_reduce.config import run_from_dict
-from moe_reduce.disk import write_json
+from moe_reduce.commands import run_arguments
+from moe_reduce.config import RunConfig, run_from_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,25 +15,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Runs the command; returns the path of summary.json."""
-    run_arguments.check_workdir(arguments.workdir)
-    described = config_file.read(arguments.config, overrides, run_from_dict)
-    runs = run_arguments.chosen(described, arguments.variant)
-    import jax
+    return run_arguments.run_each(arguments, overrides, run_from_dict, _train, _show)
 
-    run_arguments.join_processes(arguments)
-    from moe_reduce.training import checkpoints, comparison
-    from moe_reduce.training.run import SUMMARY, train
 
-    checkpoints.quiet_failures()
-    for name, config in runs.items():
-        if name:
-            print(f"== {name}", flush=True)
-        train(config, arguments.workdir / name, name)
-    if jax.process_index() == 0:
-        done = {name: arguments.workdir / name for name in described if (arguments.workdir / name / SUMMARY).exists()}
-        summaries = [json.loads((workdir / SUMMARY).read_text()) for workdir in done.values()]
-        print(comparison.table(summaries))
-        comparison.plot(done, arguments.workdir / "loss.png")
-        if "" not in runs:
-            write_json(arguments.workdir / SUMMARY, {"runs": summaries})
-    return arguments.workdir / SUMMARY
+def _train(config: RunConfig, workdir: Path, name: str) -> None:
+    from moe_reduce.training.run import train
+
+    train(config, workdir, name)
+
+
+def _show(summaries: dict[str, dict[str, Any]], workdir: Path) -> None:
+    from moe_reduce.training import comparison
+
+    print(comparison.table(list(summaries.values())))
+    comparison.plot({name: workdir / name for name in summaries}, workdir / "loss.png")

@@ -1,6 +1,5 @@
 """Loss, perplexity and next-token accuracy of a model on any corpus."""
 
-import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from moe_reduce.models.decoder import Decoder
 from moe_reduce.storage.model import Model
 from moe_reduce.training.loop import summarize
 from moe_reduce.training.losses import evaluator
-from moe_reduce.training.sharding import replicated
+from moe_reduce.training.sharding import compiled
 
 
 def evaluate(model: Model, data: DataConfig, batch_size: int, max_batches: int | None) -> dict[str, Any]:
@@ -32,10 +31,8 @@ def evaluate(model: Model, data: DataConfig, batch_size: int, max_batches: int |
 
 def measure(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> dict[str, Any]:
     """{loss, perplexity, accuracy, tokens; with experts counts_NE} over batches, on a mesh if one is given."""
-    out = None if mesh is None else replicated(mesh)
-    step = jax.jit(evaluator(Decoder(model.config, model.execution)), out_shardings=out)
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        sums = [jax.device_get(step(model.params, batch)) for batch in batches]
+    step = compiled(evaluator(Decoder(model.config, model.execution)), mesh)
+    sums = [jax.device_get(step(model.params, batch)) for batch in batches]
     total = jax.tree.map(lambda *leaves: np.sum(np.stack(leaves), axis=0), *sums)
     return summarize(total) | {"tokens": int(total["weight"])}
 

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from moe_reduce.reduction.scores import Scores
-from moe_reduce.training.comparison import entropy
+from moe_reduce.training.comparison import entropy, save_figure
 
 Summary = dict[str, Any]
 
@@ -22,7 +22,7 @@ def score_pictures(found: Scores, stem: Path) -> None:
     for axes, (name, values) in zip(panels[0], found.scores.items(), strict=True):
         axes.hist(values.reshape(-1), bins=50)
         axes.set(title=name, xlabel="score", ylabel="experts")
-    _save(figure, stem.with_name(f"{stem.name}-histogram.png"))
+    save_figure(figure, stem.with_name(f"{stem.name}-histogram.png"))
     rows = 2 * count if found.counts_by_layer is not None else count
     figure, panels = plt.subplots(rows, 1, figsize=(10, 2.2 * rows), squeeze=False)
     for axes, (name, values) in zip(panels[:count, 0], found.scores.items(), strict=True):
@@ -36,7 +36,7 @@ def score_pictures(found: Scores, stem: Path) -> None:
         figure.colorbar(image, ax=axes)
         for unused in panels[count + 1 :, 0]:
             unused.remove()
-    _save(figure, stem.with_name(f"{stem.name}-map.png"))
+    save_figure(figure, stem.with_name(f"{stem.name}-map.png"))
 
 
 def ladder_picture(summaries: dict[str, Summary], file: Path) -> None:
@@ -55,7 +55,7 @@ def ladder_picture(summaries: dict[str, Summary], file: Path) -> None:
     axes.set(xlabel="experts kept (%)", ylabel="validation loss (nats a token)", xlim=(105, 0))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def reduction_picture(stages: list[Summary], file: Path) -> None:
@@ -83,7 +83,7 @@ def reduction_picture(stages: list[Summary], file: Path) -> None:
         )
     panels[1, 2].set(xlabel="layers that an expert serves", ylabel="share of the experts")
     panels[1, 2].legend(fontsize=8)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def _is_pool(stage: Summary) -> bool:
@@ -101,9 +101,3 @@ def _steps(axes, names: list[str], values: list[Any], label: str, line: str | No
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
     axes.set(ylabel=label)
     axes.grid(alpha=0.3)
-
-
-def _save(figure, file: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)

@@ -88,7 +88,7 @@ def pool(
     sigmoid scores, added to each layer's own. Raises UserError when the model has no per-layer experts, or when its
     weights are not renormalised over the chosen, which no pool can reproduce.
     """
-    check_poolable(model.config)
+    check_poolable(model.config, start, bias)
     flat = trees.flatten(model.params)
     trees.select(model.params, r"layers/(experts/(gate|up|down)|router/weight)", expect=4)
     layers, _, experts = flat["layers/router/weight"].shape
@@ -158,9 +158,11 @@ def _moe(config: ModelConfig) -> MoEConfig:
     return config.moe
 
 
-def check_poolable(config: ModelConfig) -> None:
-    """Raises UserError when no pool computes what this model computes."""
+def check_poolable(config: ModelConfig, start: Start = "lossless", bias: float | None = None) -> None:
+    """Raises UserError when no pool computes what this model computes, or when nothing would read the bias."""
     _check_layers(config)
+    if bias is not None and start != "lossless":
+        raise UserError(f"a bias is for the lossless start, and this one is {start}: leave one of them out")
     if not _moe(config).normalize:
         raise UserError(
             "the weights of this model are not renormalised over the chosen experts (norm_topk_prob is false), which "

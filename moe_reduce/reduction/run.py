@@ -1,7 +1,6 @@
 """A reduction: stage after stage, each resumable, each with a model directory, figures and a place in the chain."""
 
 import dataclasses
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -26,10 +25,10 @@ from moe_reduce.training import sharding, steps
 from moe_reduce.training.comparison import align
 from moe_reduce.training.run import (
     SUMMARY,
-    claim,
+    begin,
     describe,
     finish,
-    first_process_says,
+    finished,
     machine,
     quality,
     writing,
@@ -49,10 +48,9 @@ def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     for _, config in [("", first_config), *configurations(first_config, run)]:
         check_mesh(run.mesh, config)
         sharding.shardings(mesh, abstract_params(config))
-    claim(workdir, to_dict(run))
-    if first_process_says((workdir / SUMMARY).exists()):
-        print(f"{workdir} is done: nothing to do (a new --workdir starts again)")
-        return json.loads((workdir / SUMMARY).read_text()) if (workdir / SUMMARY).exists() else {}
+    done = begin(workdir, to_dict(run))
+    if done is not None:
+        return done
     tokens, _ = prepare(run.data, first_config.vocab_size)
     with writing(workdir):  # not within the mesh: abstract initialisation runs on one token, which it could not divide
         summaries = [_first(run, mesh, tokens, workdir)]
@@ -84,15 +82,14 @@ def _resolved(run: ReduceConfig) -> ReduceConfig:
     )
 
 
-def stage_directory(workdir: Path, number: int, name: str) -> Path:
-    """Where a stage of a reduction lives; 0 is the model that it began with."""
+def _stage_directory(workdir: Path, number: int, name: str) -> Path:
     return workdir / f"{number:02d}-{name}"
 
 
 def _model_directory(run: ReduceConfig, workdir: Path, number: int) -> Path:
     if number == 0:
         return Path(run.model)
-    return stage_directory(workdir, number, list(run.stages)[number - 1]) / "model"
+    return _stage_directory(workdir, number, list(run.stages)[number - 1]) / "model"
 
 
 def _load(run: ReduceConfig, mesh: jax.sharding.Mesh, directory: Path) -> Model:
@@ -103,9 +100,10 @@ def _load(run: ReduceConfig, mesh: jax.sharding.Mesh, directory: Path) -> Model:
 
 
 def _first(run: ReduceConfig, mesh: jax.sharding.Mesh, tokens: TokenSource, workdir: Path) -> dict[str, Any]:
-    directory = stage_directory(workdir, 0, FIRST)
-    if first_process_says((directory / SUMMARY).exists()):
-        return json.loads((directory / SUMMARY).read_text())
+    directory = _stage_directory(workdir, 0, FIRST)
+    done = finished(directory)
+    if done is not None:
+        return done
     model = _load(run, mesh, Path(run.model))
     summary = {"tokens": 0} | _summary(FIRST, "", model, run, mesh, tokens)
     if jax.process_index() == 0:
@@ -117,9 +115,10 @@ def _first(run: ReduceConfig, mesh: jax.sharding.Mesh, tokens: TokenSource, work
 def _stage(
     run: ReduceConfig, mesh: jax.sharding.Mesh, tokens: TokenSource, workdir: Path, number: int, name: str, stage: Stage
 ) -> dict[str, Any]:
-    directory = stage_directory(workdir, number, name)
-    if first_process_says((directory / SUMMARY).exists()):
-        return json.loads((directory / SUMMARY).read_text())
+    directory = _stage_directory(workdir, number, name)
+    done = finished(directory)
+    if done is not None:
+        return done
     print(f"-- {name}", flush=True)
     directory.mkdir(parents=True, exist_ok=True)
     source = _model_directory(run, workdir, number - 1)
@@ -178,9 +177,3 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
             ]
             rows.append((f"{name} {stage['name']}".strip(), cells))
     return align(rows)
-
-
-def check_directory(model: str) -> None:
-    """Raises UserError when there is no model where the configuration says."""
-    if not (Path(model) / "config.json").is_file():
-        raise UserError(f"model={model} is not a model directory: give one that exists, as --config.model=DIR")

@@ -4,7 +4,6 @@ Letters: N layers, E experts a layer (or of the shared pool), S tokens. For an a
 g is the combine weight that the model really uses and f the raw output of the expert, before weighting.
 """
 
-import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder
 from moe_reduce.storage.model import Model
 from moe_reduce.training.losses import decoder_inputs
-from moe_reduce.training.sharding import replicated
+from moe_reduce.training.sharding import compiled
 
 CRITERIA = (
     "reap",  # mean of g·‖f‖₂ over the tokens routed to the expert
@@ -98,14 +97,13 @@ def collect(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> S
         by_name = jax.vmap(lambda layer: sums_of(layer, batch["weights"], moe.experts))(routed)
         return jnp.sum(batch["weights"] > 0), by_name
 
-    step = jax.jit(sums, out_shardings=None if mesh is None else replicated(mesh))
+    step = compiled(sums, mesh)
 
     found: Sums | None = None
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        for batch in batches:
-            tokens, by_name = jax.device_get(step(model.params, batch))
-            part = Sums(int(tokens), **by_name)
-            found = part if found is None else found + part
+    for batch in batches:
+        tokens, by_name = jax.device_get(step(model.params, batch))
+        part = Sums(int(tokens), **by_name)
+        found = part if found is None else found + part
     if found is None:
         raise UserError("no tokens to score with: give a larger --data")
     return found

@@ -52,7 +52,7 @@ class Result:
 def run_stage(stage: Stage, model: Model, place: Place) -> Result:
     """Applies one stage."""
     if isinstance(stage, PoolStage):
-        return _pool(stage, model, place.run.train.seed)
+        return pool_experts(stage, model, place.run.train.seed)
     if isinstance(stage, PruneStage):
         return _prune(stage, model, place)
     return _tune(stage, model, place)
@@ -81,7 +81,7 @@ def experts_of(config: ModelConfig) -> int:
 def _after(stage: Stage, config: ModelConfig, total: int) -> ModelConfig:
     moe = scores.moe_of(config)
     if isinstance(stage, PoolStage):
-        pooling.check_poolable(config)
+        pooling.check_poolable(config, stage.start, stage.bias)
         if stage.canonical:
             config = dataclasses.replace(config, moe=dataclasses.replace(moe, output_gain=True))
         return pooling.pooled_config(config, experts_of(config), stage.router, stage.score_function)
@@ -111,7 +111,8 @@ def _check_tune(stage: TuneStage, config: ModelConfig, first: ModelConfig) -> No
         raise UserError("objective=router compares a whole pool with the routers it came from: put it before pruning")
 
 
-def _pool(stage: PoolStage, model: Model, seed: int) -> Result:
+def pool_experts(stage: PoolStage, model: Model, seed: int) -> Result:
+    """One pool of all experts, in canonical form if the stage says so. seed: of a random start."""
     home = [pair for row in originals(model.config, model.chain) for pair in row]
     start = pooling.canonical(model) if stage.canonical else model
     pooled = pooling.pool(start, stage.start, stage.score_function, stage.router, stage.bias, stage.offset, seed)

@@ -16,7 +16,7 @@ from moe_reduce import planning, trees
 from moe_reduce.config import BalanceConfig, ExecutionConfig, ModelConfig, TuneStage
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder
-from moe_reduce.training.losses import balance_terms, collapse, decoder_inputs, evaluator, mean_nll
+from moe_reduce.training.losses import collapse, decoder_inputs, evaluator, predict
 from moe_reduce.training.task import TEACHER, Batch, Params, Task, never, no_change
 
 BIAS = "layers/router_bias"
@@ -63,28 +63,21 @@ def check_components(path: str, stage: TuneStage, params: trees.Tree) -> None:
 
 def _split(params: Params) -> tuple[Params, Params]:
     """(the model's own leaves, the first model's)."""
-    own = {name: branch for name, branch in params.items() if name != TEACHER}
-    (first,) = [branch for name, branch in params.items() if name == TEACHER] or [{}]
-    return own, first
+    own = dict(params)
+    return own, own.pop(TEACHER, {})
 
 
 def _language_model_loss(
     decoder: Decoder, teacher: Decoder, teacher_weight: float, balance: BalanceConfig, params: Params, batch: Batch
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     own, first = _split(params)
-    logits_BTV, sown = decoder.apply({"params": own}, *decoder_inputs(batch), mutable=["intermediates"])
-    nll = mean_nll(logits_BTV, batch)
-    total, metrics = nll, {"loss": nll}
-    if teacher_weight > 0:
-        wanted: Any = teacher.apply({"params": first}, *decoder_inputs(batch))
-        divergence = mean_divergence(jax.lax.stop_gradient(wanted), logits_BTV, batch)
-        total = (1 - teacher_weight) * nll + teacher_weight * divergence
-        metrics["teacher_divergence"] = divergence
-    moe = decoder.config.moe
-    if moe is None:
-        return total, metrics
-    penalty, statistics = balance_terms(sown["intermediates"]["layers"]["routing"], balance, moe.placement == "shared")
-    return total + penalty, metrics | statistics
+    logits_BTV, penalty, metrics = predict(decoder, balance, own, batch)
+    if teacher_weight == 0:
+        return metrics["loss"] + penalty, metrics
+    wanted: Any = teacher.apply({"params": first}, *decoder_inputs(batch))
+    divergence = mean_divergence(jax.lax.stop_gradient(wanted), logits_BTV, batch)
+    total = (1 - teacher_weight) * metrics["loss"] + teacher_weight * divergence
+    return total + penalty, metrics | {"teacher_divergence": divergence}
 
 
 def mean_divergence(wanted_BTV: jax.Array, found_BTV: jax.Array, batch: Batch) -> jax.Array:

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from moe_reduce.training.metrics import read
 
@@ -88,8 +89,13 @@ def plot(workdirs: dict[str, Path], file: Path) -> None:
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
+    save_figure(figure, file)
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """As PNG, whole or not at all; the figure is closed."""
     figure.tight_layout()
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
+    figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
     temporary.replace(file)

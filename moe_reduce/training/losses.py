@@ -19,13 +19,8 @@ def language_model_task(model: ModelConfig, execution: ExecutionConfig, balance:
     decoder = Decoder(model, execution)
 
     def loss(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits_BTV, sown = decoder.apply({"params": params}, *decoder_inputs(batch), mutable=["intermediates"])
-        nll = mean_nll(logits_BTV, batch)
-        if model.moe is None:
-            return nll, {"loss": nll}
-        routing = sown["intermediates"]["layers"]["routing"]
-        penalty, metrics = balance_terms(routing, balance, model.moe.placement == "shared")
-        return nll + penalty, {"loss": nll} | metrics
+        _, penalty, metrics = predict(decoder, balance, params, batch)
+        return metrics["loss"] + penalty, metrics
 
     def after_step(params: Params, metrics: dict[str, jax.Array]) -> Params:
         return move_bias(params, metrics["counts_NE"], balance)
@@ -36,6 +31,21 @@ def language_model_task(model: ModelConfig, execution: ExecutionConfig, balance:
         after_step=after_step if balance.bias_rate > 0 else no_change,
         stop=partial(collapse, balance) if model.moe else never,
     )
+
+
+def predict(
+    decoder: Decoder, balance: BalanceConfig, params: Params, batch: Batch
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """(logits_BTV, the balancing penalty, metrics of which `loss` is the mean negative log likelihood)."""
+    logits_BTV, sown = decoder.apply({"params": params}, *decoder_inputs(batch), mutable=["intermediates"])
+    assert isinstance(logits_BTV, jax.Array)
+    metrics = {"loss": mean_nll(logits_BTV, batch)}
+    moe = decoder.config.moe
+    if moe is None:
+        return logits_BTV, jnp.zeros(()), metrics
+    routing = sown["intermediates"]["layers"]["routing"]
+    penalty, statistics = balance_terms(routing, balance, moe.placement == "shared")
+    return logits_BTV, penalty, metrics | statistics
 
 
 def decoder_inputs(batch: Batch) -> tuple[Any, Any, Any]:

@@ -54,10 +54,9 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     mesh = sharding.make_mesh(run.mesh)
     sharding.shardings(mesh, abstract_params(run.model))  # refused before anything is prepared
     steps.check_batch(mesh, run.train)
-    claim(workdir, to_dict(run))
-    if first_process_says((workdir / SUMMARY).exists()):
-        print(f"{workdir} is done: nothing to do (a new --workdir starts again)")
-        return json.loads((workdir / SUMMARY).read_text()) if (workdir / SUMMARY).exists() else {}
+    done = begin(workdir, to_dict(run))
+    if done is not None:
+        return done
     tokens, _ = prepare(run.data, run.model.vocab_size)
     job = Job(
         language_model_task(run.model, run.execution, run.balance),
@@ -134,11 +133,24 @@ def writing(workdir: Path) -> contextlib.AbstractContextManager[None]:
     return disk.writing(f"below {workdir}", "free some space, then run the same command again to go on")
 
 
-def first_process_says(value: bool) -> bool:
-    """The first process's value on all: disks differ, or show each other's files late, and all must do the same."""
-    if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+def begin(workdir: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """Claims the workdir; says so, and returns the summary, when its run is done already."""
+    claim(workdir, wanted)
+    done = finished(workdir)
+    if done is not None:
+        print(f"{workdir} is done: nothing to do (a new --workdir starts again)")
+    return done
+
+
+def finished(workdir: Path) -> dict[str, Any] | None:
+    """The summary of a run that is done, {} where only the first process's disk has it; None while it is not."""
+    file = workdir / SUMMARY
+    done = file.exists()
+    if jax.process_count() > 1:  # disks differ, or show each other's files late, and all must do the same
+        done = bool(multihost_utils.broadcast_one_to_all(np.asarray(done)))
+    if not done:
+        return None
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def claim(workdir: Path, wanted: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -102,6 +103,19 @@ def to_host(mesh: Mesh, params: trees.Tree) -> dict[str, Any]:
         return np.concatenate(list(pieces))
 
     return trees.map_with_path(whole, params)
+
+
+def compiled(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """The function under jit; on a mesh, if there is one, with results that are whole on every device."""
+    if mesh is None:
+        return jax.jit(function)
+    on_mesh = jax.jit(function, out_shardings=replicated(mesh))
+
+    def call(*arguments: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return on_mesh(*arguments)
+
+    return call
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
