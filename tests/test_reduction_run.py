@@ -217,6 +217,25 @@ def test_mistakes_are_one_line(tmp_path, capsys, override, part):
     assert part in line
 
 
+def test_variants_share_what_they_begin_with(finished, tmp_path, capsys):
+    """A variant links the stages that a variant beside it has done from the same beginning, and no others."""
+    file = finished / "config.py"
+    assert _reduce(file, tmp_path / "one", "--config.order=pool,anneal") == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    capsys.readouterr()
+    assert _reduce(file, tmp_path / "two", "--config.order=pool,anneal,prune_50") == 0
+    out = capsys.readouterr().out
+    assert "01-pool is that of" in out
+    assert "02-anneal is that of" in out
+    assert "03-prune_50 is that of" not in out
+    left, right = (moe_reduce.load(place / "03-prune_50/model") for place in (finished / "run", tmp_path / "two"))
+    assert_close(left.params, right.params)
+    assert _reduce(file, tmp_path / "three", "--config.order=pool,anneal", "--config.stages.anneal.bias_from=3.0") == 0
+    out = capsys.readouterr().out
+    assert "01-pool is that of" in out
+    assert "02-anneal is that of" not in out
+
+
 def test_another_configuration_is_refused(finished, capsys):
     assert _reduce(finished / "config.py", finished / "run", "--config.stages.prune_50.keep=0.75") == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,6 +1,9 @@
 """A reduction: stage after stage, each resumable, each with a model directory, figures and a place in the chain."""
 
 import dataclasses
+import json
+import os
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -116,6 +119,8 @@ def _stage(
     run: ReduceConfig, mesh: jax.sharding.Mesh, tokens: TokenSource, workdir: Path, number: int, name: str, stage: Stage
 ) -> dict[str, Any]:
     directory = _stage_directory(workdir, number, name)
+    if jax.process_index() == 0:
+        _take_over(run, workdir, number)
     done = finished(directory)
     if done is not None:
         return done
@@ -125,7 +130,7 @@ def _stage(
     model = _load(run, mesh, source)
     before = describe(model.config)["parameters"]
     first_config, _ = read_config(Path(run.model))
-    place = Place(run, mesh, tokens, first_config, partial(_load, run, mesh, Path(run.model)), directory)
+    place = Place(run, name, mesh, tokens, first_config, partial(_load, run, mesh, Path(run.model)), directory)
     result = run_stage(stage, model, place)
     # measured anew: what is saved may be rounded to the dtype that it was stored in
     summary = result.figures | _summary(name, stage.kind, result.model, run, mesh, tokens)
@@ -141,6 +146,37 @@ def _stage(
     whole = sharding.to_host(mesh, result.model.params)
     finish(directory, dataclasses.replace(result.model, params=whole), step, summary)
     return summary
+
+
+def _take_over(run: ReduceConfig, workdir: Path, number: int) -> None:
+    """A stage that a variant beside this one has done, from the same beginning, is not done again but linked."""
+    directory = _stage_directory(workdir, number, list(run.stages)[number - 1])
+    beginning = _beginning(to_dict(run), number)
+    for config in sorted(workdir.parent.glob("*/config.json")):
+        done = config.parent / directory.name
+        if directory.exists() or not (done / SUMMARY).is_file():
+            continue
+        if _beginning(json.loads(config.read_text()), number) == beginning:
+            print(f"-- {directory.name} is that of {config.parent}", flush=True)
+            with disk.temporary_beside(directory) as unfinished:
+                # what is finished is only ever replaced, never changed in place
+                whole = unfinished / directory.name
+                shutil.copytree(done, whole, copy_function=_link, ignore=shutil.ignore_patterns("checkpoints"))
+                whole.rename(directory)
+
+
+def _beginning(run: dict[str, Any], number: int) -> Any:
+    """What decides the outcome of the first stages of a reduction, of nested values as in config.json."""
+    order = run["order"].split(",")[:number] if "order" in run else None
+    rest = {key: value for key, value in run.items() if key not in ("order", "stages")}
+    return rest, order, [run["stages"][name] for name in order] if order and "stages" in run else None
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a disk that has no links
+        shutil.copy2(source, target)
 
 
 def _summary(

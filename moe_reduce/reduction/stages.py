@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +31,10 @@ Home = list[list[list[int]]]  # of each expert of each row, its layer and index 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stage runs: the reduction that it belongs to, and a directory of its own."""
+    """Where a stage runs: the reduction that it belongs to, its name there, and a directory of its own."""
 
     run: ReduceConfig
+    name: str
     mesh: Mesh
     tokens: TokenSource
     first: ModelConfig  # of the model that the reduction began with, and
@@ -123,7 +125,7 @@ def _prune(stage: PruneStage, model: Model, place: Place) -> Result:
     moe: MoEConfig = scores.moe_of(model.config)
     sums = scores.collect(model, _calibration(stage, place), place.mesh)
     criteria = dict.fromkeys((stage.criterion, "frequency", "max_activation"))
-    found = scores.scores(moe, sums, criteria, _seed(stage, place))
+    found = scores.scores(moe, sums, criteria, _seed(place, stage.seed))
     if jax.process_index() == 0:
         scores.write(found, place.directory / "scores.json")
     protected = selection.super_experts(found.of("max_activation")) if stage.protect_super_experts else frozenset()
@@ -137,13 +139,14 @@ def _prune(stage: PruneStage, model: Model, place: Place) -> Result:
 def _calibration(stage: PruneStage, place: Place) -> Iterator[Any]:
     run = place.run
     share = sharding.batch_share(place.mesh)
-    # never the order that training reads
-    batches = train_batches(place.tokens, run.data, run.train.batch_size, 1000 + _seed(stage, place), *share)
+    batches = train_batches(place.tokens, run.data, run.train.batch_size, _seed(place, stage.seed), *share)
     return (sharding.put_batch(place.mesh, batch) for batch in itertools.islice(batches, stage.calibration_batches))
 
 
-def _seed(stage: PruneStage, place: Place) -> int:
-    return place.run.train.seed + stage.seed
+def _seed(place: Place, added: int = 0) -> int:
+    """Of the text that a stage reads: another for each stage, and the same for stages of one name in all variants."""
+    words = [place.run.train.seed + added, zlib.crc32(place.name.encode())]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 def _tune(stage: TuneStage, model: Model, place: Place) -> Result:
@@ -159,7 +162,8 @@ def _tune(stage: TuneStage, model: Model, place: Place) -> Result:
             teacher = pooling.canonical(teacher)  # whose routers read what the pool's read
         first, others = teacher.config, {TEACHER: teacher.params}
     task = tuning.tuning_task(model.config, first, stage, run.execution, run.balance, foreign_NE)
-    job = Job(task, model.config, params, run.execution, run.data, stage.schedule(run.train), others)
+    schedule = dataclasses.replace(stage.schedule(run.train), seed=_seed(place))
+    job = Job(task, model.config, params, run.execution, run.data, schedule, others)
     trained, figures = fit(job, place.mesh, place.tokens, place.directory)
     # counted for training of everything, which this is not
     figures = {name: value for name, value in figures.items() if name not in ("mfu", "train_flops_per_token")}
