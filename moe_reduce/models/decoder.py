@@ -9,6 +9,7 @@ from flax.linen.initializers import ones, zeros
 from jax.sharding import PartitionSpec
 
 from moe_reduce.config import ExecutionConfig, ModelConfig
+from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.models.dispatch import Experts, Pool
 from moe_reduce.models.experts import BATCH_AXES, ExpertPool, Router, mixture_of_experts
 from moe_reduce.models.layers import Attention, Embedding, FeedForward, RMSNorm, Unembedding
@@ -38,18 +39,19 @@ class Block(nn.Module):
     execution: ExecutionConfig
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, Experts | None], positions_BT, mask_B1TT, computed, router_DE):
+    def __call__(self, carry: tuple[jax.Array, Experts | None], positions_BT, mask_B1TT, shared, router_DE):
         config, execution = self.config, self.execution
         x_BTD, masters = carry
+        computed, changes = shared
         _sow(self, "hidden", "block_input", x_BTD)
         x_BTD, normed_BTD = _attend(config, execution, x_BTD, positions_BT, mask_B1TT)
         if config.moe is None:
             y_BTD = FeedForward(config, execution, name="mlp")(normed_BTD)
         else:
             if masters is None:
-                pool = _pool(ExpertPool(config, name="experts")(), x_BTD.dtype, execution)
+                pool = _pool(ExpertPool(config, name="experts"), x_BTD.dtype, execution)
             else:
-                pool = Pool(computed, masters)
+                pool = Pool(computed, masters, changes)
             router_DE = Router(config, name="router")() if router_DE is None else router_DE
             bias_E = self.param("router_bias", zeros, (config.moe.experts,)) if config.moe.selection_bias else None
             offset = self.param("score_offset", zeros, ()) if config.moe.score_offset else None
@@ -67,8 +69,9 @@ class Block(nn.Module):
         return (shard_batch(x_BTD + y_BTD), masters), None
 
 
-def _pool(masters: Experts, dtype: jnp.dtype, execution: ExecutionConfig) -> Pool:
-    return Pool.of(masters if execution.expert_gradients else jax.lax.stop_gradient(masters), dtype)
+def _pool(experts: ExpertPool, dtype: jnp.dtype, execution: ExecutionConfig) -> Pool:
+    masters, changes = experts()
+    return Pool.of(masters if execution.expert_gradients else jax.lax.stop_gradient(masters), dtype, changes)
 
 
 def _attend(config: ModelConfig, execution: ExecutionConfig, x_BTD, positions_BT, mask_B1TT):
@@ -111,17 +114,17 @@ class Decoder(nn.Module):
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :], tokens_BT.shape)
         mask_B1TT = None if segments_BT is None else (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
-        (computed, masters), router_DE = self._shared(x_BTD.dtype)
-        (x_BTD, _), _ = self._layers()((x_BTD, masters), positions_BT, mask_B1TT, computed, router_DE)
+        (computed, masters, changes), router_DE = self._shared(x_BTD.dtype)
+        (x_BTD, _), _ = self._layers()((x_BTD, masters), positions_BT, mask_B1TT, (computed, changes), router_DE)
         x_BTD = RMSNorm(config.norm_epsilon, name="final_norm")(x_BTD)
         if config.tied_embeddings:
             return embedding.decode(x_BTD)
         return Unembedding(config, self.execution, name="unembedding")(x_BTD)
 
-    def _shared(self, dtype: jnp.dtype) -> tuple[Pool | tuple[None, None], jax.Array | None]:
+    def _shared(self, dtype: jnp.dtype) -> tuple[Pool | tuple[None, None, None], jax.Array | None]:
         moe = self.config.moe
         shared = moe is not None and moe.placement == "shared"
-        pool = _pool(ExpertPool(self.config, name="experts")(), dtype, self.execution) if shared else (None, None)
+        pool = _pool(ExpertPool(self.config, name="experts"), dtype, self.execution) if shared else (None, None, None)
         router_DE = Router(self.config, name="router")() if moe and moe.router == "shared" else None
         return pool, router_DE
 
@@ -131,7 +134,7 @@ class Decoder(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[self.execution.remat], prevent_cse=False)
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0, **dict.fromkeys(COLLECTIONS, 0)},
+            variable_axes={"params": 0, ADAPTER: 0, **dict.fromkeys(COLLECTIONS, 0)},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # type: ignore[arg-type]
             length=self.config.layers,

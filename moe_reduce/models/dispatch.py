@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from moe_reduce.config import ExecutionConfig
-from moe_reduce.models import blocks
+from moe_reduce.models import blocks, deltas
+
+Changes = dict[str, deltas.Delta]  # of an adapter, by `gate`, `up` and `down` (see models/deltas.py)
 
 
 class Experts(NamedTuple):
@@ -36,11 +38,12 @@ class Pool(NamedTuple):
 
     computed: Experts
     masters: Experts
+    changes: Changes | None = None  # what an adapter adds
 
     @classmethod
-    def of(cls, masters: Experts, dtype: jnp.dtype) -> "Pool":
-        """Masters and their copy in the compute dtype."""
-        return cls(Experts(*(jax.lax.stop_gradient(matrix.astype(dtype)) for matrix in masters)), masters)
+    def of(cls, masters: Experts, dtype: jnp.dtype, changes: Changes | None = None) -> "Pool":
+        """Masters, their copy in the compute dtype, and an adapter's changes."""
+        return cls(Experts(*(jax.lax.stop_gradient(matrix.astype(dtype)) for matrix in masters)), masters, changes)
 
 
 class Result(NamedTuple):
@@ -53,6 +56,7 @@ class Result(NamedTuple):
     maximum_SA: jax.Array  # max |f(x)|, likewise
 
 
+Grouped = Callable[[jax.Array, jax.Array], jax.Array]
 Dispatch = Callable[[jax.Array, jax.Array, jax.Array, Pool, ExecutionConfig], Result]
 
 
@@ -73,7 +77,7 @@ def _borrow_forward(pool: Pool):
 def _borrow_backward(_, cotangents):
     dmatrices, dpool = cotangents
     totals = (total + part.astype(total.dtype) for total, part in zip(dpool.masters, dmatrices, strict=True))
-    return (Pool(dpool.computed, Experts(*totals)),)
+    return (Pool(dpool.computed, Experts(*totals), dpool.changes),)
 
 
 _borrow.defvjp(_borrow_forward, _borrow_backward)
@@ -147,16 +151,52 @@ def _result(y_MD: jax.Array, weights_SA: jax.Array, order: Order, pool: Pool, dr
     )
 
 
+def _swiglu(rows: jax.Array, pool: Pool, experts: Experts, grouped: Grouped) -> jax.Array:
+    """down(silu(gate·x) · up·x) of each row's expert, with an adapter's changes.
+
+    grouped(rows, matrices) multiplies each row with the matrix of its expert.
+    """
+
+    changes = pool.changes or {}
+
+    def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        if matrix.ndim == 3:
+            return grouped(x, matrix)
+        # one for all experts, such as a fixed projection
+        return jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+
+    def linear(x: jax.Array, name: str, matrices: jax.Array) -> jax.Array:
+        y = grouped(x, matrices)
+        return y + deltas.added(x, changes[name], matrices.shape[2], multiply) if name in changes else y
+
+    hidden = jax.nn.silu(linear(rows, "gate", experts.gate_EDF)) * linear(rows, "up", experts.up_EDF)
+    return linear(hidden, "down", experts.down_EFD)
+
+
 def dispatch_blocks(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
     """Exact and dropless: only routed rows are computed, block by block (see models/blocks.py)."""
     order = sort_by_expert(experts_SA, pool.computed.gate_EDF.shape[0])
     x_MD = gather_rows(x_SD, order)
+    if pool.changes:
+        return _adapted_blocks(x_MD, weights_SA, pool, order, execution)
     masters = tuple(pool.masters) if execution.expert_gradients else ()
     grouped: Any = blocks.grouped_swiglu(
         x_MD, order.counts_E, tuple(pool.computed), masters, execution.block_rows, execution.products
     )
     y_MD, masters = grouped
-    return _result(y_MD, weights_SA, order, Pool(pool.computed, Experts(*masters) if masters else pool.masters))
+    return _result(y_MD, weights_SA, order, pool._replace(masters=Experts(*masters)) if masters else pool)
+
+
+def _adapted_blocks(x_MD, weights_SA, pool: Pool, order: Order, execution: ExecutionConfig) -> Result:
+    experts, pool = borrow(pool, execution)
+
+    def grouped(rows_MI: jax.Array, matrices_EIO: jax.Array) -> jax.Array:
+        frozen = not execution.expert_gradients and any(matrices_EIO is own for own in experts)
+        settings = (frozen, execution.block_rows, execution.products)
+        product: Any = blocks.grouped_product(rows_MI, order.counts_E, matrices_EIO, *settings)
+        return product
+
+    return _result(_swiglu(x_MD, pool, experts, grouped), weights_SA, order, pool)
 
 
 def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
@@ -167,11 +207,14 @@ def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: Executi
     # rows of experts elsewhere lie past the groups, where a kernel may leave anything
     here_M1 = (jnp.arange(x_MD.shape[0]) < jnp.sum(order.counts_E))[:, None]
 
-    def grouped(rows_MX, matrices):
-        return jnp.where(here_M1, jax.lax.ragged_dot(rows_MX, matrices, order.counts_E), 0)
+    def grouped(rows_MI, matrices_EIO):
+        return jnp.where(here_M1, jax.lax.ragged_dot(rows_MI, matrices_EIO.astype(rows_MI.dtype), order.counts_E), 0)
 
-    hidden_MF = jax.nn.silu(grouped(x_MD, experts.gate_EDF)) * grouped(x_MD, experts.up_EDF)
-    return _result(grouped(hidden_MF, experts.down_EFD), weights_SA, order, pool)
+    return _result(_swiglu(x_MD, pool, experts, grouped), weights_SA, order, pool)
+
+
+def _each_expert(rows_EXI: jax.Array, matrices_EIO: jax.Array) -> jax.Array:
+    return jnp.einsum("EXI,EIO->EXO", rows_EXI, matrices_EIO.astype(rows_EXI.dtype))
 
 
 def dispatch_capacity(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
@@ -187,10 +230,7 @@ def dispatch_capacity(x_SD, experts_SA, weights_SA, pool: Pool, execution: Execu
     slot_M = jnp.where(position_M < capacity, expert_M * capacity + position_M, count * capacity)
     x_MD = gather_rows(x_SD, order)
     buffer = jnp.zeros((count * capacity, x_SD.shape[1]), x_SD.dtype).at[slot_M].set(x_MD, mode="drop")
-    x_ECD = buffer.reshape(count, capacity, -1)
-    gate_ECF = jnp.einsum("ECD,EDF->ECF", x_ECD, experts.gate_EDF)
-    up_ECF = jnp.einsum("ECD,EDF->ECF", x_ECD, experts.up_EDF)
-    y_ECD = jnp.einsum("ECF,EFD->ECD", jax.nn.silu(gate_ECF) * up_ECF, experts.down_EFD)
+    y_ECD = _swiglu(buffer.reshape(count, capacity, -1), pool, experts, _each_expert)
     y_MD = y_ECD.reshape(count * capacity, -1).at[slot_M].get(mode="fill", fill_value=0)
     here = expert_M < count
     dropped = jnp.sum(here & (position_M >= capacity)) / jnp.maximum(jnp.sum(here), 1)
@@ -201,9 +241,7 @@ def dispatch_reference(x_SD, experts_SA, weights_SA, pool: Pool, execution: Exec
     """Every expert on every token, for tests: memory grows as E · S · F."""
     experts, pool = borrow(pool, execution)
     count = experts.gate_EDF.shape[0]
-    gate_ESF = jnp.einsum("SD,EDF->ESF", x_SD, experts.gate_EDF)
-    up_ESF = jnp.einsum("SD,EDF->ESF", x_SD, experts.up_EDF)
-    y_ESD = jnp.einsum("ESF,EFD->ESD", jax.nn.silu(gate_ESF) * up_ESF, experts.down_EFD)
+    y_ESD = _swiglu(jnp.broadcast_to(x_SD[None], (count, *x_SD.shape)), pool, experts, _each_expert)
     chosen_SAE = jax.nn.one_hot(experts_SA, count, dtype=x_SD.dtype)
     y_SAD = jnp.einsum("SAE,ESD->SAD", chosen_SAE, y_ESD)
     y_SD = jnp.einsum("SA,SAD->SD", weights_SA.astype(x_SD.dtype), y_SAD)

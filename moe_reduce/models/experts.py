@@ -6,6 +6,7 @@ parameters live, so router and pool hand out arrays and the computation takes th
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe_reduce.config import ExecutionConfig, ModelConfig, MoEConfig
-from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool, Result, borrow
+from moe_reduce.models import deltas
+from moe_reduce.models.dispatch import DISPATCHES, Changes, Experts, Pool, Result, borrow
 from moe_reduce.models.layers import normal_init, residual_std
 from moe_reduce.models.routing import route, router_logits
 
@@ -21,20 +23,22 @@ BATCH_AXES = ("data", "fsdp")
 
 
 class ExpertPool(nn.Module):
-    """The matrices of E SwiGLU experts."""
+    """The matrices of E SwiGLU experts, and what an adapter adds to them."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self) -> Experts:
+    def __call__(self) -> tuple[Experts, Changes]:
         moe = _moe(self.config)
         init = normal_init(self.config.init_std * moe.init_scale)
         init_down = normal_init(residual_std(self.config) * moe.init_scale)
-        return Experts(
+        experts = Experts(
             self.param("gate", init, (moe.experts, self.config.width, moe.width)),
             self.param("up", init, (moe.experts, self.config.width, moe.width)),
             self.param("down", init_down, (moe.experts, moe.width, self.config.width)),
         )
+        changes = {name: deltas.delta_of(self, name) for name in ("gate", "up", "down")}
+        return experts, {name: delta for name, delta in changes.items() if delta is not None}
 
 
 class Router(nn.Module):
@@ -89,24 +93,42 @@ def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: Executi
         return result.y_SD, result.pool, *result[2:]
     tokens = PartitionSpec(BATCH_AXES)
     inward, outward = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor")
+    changes = {name: _delta_specs(name, delta) for name, delta in (pool.changes or {}).items()}
     body = jax.shard_map(
         partial(_sharded_experts, execution=execution),
-        in_specs=(tokens, tokens, tokens, (inward, inward, outward)),
+        in_specs=(tokens, tokens, tokens, (inward, inward, outward), changes),
         out_specs=(tokens, PartitionSpec(), tokens, tokens),
         check_vma=False,
     )
     experts, pool = borrow(pool, execution)
-    y_BTD, dropped, norm_BTA, maximum_BTA = body(x_BTD, chosen_BTA, weights_BTA, tuple(experts))
+    y_BTD, dropped, norm_BTA, maximum_BTA = body(x_BTD, chosen_BTA, weights_BTA, tuple(experts), pool.changes or {})
     return y_BTD, pool, dropped, norm_BTA, maximum_BTA
 
 
-def _sharded_experts(x_BTD, chosen_BTA, weights_BTA, matrices, execution: ExecutionConfig):
+def _delta_specs(name: str, delta: deltas.Delta) -> Any:
+    """Where an adapter's leaves lie: with their experts, and along the hidden width as the matrix that they change."""
+    hidden_side = "in" if name == "down" else "out"
+
+    def spec(path: Any, leaf: jax.Array) -> PartitionSpec:
+        keys = [part.key for part in path]
+        axes: list[str | None] = [None] * leaf.ndim
+        if keys[-1] == "matrix" and keys[0] == hidden_side:
+            axes[-2 if name == "down" else -1] = "tensor"
+        if leaf.ndim == 3:
+            axes[0] = "expert"
+        return PartitionSpec(*axes)
+
+    return jax.tree_util.tree_map_with_path(spec, delta)
+
+
+def _sharded_experts(x_BTD, chosen_BTA, weights_BTA, matrices, changes, execution: ExecutionConfig):
     experts = Experts(*matrices)
     first = jax.lax.axis_index("expert") * experts.gate_EDF.shape[0]
     # capacity is a multiple of the mean over all experts, of which only a part is here
     factor = execution.capacity_factor / jax.lax.axis_size("expert")
     execution = dataclasses.replace(execution, capacity_factor=factor)
-    result = local_experts(x_BTD, chosen_BTA, weights_BTA, Pool.of(experts, x_BTD.dtype), execution, first)
+    pool = Pool.of(experts, x_BTD.dtype, changes)
+    result = local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first)
     y_BTD = jax.lax.psum(result.y_SD, ("expert", "tensor"))
     dropped = jax.lax.pmean(result.dropped, (*BATCH_AXES, "expert", "tensor"))
     # an assignment's expert is on one shard of the expert axis; elsewhere its norm is 0

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_reduce.config import ExecutionConfig, ModelConfig
-from moe_reduce.models import products
+from moe_reduce.models import deltas, products
 
 
 def normal_init(std: float) -> nn.initializers.Initializer:
@@ -56,6 +56,26 @@ def matmul(x: jax.Array, matrix: jax.Array, execution: ExecutionConfig, inputs: 
     return y.reshape(*x.shape[:2], *matrix.shape[inputs:])
 
 
+def linear(
+    module: nn.Module,
+    name: str,
+    x: jax.Array,
+    shape: tuple[int | None, ...],
+    init: nn.initializers.Initializer,
+    execution: ExecutionConfig,
+    inputs: int = 1,
+) -> jax.Array:
+    """x [B, T, *in] · the module's parameter of this name [*in, *out], and what an adapter adds: [B, T, *out]."""
+    matrix = module.param(name, init, shape)
+    y = matmul(x, matrix, execution, inputs)
+    delta = deltas.delta_of(module, name)
+    if delta is None:
+        return y
+    rows, size = x.shape[0] * x.shape[1], math.prod(matrix.shape[:inputs])
+    flat = (x.reshape(rows, size), y.reshape(rows, -1), matrix.reshape(size, -1))
+    return deltas.adapted(*flat, delta, execution.products).reshape(y.shape)
+
+
 def causal_attention(q_BTHC, k_BTGC, v_BTGC, mask_B1TT: jax.Array | None, form: str = "plain") -> jax.Array:
     """Softmax attention over the past, [B, T, H, C]; query head h reads key/value head h·G/H."""
     batch, time, heads, width = q_BTHC.shape
@@ -93,12 +113,12 @@ class Attention(nn.Module):
         else:
             mixed_BTHC = causal_attention(q_BTHC, k_BTGC, v_BTGC, mask_B1TT, self.execution.products)
         shape = (config.query_heads, config.head_width, config.width)
-        w_HCD = self.param("output", normal_init(residual_std(config)), shape)
-        return matmul(mixed_BTHC, w_HCD, self.execution, inputs=2)
+        init = normal_init(residual_std(config))
+        return linear(self, "output", mixed_BTHC, shape, init, self.execution, inputs=2)
 
     def _project(self, name: str, x_BTD: jax.Array, heads: int) -> jax.Array:
         shape = (self.config.width, heads, self.config.head_width)
-        return matmul(x_BTD, self.param(name, normal_init(self.config.init_std), shape), self.execution)
+        return linear(self, name, x_BTD, shape, normal_init(self.config.init_std), self.execution)
 
 
 class FeedForward(nn.Module):
@@ -110,11 +130,11 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         width, hidden = self.config.width, self.config.feed_forward_width
-        gate_DF = self.param("gate", normal_init(self.config.init_std), (width, hidden))
-        up_DF = self.param("up", normal_init(self.config.init_std), (width, hidden))
-        down_FD = self.param("down", normal_init(residual_std(self.config)), (hidden, width))
-        hidden = jax.nn.silu(matmul(x_BTD, gate_DF, self.execution)) * matmul(x_BTD, up_DF, self.execution)
-        return matmul(hidden, down_FD, self.execution)
+        init, execution = normal_init(self.config.init_std), self.execution
+        gate_BTF = linear(self, "gate", x_BTD, (width, hidden), init, execution)
+        up_BTF = linear(self, "up", x_BTD, (width, hidden), init, execution)
+        init_down = normal_init(residual_std(self.config))
+        return linear(self, "down", jax.nn.silu(gate_BTF) * up_BTF, (hidden, width), init_down, execution)
 
 
 class Embedding(nn.Module):

@@ -1,0 +1,117 @@
+"""What an adapter adds to a linear map: x passes through a low-dimensional core, and the change of the matrix is never
+formed. Adapters travel beside the parameters, as the variable collection `ADAPTER` under the paths of the matrices.
+
+A delta is a dict. With I inputs, O outputs and k dimensions in between:
+
+    in     {"matrix" [I, k]}, or {"signs" [Ip], "rows" int32 [k]} of a subsampled Hadamard transform
+    core   [k, k], or core_left [k, r] and core_right [r, k], their product; without any: the identity
+    out    {"matrix" [k, O]}, or {"signs" [Op], "rows" int32 [k]}
+    scale  scalar
+    magnitude [O], present (scalar, 0 or 1): of DoRA only
+
+of ΔW = scale · outᵀ · core · inᵀ, [O, I], on which y = x·(W + ΔW)ᵀ. LoRA (arXiv:2106.09685) has in = Aᵀ and out = Bᵀ;
+SkeMA has fixed in and out and trains the core; DoRA (arXiv:2402.09353) rescales the rows of W + ΔW to `magnitude`.
+Leaves of experts have a leading E where each expert has its own.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_reduce.models import products
+
+ADAPTER = "adapter"
+RADIX = 16  # of the Hadamard transform: products with a matrix of this size, and not passes of additions
+Delta = Mapping[str, Any]
+Multiply = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def delta_of(module: nn.Module, name: str) -> Delta | None:
+    """What the adapter in use adds to the module's matrix of this name; None without one."""
+    return module.get_variable(ADAPTER, name) if module.has_variable(ADAPTER, name) else None
+
+
+def added(x: jax.Array, delta: Delta, outputs: int, multiply: Multiply) -> jax.Array:
+    """x·ΔWᵀ, [..., O] in the dtype of x. multiply(x, matrix) -> x·matrix with sums in fp32."""
+    inward, outward = delta["in"], delta["out"]
+    z = multiply(x, inward["matrix"]) if "matrix" in inward else srht(x, inward["signs"], inward["rows"])
+    if "core" in delta:
+        z = multiply(z, jnp.swapaxes(delta["core"], -1, -2))
+    elif "core_left" in delta:
+        z = multiply(multiply(z, jnp.swapaxes(delta["core_right"], -1, -2)), jnp.swapaxes(delta["core_left"], -1, -2))
+    if "matrix" in outward:
+        y = multiply(z, outward["matrix"])
+    else:
+        y = srht_transposed(z, outward["signs"], outward["rows"], outputs)
+    return y * jnp.broadcast_to(delta["scale"], y.shape).astype(y.dtype)
+
+
+def adapted(x_SI: jax.Array, y_SO: jax.Array, matrix_IO: jax.Array, delta: Delta, form: str) -> jax.Array:
+    """y = x·matrix with the change of the adapter, [S, O]."""
+
+    def multiply(x, matrix):
+        product: Any = products.product(x, matrix, form)
+        return product
+
+    y_SO = y_SO + added(x_SI, delta, y_SO.shape[1], multiply)
+    if "magnitude" not in delta:
+        return y_SO
+    length_O = jax.lax.stop_gradient(_lengths(matrix_IO, delta))  # the paper's: no gradient flows through the norm
+    factor_O = jnp.where(delta["present"] > 0, delta["magnitude"].astype(jnp.float32) / length_O, 1.0)
+    return y_SO * jnp.broadcast_to(factor_O, y_SO.shape).astype(y_SO.dtype)
+
+
+def _lengths(matrix_IO: jax.Array, delta: Delta) -> jax.Array:
+    """‖w_o + Δw_o‖ of every output, fp32 [O], from products in k dimensions: ΔW is not formed here either."""
+    w_IO, in_IK, out_KO = (x.astype(jnp.float32) for x in (matrix_IO, delta["in"]["matrix"], delta["out"]["matrix"]))
+    out_KO = out_KO * delta["scale"].astype(jnp.float32)
+    cross_O = jnp.sum(out_KO * (in_IK.T @ w_IO), axis=0)
+    square_O = jnp.sum(out_KO * ((in_IK.T @ in_IK) @ out_KO), axis=0)
+    return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(w_IO), axis=0) + 2 * cross_O + square_O, 1e-30))
+
+
+def srht(x: jax.Array, signs: jax.Array, rows: jax.Array) -> jax.Array:
+    """S·x on the last axis, S = P·H·D [k, I]: random signs, orthonormal Hadamard transform, k of its rows.
+
+    I is padded with zeros to the length of `signs`, a power of two. H is never formed (arXiv:1011.1595).
+    """
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, signs.shape[0] - x.shape[-1])])
+    return hadamard(padded * jnp.broadcast_to(signs, padded.shape).astype(x.dtype))[..., rows]
+
+
+def srht_transposed(z: jax.Array, signs: jax.Array, rows: jax.Array, outputs: int) -> jax.Array:
+    """Sᵀ·z on the last axis, the first `outputs` of it."""
+    spread = jnp.zeros((*z.shape[:-1], signs.shape[0]), z.dtype).at[..., rows].set(z, unique_indices=True)
+    turned = hadamard(spread)
+    return (turned * jnp.broadcast_to(signs, turned.shape).astype(z.dtype))[..., :outputs]
+
+
+def hadamard(x: jax.Array) -> jax.Array:
+    """The orthonormal Walsh-Hadamard transform of the last axis, whose length is a power of two; O(d log d).
+
+    H of 16·16·… is a Kronecker product, so each factor is a small matrix product along an axis of its own.
+    """
+    size = x.shape[-1]
+    if size & (size - 1):
+        raise ValueError(f"a Hadamard transform has a power of two of elements, not {size}")
+    left = x.astype(jnp.float32).reshape(-1, size)
+    rows, done = left.shape[0], 1
+    while done < size:
+        radix = min(RADIX, size // done)
+        matrix = jnp.asarray(hadamard_matrix(radix), jnp.float32)
+        split = left.reshape(rows * (size // (done * radix)), radix, done)
+        left = jnp.einsum("XRI,RQ->XQI", split, matrix, precision=jax.lax.Precision.HIGHEST)
+        done *= radix
+    return (left.reshape(x.shape) / math.sqrt(size)).astype(x.dtype)
+
+
+def hadamard_matrix(size: int) -> np.ndarray:
+    """Sylvester's matrix of ±1, [size, size]."""
+    bits = np.arange(size)
+    odd = np.array([[int(row & column).bit_count() % 2 for column in bits] for row in bits])
+    return 1.0 - 2.0 * odd
