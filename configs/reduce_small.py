@@ -1,8 +1,9 @@
-"""configs/small_qwen3_moe.py as one pool, pruned step by step to an eighth of its experts, beside per-layer pruning.
+"""configs/small_qwen3_moe.py as one pool, pruned step by step to a tenth of its experts, beside per-layer pruning.
 
-Every reduction gets the same tokens between the same numbers of experts. Only routers learn, except where a variant
-says more (`_norms`, `_experts`: the rungs of recovery above routers).
-Cost: minutes a stage on one core; hours for all variants. Expected: docs/reduction.md.
+Every reduction gets as many tokens between the same numbers of experts, the same text where stages have one name. What
+recovers is a rung of a ladder: routers, also norms, also an adapter on the kept experts (merged behind each stage), or
+the experts themselves; each on the next token alone, or half on what the first model says (`_taught`).
+Cost: 8 to 15 minutes a variant with recovery on one core, one minute without. Expected: docs/reduction.md.
 Command: ./launch/reduce_small.sh, or
 moe-reduce reduce --config=configs/reduce_small.py --config.model=runs/small_qwen3_moe/model --workdir=runs/reduce_small
 """
@@ -12,7 +13,7 @@ import ml_collections
 from configs import small_qwen3_moe
 from moe_reduce import config as defaults
 
-KEPT = (144, 96, 60, 42, 24)  # of 192 experts: as many in each of 6 layers, and never fewer there than the 4 active
+KEPT = (180, 120, 72, 48, 24)  # 75, 50, 30, 20, 10 % of 240; in each of 6 layers never fewer than the 4 active
 STEPS = 200  # of recovery at each number; 4,096 tokens a step
 ANNEALING = 400  # steps in which other layers' experts enter the competition
 
@@ -48,15 +49,24 @@ def variants() -> dict:
     for criterion in ("reap", "frequency", "random"):
         found[f"layers_{criterion}_no_recovery"] = ladder(criterion, recover=False)
         found[f"layers_{criterion}"] = {"router": tune(ANNEALING)} | ladder(criterion)
-    for rung, components in RUNGS.items():
-        found[f"layers_{rung}"] = {"router": tune(ANNEALING)} | ladder("reap", components=components)
-        found[f"pool_{rung}"] = annealed | ladder("reap_total", components=components)
-    found["layers_taught"] = {"router": tune(ANNEALING)} | ladder("reap", teacher_weight=0.5)
-    found["pool_taught"] = annealed | ladder("reap_total", teacher_weight=0.5)
+    for rung, changes in RUNGS.items():
+        for suffix, loss in {"": {}, "_taught": {"teacher_weight": 0.5}}.items():
+            if rung or suffix:
+                found[f"layers{rung}{suffix}"] = {"router": tune(ANNEALING)} | ladder("reap", **changes, **loss)
+                found[f"pool{rung}{suffix}"] = annealed | ladder("reap_total", **changes, **loss)
     return found
 
 
-RUNGS = {"norms": "router,norm", "experts": "router,norm,experts"}
+RUNGS = {
+    "": {},
+    "_norms": {"components": "router,norm"},
+    "_lora": {"components": "router,norm", "adapter": defaults.AdapterConfig(targets="mlp", rank=2)},
+    "_skema": {
+        "components": "router,norm",
+        "adapter": defaults.AdapterConfig(method="skema", targets="mlp", sketch_width=14),
+    },
+    "_experts": {"components": "router,norm,experts"},
+}
 
 
 def pool(**changes) -> dict:

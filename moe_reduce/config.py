@@ -5,16 +5,13 @@ the result into dataclasses; an unknown, missing or ill-typed key is a UserError
 """
 
 import dataclasses
-import types
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import ml_collections
-from ml_collections import config_dict
 
-from moe_reduce import validation
+from moe_reduce import config_dict, validation
 from moe_reduce.errors import UserError
 
 T = TypeVar("T")
@@ -164,6 +161,27 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """A change of low rank of some linear maps, trained while the base stays as it is (adapters/)."""
+
+    method: Literal["lora", "rslora", "dora", "skema"] = "lora"
+    # comma separated: q, k, v, o, gate, up, down, or attention (q,k,v,o) and mlp (gate,up,down); a map may name its
+    # layers: k@10+11. Of a mixture, gate, up and down are those of every expert.
+    targets: str = "q,v"
+    layers: str = "all"  # of the targets that name none: all | top:L | every:s | numbers such as 3+5
+    rank: int | None = None  # r of lora, rslora and dora
+    sketch_width: int | None = None  # k of skema
+    alpha: float | None = None  # None: what makes the scale 1
+    projection: Literal["orthonormal", "gaussian", "srht"] = "orthonormal"  # of skema
+    core: Literal["full", "low_rank"] = "full"  # of skema: M, or M = A·B through core_rank
+    core_rank: int | None = None
+    core_std: float = 0.0  # of M at the start; a low-rank core starts from 1e-3 where this is 0
+    trainable_sketch: bool = False  # projections train as well
+    stored_projections: bool = False  # written with the adapter, and not made again from the seed
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class PoolStage:
     """A stage of `reduce`: all experts into one pool (reduction/pooling.py)."""
 
@@ -196,6 +214,7 @@ class TuneStage:
     # language_model: next token (and the teacher's distribution) | router: each layer's own experts chosen as before
     objective: Literal["language_model", "router"] = "language_model"
     components: str = "router"  # comma separated names of planning.COMPONENTS
+    adapter: AdapterConfig | None = None  # trains as well, and is merged into the model at the end
     teacher_weight: float = 0.0  # share of KL(first model ‖ this one) in the loss
     bias_from: float | None = None  # c against experts of other layers at the first step, and
     bias_to: float = 0.0  # after anneal_share of the steps
@@ -233,14 +252,14 @@ class ReduceConfig:
 
 def base() -> ml_collections.ConfigDict:
     """Every key with its default, and `variants`: name -> the keys that differ, for runs compared side by side."""
-    config = _to_config_dict(RunConfig())
+    config = config_dict.of(RunConfig())
     config.variants = ml_collections.ConfigDict()
     return config
 
 
 def reduce_base() -> ml_collections.ConfigDict:
     """As `base`, for `reduce`; a variant's `stages` replace the others."""
-    config = _to_config_dict(ReduceConfig())
+    config = config_dict.of(ReduceConfig())
     config.variants = ml_collections.ConfigDict()
     return config
 
@@ -257,26 +276,7 @@ def in_order(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def moe_base() -> ml_collections.ConfigDict:
     """The keys of `model.moe` with their defaults (None in `base()`: a dense model)."""
-    return _to_config_dict(MoEConfig())
-
-
-def _to_config_dict(value: Any) -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict()
-    hints = typing.get_type_hints(type(value))
-    for entry in dataclasses.fields(value):
-        default = getattr(value, entry.name)
-        if dataclasses.is_dataclass(default):
-            config[entry.name] = _to_config_dict(default)
-        elif isinstance(default, dict):
-            config[entry.name] = ml_collections.ConfigDict(default)
-        elif default is None:
-            kind = _alternatives(hints[entry.name])[0]
-            config[entry.name] = config_dict.placeholder(
-                ml_collections.ConfigDict if dataclasses.is_dataclass(kind) else kind
-            )
-        else:
-            config[entry.name] = default
-    return config
+    return config_dict.of(MoEConfig())
 
 
 def parse(config: ml_collections.ConfigDict, reader: Callable[[dict[str, Any]], T]) -> dict[str, T]:
@@ -290,19 +290,19 @@ def parse(config: ml_collections.ConfigDict, reader: Callable[[dict[str, Any]], 
         return {"": reader(raw)}
     if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
         raise UserError(f"config key variants must map names to groups of keys, got {variants!r}")
-    return {name: reader(_merge(raw, changes, f"variants.{name}")) for name, changes in variants.items()}
+    return {name: reader(config_dict.merge(raw, changes, f"variants.{name}")) for name, changes in variants.items()}
 
 
 def run_from_dict(raw: dict[str, Any]) -> RunConfig:
     """A validated RunConfig from nested plain values, as in a run's config.json."""
-    run = _from_dict(RunConfig, raw, "")
+    run = config_dict.build(RunConfig, raw, "")
     validation.check_run(run)
     return run
 
 
 def reduce_from_dict(raw: dict[str, Any]) -> ReduceConfig:
     """A validated ReduceConfig from nested plain values."""
-    run = _from_dict(ReduceConfig, raw, "")
+    run = config_dict.build(ReduceConfig, raw, "")
     names = run.order.split(",") if run.order else []
     if len(set(names)) < len(names) or not set(names) <= set(run.stages):
         known = ", ".join(run.stages) or "there is none"
@@ -319,66 +319,9 @@ def any_from_dict(raw: dict[str, Any]) -> RunConfig | ReduceConfig:
 
 def model_from_dict(raw: dict[str, Any], path: str = "model") -> ModelConfig:
     """A validated ModelConfig from nested plain values; errors name keys as below `path`."""
-    model = _from_dict(ModelConfig, raw, path)
+    model = config_dict.build(ModelConfig, raw, path)
     validation.check_model(model)
     return model
-
-
-def _merge(raw: Any, changes: dict[str, Any], path: str) -> dict[str, Any]:
-    merged = dict(raw)
-    for key, value in changes.items():
-        if key not in merged:
-            raise UserError(f"config key {path}.{key} is unknown; known here: {', '.join(sorted(merged))}")
-        # stages are a list with names: a variant has its own
-        nested = isinstance(value, dict) and isinstance(merged[key], dict) and key != "stages"
-        merged[key] = _merge(merged[key], value, f"{path}.{key}") if nested else value
-    return merged
-
-
-def _alternatives(hint: Any) -> list[Any]:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return [kind for kind in typing.get_args(hint) if kind is not type(None)]
-    return [hint]
-
-
-def _from_dict(cls: type[T], raw: Any, path: str) -> T:
-    if not isinstance(raw, dict):
-        raise UserError(f"config key {path} must be a group of keys, got {raw!r}")
-    fields = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    prefix = f"{path}." if path else ""
-    for key in sorted(set(raw) ^ set(fields)):
-        state = "unknown" if key in raw else "missing"
-        raise UserError(f"config key {prefix}{key} is {state}; the keys here are {', '.join(fields)}")
-    hints = typing.get_type_hints(cls)
-    return cls(**{key: _checked(hints[key], raw[key], prefix + key) for key in fields})
-
-
-def _checked(hint: Any, value: Any, path: str) -> Any:
-    (kind,) = _alternatives(hint)
-    if value is None and kind is not hint:
-        return None
-    if dataclasses.is_dataclass(kind):
-        return _from_dict(kind, value, path)  # type: ignore[arg-type]
-    if typing.get_origin(kind) is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"config key {path} must be a group of named stages, got {value!r}")
-        return {name: _stage(entry, f"{path}.{name}") for name, entry in value.items()}
-    if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise UserError(f"config key {path} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"config key {path} must be {kind.__name__}, got {value!r}")
-    return value
-
-
-def _stage(raw: Any, path: str) -> Stage:
-    kind = raw["kind"] if isinstance(raw, dict) and "kind" in raw else None
-    if kind not in STAGES:
-        raise UserError(f"config key {path}.kind must be one of {', '.join(STAGES)}, got {kind!r}")
-    return _from_dict(STAGES[kind], raw, path)
 
 
 def to_dict(value: Any) -> dict[str, Any]:
