@@ -6,6 +6,7 @@ from typing import Any
 
 from moe_reduce import trees
 from moe_reduce.config import ModelConfig
+from moe_reduce.models.deltas import ADAPTER
 
 COMPONENTS = {  # the last of these names in a path decides its component
     "embedding": "embedding",
@@ -27,6 +28,8 @@ COMPONENTS = {  # the last of these names in a path decides its component
 
 def component(path: str) -> str:
     """The component that a parameter path belongs to; an unnamed one raises KeyError, so the table stays total."""
+    if path.startswith(f"{ADAPTER}/"):
+        return ADAPTER
     parts = [part for part in path.split("/") if part in COMPONENTS]
     if not parts:
         raise KeyError(f"parameter {path} belongs to no component: add it to planning.COMPONENTS")

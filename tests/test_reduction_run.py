@@ -217,6 +217,27 @@ def test_mistakes_are_one_line(tmp_path, capsys, override, part):
     assert part in line
 
 
+def test_an_adapter_recovers_the_kept_experts(finished, tmp_path):
+    """It trains beside frozen experts, and is merged into them behind the stage."""
+    file = tmp_path / "config.py"
+    adapter = 'adapter=defaults.AdapterConfig(method="skema", targets="mlp", sketch_width=4)'
+    text = (finished / "config.py").read_text()
+    old = 'components="router,norm", teacher_weight=0.5'
+    assert old in text
+    file.write_text(text.replace(old, f'components="router", learning_rate=1e-2, {adapter}'))
+    assert _reduce(file, tmp_path / "run") == 0
+    pruned, recovered = (
+        moe_reduce.load(tmp_path / "run" / name / "model") for name in ("03-prune_50", "04-recover_50")
+    )
+    experts = {f"experts/{name}" for name in ("gate", "up", "down")}
+    assert _changed(pruned, recovered) == {"router/weight"} | experts
+    assert recovered.config == pruned.config
+    assert [step.command for step in recovered.chain[-2:]] == ["merge", "reduce"]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    trained = json.loads((tmp_path / "run/04-recover_50/summary.json").read_text())["validation"]["loss"]
+    assert summary["stages"][-1]["validation"]["loss"] == trained < summary["stages"][-2]["validation"]["loss"]
+
+
 def test_variants_share_what_they_begin_with(finished, tmp_path, capsys):
     """A variant links the stages that a variant beside it has done from the same beginning, and no others."""
     file = finished / "config.py"

@@ -31,6 +31,28 @@ Delta = Mapping[str, Any]
 Multiply = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+def variables(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What Decoder.apply takes: parameters, and the adapter among them (below "adapter") as a collection of its own.
+
+    An adapter may change some layers only: its leaves are spread over all layers, with zeros for the others.
+    """
+    if ADAPTER not in params:
+        return {"params": params}
+    own = {name: leaf for name, leaf in params.items() if name != ADAPTER}
+    layers = jax.tree.leaves(own["layers"])[0].shape[0]
+    return {"params": own, ADAPTER: _spread(params[ADAPTER], layers)}
+
+
+def _spread(tree: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    if "scale" not in tree:
+        return {name: _spread(branch, layers) for name, branch in tree.items()}
+    rest = {name: leaf for name, leaf in tree.items() if name != "layer_numbers"}
+    if len(rest) == len(tree) or tree["layer_numbers"].shape[0] == layers:
+        return rest
+    numbers = tree["layer_numbers"]
+    return jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape[1:]), leaf.dtype).at[numbers].set(leaf), rest)
+
+
 def delta_of(module: nn.Module, name: str) -> Delta | None:
     """What the adapter in use adds to the module's matrix of this name; None without one."""
     return module.get_variable(ADAPTER, name) if module.has_variable(ADAPTER, name) else None
@@ -62,14 +84,15 @@ def adapted(x_SI: jax.Array, y_SO: jax.Array, matrix_IO: jax.Array, delta: Delta
     if "magnitude" not in delta:
         return y_SO
     length_O = jax.lax.stop_gradient(_lengths(matrix_IO, delta))  # the paper's: no gradient flows through the norm
-    factor_O = jnp.where(delta["present"] > 0, delta["magnitude"].astype(jnp.float32) / length_O, 1.0)
+    factor_O = jnp.where(delta["present"] > 0, delta["magnitude"].astype(length_O.dtype) / length_O, 1.0)
     return y_SO * jnp.broadcast_to(factor_O, y_SO.shape).astype(y_SO.dtype)
 
 
 def _lengths(matrix_IO: jax.Array, delta: Delta) -> jax.Array:
     """‖w_o + Δw_o‖ of every output, fp32 [O], from products in k dimensions: ΔW is not formed here either."""
-    w_IO, in_IK, out_KO = (x.astype(jnp.float32) for x in (matrix_IO, delta["in"]["matrix"], delta["out"]["matrix"]))
-    out_KO = out_KO * delta["scale"].astype(jnp.float32)
+    dtype = products.wide(matrix_IO.dtype)
+    w_IO, in_IK, out_KO = (x.astype(dtype) for x in (matrix_IO, delta["in"]["matrix"], delta["out"]["matrix"]))
+    out_KO = out_KO * delta["scale"].astype(dtype)
     cross_O = jnp.sum(out_KO * (in_IK.T @ w_IO), axis=0)
     square_O = jnp.sum(out_KO * ((in_IK.T @ in_IK) @ out_KO), axis=0)
     return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(w_IO), axis=0) + 2 * cross_O + square_O, 1e-30))
@@ -99,11 +122,11 @@ def hadamard(x: jax.Array) -> jax.Array:
     size = x.shape[-1]
     if size & (size - 1):
         raise ValueError(f"a Hadamard transform has a power of two of elements, not {size}")
-    left = x.astype(jnp.float32).reshape(-1, size)
+    left = x.astype(products.wide(x.dtype)).reshape(-1, size)
     rows, done = left.shape[0], 1
     while done < size:
         radix = min(RADIX, size // done)
-        matrix = jnp.asarray(hadamard_matrix(radix), jnp.float32)
+        matrix = jnp.asarray(hadamard_matrix(radix), left.dtype)
         split = left.reshape(rows * (size // (done * radix)), radix, done)
         left = jnp.einsum("XRI,RQ->XQI", split, matrix, precision=jax.lax.Precision.HIGHEST)
         done *= radix

@@ -16,15 +16,24 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """What sums over values of this dtype are kept in: fp32, or fp64 for fp64."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 def dot(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, form: str, batch: int = 0) -> jax.Array:
-    """Contracts one axis of each, counted from the end of the `batch` leading axes; summed in fp32, result fp32."""
+    """Contracts one axis of each, counted from the end of the `batch` leading axes; summed in fp32, result fp32.
+
+    Of fp64 operands, in fp64.
+    """
+    sums = wide(left.dtype)
     axes = tuple(range(batch))
     numbers = (((batch + left_axis,), (batch + right_axis,)), (axes, axes))
     if form != "transposed":
-        return jax.lax.dot_general(left, right, numbers, preferred_element_type=jnp.float32)
+        return jax.lax.dot_general(left, right, numbers, preferred_element_type=sums)
     if left_axis == 0:
         left, numbers = jnp.swapaxes(left, -1, -2), (((batch + 1,), (batch + right_axis,)), (axes, axes))
-    return _pin(jax.lax.dot_general(_pin(left), _pin(right), numbers, preferred_element_type=jnp.float32))
+    return _pin(jax.lax.dot_general(_pin(left), _pin(right), numbers, preferred_element_type=sums))
 
 
 def _pin(x: jax.Array) -> jax.Array:

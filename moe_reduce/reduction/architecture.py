@@ -18,6 +18,7 @@ from moe_reduce import trees
 from moe_reduce.config import ModelConfig
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder, abstract_params
+from moe_reduce.models.deltas import variables
 from moe_reduce.storage.model import Model
 from moe_reduce.training.losses import decoder_inputs
 from moe_reduce.training.task import Batch
@@ -79,7 +80,7 @@ def block_influence(model: Model, batches: Iterable[Batch]) -> np.ndarray:
 
     @jax.jit
     def sums(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        _, sown = decoder.apply({"params": params}, *decoder_inputs(batch), mutable=["hidden"])
+        _, sown = decoder.apply(variables(params), *decoder_inputs(batch), mutable=["hidden"])
         hidden: Any = sown["hidden"]["layers"]
         cosine_NBT = _cosine(hidden["block_input"], hidden["block_output"])
         weights_BT = jnp.asarray(batch["weights"])

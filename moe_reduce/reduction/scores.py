@@ -19,6 +19,7 @@ from moe_reduce.config import ModelConfig, MoEConfig
 from moe_reduce.disk import write_json
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder
+from moe_reduce.models.deltas import variables
 from moe_reduce.storage.model import Model
 from moe_reduce.training.losses import decoder_inputs
 from moe_reduce.training.sharding import compiled
@@ -92,7 +93,7 @@ def collect(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> S
     decoder = Decoder(model.config, model.execution)
 
     def sums(params, batch):
-        _, sown = decoder.apply({"params": params}, *decoder_inputs(batch), mutable=["assignments"])
+        _, sown = decoder.apply(variables(params), *decoder_inputs(batch), mutable=["assignments"])
         routed = sown["assignments"]["layers"]["routed"]
         by_name = jax.vmap(lambda layer: sums_of(layer, batch["weights"], moe.experts))(routed)
         return jnp.sum(batch["weights"] > 0), by_name

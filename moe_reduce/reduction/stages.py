@@ -13,11 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_reduce import trees
+from moe_reduce.adapters import adapter as adapters
+from moe_reduce.adapters import merging
 from moe_reduce.config import ModelConfig, MoEConfig, PoolStage, PruneStage, ReduceConfig, Stage, TuneStage
 from moe_reduce.data.batches import train_batches
 from moe_reduce.data.shards import TokenSource
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import abstract_params
+from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.reduction import pooling, pruning, scores, selection, tuning
 from moe_reduce.reduction.files import originals
 from moe_reduce.reduction.selection import Kept
@@ -106,6 +109,10 @@ def _keep(stage: PruneStage, config: ModelConfig, total: int) -> int:
 def _check_tune(stage: TuneStage, config: ModelConfig, first: ModelConfig) -> None:
     moe = scores.moe_of(config)
     tuning.check_components("tune", stage, abstract_params(config))
+    if stage.adapter is not None:
+        adapters.abstract(stage.adapter, config)
+        if "experts" in stage.components.split(",") and stage.objective == "language_model":
+            raise UserError("components names experts, which train whole: leave the adapter out")
     if stage.bias_from is not None and not (moe.placement == "shared" and moe.selection_bias):
         raise UserError("bias_from needs a pool, whose layers have a selection bias: put a pool stage before")
     one_pool = moe.placement == "shared" and scores.moe_of(first).placement == "layer"
@@ -151,7 +158,10 @@ def _seed(place: Place, added: int = 0) -> int:
 
 def _tune(stage: TuneStage, model: Model, place: Place) -> Result:
     run = place.run
-    foreign_NE, params, others = None, model.params, {}
+    foreign_NE, others = None, {}
+    if stage.adapter is not None:
+        model = adapters.activate(model, adapters.init(stage.adapter, model))
+    params = model.params
     if stage.bias_from is not None:
         foreign_NE = foreign(model)
         params = tuning.start_annealing(params, stage, foreign_NE)
@@ -170,7 +180,10 @@ def _tune(stage: TuneStage, model: Model, place: Place) -> Result:
     dtypes = {path: leaf.dtype for path, leaf in trees.flatten(model.params).items()}
     # routers stay in fp32, in which they are computed; anything else returns to the dtype of its neighbours
     kept = trees.map_with_path(lambda path, leaf: leaf if "router" in path else leaf.astype(dtypes[path]), trained)
-    return Result(dataclasses.replace(model, params=kept), None, figures)
+    tuned = dataclasses.replace(model, params=kept)
+    if stage.adapter is not None:
+        tuned = merging.merge(tuned, adapters.Adapter(stage.adapter, kept[ADAPTER]))
+    return Result(tuned, None, figures)
 
 
 def _is_canonical(stage: Stage) -> bool:

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_reduce import planning, trees
+from moe_reduce.adapters import adapter as adapters
 from moe_reduce.config import BalanceConfig, ExecutionConfig, ModelConfig, TuneStage
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder
+from moe_reduce.models.deltas import ADAPTER, variables
 from moe_reduce.training.losses import collapse, decoder_inputs, evaluator, predict
 from moe_reduce.training.task import TEACHER, Batch, Params, Task, never, no_change
 
@@ -50,6 +52,8 @@ def tuning_task(
 
 def trains(stage: TuneStage, path: str) -> bool:
     """Whether the stage changes the leaf; the bias is among them where it is annealed, and has no gradient."""
+    if planning.component(path) == ADAPTER:
+        return stage.adapter is not None and adapters.trained(stage.adapter, path)
     return planning.component(path) in stage.components.split(",") or (path == BIAS and stage.bias_from is not None)
 
 
@@ -74,7 +78,7 @@ def _language_model_loss(
     logits_BTV, penalty, metrics = predict(decoder, balance, own, batch)
     if teacher_weight == 0:
         return metrics["loss"] + penalty, metrics
-    wanted: Any = teacher.apply({"params": first}, *decoder_inputs(batch))
+    wanted: Any = teacher.apply(variables(first), *decoder_inputs(batch))
     divergence = mean_divergence(jax.lax.stop_gradient(wanted), logits_BTV, batch)
     total = (1 - teacher_weight) * metrics["loss"] + teacher_weight * divergence
     return total + penalty, metrics | {"teacher_divergence": divergence}
@@ -96,7 +100,7 @@ def _router_loss(
     """
     own, first = _split(params)
     decoder = Decoder(teacher, execution)
-    _, sown = decoder.apply({"params": first}, *decoder_inputs(batch), mutable=["hidden"])
+    _, sown = decoder.apply(variables(first), *decoder_inputs(batch), mutable=["hidden"])
     inputs_NBTD = sown["hidden"]["layers"]["router_input"]
     wanted_NDE = first["layers"]["router"]["weight"]
 

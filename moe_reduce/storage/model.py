@@ -16,6 +16,7 @@ from moe_reduce import disk, trees
 from moe_reduce.config import ExecutionConfig, ModelConfig
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder, abstract_params
+from moe_reduce.models.deltas import variables
 from moe_reduce.storage import hf_config, manifest
 from moe_reduce.storage.huggingface import read_params, write_items
 from moe_reduce.storage.manifest import Step
@@ -57,7 +58,7 @@ def _checked(tokens_BT: np.ndarray, vocab_size: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logits(config: ModelConfig, execution: ExecutionConfig, params: Any, tokens_BT: jax.Array) -> jax.Array:
-    logits_BTV = Decoder(config, execution).apply({"params": params}, tokens_BT)
+    logits_BTV = Decoder(config, execution).apply(variables(params), tokens_BT)
     assert isinstance(logits_BTV, jax.Array)
     return logits_BTV
 

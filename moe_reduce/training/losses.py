@@ -11,6 +11,7 @@ import optax
 from moe_reduce import trees
 from moe_reduce.config import BalanceConfig, ExecutionConfig, ModelConfig
 from moe_reduce.models.decoder import Decoder
+from moe_reduce.models.deltas import variables
 from moe_reduce.training.task import Batch, Params, Sums, Task, never, no_change
 
 
@@ -37,7 +38,7 @@ def predict(
     decoder: Decoder, balance: BalanceConfig, params: Params, batch: Batch
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """(logits_BTV, the balancing penalty, metrics of which `loss` is the mean negative log likelihood)."""
-    logits_BTV, sown = decoder.apply({"params": params}, *decoder_inputs(batch), mutable=["intermediates"])
+    logits_BTV, sown = decoder.apply(variables(params), *decoder_inputs(batch), mutable=["intermediates"])
     assert isinstance(logits_BTV, jax.Array)
     metrics = {"loss": mean_nll(logits_BTV, batch)}
     moe = decoder.config.moe
@@ -64,7 +65,7 @@ def evaluator(decoder: Decoder):
     """evaluate(params, batch) for any language model: nll, correct, weight and, with experts, counts_NE."""
 
     def evaluate(params: Params, batch: Batch) -> Sums:
-        logits_BTV, sown = decoder.apply({"params": params}, *decoder_inputs(batch), mutable=["intermediates"])
+        logits_BTV, sown = decoder.apply(variables(params), *decoder_inputs(batch), mutable=["intermediates"])
         nll_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets"])
         correct_BT = (jnp.argmax(logits_BTV, axis=-1) == batch["targets"]).astype(jnp.float32)
         weights_BT = batch["weights"]

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from moe_reduce import trees
 from moe_reduce.config import MeshConfig
 from moe_reduce.errors import UserError
+from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.models.experts import BATCH_AXES
 from moe_reduce.training.task import TEACHER
 
@@ -75,6 +76,8 @@ def shardings(mesh: Mesh, params: trees.Tree) -> dict[str, Any]:
 
 
 def _checked(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    if path.startswith(f"{ADAPTER}/"):  # small, and whole on every device
+        return NamedSharding(mesh, PartitionSpec())
     partition = spec(path)
     for size, axes in zip(shape, partition, strict=True):
         names = (axes,) if isinstance(axes, str) else axes or ()
