@@ -28,6 +28,7 @@ setup(
     extras_require={
         "test": [
             "basedpyright>=1.31",
+            "peft>=0.17",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.12",

@@ -67,19 +67,22 @@ TensorItem = tuple[str, tuple[int, ...], np.dtype, np.ndarray | Callable[[], np.
 class TensorFiles:
     """The tensors of a model directory by name, without their data.
 
-    Takes `model.safetensors`, or the shards that `model.safetensors.index.json` names. Raises UserError when a file
-    is missing, truncated or corrupt, or when index and shards disagree.
+    Takes `model.safetensors`, or the shards that `model.safetensors.index.json` names; `single` is another name in
+    place of the first, as adapters have. Raises UserError when a file is missing, truncated or corrupt, or when index
+    and shards disagree.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, single: str = SINGLE_FILE):
         self.directory = directory
         self.entries: dict[str, Entry] = {}
         self._maps: dict[Path, np.memmap] = {}
-        single, index = directory / SINGLE_FILE, directory / INDEX_FILE
-        if single.exists() and index.exists():
+        file, index = directory / single, directory / INDEX_FILE
+        if single == SINGLE_FILE and file.exists() and index.exists():
             raise UserError(f"{directory} holds both {SINGLE_FILE} and {INDEX_FILE}: remove the one that is stale")
-        if single.exists():
-            self.entries = _read_header(single)
+        if file.exists():
+            self.entries = _read_header(file)
+        elif single != SINGLE_FILE:
+            raise UserError(f"{directory} has no {single}: fetch it again")
         elif index.exists():
             self._open_shards(index)
         else:
@@ -190,12 +193,12 @@ def write_tensors(directory: Path, items: Iterable[TensorItem], shard_bytes: int
     """
     shards = _split(list(items), shard_bytes)
     if len(shards) == 1:
-        return {SINGLE_FILE: _write_file(directory / SINGLE_FILE, shards[0])}
+        return {SINGLE_FILE: write_file(directory / SINGLE_FILE, shards[0])}
     hashes: dict[str, str] = {}
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        hashes[file] = _write_file(directory / file, shard)
+        hashes[file] = write_file(directory / file, shard)
         weight_map |= {name: file for name, *_ in shard}
     everything = [item for shard in shards for item in shard]
     metadata = {
@@ -223,7 +226,8 @@ def _split(items: Sequence[TensorItem], shard_bytes: int) -> list[list[TensorIte
     return shards
 
 
-def _write_file(file: Path, items: Sequence[TensorItem]) -> str:
+def write_file(file: Path, items: Sequence[TensorItem]) -> str:
+    """Writes tensors as one file; returns its SHA-256."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     # Wide types first keep every tensor aligned to its own size, as the library's writer does.

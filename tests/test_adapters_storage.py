@@ -1,0 +1,190 @@
+"""Adapters on disk: our own directory, what is refused, and PEFT in both directions."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from test_adapters import METHODS, disturbed, model_of
+from training_runs import assert_close, random_batch
+from transformers_models import tiny, written
+
+import moe_reduce
+from moe_reduce.adapters import adapter as adapters
+from moe_reduce.adapters import merging, storage
+from moe_reduce.adapters.peft import CONFIG_FILE, WEIGHTS_FILE
+from moe_reduce.config import AdapterConfig
+from moe_reduce.errors import UserError
+from moe_reduce.storage import manifest
+from moe_reduce.storage.tensors import TensorFiles, write_file
+
+# PEFT asks transformers 5 by an older name
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+BASE = manifest.Input("base", "0" * 64)
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 12))
+PEFT_TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
+
+
+def saved(directory, method="skema", kind="dense", **changes):
+    """(model, adapter), the adapter written to the directory."""
+    model = model_of(kind)
+    adapter = disturbed(adapters.init(dataclasses.replace(METHODS[method], **changes), model))
+    directory.mkdir(parents=True, exist_ok=True)
+    storage.save(adapter, model.config, BASE, directory)
+    return model, adapter
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_round_trip_bit_for_bit(tmp_path, method):
+    model, adapter = saved(tmp_path, method)
+    again = storage.load(tmp_path, model.config, BASE)
+    assert again.config == adapter.config
+    assert_close(again.tree, adapter.tree)
+    stored = set(TensorFiles(tmp_path, storage.WEIGHTS).entries)
+    assert any("rows" in name or "in/matrix" in name for name in stored) == (
+        "skema" not in method or method == "skema_trainable"
+    ), "fixed projections are made again"
+
+
+def test_experts_have_no_peft_files(tmp_path):
+    model, adapter = saved(tmp_path, "lora", "layer", targets="q,mlp")
+    assert not (tmp_path / WEIGHTS_FILE).exists()
+    assert_close(storage.load(tmp_path, model.config, BASE).tree, adapter.tree)
+
+
+def test_stored_projections(tmp_path):
+    model, adapter = saved(tmp_path, stored_projections=True)
+    assert_close(storage.load(tmp_path, model.config, BASE).tree, adapter.tree)
+    assert "layers/attention/query/in/matrix" in TensorFiles(tmp_path, storage.WEIGHTS).entries
+
+
+def test_what_was_tampered_with_is_refused(tmp_path):
+    model, _ = saved(tmp_path)
+    described = json.loads((tmp_path / storage.DESCRIPTION).read_text())
+
+    def refused(part, **changes):
+        (tmp_path / storage.DESCRIPTION).write_text(json.dumps(described | changes))
+        with pytest.raises(UserError, match=part) as caught:
+            storage.load(tmp_path, model.config, BASE)
+        assert "\n" not in str(caught.value)
+
+    refused("do not have the hash", projections={"sha256": "1" * 64, "stored": False})
+    refused("do not have the hash", config=described["config"] | {"seed": 7})
+    refused("another adapter", digest="1" * 64)
+    refused("another adapter", config=described["config"] | {"alpha": 3.0})
+    refused("is another model", base={"path": "elsewhere", "sha256": "1" * 64})
+    refused("config key config.size is unknown", config=described["config"] | {"size": 7})
+    refused("this base needs|has no place|do not have the hash", config=described["config"] | {"sketch_width": 4})
+    refused("is not what adapt writes", files=None)
+    (tmp_path / storage.DESCRIPTION).write_text(json.dumps(described))
+    weights = bytearray((tmp_path / storage.WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / storage.WEIGHTS).write_bytes(weights)
+    with pytest.raises(UserError, match="has changed"):
+        storage.load(tmp_path, model.config, BASE)
+    (tmp_path / storage.WEIGHTS).unlink()
+    with pytest.raises(UserError, match="is missing"):
+        storage.load(tmp_path, model.config, BASE)
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(TOKENS)).logits.numpy()
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * float(np.max(np.abs(expected))))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_alpha": 8},
+        {"use_rslora": True, "lora_alpha": 3},
+        {"use_dora": True, "lora_alpha": 8},
+        {"layers_to_transform": [1], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 5}},
+    ],
+    ids=["lora", "rslora", "dora", "patterns"],
+)
+def test_peft_trained_it_and_we_compute_it(tmp_path, kind, changes):
+    written(tmp_path / "base", kind)
+    config = peft.LoraConfig(r=3, target_modules=PEFT_TARGETS, task_type="CAUSAL_LM", **changes)
+    theirs = peft.get_peft_model(tiny(kind), config)
+    optimizer = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], lr=3e-2)
+    ids = torch.from_numpy(TOKENS)
+    for _ in range(3):
+        optimizer.zero_grad()
+        theirs(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    theirs.eval().save_pretrained(tmp_path / "adapter")
+    model = moe_reduce.load(tmp_path / "base")
+    adapter = storage.load(tmp_path / "adapter", model.config, None)
+    expected = torch_logits(theirs)
+    assert np.max(np.abs(expected - np.asarray(model(TOKENS)))) > 1e-2 * np.max(np.abs(expected))
+    close(adapters.activate(model, adapter)(TOKENS), expected)
+    close(merging.merge(model, adapter)(TOKENS), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "skema_trainable"])
+def test_we_wrote_it_and_peft_computes_it(tmp_path, kind, method):
+    written(tmp_path / "base", kind)
+    model = moe_reduce.load(tmp_path / "base")
+    words = dataclasses.replace(METHODS[method], targets="q,k@1,o,down")
+    adapter = disturbed(adapters.init(words, model))
+    (tmp_path / "adapter").mkdir()
+    storage.save(adapter, model.config, manifest.input_of(tmp_path / "base"), tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(tiny(kind), str(tmp_path / "adapter")).eval()
+    close(torch_logits(theirs), adapters.activate(model, adapter)(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"peft_type": "IA3"}, "peft_type='IA3' is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"use_dora": True, "use_rslora": True}, "only one of them"),
+    ],
+)
+def test_what_peft_can_and_we_cannot_is_refused(tmp_path, changes, part):
+    model, _ = saved(tmp_path, "lora")
+    (tmp_path / storage.DESCRIPTION).unlink()
+    raw = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(raw | changes))
+    with pytest.raises(UserError, match=part):
+        storage.load(tmp_path, model.config, None)
+
+
+def test_tensors_that_have_no_place_are_refused(tmp_path):
+    model, _ = saved(tmp_path, "lora")
+    (tmp_path / storage.DESCRIPTION).unlink()
+    files = TensorFiles(tmp_path, WEIGHTS_FILE)
+    items = [(name, entry.shape, entry.dtype, files.read(name).copy()) for name, entry in files.entries.items()]
+
+    def refused(part, changed):
+        write_file(tmp_path / WEIGHTS_FILE, changed)
+        with pytest.raises(UserError, match=part):
+            storage.load(tmp_path, model.config, None)
+
+    extra = np.zeros((2, 2), np.float32)
+    refused("is no part of a LoRA", [*items, ("base_model.model.lm_head.weight", (2, 2), extra.dtype, extra)])
+    name = "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"
+    refused("does not have as a matrix", [*items, (name, (2, 2), extra.dtype, extra)])
+    refused("but no lora_B.weight", [item for item in items if "0.self_attn.q_proj.lora_B" not in item[0]])
+    wide = [(n, (shape[0], shape[1] + 1), d, np.pad(x, ((0, 0), (0, 1)))) for n, shape, d, x in items if "lora_A" in n]
+    refused("this base needs", wide + [item for item in items if "lora_A" not in item[0]])
+
+
+def test_adapted_models_are_saved_merged_only(tmp_path):
+    model = model_of("dense")
+    active = adapters.activate(model, adapters.init(AdapterConfig(rank=2), model))
+    with pytest.raises(UserError, match="adapter"):
+        moe_reduce.save(active, tmp_path / "model")
+    assert float(jnp.sum(jnp.abs(active(random_batch()["tokens"]) - model(random_batch()["tokens"])))) == 0
