@@ -87,9 +87,11 @@ class ExecutionConfig:
 class DataConfig:
     """Corpus -> tokens on disk -> batches."""
 
-    # python-stdlib | files by path or glob, comma separated | hub:OWNER/NAME[:CONFIG][@COMMIT] | token ids as .npy
+    # python-stdlib | files by path or glob, comma separated | hub:OWNER/NAME[:CONFIG][@COMMIT] | token ids as .npy |
+    # uuid-pairs:N (random keys and values, to be memorised)
     source: str = "python-stdlib"
     text_field: str = "text"  # of jsonl, parquet and hub rows
+    completion_field: str | None = None  # behind it, and all that is learned: each row is a sequence of its own
     tokenizer: str = "train"  # train: SentencePiece on the corpus; or a tokenizer.model, tokenizer.json or directory
     sequence_length: int = 256
     validation_fraction: float = 0.01
@@ -250,6 +252,22 @@ class ReduceConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+@dataclass(frozen=True)
+class AdaptConfig:
+    """One adaptation: a model directory, what changes it, and what it learns."""
+
+    model: str = ""  # directory of the base, of ours or of Hugging Face
+    adapter: AdapterConfig | None = field(default_factory=AdapterConfig)  # None: every parameter of the base trains
+    budget: float | None = None  # share of the base's parameters that the adapter may train; gives rank or sketch_width
+    dtype: Literal["stored", "float32", "bfloat16"] = "stored"  # of the base; what trains is kept in fp32
+    recall_pairs: int = 100  # of each split, whose completions are asked for at every evaluation (completions only)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    data: DataConfig = field(default_factory=DataConfig)  # data.tokenizer=train: the base's own
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    balance: BalanceConfig = field(default_factory=lambda: BalanceConfig(loss="none"))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(weight_decay=0.0, beta2=0.999))
+
+
 def base() -> ml_collections.ConfigDict:
     """Every key with its default, and `variants`: name -> the keys that differ, for runs compared side by side."""
     config = config_dict.of(RunConfig())
@@ -260,6 +278,13 @@ def base() -> ml_collections.ConfigDict:
 def reduce_base() -> ml_collections.ConfigDict:
     """As `base`, for `reduce`; a variant's `stages` replace the others."""
     config = config_dict.of(ReduceConfig())
+    config.variants = ml_collections.ConfigDict()
+    return config
+
+
+def adapt_base() -> ml_collections.ConfigDict:
+    """As `base`, for `adapt`."""
+    config = config_dict.of(AdaptConfig())
     config.variants = ml_collections.ConfigDict()
     return config
 
@@ -312,8 +337,17 @@ def reduce_from_dict(raw: dict[str, Any]) -> ReduceConfig:
     return run
 
 
-def any_from_dict(raw: dict[str, Any]) -> RunConfig | ReduceConfig:
-    """Either kind of run, by its keys."""
+def adapt_from_dict(raw: dict[str, Any]) -> AdaptConfig:
+    """A validated AdaptConfig from nested plain values."""
+    run = config_dict.build(AdaptConfig, raw, "")
+    validation.check_adapt(run)
+    return run
+
+
+def any_from_dict(raw: dict[str, Any]) -> RunConfig | ReduceConfig | AdaptConfig:
+    """Any kind of run, by its keys."""
+    if "adapter" in raw:
+        return adapt_from_dict(raw)
     return reduce_from_dict(raw) if "stages" in raw else run_from_dict(raw)
 
 

@@ -7,6 +7,7 @@ from moe_reduce.errors import UserError
 
 if TYPE_CHECKING:
     from moe_reduce.config import (
+        AdaptConfig,
         BalanceConfig,
         DataConfig,
         ExecutionConfig,
@@ -25,7 +26,8 @@ def positive(section: str, config: Any, *names: str) -> None:
     """Raises UserError at the first of the named attributes that is not above zero."""
     for name in names:
         if not 0 < getattr(config, name) < math.inf:  # refuses nan as well
-            raise UserError(f"{section}.{name} must be positive, got {getattr(config, name)}")
+            key = f"{section}.{name}" if section else name
+            raise UserError(f"{key} must be positive, got {getattr(config, name)}")
 
 
 def _in_range(section: str, config: Any, name: str, low: float, high: float) -> None:
@@ -66,6 +68,27 @@ def check_reduce(run: "ReduceConfig") -> None:
         if not name.replace("_", "").isalnum():
             raise UserError(f"stages.{name}: a stage's name is made of letters, digits and underscores")
         _check_stage(f"stages.{name}", stage, run)
+
+
+def check_adapt(run: "AdaptConfig") -> None:
+    """Raises UserError at the first key that cannot work; what depends on the model is checked when it is open."""
+    if not run.model:
+        raise UserError("model is empty: give the directory of the base, --config.model=DIR")
+    if run.budget is not None:
+        positive("", run, "budget")
+        if run.adapter is None:
+            raise UserError("budget is for an adapter, and adapter is None: everything trains")
+        name = "sketch_width" if run.adapter.method == "skema" else "rank"
+        if getattr(run.adapter, name) is not None:
+            raise UserError(f"budget decides adapter.{name}: leave one of them out")
+    positive("", run, "recall_pairs")
+    _check_sizes(run.mesh)
+    _check_execution(run.execution)
+    check_data(run.data)
+    _check_train(run.train)
+    _check_balance(run.balance)
+    if run.balance.bias_rate > 0:
+        raise UserError("balance.bias_rate is for train: in adapt the base stays as it is")
 
 
 def _check_stage(path: str, stage: "Stage", run: "ReduceConfig") -> None:
@@ -139,6 +162,8 @@ def check_data(data: "DataConfig") -> None:
     _in_range("data", data, "validation_fraction", 0.0, 1.0)
     if not data.source:
         raise UserError("data.source is empty: give python-stdlib, a path or glob, hub:NAME, or a .npy file")
+    if data.completion_field is not None and data.source.endswith(".npy"):
+        raise UserError("data.completion_field is of rows of text, and data.source holds token ids: leave it None")
 
 
 def check_mesh(mesh: "MeshConfig", model: "ModelConfig") -> None:

@@ -205,9 +205,9 @@ def _padded(array: np.ndarray, part: str, rank: int) -> np.ndarray:
     """Modules may differ in rank: zeros fill up, and change nothing."""
     if part == "lora_magnitude_vector":
         return array
-    turned = array.T
-    missing = rank - turned.shape[1 if part == "lora_A.weight" else 0]
-    return np.pad(turned, ((0, 0), (0, missing)) if part == "lora_A.weight" else ((0, missing), (0, 0)))
+    missing = rank - array.shape[0 if part == "lora_A.weight" else 1]
+    axes = [(0, missing), (0, 0)] if part == "lora_A.weight" else [(0, 0), (0, missing)]
+    return np.pad(array, axes).T
 
 
 def _scale(raw: dict[str, Any], module: str, rank: int) -> float:

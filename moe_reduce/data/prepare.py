@@ -16,6 +16,7 @@ import tqdm
 from moe_reduce import disk
 from moe_reduce.config import DataConfig
 from moe_reduce.data import shards, sources
+from moe_reduce.data.completions import UUID_PAIRS, Completions
 from moe_reduce.data.pieces import SPLITS, TRAIN, VALIDATION, pieces, split_pieces
 from moe_reduce.data.rows import TokenRows
 from moe_reduce.data.shards import Manifest, ShardWriter, TokenSource, TokenStore
@@ -39,6 +40,11 @@ def prepare(config: DataConfig, vocab_size: int) -> tuple[TokenSource, Tokenizer
     """
     if config.source.endswith(".npy"):
         return TokenRows(config, vocab_size), None
+    if config.completion_field is not None or config.source.startswith(UUID_PAIRS):
+        if config.tokenizer == TRAIN_A_TOKENIZER:
+            raise UserError("completions are learned by a model that has a tokenizer: set data.tokenizer to it")
+        tokenizer = _given_tokenizer(config.tokenizer, vocab_size)
+        return Completions(config, tokenizer), tokenizer
     given = None if config.tokenizer == TRAIN_A_TOKENIZER else _given_tokenizer(config.tokenizer, vocab_size)
     corpus = sources.corpus_hash(config)
     directory = _cache_directory(config, corpus, given.hash if given else f"{TRAIN_A_TOKENIZER} {vocab_size}")

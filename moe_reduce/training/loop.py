@@ -21,7 +21,7 @@ from moe_reduce.training import optimizer, sharding, steps
 from moe_reduce.training.checkpoints import Checkpoints
 from moe_reduce.training.metrics import MetricsLog, Stopwatch
 from moe_reduce.training.steps import State
-from moe_reduce.training.task import Batch, Params, Task
+from moe_reduce.training.task import Batch, Params, Task, join
 from moe_reduce.training.throughput import Peak
 
 MUST_BE_FINITE = ("loss", "gradient_norm", "parameter_norm")  # norms hide what the loss shows a step late, or never
@@ -43,6 +43,7 @@ class Outcome:
 
     params: Params  # the trained leaves; their average when that is on
     validation: dict[str, Any]  # loss, perplexity, accuracy, and summed arrays such as counts_NE
+    measured: dict[str, float]  # what the task measures beside
     tokens_per_second: float  # median over the logged intervals of this session; nan if it trained nothing
     compile_seconds: float
     intervals: list[float] = field(default_factory=list)
@@ -156,6 +157,8 @@ class Fit:
         if not math.isfinite(validation["loss"]):
             self._stop_diverged(step, f"validation loss is {validation['loss']} after")
         if evaluating:
+            with jax.transfer_guard("allow"):
+                validation |= self.task.measure(join(_evaluated(state), self.frozen))
             self.log.write(step, "validation", {k: v for k, v in validation.items() if isinstance(v, float)})
         if saving:
             self.checkpoints.save(step, state, self.batches.get_state())
@@ -201,15 +204,20 @@ class Fit:
         return f"{kept} in {self.workdir / 'checkpoints'}"
 
     def _validate(self, state: State, batches: Sequence[Batch]) -> dict[str, Any]:
-        params = state.params if state.average is None else state.average
+        params = _evaluated(state)
         sums = [self._evaluate(params, self.frozen, batch) for batch in batches]
         total = jax.tree.map(lambda *leaves: np.sum(np.stack(leaves), axis=0), *jax.device_get(sums))
         return summarize(total)
 
     def _outcome(self, state: State, compile_seconds: float) -> Outcome:
-        params = state.params if state.average is None else state.average
+        params = _evaluated(state)
         rate = float(np.median(self.intervals)) if self.intervals else math.nan
-        return Outcome(params, self._validate(state, self.validation), rate, compile_seconds, self.intervals)
+        measured = self.task.measure(join(params, self.frozen))
+        return Outcome(params, self._validate(state, self.validation), measured, rate, compile_seconds, self.intervals)
+
+
+def _evaluated(state: State) -> Params:
+    return state.params if state.average is None else state.average
 
 
 def summarize(sums: dict[str, Any]) -> dict[str, Any]:

@@ -109,6 +109,7 @@ def fit(job: Job, mesh: Mesh, tokens: TokenSource, workdir: Path) -> tuple[Param
         "tokens": job.train.steps * tokens_per_step,
         "steps": job.train.steps,
         **quality(outcome.validation),
+        "measured": outcome.measured,
         "tokens_per_second": rate,
         "mfu": None if rate is None else rate * flops / highest.flops,
         "peak_flops": highest.flops,
@@ -119,10 +120,15 @@ def fit(job: Job, mesh: Mesh, tokens: TokenSource, workdir: Path) -> tuple[Param
     return join(outcome.params, frozen), figures
 
 
-def finish(workdir: Path, model: Model, step: Step, summary: dict[str, Any]) -> None:
-    """model/ first, summary.json last: its presence means that the run is done. By the first process alone."""
+def finish(
+    workdir: Path, model: Model, step: Step, summary: dict[str, Any], report: Callable[[], None] = lambda: None
+) -> None:
+    """model/ first, then what there is to report about it, summary.json last: its presence means that the run is done.
+
+    By the first process alone."""
     if jax.process_index() == 0:
         save(model, workdir / "model", step, overwrite=True)
+        report()
         disk.write_json(workdir / SUMMARY, summary)
     if jax.process_count() > 1:  # none leaves, and takes the others' connection down, before the result is written
         multihost_utils.sync_global_devices("result written")

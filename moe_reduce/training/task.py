@@ -26,6 +26,12 @@ def never(metrics: dict[str, float]) -> str | None:
     return None
 
 
+def nothing_else(params: Params) -> dict[str, float]:
+    """The `measure` of a task whose batches say all there is to say."""
+    del params
+    return {}
+
+
 def every_leaf(path: str) -> bool:
     """The `trainable` of a task in which everything trains."""
     del path
@@ -41,7 +47,8 @@ class Task:
     at least `nll`, `correct` and `weight`; arrays are summed over batches and handed back. trainable(path) says which
     leaves train; the others get no gradient and no optimiser state. after_step(trained params, metrics) -> trained
     params makes changes that no gradient makes, such as loss-free balancing, or annealing. stop(logged scalars) -> why
-    training must end, or None.
+    training must end, or None. measure(params) -> scalars, called at every evaluation outside of jit, for what takes
+    more than a batch, such as generating text.
     """
 
     loss: Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
@@ -49,6 +56,7 @@ class Task:
     trainable: Callable[[str], bool] = every_leaf
     after_step: Callable[[Params, dict[str, jax.Array]], Params] = no_change
     stop: Callable[[dict[str, float]], str | None] = never
+    measure: Callable[[Params], dict[str, float]] = nothing_else
 
 
 def partition(params: Params, trainable: Callable[[str], bool]) -> tuple[Params, Params]:

@@ -1,0 +1,93 @@
+"""What shows that a merged model is the adapted one: the merge log and the equivalence report."""
+
+import datetime
+import importlib.metadata
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_reduce.adapters import merging
+from moe_reduce.adapters.adapter import Adapter, activate
+from moe_reduce.disk import write_json
+from moe_reduce.errors import UserError
+from moe_reduce.inference.evaluate import measure
+from moe_reduce.storage import manifest
+from moe_reduce.storage.manifest import Input
+from moe_reduce.storage.model import Model
+
+MERGE_LOG = "merge.json"
+EQUIVALENCE = "equivalence.json"
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of a logit, relative to the largest; by base dtype
+REPEATS = 5  # of each latency
+
+
+def equivalence(base: Model, adapter: Adapter, merged: Model, batches: Sequence[Any]) -> dict[str, Any]:
+    """The report: logits of the active path against the merged model on a fixed sample, perplexity and latency.
+
+    merged: as it is saved, rounded to the dtype of the base. Raises UserError when logits differ by more than the
+    tolerance of that dtype, which is stated in the report.
+    """
+    active = activate(base, adapter)
+    tokens_BT = batches[0]["tokens"]
+    expected, found = (np.asarray(model(tokens_BT), np.float64) for model in (active, merged))
+    largest = float(np.max(np.abs(expected)))
+    dtype = str(jax.tree.leaves(base.params["layers"]["attention"])[0].dtype)
+    report = {
+        "sample": {"batches": len(batches), "tokens": int(sum(np.sum(batch["weights"]) for batch in batches))},
+        "largest_logit": largest,
+        "largest_logit_difference": float(np.max(np.abs(found - expected))),
+        "same_choice": float(np.mean(np.argmax(found, -1) == np.argmax(expected, -1))),
+        "dtype": dtype,
+        "tolerance": TOLERANCES[dtype],
+        "tolerance_is": "of a logit's difference, relative to the largest logit",
+        "perplexity": {
+            name: measure(model, batches)["perplexity"]
+            for name, model in (("base", base), ("active", active), ("merged", merged))
+        },
+        "latency_seconds": {
+            name: _latency(model, tokens_BT) for name, model in (("base", base), ("active", active), ("merged", merged))
+        },
+    }
+    report["equivalent"] = report["largest_logit_difference"] <= report["tolerance"] * largest
+    if not report["equivalent"]:
+        raise UserError(
+            f"the merged model is not the adapted one: logits differ by {report['largest_logit_difference']:.2e}, "
+            f"{report['tolerance']} of the largest ({largest:.2e}) is allowed in {dtype}: keep the base in float32"
+        )
+    return report
+
+
+def _latency(model: Callable[[Any], jax.Array], tokens_BT: Any) -> float:
+    jax.block_until_ready(model(tokens_BT))
+    seconds = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        jax.block_until_ready(model(tokens_BT))
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds))
+
+
+def write_reports(directory: Path, model: Path, base: Input, adapter: Adapter, report: dict[str, Any]) -> None:
+    """merge.json and equivalence.json, beside or inside the merged model directory `model`."""
+    described = manifest.read(model)
+    assert described is not None, "what save wrote"
+    write_json(directory / EQUIVALENCE, report)
+    write_json(
+        directory / MERGE_LOG,
+        {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+            "order": merging.ORDER,
+            "dtype": "float32",
+            "base": {"path": base.path, "sha256": base.sha256},
+            "adapter": merging.digest(adapter),
+            "merged": {name: digest for name, digest in described["files"].items() if name.endswith(".safetensors")},
+            "equivalence": manifest.sha256_of_file(directory / EQUIVALENCE),
+            "versions": {name: importlib.metadata.version(name) for name in manifest.PACKAGES},
+            "commit": manifest.commit(),
+        },
+    )

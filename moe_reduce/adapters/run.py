@@ -1,0 +1,171 @@
+"""One AdaptConfig -> a workdir: an adapter (or the whole base) trained, adapter/, model/ merged, and what shows it."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe_reduce import disk, planning, trees
+from moe_reduce.adapters import adapter as adapters
+from moe_reduce.adapters import merging, package, storage
+from moe_reduce.adapters.adapter import Adapter
+from moe_reduce.adapters.targets import within_budget
+from moe_reduce.config import AdaptConfig, AdapterConfig, ModelConfig, to_dict
+from moe_reduce.data.batches import validation_batches
+from moe_reduce.data.completions import Completions
+from moe_reduce.data.prepare import prepare
+from moe_reduce.data.shards import TokenSource
+from moe_reduce.errors import UserError
+from moe_reduce.inference.recall import recall
+from moe_reduce.models.decoder import Decoder, abstract_params
+from moe_reduce.models.deltas import ADAPTER
+from moe_reduce.storage import manifest
+from moe_reduce.storage.hf_config import read_config
+from moe_reduce.storage.model import Model, load
+from moe_reduce.training import sharding, steps
+from moe_reduce.training.losses import evaluator, predict
+from moe_reduce.training.run import Job, begin, describe, finish, fit, machine, writing
+from moe_reduce.training.task import Task, every_leaf, nothing_else
+
+SAMPLE_BATCHES = 4  # of the validation split, for the equivalence report
+
+
+def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
+    """Trains, or goes on, or finds it done; returns the content of summary.json."""
+    run, config = _resolved(run)
+    mesh = sharding.make_mesh(run.mesh)
+    steps.check_batch(mesh, run.train)
+    shardings = sharding.shardings(mesh, abstract_params(config))
+    if run.adapter is not None:
+        adapters.abstract(run.adapter, config)  # refused before anything is prepared
+    done = begin(workdir, to_dict(run))
+    if done is not None:
+        return done
+    tokens, _ = prepare(run.data, config.vocab_size)
+    with writing(workdir):
+        base = load(run.model, None if run.dtype == "stored" else run.dtype, run.execution, shardings)
+        start = base if run.adapter is None else adapters.activate(base, adapters.init(run.adapter, base))
+        task = adapt_task(run, config, tokens)
+        job = Job(task, config, start.params, run.execution, run.data, run.train)
+        params, figures = fit(job, mesh, tokens, workdir)
+        for split in ("recall_train", "recall_validation"):
+            if split in figures["measured"]:
+                print(f"{split}: {figures['measured'][split]:.1%}", flush=True)
+        params = _as_stored(sharding.to_host(mesh, params), start.params)
+        return _finish(run, workdir, name, dataclasses.replace(base, params=params), tokens, figures)
+
+
+def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource) -> Task:
+    """What trains: an adapter's own leaves, or without one every leaf."""
+    chosen = run.adapter
+    execution = dataclasses.replace(run.execution, expert_gradients=chosen is None)
+    decoder = Decoder(config, execution)
+
+    def loss(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        _, penalty, metrics = predict(decoder, run.balance, params, batch)
+        return metrics["loss"] + penalty, metrics
+
+    ask = isinstance(tokens, Completions)
+    return Task(
+        loss=loss,
+        evaluate=evaluator(decoder),
+        trainable=every_leaf if chosen is None else partial(_trains, chosen),
+        measure=partial(_recall, config, execution, tokens, run.recall_pairs) if ask else nothing_else,
+    )
+
+
+def _trains(config: AdapterConfig, path: str) -> bool:
+    return planning.component(path) == ADAPTER and adapters.trained(config, path)
+
+
+def _recall(config: ModelConfig, execution: Any, tokens: Completions, pairs: int, params: Any) -> dict[str, float]:
+    return recall(config, execution, params, tokens, pairs)
+
+
+def _resolved(run: AdaptConfig) -> tuple[AdaptConfig, ModelConfig]:
+    """No `auto`, `train` or budget left, and the architecture of the base."""
+    config, _ = read_config(Path(run.model))
+    chosen = run.adapter
+    if run.budget is not None and chosen is not None:
+        allowed = int(run.budget * planning.count(abstract_params(config)))
+        chosen = within_budget(chosen, config, allowed)
+        size = f"sketch_width={chosen.sketch_width}" if chosen.method == "skema" else f"rank={chosen.rank}"
+        print(f"budget {run.budget:.3%} of the base: {allowed:,} parameters, {chosen.method} {size}", flush=True)
+    tokenizer = run.model if run.data.tokenizer == "train" else run.data.tokenizer
+    resolved = dataclasses.replace(
+        run,
+        adapter=chosen,
+        execution=run.execution.resolve(jax.default_backend()),
+        data=dataclasses.replace(run.data, tokenizer=tokenizer),
+    )
+    return resolved, config
+
+
+def _as_stored(params: Any, before: Any) -> dict[str, Any]:
+    """Trained in fp32, kept in the dtype of the base."""
+    dtypes = {path: leaf.dtype for path, leaf in trees.flatten(before).items()}
+    return trees.map_with_path(lambda path, leaf: leaf.astype(dtypes[path]), params)
+
+
+def _finish(
+    run: AdaptConfig, workdir: Path, name: str, active: Model, tokens: TokenSource, figures: dict[str, Any]
+) -> dict[str, Any]:
+    base_input = manifest.input_of(Path(run.model))
+    trained = planning.count(active.params)
+    merged, equivalent = active, None
+    if run.adapter is not None:
+        adapter = Adapter(run.adapter, active.params[ADAPTER])
+        base = merging.unmerge(active)
+        trained, merged = adapters.count(adapter), merging.merge(base, adapter)
+        share = sharding.batch_share(sharding.make_mesh(run.mesh))
+        batches = validation_batches(tokens, run.data, run.train.batch_size, SAMPLE_BATCHES, *share)
+        equivalent = package.equivalence(base, adapter, merged, batches)
+        if jax.process_index() == 0:
+            _write_adapter(adapter, base, base_input, workdir)
+    total = planning.count(merged.params)
+    summary = {
+        "name": name,
+        "method": run.adapter.method if run.adapter else "full",
+        "adapter": to_dict(run.adapter) if run.adapter else None,
+        "learning_rate": run.train.learning_rate,
+        "seed": run.train.seed,
+        **describe(merged.config),
+        "trained_parameters": trained,
+        "trained_share": trained / total,
+        "optimizer_bytes": 8 * trained,  # two moments in fp32
+        **figures,
+        **machine(),
+    }
+    step = manifest.Step(
+        command="adapt",
+        arguments=to_dict(run),
+        inputs=(base_input,),
+        parameters_before=total,
+        parameters_after=total,
+        quality=summary["validation"] | summary["measured"],
+    )
+    finish(workdir, merged, step, summary, partial(_report, workdir, base_input, run, active, equivalent))
+    return summary
+
+
+def _report(workdir: Path, base: manifest.Input, run: AdaptConfig, active: Model, report: dict | None) -> None:
+    if run.adapter is not None and report is not None:
+        package.write_reports(workdir, workdir / "model", base, Adapter(run.adapter, active.params[ADAPTER]), report)
+
+
+def _write_adapter(adapter: Adapter, base: Model, base_input: manifest.Input, workdir: Path) -> None:
+    target = workdir / "adapter"
+    with disk.temporary_beside(target) as unfinished:
+        storage.save(adapter, base.config, base_input, unfinished)
+        if target.exists():  # of an earlier attempt that was stopped behind it
+            target.rename(unfinished.with_name(f"{unfinished.name}.old"))
+        unfinished.rename(target)
+
+
+def load_adapter(directory: Path, base: Path, config: ModelConfig) -> Adapter:
+    """The adapter in a directory, for the base in another; raises UserError when they do not belong together."""
+    if not directory.is_dir():
+        raise UserError(f"--adapter={directory} is not a directory: give one that adapt or PEFT wrote")
+    return storage.load(directory, config, manifest.input_of(base))

@@ -1,0 +1,32 @@
+"""moe-reduce adapt: an adapter, or the whole model, trained on a text or on completions, then merged."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from moe_reduce.commands import run_arguments
+from moe_reduce.config import AdaptConfig, adapt_from_dict
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    run_arguments.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
+    """Runs the command; returns the path of summary.json."""
+    return run_arguments.run_each(arguments, overrides, adapt_from_dict, _adapt, _show)
+
+
+def _adapt(config: AdaptConfig, workdir: Path, name: str) -> None:
+    from moe_reduce.adapters.run import adapt
+
+    adapt(config, workdir, name)
+
+
+def _show(summaries: dict[str, dict[str, Any]], workdir: Path) -> None:
+    from moe_reduce.adapters.comparison import table
+    from moe_reduce.training import comparison
+
+    print(table(list(summaries.values())))
+    comparison.plot({name: workdir / name for name in summaries}, workdir / "loss.png")

@@ -1,0 +1,51 @@
+"""moe-reduce merge: a base and its adapter as one plain model, with the reports that show they are equivalent."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from moe_reduce.commands import model_arguments
+
+SAMPLE = (4, 64)  # random sequences and tokens that logits are compared on without --data
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--model", required=True, type=Path, help="the base: a directory of ours or of Hugging Face")
+    parser.add_argument("--adapter", required=True, type=Path, help="a directory that adapt or PEFT wrote")
+    model_arguments.add_out(parser, required=True, what="model directory")
+    model_arguments.add_data(parser, required=False, purpose="compare on it (default: random tokens)")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
+    """Writes the merged model with merge.json and equivalence.json in it, and returns its path."""
+    model_arguments.no_overrides(overrides)
+    model_arguments.check_out(arguments.out, arguments.overwrite)
+    from moe_reduce.adapters import merging, package
+    from moe_reduce.adapters.run import load_adapter
+    from moe_reduce.storage import manifest
+    from moe_reduce.storage.model import save
+
+    base = model_arguments.load_model(arguments)
+    adapter = load_adapter(arguments.adapter, arguments.model, base.config)
+    merged = merging.merge(base, adapter)
+    report = package.equivalence(base, adapter, merged, _sample(arguments, base.config.vocab_size))
+    base_input = manifest.input_of(arguments.model)
+    *earlier, step = merged.chain
+    inputs = (base_input, manifest.Input(str(arguments.adapter), step.arguments["adapter"]))
+    step = dataclasses.replace(step, inputs=inputs, quality={"perplexity": report["perplexity"]["merged"]})
+    save(dataclasses.replace(merged, chain=tuple(earlier)), arguments.out, step, overwrite=arguments.overwrite)
+    package.write_reports(arguments.out, arguments.out, base_input, adapter, report)
+    shown = {name: report[name] for name in ("largest_logit_difference", "perplexity", "latency_seconds")}
+    print(model_arguments.show(shown, as_json=False))
+    return arguments.out
+
+
+def _sample(arguments: argparse.Namespace, vocab_size: int) -> list[Any]:
+    import numpy as np
+
+    if arguments.data is not None:
+        return list(model_arguments.batches(arguments, vocab_size))
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (SAMPLE[0], SAMPLE[1] + 1), dtype=np.int32)
+    return [{"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones(SAMPLE, np.float32)}]

@@ -1,0 +1,96 @@
+"""Prompts and their completions, of which only the completions are learned: a row each, with the interface of a corpus.
+
+`data.completion_field` names the field behind the prompt (`data.text_field`). `uuid-pairs:N` as data.source is N random
+keys and values, made here: what can be memorised, and nothing else.
+"""
+
+import dataclasses
+import math
+import random
+import uuid
+
+import numpy as np
+
+from moe_reduce.config import DataConfig
+from moe_reduce.data import sources
+from moe_reduce.data.pieces import TRAIN
+from moe_reduce.data.tokenizers import Tokenizer
+from moe_reduce.errors import UserError
+
+UUID_PAIRS = "uuid-pairs:"
+UUID_SEED = 0
+
+
+class Completions:
+    """int32 rows: prompt, completion, end of text, filled up with end of text. Held in memory.
+
+    The last `validation_fraction` of the rows are for validation. Targets count from the completion's first token to
+    the end of text behind it.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer):
+        """Raises UserError when fields are missing or a pair is longer than data.sequence_length."""
+        if config.document_mask:
+            raise UserError(
+                "data.document_mask is for running text, and each completion has a row of its own: unset it"
+            )
+        self.end_of_text, self.tokenizer = tokenizer.end_of_text, tokenizer
+        self.pairs = list(_pairs(config))
+        if not self.pairs:
+            raise UserError(f"data.source={config.source} holds no prompt: give another")
+        prompts = tokenizer.encode_batch([prompt for prompt, _ in self.pairs])
+        completions = tokenizer.encode_batch([completion for _, completion in self.pairs])
+        self.prompt_lengths = np.array([len(ids) for ids in prompts])
+        self._ids = [left + right + [tokenizer.end_of_text] for left, right in zip(prompts, completions, strict=True)]
+        self.longest_completion = max(len(ids) for ids in completions)
+        longest = max(range(len(self._ids)), key=lambda index: len(self._ids[index]))
+        if len(self._ids[longest]) > config.sequence_length + 1:
+            raise UserError(
+                f"pair {longest + 1} of {config.source} has {len(self._ids[longest])} tokens: set "
+                f"data.sequence_length={len(self._ids[longest]) - 1} or more"
+            )
+        if not all(self.prompt_lengths):
+            raise UserError(f"pair {int(np.argmin(self.prompt_lengths)) + 1} of {config.source} has an empty prompt")
+        self._training = len(self.pairs) - math.ceil(len(self.pairs) * config.validation_fraction)
+
+    def numbers(self, split: str) -> range:
+        """Of the pairs in a split."""
+        return range(self._training) if split == TRAIN else range(self._training, len(self.pairs))
+
+    def rows(self, split: str, sequence_length: int) -> int:
+        """Pairs in the split."""
+        del sequence_length  # checked when the pairs were read
+        return len(self.numbers(split))
+
+    def row(self, split: str, index: int, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """A pair, int32 [T + 1], and where its targets count, float32 [T]."""
+        number = self.numbers(split)[index]
+        ids = np.full(sequence_length + 1, self.end_of_text, np.int32)
+        ids[: len(self._ids[number])] = self._ids[number]
+        counts = np.zeros(sequence_length, np.float32)
+        counts[self.prompt_lengths[number] - 1 : len(self._ids[number]) - 1] = 1
+        return ids, counts
+
+    def describe(self, split: str) -> str:
+        """The size of the split, for messages."""
+        return f"{self.rows(split, 0):,} pairs"
+
+
+def _pairs(config: DataConfig) -> list[tuple[str, str]]:
+    if config.source.startswith(UUID_PAIRS):
+        return uuid_pairs(config.source.removeprefix(UUID_PAIRS))
+    assert config.completion_field is not None
+    completions = sources.documents(dataclasses.replace(config, text_field=config.completion_field))
+    return list(zip(sources.documents(config), completions, strict=True))
+
+
+def uuid_pairs(count: str) -> list[tuple[str, str]]:
+    """So many random keys, as prompts, and random values; always the same ones."""
+    if not count.isdigit() or not int(count):
+        raise UserError(f"data.source={UUID_PAIRS}{count}: give a number of pairs, such as {UUID_PAIRS}1000")
+    generator = random.Random(UUID_SEED)
+
+    def one() -> str:
+        return str(uuid.UUID(int=generator.getrandbits(128), version=4))
+
+    return [(f"{one()} -> ", one()) for _ in range(int(count))]
