@@ -22,6 +22,7 @@ DECAYED = {  # by component: matrices decay; norms, biases and gains do not
     "score_offset": False,
     "output_gain": False,
     "norm": False,
+    "bias": False,
 }
 
 
