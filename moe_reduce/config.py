@@ -51,6 +51,11 @@ class ModelConfig:
     embedding_factor: int | None = None  # K of E = U·W (ALBERT, arXiv:1909.11942); None: a full table
     tied_embeddings: bool = True
     qk_norm: bool = False
+    norm: Literal["rms", "layer"] = "rms"  # layer: LayerNorm, with a bias
+    biases: bool = False  # of every linear map in attention and feed-forward
+    parallel_residual: bool = False  # attention and feed-forward read the same x, and both are added to it
+    feed_forward: Literal["swiglu", "gelu"] = "swiglu"  # gelu: two matrices, exact erf
+    rotary_share: float = 1.0  # of a head's width, from its start; the rest carries no position
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-6
     max_positions: int = 2048  # context length the model is meant for; only written to config.json

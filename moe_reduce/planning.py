@@ -23,6 +23,9 @@ COMPONENTS = {  # the last of these names in a path decides its component
     "final_norm": "norm",
     "query_norm": "norm",
     "key_norm": "norm",
+    **dict.fromkeys(
+        ("query_bias", "key_bias", "value_bias", "output_bias", "gate_bias", "up_bias", "down_bias"), "bias"
+    ),
 }
 
 
@@ -63,10 +66,11 @@ def active_parameters(config: ModelConfig, params: Mapping[str, Any]) -> int:
 
 
 def matmul_parameters_per_token(config: ModelConfig) -> int:
-    """Parameters that one token is multiplied with: a pool counts once for each layer that calls it."""
+    """Parameters that one token is multiplied with: a pool counts once for each layer that calls it, biases never."""
     attention = config.width * config.head_width * 2 * (config.query_heads + config.key_value_heads)
     if config.moe is None:
-        feed_forward = 3 * config.width * (config.feed_forward_width or 0)
+        matrices = 3 if config.feed_forward == "swiglu" else 2
+        feed_forward = matrices * config.width * (config.feed_forward_width or 0)
     else:
         feed_forward = config.moe.active * 3 * config.width * config.moe.width + config.width * config.moe.experts
     factor = config.embedding_factor

@@ -130,8 +130,7 @@ def check_model(model: "ModelConfig") -> None:
             f"model.query_heads ({model.query_heads}) must be a multiple of model.key_value_heads "
             f"({model.key_value_heads})"
         )
-    if model.head_width % 2:
-        raise UserError(f"model.head_width must be even for rotary embeddings, got {model.head_width}")
+    _check_rotary(model)
     if model.embedding_factor is not None:
         positive("model", model, "embedding_factor")
         if not model.tied_embeddings:
@@ -141,7 +140,27 @@ def check_model(model: "ModelConfig") -> None:
     if model.feed_forward_width is not None:
         positive("model", model, "feed_forward_width")
     if model.moe is not None:
+        _check_beside_experts(model)
         _check_moe(model.moe)
+
+
+def _check_rotary(model: "ModelConfig") -> None:
+    if model.head_width % 2:
+        raise UserError(f"model.head_width must be even for rotary embeddings, got {model.head_width}")
+    if not 0 < model.rotary_share <= 1:
+        raise UserError(f"model.rotary_share must be above 0 and at most 1, got {model.rotary_share}")
+    rotated = int(model.rotary_share * model.head_width)
+    if rotated == 0 or rotated % 2:
+        raise UserError(
+            f"model.rotary_share={model.rotary_share} turns {rotated} of the {model.head_width} numbers of a head: "
+            "choose a share that makes this even and above 0"
+        )
+
+
+def _check_beside_experts(model: "ModelConfig") -> None:
+    for name, only in (("feed_forward", "swiglu"), ("biases", False), ("norm", "rms")):
+        if getattr(model, name) != only:
+            raise UserError(f"model.{name}={getattr(model, name)} is for dense models: with model.moe set it to {only}")
 
 
 def _check_moe(moe: "MoEConfig") -> None:

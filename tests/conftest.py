@@ -75,6 +75,13 @@ def tiny_dense() -> ModelConfig:
 
 
 @pytest.fixture
+def tiny_neox(tiny_dense) -> ModelConfig:
+    """GPT-NeoX shapes: LayerNorm, biases, parallel residual, GELU without a gate, half of each head rotated, untied."""
+    changes = {"norm": "layer", "biases": True, "parallel_residual": True, "feed_forward": "gelu", "rotary_share": 0.5}
+    return dataclasses.replace(tiny_dense, key_value_heads=4, tied_embeddings=False, norm_epsilon=1e-5, **changes)
+
+
+@pytest.fixture
 def tiny_shared(tiny_dense) -> ModelConfig:
     """One pool and one router for both layers, factorised embedding."""
     moe = MoEConfig(experts=4, active=2, width=24, placement="shared", router="shared")

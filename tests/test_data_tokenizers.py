@@ -114,6 +114,11 @@ def test_real_tokenizers_agree_with_transformers(name, vocab_size, end_of_text, 
     assert _in_transformers(tmp_path, text) == ids
 
 
+def test_real_gpt_neox_ids_are_the_published_ones():
+    tokenizer = load_tokenizer(real("gpt-neox-20b/20B_tokenizer.json"))
+    assert tokenizer.encode("Hello, world!<|endoftext|>") == [12092, 13, 1533, 2, 0]
+
+
 def test_real_qwen_ids_are_the_published_ones():
     tokenizer = load_tokenizer(real("qwen2.5"))
     assert tokenizer.encode("Hello, world! 2024<|im_end|>") == [9707, 11, 1879, 0, 220, 17, 15, 17, 19, 151645]

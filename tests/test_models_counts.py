@@ -5,9 +5,15 @@ import pytest
 
 from moe_reduce import planning
 from moe_reduce.commands import config_file
-from moe_reduce.config import reduce_from_dict
+from moe_reduce.config import ModelConfig, reduce_from_dict
 from moe_reduce.models.decoder import abstract_params, init_params
 from moe_reduce.reduction import stages
+
+PYTHIA_160M = ModelConfig(
+    vocab_size=50_304, layers=12, width=768, query_heads=12, key_value_heads=12, head_width=64, feed_forward_width=3072,
+    tied_embeddings=False, norm="layer", norm_epsilon=1e-5, biases=True, parallel_residual=True, feed_forward="gelu",
+    rotary_share=0.25,
+)  # fmt: skip
 
 
 def _model(name):
@@ -31,6 +37,20 @@ def test_dense_llama_125m():
     params = abstract_params(_model("dense_llama_125m"))
     assert planning.count(params) == 137_841_408
     assert planning.counts_by_component(params)["feed_forward"] == 12 * 3 * 768 * 3072
+
+
+def test_pythia_160m():
+    params = abstract_params(PYTHIA_160M)
+    assert planning.counts_by_component(params) == {
+        "attention": 12 * 4 * 768**2,
+        "bias": 12 * (4 * 768 + 3072 + 768),
+        "embedding": 50_304 * 768,
+        "feed_forward": 12 * 2 * 768 * 3072,
+        "norm": 25 * 2 * 768,
+        "unembedding": 50_304 * 768,
+    }
+    assert planning.count(params) == planning.active_parameters(PYTHIA_160M, params) == 162_322_944
+    assert planning.matmul_parameters_per_token(PYTHIA_160M) == 12 * 12 * 768**2 + 50_304 * 768
 
 
 def test_qwen3_30b_a3b_as_a_pool_and_pruned():

@@ -24,7 +24,7 @@ def _tokens(config, batch=2, time=12, seed=0):
     return jax.random.randint(jax.random.key(seed), (batch, time), 0, config.vocab_size)
 
 
-@pytest.fixture(params=["tiny_dense", "tiny_shared", "tiny_layer_moe"])
+@pytest.fixture(params=["tiny_dense", "tiny_neox", "tiny_shared", "tiny_layer_moe"])
 def config(request):
     return request.getfixturevalue(request.param)
 

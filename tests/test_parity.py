@@ -27,6 +27,15 @@ CASES = [
     pytest.param("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, id="qwen3-theta"),
     pytest.param("qwen3_moe", {"norm_topk_prob": True}, id="qwen3_moe-normalised"),
     pytest.param("qwen3_moe", {"norm_topk_prob": False, "rms_norm_eps": 1e-2}, id="qwen3_moe-raw-weights"),
+    *[
+        pytest.param(
+            "gpt_neox", {"use_parallel_residual": parallel, "rotary_pct": share}, id=f"gpt_neox-{name}-{share}"
+        )
+        for name, parallel in (("parallel", True), ("sequential", False))
+        for share in (0.25, 1.0)
+    ],
+    pytest.param("gpt_neox", {"tie_word_embeddings": True, "layer_norm_eps": 1e-2}, id="gpt_neox-tied"),
+    pytest.param("gpt_neox", {"rotary_emb_base": 100, "rotary_pct": 0.5}, id="gpt_neox-theta"),
 ]
 
 

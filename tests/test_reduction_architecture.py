@@ -30,7 +30,7 @@ from moe_reduce.reduction.architecture import (
 from moe_reduce.storage import manifest
 from moe_reduce.storage.model import Model
 
-KINDS = ["tiny_dense", "tiny_shared", "tiny_layer_moe"]
+KINDS = ["tiny_dense", "tiny_neox", "tiny_shared", "tiny_layer_moe"]
 
 
 @pytest.fixture(params=KINDS)
@@ -50,8 +50,11 @@ def dense(tiny_dense):
 
 @functools.cache
 def made(config):
-    """Jax arrays cannot be changed, so tests may share them."""
+    """Jax arrays cannot be changed, so tests may share them. Biases are drawn, since they start from zero."""
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    biases = {path: leaf for path, leaf in trees.flatten(params).items() if path.endswith("bias")}
+    drawn = [0.3 * jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(biases.values())]
+    params = trees.update(params, dict(zip(biases, drawn, strict=True)))
     return Model(config, params, ExecutionConfig().resolve("cpu"))
 
 
@@ -89,21 +92,22 @@ def matrices(params):
             found[path] = leaf.reshape(leaf.shape[0], -1, leaf.shape[-1])
         elif name in ("gate", "up", "down"):
             found[path] = leaf.reshape(-1, *leaf.shape[-2:])
-    assert len(found) == 7
+    assert len(found) == (7 if any(path.endswith("/gate") for path in found) else 6)
     return found
 
 
 def with_heads_repeated(model, times):
     """The model with each key/value head in `times` copies side by side; it computes the same."""
-    found = trees.select(model.params, "layers/attention/(key|value)", expect=2)
-    leaves = {path: jnp.repeat(leaf, times, axis=2) for path, leaf in found.items()}
+    expect = 4 if model.config.biases else 2
+    found = trees.select(model.params, "layers/attention/(key|value)(_bias)?", expect=expect)
+    leaves = {path: jnp.repeat(leaf, times, axis=-2) for path, leaf in found.items()}
     config = dataclasses.replace(model.config, key_value_heads=model.config.key_value_heads * times)
     return dataclasses.replace(model, config=config, params=trees.update(model.params, leaves))
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_grouping_repeated_heads_is_exact(config, times):
-    few = made(dataclasses.replace(config, query_heads=12))
+    few = made(dataclasses.replace(config, query_heads=12, key_value_heads=2))
     many = with_heads_repeated(few, times)
     grouped = group_heads(many, few.config.key_value_heads)
     assert grouped.config == few.config
@@ -251,7 +255,7 @@ def test_keeping_all_neurons_is_the_identity(model):
 
 def test_neurons_that_write_nothing_are_removed_first(model):
     """Three of each block, others in each layer and expert."""
-    paths = trees.select(model.params, architecture.FEED_FORWARD, expect=3)
+    paths = trees.select(model.params, architecture.FEED_FORWARD, expect=2 if model.config.biases else 3)
     (down_path,) = [path for path in paths if path.endswith("down")]
     down, random = np.array(paths[down_path]), np.random.default_rng(0)
     width = feed_forward_width(model.config)
@@ -275,6 +279,29 @@ def test_neurons_are_chosen_by_the_product_of_their_norms(dense):
         np.testing.assert_array_equal(pruned["gate"][layer], gate[:, kept])
         np.testing.assert_array_equal(pruned["up"][layer], up[:, kept])
         np.testing.assert_array_equal(pruned["down"][layer], down[kept])
+
+
+def test_biases_of_neurons_count_and_go_with_them(tiny_neox):
+    model = made(tiny_neox)
+    pruned = prune_neurons(model, 5).params["layers"]["mlp"]
+    before = {name: np.asarray(leaf) for name, leaf in model.params["layers"]["mlp"].items()}
+    for layer in range(2):
+        up, up_bias, down = (before[name][layer] for name in ("up", "up_bias", "down"))
+        size = np.sqrt((up**2).sum(axis=0) + up_bias**2) * np.linalg.norm(down, axis=1)
+        kept = np.sort(np.argsort(size)[-5:])
+        np.testing.assert_array_equal(pruned["up"][layer], up[:, kept])
+        np.testing.assert_array_equal(pruned["up_bias"][layer], up_bias[kept])
+        np.testing.assert_array_equal(pruned["down"][layer], down[kept])
+    np.testing.assert_array_equal(pruned["down_bias"], before["down_bias"])
+
+
+def test_grouped_neox_is_ours_and_one_with_all_its_heads_is_theirs(tiny_neox, tmp_path):
+    model = made(tiny_neox)
+    for heads, kind in ((4, "gpt_neox"), (2, "moe_reduce")):
+        grouped = group_heads(model, heads)
+        moe_reduce.save(grouped, tmp_path / kind)
+        assert json.loads((tmp_path / kind / "config.json").read_text())["model_type"] == kind
+        np.testing.assert_array_equal(moe_reduce.load(tmp_path / kind)(tokens(model)), grouped(tokens(model)))
 
 
 TRANSFORMS = {

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers_models import CLASSES, EXPERTS, SIZES
+from test_models_counts import PYTHIA_160M
+from transformers_models import CLASSES, SIZES_OF
 
 from moe_reduce.config import ModelConfig, MoEConfig
 from moe_reduce.errors import UserError
@@ -47,8 +48,32 @@ SHARED = ModelConfig(
 )  # fmt: skip
 
 
+PYTHIA = {  # the spelling of Pythia-160M on the hub
+    "architectures": ["GPTNeoXForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "gelu",
+    "hidden_size": 768,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "model_type": "gpt_neox",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.24.0",
+    "use_cache": True,
+    "use_parallel_residual": True,
+    "vocab_size": 50304,
+}
+
+
 def config_of(kind: str, **changes):
-    return CLASSES[kind][0](**SIZES | (EXPERTS if kind == "qwen3_moe" else {}) | changes)
+    return CLASSES[kind][0](**SIZES_OF[kind] | changes)
 
 
 def test_published_spelling():
@@ -59,6 +84,16 @@ def test_published_spelling():
     )  # fmt: skip
     assert model_type(model) == "qwen3_moe"
     assert to_hf(model, PUBLISHED, "bfloat16") == PUBLISHED
+
+
+def test_published_spelling_of_pythia():
+    assert from_hf(PYTHIA) == PYTHIA_160M
+    assert model_type(PYTHIA_160M) == "gpt_neox"
+    assert to_hf(PYTHIA_160M, PYTHIA, "float16") == PYTHIA
+    other = dataclasses.replace(PYTHIA_160M, rotary_share=0.5, parallel_residual=False, rope_theta=2e4)
+    changes = {"rotary_pct": 0.5, "use_parallel_residual": False, "rotary_emb_base": 2e4}
+    assert to_hf(other, PYTHIA, "float16") == PYTHIA | changes
+    assert from_hf(PYTHIA | changes) == from_hf(CLASSES["gpt_neox"][0](**PYTHIA | changes).to_dict()) == other
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -133,6 +168,43 @@ def test_what_transformers_lacks_is_ours(change: dict):
     assert model_type(dataclasses.replace(model, qk_norm=False)) == "moe_reduce"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"key_value_heads": 4},
+        {"head_width": 32},
+        {"biases": False},
+        {"norm": "rms"},
+        {"feed_forward": "swiglu"},
+        {"qk_norm": True},
+        {"tied_embeddings": True, "embedding_factor": 64},
+    ],
+)
+def test_what_gpt_neox_lacks_is_ours(change: dict):
+    model = dataclasses.replace(PYTHIA_160M, **change)
+    raw = to_hf(model, PYTHIA, "float16")
+    assert raw["model_type"] == "moe_reduce"
+    assert from_hf(raw) == model
+    assert from_hf(to_hf(PYTHIA_160M, raw, "float16")) == PYTHIA_160M
+    shallow = dataclasses.replace(model, layers=6)
+    assert from_hf(to_hf(shallow, raw, "float16")) == shallow
+
+
+def test_one_family_with_a_trait_of_another_is_ours():
+    llama = from_hf(config_of("llama").to_dict())
+    for change in ({"parallel_residual": True}, {"rotary_share": 0.5}, {"biases": True}, {"norm": "layer"}):
+        assert model_type(dataclasses.replace(llama, **change)) == "moe_reduce"
+
+
+def test_own_files_name_later_fields_only_where_they_differ():
+    """Files from before these fields are read, and written again, as they are."""
+    raw = to_hf(SHARED, None, "float32")
+    assert not {"norm", "biases", "parallel_residual", "feed_forward", "rotary_share"} & set(raw)
+    turned = dataclasses.replace(SHARED, rotary_share=0.5)
+    assert to_hf(turned, raw, "float32") == raw | {"rotary_share": 0.5}
+    assert to_hf(SHARED, raw | {"rotary_share": 0.5}, "float32") == raw
+
+
 def test_change_of_type_keeps_the_token_ids():
     model = from_hf(PUBLISHED)
     assert model.moe is not None
@@ -157,7 +229,7 @@ def test_change_of_type_keeps_the_token_ids():
         ({"rope_parameters": 3}, "rope_parameters"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"model_type": "mamba"}, "llama, qwen3, qwen3_moe, moe_reduce"),
+        ({"model_type": "mamba"}, "llama, qwen3, qwen3_moe, gpt_neox, moe_reduce"),
         ({"model_type": None}, "model_type"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"num_attention_heads": 0}, "query_heads"),
@@ -171,6 +243,43 @@ def test_refusals_name_file_and_key(tmp_path: Path, change: dict, words: str):
         read_config(tmp_path)
     assert words in str(caught.value)
     assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"attention_bias": False}, "attention_bias"),
+        ({"hidden_act": "gelu_fast"}, "hidden_act"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads"),
+        ({"head_dim": 32}, "head_dim"),
+        ({"rope_theta": 5e5}, "rope_theta"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "default", "partial_rotary_factor": 1.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "default", "rope_theta": 2e4}}, "rope_scaling"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rotary_pct": 0.0}, "rotary_share"),
+        ({"rotary_pct": 1.5}, "rotary_share"),
+        ({"rotary_pct": 0.05}, "rotary_share=0.05 turns 3 of the 64"),
+        ({"num_attention_heads": 7}, "num_attention_heads"),
+        ({"num_attention_heads": 0}, "query_heads"),
+        ({"use_parallel_residual": 1}, "use_parallel_residual"),
+    ],
+)
+def test_refusals_of_pythia_name_file_and_key(tmp_path: Path, change: dict, words: str):
+    (tmp_path / "config.json").write_text(json.dumps(PYTHIA | change))
+    with pytest.raises(UserError) as caught:
+        read_config(tmp_path)
+    assert words in str(caught.value)
+    assert str(tmp_path / "config.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("feed_forward", "gelu"), ("biases", True), ("norm", "layer")])
+def test_experts_take_no_part_of_gpt_neox(name: str, value: object):
+    raw = to_hf(SHARED, None, "float32")
+    with pytest.raises(UserError, match=rf"model.{name}={value} is for dense models"):
+        from_hf(raw | {name: value})
 
 
 def test_unreadable_directories(tmp_path: Path):

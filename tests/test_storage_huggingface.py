@@ -16,11 +16,12 @@ from transformers_models import CLASSES, tensors_by_name, tiny, written
 
 import moe_reduce
 from moe_reduce import trees
-from moe_reduce.config import ModelConfig, MoEConfig
+from moe_reduce.config import MeshConfig, ModelConfig, MoEConfig
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import abstract_params
 from moe_reduce.storage.huggingface import check_names, read_params, write_items
 from moe_reduce.storage.tensors import INDEX_FILE, SINGLE_FILE, TensorFiles, write_tensors
+from moe_reduce.training import sharding
 
 KINDS = [(kind, tied) for kind in CLASSES for tied in (True, False)]
 POOL = MoEConfig(experts=12, active=2, width=20, placement="shared")
@@ -37,7 +38,16 @@ OWN = {
     ),
     "layers-with-gain": ModelConfig(**SIZES, moe=dataclasses.replace(POOL, placement="layer", output_gain=True)),
     "dense-factorised": ModelConfig(**SIZES, embedding_factor=6, feed_forward_width=40),
-}
+    "grouped-neox": ModelConfig(
+        **SIZES, feed_forward_width=40, norm="layer", biases=True, parallel_residual=True, feed_forward="gelu",
+        rotary_share=0.5,
+    ),
+    "biased-swiglu": ModelConfig(**SIZES, feed_forward_width=40, biases=True, tied_embeddings=False),
+}  # fmt: skip
+NEOX = ModelConfig(
+    vocab_size=60, layers=4, width=32, query_heads=4, key_value_heads=4, head_width=8, feed_forward_width=40,
+    tied_embeddings=False, norm="layer", biases=True, parallel_residual=True, feed_forward="gelu", rotary_share=0.5,
+)  # fmt: skip
 
 
 def random_params(config: ModelConfig, dtype: Any = np.float32) -> dict[str, Any]:
@@ -136,14 +146,19 @@ def test_names_of_our_own_architectures(tmp_path: Path):
         "model.layers.2.mlp.experts.10.gate_proj.weight",
         "model.embed_tokens.factor",
         "model.embed_tokens.projection",
+        "model.norm.bias",
+        "model.layers.2.input_layernorm.bias",
+        "model.layers.2.self_attn.k_proj.bias",
+        "model.layers.2.mlp.gate_proj.bias",
     }
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", [*OWN, "neox"])
 @pytest.mark.parametrize("end", [0, -1], ids=["first-axis", "last-axis"])
 def test_sharded_loading_reads_the_same(tmp_path: Path, name: str, end: int):
-    params = random_params(OWN[name])
-    moe_reduce.save(model_of(OWN[name], params), tmp_path / "model")
+    config = (OWN | {"neox": NEOX})[name]
+    params = random_params(config)
+    moe_reduce.save(model_of(config, params), tmp_path / "model")
     devices = jax.devices()[:4]
     assert len(devices) == 4, "the tests need several devices: conftest.py asks for 8"
     mesh = jax.sharding.Mesh(devices, ("x",))
@@ -153,7 +168,7 @@ def test_sharded_loading_reads_the_same(tmp_path: Path, name: str, end: int):
         spec = ["x" if axes and axis == axes[end] else None for axis in range(len(leaf.shape))]
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
-    shardings = trees.map_with_path(shard, abstract_params(OWN[name]))
+    shardings = trees.map_with_path(shard, abstract_params(config))
     loaded = moe_reduce.load(tmp_path / "model", shardings=shardings)
     assert_same_params(loaded.params, params)
     for path, leaf in trees.flatten(loaded.params).items():
@@ -161,6 +176,40 @@ def test_sharded_loading_reads_the_same(tmp_path: Path, name: str, end: int):
         assert path in ("embedding/factor", "unembedding/table") or not leaf.is_fully_replicated
     with pytest.raises(UserError, match="shardings"):
         moe_reduce.load(tmp_path / "model", shardings={"embedding": {}})
+
+
+def test_parts_of_one_tensor_load_onto_a_mesh_and_compute_the_same(tmp_path: Path):
+    params = random_params(NEOX)
+    moe_reduce.save(model_of(NEOX, params), tmp_path / "model")
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    placed = moe_reduce.load(tmp_path / "model", shardings=sharding.shardings(mesh, abstract_params(NEOX)))
+    assert_same_params(placed.params, params)
+    query = placed.params["layers"]["attention"]["query"]
+    assert {shard.data.shape for shard in query.addressable_shards} == {(4, 16, 2, 8)}
+    assert len(query.sharding.device_set) == 8
+    tokens = np.arange(24).reshape(4, 6)
+    whole = moe_reduce.load(tmp_path / "model")(tokens)
+    np.testing.assert_allclose(placed(tokens), whole, atol=1e-5 * np.abs(whole).max())
+
+
+def test_query_key_and_value_are_interleaved_by_head(tmp_path: Path):
+    """By hand from the tensors on disk: rows are [heads, 3, head width]."""
+    theirs = tensors_by_name(written(tmp_path, "gpt_neox"))
+    attention = moe_reduce.load(tmp_path).params["layers"]["attention"]
+    for layer in range(2):
+        fused = theirs[f"gpt_neox.layers.{layer}.attention.query_key_value.weight"].reshape(4, 3, 16, 64)
+        biases = theirs[f"gpt_neox.layers.{layer}.attention.query_key_value.bias"].reshape(4, 3, 16)
+        for part, name in enumerate(("query", "key", "value")):
+            np.testing.assert_array_equal(attention[name][layer], fused[:, part].transpose(2, 0, 1))
+            np.testing.assert_array_equal(attention[f"{name}_bias"][layer], biases[:, part])
+
+
+def test_parts_of_one_tensor_have_one_dtype(tmp_path: Path):
+    params = random_params(NEOX)
+    mixed = trees.update(params, {"layers/attention/key": params["layers"]["attention"]["key"].astype(np.float16)})
+    with pytest.raises(UserError, match=r"layers/attention/key float16.*differ|differ.*layers/attention/key float16"):
+        moe_reduce.save(model_of(NEOX, mixed), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def change_tensors(directory: Path, change) -> None:
@@ -203,6 +252,28 @@ def test_tolerated_extras(tmp_path: Path):
 
     change_tensors(tmp_path, add)
     assert_same_params(moe_reduce.load(tmp_path).params, expected)
+
+
+def test_tolerated_extras_of_old_pythia(tmp_path: Path):
+    written(tmp_path, "gpt_neox", tie_word_embeddings=True)
+    expected = moe_reduce.load(tmp_path).params
+    prefix = "gpt_neox.layers.1.attention"
+
+    def add(arrays: dict[str, Any]) -> None:
+        arrays[f"{prefix}.bias"] = np.tril(np.ones((1, 1, 64, 64), np.uint8))
+        arrays[f"{prefix}.masked_bias"] = np.array(-1e9, np.float32)
+        arrays[f"{prefix}.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+        arrays["embed_out.weight"] = arrays["gpt_neox.embed_in.weight"].copy()
+
+    change_tensors(tmp_path, add)
+    assert_same_params(moe_reduce.load(tmp_path).params, expected)
+    change_tensors(tmp_path, lambda arrays: arrays["embed_out.weight"].__setitem__(0, 7))
+    with pytest.raises(UserError, match=r"embed_out\.weight .* differs from the embedding"):
+        moe_reduce.load(tmp_path)
+    change_tensors(tmp_path, lambda arrays: arrays.pop("embed_out.weight"))
+    change_tensors(tmp_path, lambda arrays: arrays.update({f"{prefix}.scale": np.ones(1, np.float32)}))
+    with pytest.raises(UserError, match=rf"{prefix}.scale"):
+        moe_reduce.load(tmp_path)
 
 
 def test_params_that_are_not_the_configs(tmp_path: Path):

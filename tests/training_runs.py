@@ -35,6 +35,10 @@ SIZES = {"vocab_size": 384, "layers": 2, "width": 16, "query_heads": 4, "key_val
 SHARED = MoEConfig(experts=4, active=2, width=16, placement="shared", router="shared")
 MODELS = {
     "dense": ModelConfig(**SIZES, feed_forward_width=32),
+    "neox": ModelConfig(
+        **SIZES | {"key_value_heads": 4}, feed_forward_width=32, tied_embeddings=False, norm="layer", biases=True,
+        parallel_residual=True, feed_forward="gelu", rotary_share=0.5,
+    ),
     "shared": ModelConfig(**SIZES, moe=SHARED, embedding_factor=8),
     "layer": ModelConfig(**SIZES, moe=MoEConfig(experts=4, active=2, width=16), tied_embeddings=False, qk_norm=True),
     "pool": ModelConfig(
@@ -43,7 +47,7 @@ MODELS = {
             SHARED, router="layer", score_function="sigmoid", selection_bias=True, score_offset=True, output_gain=True
         ),
     ),
-}
+}  # fmt: skip
 
 
 def run_config(kind: str, data: DataConfig, mesh: MeshConfig = ONE_DEVICE, **train: Any) -> RunConfig:

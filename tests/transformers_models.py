@@ -10,6 +10,7 @@ CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "gpt_neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM),
 }
 SIZES = {
     "vocab_size": 61,
@@ -23,12 +24,19 @@ SIZES = {
     "initializer_range": 0.2,
 }
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+MULTI_HEAD = {name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
+SIZES_OF = {
+    "llama": SIZES,
+    "qwen3": SIZES,
+    "qwen3_moe": SIZES | EXPERTS,
+    "gpt_neox": MULTI_HEAD | {"hidden_size": 64},  # 4 heads of 16, of which a quarter is 4
+}
 
 
 def tiny(kind: str, **changes: Any) -> Any:
     """A random model: weights of standard deviation 0.2, norm scales between 0.5 and 1.5."""
     config_class, model_class = CLASSES[kind]
-    sizes = SIZES | (EXPERTS if kind == "qwen3_moe" else {}) | changes
+    sizes = SIZES_OF[kind] | changes
     torch.manual_seed(0)
     model = model_class._from_config(config_class(**sizes), attn_implementation="eager").eval()
     with torch.no_grad():
@@ -58,6 +66,8 @@ def tensors_by_name(model: Any, gradients: bool = False) -> dict[str, Any]:
             found |= _experts(name.removesuffix("gate_up_proj"), "up_proj", up)
         elif name.endswith("experts.down_proj"):
             found |= _experts(name.removesuffix("down_proj"), "down_proj", array)
+        elif name == "lm_head.weight" and isinstance(model, transformers.GPTNeoXForCausalLM):
+            found["embed_out.weight"] = array
         else:
             found[name] = array
     return found

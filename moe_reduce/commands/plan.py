@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_reduce.commands import config_file, model_arguments
-from moe_reduce.config import ModelConfig, ReduceConfig, RunConfig, any_from_dict
+from moe_reduce.config import AdaptConfig, ModelConfig, ReduceConfig, RunConfig, any_from_dict
 from moe_reduce.errors import UserError
 
 
@@ -35,10 +35,12 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     return model_arguments.show(plans, arguments.json)
 
 
-def _models(name: str, described: RunConfig | ReduceConfig) -> dict[str, ModelConfig]:
-    """The model that a run trains; or those in front of and behind the stages of a reduction."""
+def _models(name: str, described: RunConfig | ReduceConfig | AdaptConfig) -> dict[str, ModelConfig]:
+    """The model that a run trains or adapts; or those in front of and behind the stages of a reduction."""
     if isinstance(described, RunConfig):
         return {name: described.model}
+    if isinstance(described, AdaptConfig):
+        return {name: model_arguments.directory_config(Path(described.model))}
     from moe_reduce.reduction.stages import configurations
 
     first = described.architecture or model_arguments.directory_config(Path(described.model))

@@ -12,7 +12,7 @@ from moe_reduce.config import ExecutionConfig, ModelConfig
 from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.models.dispatch import Experts, Pool
 from moe_reduce.models.experts import BATCH_AXES, ExpertPool, Router, mixture_of_experts
-from moe_reduce.models.layers import Attention, Embedding, FeedForward, RMSNorm, Unembedding
+from moe_reduce.models.layers import Attention, Embedding, FeedForward, Unembedding, residual_norm
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -27,7 +27,9 @@ COLLECTIONS = (
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, or experts, each added to the residual stream.
+    """Pre-norm attention and feed-forward, or experts, each added to the residual stream, one after the other.
+
+    With config.parallel_residual both read the stream as the block found it (GPT-J; arXiv:2204.06745).
 
     Uses the shared pool and router that it is given, and makes its own where it is given none. The masters of a shared
     pool go from block to block with x, so that their gradient is added up on the way back.
@@ -76,9 +78,10 @@ def _pool(experts: ExpertPool, dtype: jnp.dtype, execution: ExecutionConfig) -> 
 
 def _attend(config: ModelConfig, execution: ExecutionConfig, x_BTD, positions_BT, mask_B1TT):
     """The first half of a block, as submodules of whoever calls: (x after attention, what the second half reads)."""
-    normed_BTD = RMSNorm(config.norm_epsilon, name="attention_norm")(x_BTD)
-    x_BTD = x_BTD + Attention(config, execution, name="attention")(normed_BTD, positions_BT, mask_B1TT)
-    return x_BTD, RMSNorm(config.norm_epsilon, name="mlp_norm")(x_BTD)
+    normed_BTD = residual_norm(config, "attention_norm")(x_BTD)
+    attended_BTD = x_BTD + Attention(config, execution, name="attention")(normed_BTD, positions_BT, mask_B1TT)
+    read_BTD = x_BTD if config.parallel_residual else attended_BTD
+    return attended_BTD, residual_norm(config, "mlp_norm")(read_BTD)
 
 
 class AttentionHalf(nn.Module):
@@ -116,7 +119,7 @@ class Decoder(nn.Module):
         mask_B1TT = None if segments_BT is None else (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
         (computed, masters, changes), router_DE = self._shared(x_BTD.dtype)
         (x_BTD, _), _ = self._layers()((x_BTD, masters), positions_BT, mask_B1TT, (computed, changes), router_DE)
-        x_BTD = RMSNorm(config.norm_epsilon, name="final_norm")(x_BTD)
+        x_BTD = residual_norm(config, "final_norm")(x_BTD)
         if config.tied_embeddings:
             return embedding.decode(x_BTD)
         return Unembedding(config, self.execution, name="unembedding")(x_BTD)

@@ -35,9 +35,38 @@ class RMSNorm(nn.Module):
         return (x_float * inverse * scale).astype(x.dtype)
 
 
-def rotate(x_BTHC: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding, halves convention of Hugging Face LLaMA (arXiv:2104.09864); angles in fp32."""
-    half = x_BTHC.shape[-1] // 2
+class LayerNorm(nn.Module):
+    """(x - mean) / standard deviation · scale + bias over the last axis, in fp32 (arXiv:1607.06450)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x_float = x.astype(jnp.float32)
+        centred = x_float - jnp.mean(x_float, axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
+        scale, bias = (jnp.broadcast_to(part.astype(jnp.float32), x.shape) for part in (scale, bias))
+        return (centred * inverse * scale + bias).astype(x.dtype)
+
+
+def residual_norm(config: ModelConfig, name: str) -> RMSNorm | LayerNorm:
+    """The norm of the residual stream, as a submodule of whoever calls."""
+    kind = RMSNorm if config.norm == "rms" else LayerNorm
+    return kind(config.norm_epsilon, name=name)
+
+
+def rotate(x_BTHC: jax.Array, positions_BT: jax.Array, theta: float, share: float = 1.0) -> jax.Array:
+    """Rotary embedding, halves convention of Hugging Face LLaMA (arXiv:2104.09864); angles in fp32.
+
+    share: of the head width that is turned; what follows passes as it is (GPT-NeoX, arXiv:2204.06745).
+    """
+    width = int(share * x_BTHC.shape[-1])
+    if width < x_BTHC.shape[-1]:
+        turned = rotate(x_BTHC[..., :width], positions_BT, theta)
+        return jnp.concatenate([turned, x_BTHC[..., width:]], axis=-1)
+    half = width // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
     sine, cosine = jnp.sin(angles), jnp.cos(angles)
@@ -64,16 +93,24 @@ def linear(
     init: nn.initializers.Initializer,
     execution: ExecutionConfig,
     inputs: int = 1,
+    bias: bool = False,
 ) -> jax.Array:
-    """x [B, T, *in] · the module's parameter of this name [*in, *out], and what an adapter adds: [B, T, *out]."""
+    """x [B, T, *in] · the module's parameter of this name [*in, *out], and what an adapter adds: [B, T, *out].
+
+    bias: the parameter NAME_bias [*out] is added, behind the adapter's change.
+    """
     matrix = module.param(name, init, shape)
     y = matmul(x, matrix, execution, inputs)
     delta = deltas.delta_of(module, name)
-    if delta is None:
+    if delta is not None:
+        rows, size = x.shape[0] * x.shape[1], math.prod(matrix.shape[:inputs])
+        flat = (x.reshape(rows, size), y.reshape(rows, -1), matrix.reshape(size, -1))
+        y = deltas.adapted(*flat, delta, execution.products).reshape(y.shape)
+    if not bias:
         return y
-    rows, size = x.shape[0] * x.shape[1], math.prod(matrix.shape[:inputs])
-    flat = (x.reshape(rows, size), y.reshape(rows, -1), matrix.reshape(size, -1))
-    return deltas.adapted(*flat, delta, execution.products).reshape(y.shape)
+    added = module.param(f"{name}_bias", nn.initializers.zeros, matrix.shape[inputs:])
+    # in fp32, so that its gradient, a sum over all tokens, is one too
+    return (y.astype(jnp.float32) + jnp.broadcast_to(added.astype(jnp.float32), y.shape)).astype(y.dtype)
 
 
 def causal_attention(q_BTHC, k_BTGC, v_BTGC, mask_B1TT: jax.Array | None, form: str = "plain") -> jax.Array:
@@ -104,8 +141,8 @@ class Attention(nn.Module):
         if config.qk_norm:
             q_BTHC = RMSNorm(config.norm_epsilon, name="query_norm")(q_BTHC)
             k_BTGC = RMSNorm(config.norm_epsilon, name="key_norm")(k_BTGC)
-        q_BTHC = rotate(q_BTHC, positions_BT, config.rope_theta)
-        k_BTGC = rotate(k_BTGC, positions_BT, config.rope_theta)
+        q_BTHC = rotate(q_BTHC, positions_BT, config.rope_theta, config.rotary_share)
+        k_BTGC = rotate(k_BTGC, positions_BT, config.rope_theta, config.rotary_share)
         if self.execution.attention == "cudnn":
             mixed_BTHC = jax.nn.dot_product_attention(
                 q_BTHC, k_BTGC, v_BTGC, mask=mask_B1TT, is_causal=True, implementation="cudnn"
@@ -114,27 +151,33 @@ class Attention(nn.Module):
             mixed_BTHC = causal_attention(q_BTHC, k_BTGC, v_BTGC, mask_B1TT, self.execution.products)
         shape = (config.query_heads, config.head_width, config.width)
         init = normal_init(residual_std(config))
-        return linear(self, "output", mixed_BTHC, shape, init, self.execution, inputs=2)
+        return linear(self, "output", mixed_BTHC, shape, init, self.execution, inputs=2, bias=config.biases)
 
     def _project(self, name: str, x_BTD: jax.Array, heads: int) -> jax.Array:
         shape = (self.config.width, heads, self.config.head_width)
-        return linear(self, name, x_BTD, shape, normal_init(self.config.init_std), self.execution)
+        init = normal_init(self.config.init_std)
+        return linear(self, name, x_BTD, shape, init, self.execution, bias=self.config.biases)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate·x) · up·x) (arXiv:2002.05202)."""
+    """SwiGLU: down(silu(gate·x) · up·x) (arXiv:2002.05202); or down(gelu(up·x)), exact (arXiv:1606.08415)."""
 
     config: ModelConfig
     execution: ExecutionConfig
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        width, hidden = self.config.width, self.config.feed_forward_width
-        init, execution = normal_init(self.config.init_std), self.execution
-        gate_BTF = linear(self, "gate", x_BTD, (width, hidden), init, execution)
-        up_BTF = linear(self, "up", x_BTD, (width, hidden), init, execution)
-        init_down = normal_init(residual_std(self.config))
-        return linear(self, "down", jax.nn.silu(gate_BTF) * up_BTF, (hidden, width), init_down, execution)
+        config = self.config
+        if config.feed_forward == "swiglu":
+            hidden_BTF = jax.nn.silu(self._inward("gate", x_BTD)) * self._inward("up", x_BTD)
+        else:
+            hidden_BTF = jax.nn.gelu(self._inward("up", x_BTD), approximate=False)
+        shape, init = (config.feed_forward_width, config.width), normal_init(residual_std(config))
+        return linear(self, "down", hidden_BTF, shape, init, self.execution, bias=config.biases)
+
+    def _inward(self, name: str, x_BTD: jax.Array) -> jax.Array:
+        shape, init = (self.config.width, self.config.feed_forward_width), normal_init(self.config.init_std)
+        return linear(self, name, x_BTD, shape, init, self.execution, bias=self.config.biases)
 
 
 class Embedding(nn.Module):

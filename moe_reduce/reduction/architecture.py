@@ -25,27 +25,37 @@ from moe_reduce.training.task import Batch
 
 FEED_FORWARD = r"(layers/)?(mlp|experts)/(gate|up|down)"
 MATRICES = rf"layers/attention/(query|key|value|output)|{FEED_FORWARD}"
-MATRIX_LEAVES = 7
+
+
+def matrix_leaves(config: ModelConfig) -> int:
+    """Number of leaves that MATRICES matches: of attention, and of the feed-forward blocks or experts."""
+    return 4 + feed_forward_leaves(config)
+
+
+def feed_forward_leaves(config: ModelConfig) -> int:
+    """Number of leaves that FEED_FORWARD matches: a GELU block has no gate."""
+    return 3 if config.feed_forward == "swiglu" else 2
 
 
 def group_heads(model: Model, key_value_heads: int) -> Model:
-    """Fewer key/value heads: those of a group become their mean (GQA, arXiv:2305.13245). Touches 2 leaves.
+    """Fewer key/value heads: those of a group become their mean (GQA, arXiv:2305.13245).
 
-    Exact when the heads within a group are equal. Raises UserError unless `key_value_heads` divides their number now.
+    Exact when the heads within a group are equal. Touches 2 leaves, 4 with biases. Raises UserError unless
+    `key_value_heads` divides their number now.
     """
     present = model.config.key_value_heads
     if key_value_heads < 1 or present % key_value_heads:
         fitting = ", ".join(str(number) for number in range(1, present + 1) if present % number == 0)
         raise UserError(f"key_value_heads={key_value_heads} does not divide the model's {present}: give {fitting}")
 
-    def mean(w_NDGC: jax.Array) -> jax.Array:
-        groups = w_NDGC.astype(jnp.float32).reshape(*w_NDGC.shape[:2], key_value_heads, -1, w_NDGC.shape[3])
-        first = groups[:, :, :, :1]
+    def mean(heads: jax.Array) -> jax.Array:  # matrices [N, D, G, C] or biases [N, G, C]
+        groups = heads.astype(jnp.float32).reshape(*heads.shape[:-2], key_value_heads, -1, heads.shape[-1])
+        first = groups[..., :1, :]
         # around the first head: equal heads give exactly that head, whatever their number
-        mean_NDGC = (first + jnp.mean(groups - first, axis=3, keepdims=True))[:, :, :, 0]
-        return mean_NDGC.astype(w_NDGC.dtype)
+        return (first + jnp.mean(groups - first, axis=-2, keepdims=True))[..., 0, :].astype(heads.dtype)
 
-    found = trees.select(model.params, "layers/attention/(key|value)", expect=2)
+    expect = 4 if model.config.biases else 2
+    found = trees.select(model.params, "layers/attention/(key|value)(_bias)?", expect=expect)
     leaves = {path: _computed(mean, leaf) for path, leaf in found.items()}
     return _changed(model, leaves, key_value_heads=key_value_heads)
 
@@ -123,10 +133,11 @@ def factorise_embedding(model: Model, inner: int) -> Model:
 
 
 def prune_magnitude(model: Model, share: float) -> Model:
-    """Zero in place of the ⌊share · n⌋ smallest |w| of each matrix of n weights, the first of equals. Touches 7 leaves.
+    """Zero in place of the ⌊share · n⌋ smallest |w| of each matrix of n weights, the first of equals.
 
     Attention, feed-forward and expert matrices, each by itself; never embeddings, norms, routers or biases. Zeros that
-    are there already count. Raises UserError unless 0 <= share < 1.
+    are there already count. Touches 7 leaves, 6 where a feed-forward block has no gate. Raises
+    UserError unless 0 <= share < 1.
     """
     if not 0 <= share < 1:
         raise UserError(f"share={share} must be at least 0 and below 1: it is the share of the weights set to zero")
@@ -136,15 +147,15 @@ def prune_magnitude(model: Model, share: float) -> Model:
         smallest = jnp.argsort(jnp.abs(w_IO).reshape(-1), stable=True)[:count]
         return w_IO.reshape(-1).at[smallest].set(0, unique_indices=True).reshape(w_IO.shape)
 
-    found = trees.select(model.params, MATRICES, expect=MATRIX_LEAVES)
+    found = trees.select(model.params, MATRICES, expect=matrix_leaves(model.config))
     return _changed(model, {path: _each_matrix(prune, path, leaf) for path, leaf in found.items()})
 
 
 def prune_two_four(model: Model) -> Model:
-    """Of each 4 weights that follow each other along the inputs of a matrix, the 2 largest |w|. Touches 7 leaves.
+    """Of each 4 weights that follow each other along the inputs of a matrix, the 2 largest |w|.
 
     The 2:4 pattern that sparse tensor cores read (arXiv:2104.08378), in the matrices of `prune_magnitude`; of equals
-    the last stay. Raises UserError when a matrix has a number of inputs that 4 does not divide.
+    the last stay. Touches as many leaves. Raises UserError when a matrix has a number of inputs that 4 does not divide.
     """
 
     def prune(w_IO: jax.Array) -> jax.Array:
@@ -152,7 +163,7 @@ def prune_two_four(model: Model) -> Model:
         rank = jnp.argsort(jnp.argsort(jnp.abs(quads), axis=1, stable=True), axis=1)
         return jnp.where(rank >= 2, quads, 0).reshape(w_IO.shape)
 
-    found = trees.select(model.params, MATRICES, expect=MATRIX_LEAVES)
+    found = trees.select(model.params, MATRICES, expect=matrix_leaves(model.config))
     for path, leaf in found.items():
         inputs, _ = _matrix_sizes(path, leaf.shape)
         if inputs % 4:
@@ -161,10 +172,12 @@ def prune_two_four(model: Model) -> Model:
 
 
 def prune_neurons(model: Model, keep: int) -> Model:
-    """The `keep` neurons of largest ‖gate_f‖·‖up_f‖·‖down_f‖ in each layer, or each expert. Touches 3 leaves.
+    """The `keep` neurons of largest ‖gate_f‖·‖up_f‖·‖down_f‖ in each layer, or each expert.
 
-    That product times ‖x‖² bounds what neuron f can add, since |silu(z)| <= |z|. Neurons stay in their order, so that
-    keeping all is the identity. Raises UserError when `keep` is not in 1..F.
+    That product times ‖x‖² bounds what neuron f can add, since |silu(z)| <= |z|; with GELU there is no gate, and the
+    factor is ‖x‖. A bias counts as the weight of an input that is always 1. Neurons stay in their order, so that
+    keeping all is the identity. Touches the leaves of FEED_FORWARD and the biases of neurons. Raises UserError when
+    `keep` is not in 1..F.
     """
     moe = model.config.moe
     width = model.config.feed_forward_width if moe is None else moe.width
@@ -172,21 +185,38 @@ def prune_neurons(model: Model, keep: int) -> Model:
     if not 1 <= keep <= width:
         raise UserError(f"keep={keep} is not in 1..{width}, the neurons of a feed-forward block: choose one of these")
 
-    def prune(down: jax.Array, gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
-        size = _norm(gate, -2) * _norm(up, -2) * _norm(down, -1)
-        kept = jnp.sort(jax.lax.top_k(size, keep)[1], axis=-1)
-        columns, rows = kept[..., None, :], kept[..., :, None]
-        return (
-            jnp.take_along_axis(down, rows, axis=-2),
-            jnp.take_along_axis(gate, columns, axis=-1),
-            jnp.take_along_axis(up, columns, axis=-1),
-        )
-
-    found = trees.select(model.params, FEED_FORWARD, expect=3)  # in the order of their names
-    leaves = dict(zip(found, _computed(prune, *found.values()), strict=True))
+    found = trees.select(model.params, FEED_FORWARD, expect=feed_forward_leaves(model.config))
+    if model.config.biases:
+        found |= trees.select(model.params, "layers/mlp/(gate|up)_bias", expect=len(found) - 1)
+    leaves = dict(zip(found, _computed(_kept_neurons(list(found), keep), *found.values()), strict=True))
     if moe is None:
         return _changed(model, leaves, feed_forward_width=keep)
     return _changed(model, leaves, moe=dataclasses.replace(moe, width=keep))
+
+
+def _kept_neurons(paths: list[str], keep: int) -> Callable[..., list[jax.Array]]:
+    """A function of the leaves at these paths of one feed-forward block, to the same leaves with fewer neurons."""
+    names = [path.split("/")[-1] for path in paths]
+
+    def prune(*leaves: jax.Array) -> list[jax.Array]:
+        named = dict(zip(names, leaves, strict=True))
+        size = _norm(named["down"], -1)
+        for name in ("gate", "up"):
+            if f"{name}_bias" in named:
+                size *= _norm(jnp.concatenate([named[name], named[f"{name}_bias"][..., None, :]], axis=-2), -2)
+            elif name in named:
+                size *= _norm(named[name], -2)
+        kept = jnp.sort(jax.lax.top_k(size, keep)[1], axis=-1)
+        return [_taken(leaf, kept, -2 if name == "down" else -1) for name, leaf in named.items()]
+
+    return prune
+
+
+def _taken(leaf: jax.Array, kept: jax.Array, axis: int) -> jax.Array:
+    """The kept indices [..., K] along an axis of a leaf; a bias has as many axes as `kept`."""
+    if leaf.ndim > kept.ndim:
+        kept = jnp.expand_dims(kept, -1 if axis == -2 else -2)
+    return jnp.take_along_axis(leaf, kept, axis=axis)
 
 
 def _changed(model: Model, leaves: dict[str, Any], **config: Any) -> Model:

@@ -10,7 +10,7 @@ import numpy as np
 from moe_reduce import trees
 from moe_reduce.config import ModelConfig
 from moe_reduce.errors import UserError
-from moe_reduce.storage.names import IGNORED, TIED_OUTPUT, Leaf, leaves
+from moe_reduce.storage.names import IGNORED, Leaf, leaves, table, to_stored
 from moe_reduce.storage.tensors import TensorFiles, TensorItem
 
 
@@ -24,9 +24,10 @@ def check_names(files: TensorFiles, config: ModelConfig) -> None:
         if entry.shape != shape:
             raise UserError(f"tensor {name} in {entry.file} has shape {entry.shape}, config.json says {shape}: fix one")
     unknown = [name for name in files.entries if name not in expected and not IGNORED.fullmatch(name)]
-    if config.tied_embeddings and TIED_OUTPUT in unknown and config.embedding_factor is None:
-        _check_tied(files)
-        unknown.remove(TIED_OUTPUT)
+    output, *_ = table(config)["unembedding/table"]
+    if config.tied_embeddings and output in unknown and config.embedding_factor is None:
+        _check_tied(files, table(config)["embedding/table"][0], output)
+        unknown.remove(output)
     if unknown:
         raise UserError(
             f"tensor {min(unknown)} in {files.entries[min(unknown)].file} has no place in this model "
@@ -34,12 +35,12 @@ def check_names(files: TensorFiles, config: ModelConfig) -> None:
         )
 
 
-def _check_tied(files: TensorFiles) -> None:
-    table, output = files.read("model.embed_tokens.weight"), files.read(TIED_OUTPUT)
+def _check_tied(files: TensorFiles, input_name: str, output_name: str) -> None:
+    first, last = files.read(input_name), files.read(output_name)
     # Bytes, so that the comparison needs no dtype of its own and NaN equals itself.
-    if table.dtype != output.dtype or not np.array_equal(table.view(np.uint8), output.view(np.uint8)):
+    if first.dtype != last.dtype or not np.array_equal(first.view(np.uint8), last.view(np.uint8)):
         raise UserError(
-            f"{TIED_OUTPUT} in {files.directory} differs from the embedding, but config.json ties them: "
+            f"{output_name} in {files.directory} differs from the embedding, but config.json ties them: "
             "set tie_word_embeddings to false"
         )
 
@@ -110,14 +111,25 @@ def write_items(params: Mapping[str, Any], config: ModelConfig) -> Iterator[Tens
     for path, leaf in expected.items():
         if tuple(flat[path].shape) != leaf.shape:
             raise UserError(f"parameter {path} has shape {tuple(flat[path].shape)}, its config says {leaf.shape}")
-    everything = [(leaf.name(index), index, leaf) for leaf in expected.values() for index in np.ndindex(leaf.stacked)]
-    for name, index, leaf in sorted(everything, key=lambda item: _natural(item[0])):
-        yield name, leaf.stored_shape, np.dtype(flat[leaf.path].dtype), _fetch(flat[leaf.path], index, leaf)
+    tensors: dict[str, list[tuple[Leaf, tuple[int, ...]]]] = {}
+    for leaf in expected.values():
+        for index in np.ndindex(leaf.stacked):
+            tensors.setdefault(leaf.name(index), []).append((leaf, index))
+    for name in sorted(tensors, key=_natural):
+        dtype = _one_dtype(name, {leaf.path: np.dtype(flat[leaf.path].dtype) for leaf, _ in tensors[name]})
+        yield name, tensors[name][0][0].stored_shape, dtype, _fetch(flat, tensors[name])
+
+
+def _one_dtype(name: str, dtypes: dict[str, np.dtype]) -> np.dtype:
+    if len(set(dtypes.values())) > 1:
+        described = ", ".join(f"{path} {dtype}" for path, dtype in dtypes.items())
+        raise UserError(f"parameters that share tensor {name} differ in dtype ({described}): convert them to one")
+    return next(iter(dtypes.values()))
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
-def _fetch(array: Any, index: tuple[int, ...], leaf: Leaf) -> Callable[[], np.ndarray]:
-    return lambda: leaf.to_stored(np.asarray(array[index]))
+def _fetch(flat: Mapping[str, Any], pieces: list[tuple[Leaf, tuple[int, ...]]]) -> Callable[[], np.ndarray]:
+    return lambda: to_stored([(leaf, np.asarray(flat[leaf.path][index])) for leaf, index in pieces])

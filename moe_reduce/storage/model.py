@@ -69,7 +69,7 @@ def load(
     execution: ExecutionConfig | None = None,
     shardings: trees.Tree | None = None,
 ) -> Model:
-    """The model in a directory of ours or of Hugging Face (llama, qwen3, qwen3_moe).
+    """The model in a directory of ours or of Hugging Face (llama, qwen3, qwen3_moe, gpt_neox).
 
     dtype: of the parameters, such as "bfloat16"; None keeps what is stored. execution: how to compute; None lets the
     platform decide. shardings: tree of jax.sharding.Sharding like the parameters; each device reads its own slices.

@@ -23,6 +23,7 @@ DECAYED = {  # by component: matrices decay; norms, biases and gains do not
     "output_gain": False,
     "norm": False,
     "adapter": True,
+    "bias": False,
 }
 
 
