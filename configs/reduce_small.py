@@ -15,6 +15,7 @@ from moe_reduce import config as defaults
 
 KEPT = (180, 120, 72, 48, 24)  # 75, 50, 30, 20, 10 % of 240; in each of 6 layers never fewer than the 4 active
 STEPS = 200  # of recovery at each number; 4,096 tokens a step
+LONG_AT, LONG = 48, 1500  # `_long`: where pruning ends, and the steps of recovery there, a quarter of the pretraining
 ANNEALING = 400  # steps in which other layers' experts enter the competition
 
 
@@ -54,6 +55,11 @@ def variants() -> dict:
             if rung or suffix:
                 found[f"layers{rung}{suffix}"] = {"router": tune(ANNEALING)} | ladder("reap", **changes, **loss)
                 found[f"pool{rung}{suffix}"] = annealed | ladder("reap_total", **changes, **loss)
+    for name in ("layers", "pool"):
+        begun = list(found[f"{name}_experts_taught"].items())
+        until = [stage for stage, _ in begun].index(f"prune_{LONG_AT}") + 1
+        longer = tune(LONG, components="router,norm,experts", teacher_weight=0.5)
+        found[f"{name}_experts_taught_long"] = dict(begun[:until]) | {f"recover_{LONG_AT}_long": longer}
     return found
 
 

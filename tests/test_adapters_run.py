@@ -1,0 +1,223 @@
+"""adapt and merge through the real command line: what is left, what resumes, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from training_runs import MODELS, assert_close, token_data, unmeasured_peak
+
+import moe_reduce
+from moe_reduce import trees
+from moe_reduce.__main__ import main
+from moe_reduce.adapters import package
+from moe_reduce.adapters.run import load_adapter
+from moe_reduce.config import ExecutionConfig
+from moe_reduce.data.completions import uuid_pairs
+from moe_reduce.models.decoder import init_params
+from moe_reduce.storage.manifest import verify
+from moe_reduce.storage.model import Model
+from moe_reduce.training import run as training_run
+from moe_reduce.training.checkpoints import Checkpoints
+
+CONFIG = """
+from moe_reduce import config as defaults
+
+
+def get_config():
+    config = defaults.adapt_base()
+    config.model = {model!r}
+    config.mesh.data = 1
+    config.adapter.update(method="skema", targets="q,v,mlp", sketch_width=4, layers="top:1")
+    config.data.update(source={source!r}, sequence_length=32, validation_fraction=0.25)
+    config.execution.block_rows = 8
+    config.train.update(
+        steps=20, batch_size=8, learning_rate=3e-2, log_every=1, evaluate_every=3, evaluate_batches=2, checkpoint_every=2
+    )
+    return config
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick_peak(monkeypatch):
+    monkeypatch.setattr(training_run, "peak", unmeasured_peak)
+
+
+def write(directory, kind="dense"):
+    config = dataclasses.replace(MODELS[kind], init_std=0.3)
+    params = init_params(config, jax.random.key(0))
+    moe_reduce.save(Model(config, params, ExecutionConfig()), directory / "base", overwrite=True)
+    data = token_data(directory)
+    file = directory / "config.py"
+    file.write_text(CONFIG.format(model=str(directory / "base"), source=data.source))
+    return file
+
+
+def _adapt(file, workdir, *more):
+    return main(["adapt", f"--config={file}", f"--workdir={workdir}", *more])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("adapted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run, "peak", unmeasured_peak)
+        assert _adapt(write(directory), directory / "run") == 0
+    return directory
+
+
+def test_what_a_run_leaves(finished):
+    work = finished / "run"
+    summary = json.loads((work / "summary.json").read_text())
+    assert summary["trained_parameters"] == 5 * 16
+    assert summary["optimizer_bytes"] == 8 * 80
+    base, merged = moe_reduce.load(finished / "base"), moe_reduce.load(work / "model")
+    old, new = trees.flatten(base.params), trees.flatten(merged.params)
+    changed = {path for path in old if not np.array_equal(old[path], new[path])}
+    assert changed == {f"layers/attention/{n}" for n in ("query", "value")} | {
+        f"layers/mlp/{n}" for n in ("gate", "up", "down")
+    }
+    for path in changed:
+        assert np.array_equal(old[path][0], new[path][0]), "only the top layer is adapted"
+    assert verify(work / "model") == []
+    assert [step.command for step in merged.chain] == ["merge", "adapt"]
+    report = json.loads((work / package.EQUIVALENCE).read_text())
+    assert report["equivalent"]
+    assert 0 < report["largest_logit_difference"] < 1e-4 * report["largest_logit"]
+    assert report["perplexity"]["merged"] == pytest.approx(report["perplexity"]["active"], rel=1e-5)
+    assert report["perplexity"]["merged"] < 0.98 * report["perplexity"]["base"]
+    log = json.loads((work / package.MERGE_LOG).read_text())
+    assert set(log["merged"]) == {"model.safetensors"}
+    assert (work / "loss.png").is_file()
+
+
+def test_merge_gives_what_adapt_gave(finished, tmp_path, capsys):
+    arguments = [f"--model={finished / 'base'}", f"--adapter={finished / 'run/adapter'}"]
+    assert main(["merge", *arguments, f"--out={tmp_path / 'merged'}"]) == 0
+    assert "largest_logit_difference" in capsys.readouterr().out
+    again, once = moe_reduce.load(tmp_path / "merged"), moe_reduce.load(finished / "run/model")
+    assert_close(again.params, once.params)
+    assert [entry.path for entry in again.chain[-1].inputs] == [str(finished / "base"), str(finished / "run/adapter")]
+    assert verify(tmp_path / "merged") == []
+    assert (tmp_path / "merged" / package.EQUIVALENCE).is_file()
+
+    def refused(part, *more):
+        assert main(["merge", *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert part in line
+
+    refused("exists", *arguments, f"--out={tmp_path / 'merged'}")
+    twice = [f"--model={tmp_path / 'merged'}", arguments[1], f"--out={tmp_path / 'twice'}"]
+    refused("is another model", *twice)
+    refused("is not a directory", arguments[0], f"--adapter={tmp_path / 'none'}", f"--out={tmp_path / 'x'}")
+    refused("has no adapter_config.json", arguments[0], f"--adapter={tmp_path}", f"--out={tmp_path / 'x'}")
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_report_that_fails_stops_the_merge(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(package, "TOLERANCES", {"float32": 0.0})
+    arguments = [f"--model={finished / 'base'}", f"--adapter={finished / 'run/adapter'}", f"--out={tmp_path / 'out'}"]
+    assert main(["merge", *arguments]) == 2
+    assert "is not the adapted one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_resumed_is_uninterrupted(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    for name in ("model", "adapter", "checkpoints/20"):
+        shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run/summary.json").unlink()
+    restored = []
+    once = Checkpoints.restore
+    monkeypatch.setattr(
+        Checkpoints, "restore", lambda self, step, wanted: (restored.append(step), once(self, step, wanted))[1]
+    )
+    assert _adapt(finished / "config.py", tmp_path / "run") == 0
+    assert restored == [18]
+    config = moe_reduce.load(finished / "base").config
+    left, right = (load_adapter(place / "run/adapter", finished / "base", config) for place in (finished, tmp_path))
+    assert_close(left.tree, right.tree)
+
+
+@pytest.mark.parametrize("kind", ["dense", "layer"])
+def test_eight_devices_adapt_as_one_does(tmp_path, kind):
+    file = write(tmp_path, kind)
+    losses = []
+    for name, mesh in (("one", ()), ("eight", ("data=2", "fsdp=2", "expert=2" if kind == "layer" else "tensor=2"))):
+        overrides = [f"--config.mesh.{axis}" for axis in mesh]
+        assert _adapt(file, tmp_path / name, *overrides, "--config.train.steps=3") == 0
+        losses.append(json.loads((tmp_path / name / "summary.json").read_text())["validation"]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_whole_model_trains_without_an_adapter(finished, tmp_path):
+    file = tmp_path / "config.py"
+    text = (finished / "config.py").read_text()
+    file.write_text(text.replace("    return config\n", "    config.adapter = None\n    return config\n"))
+    assert _adapt(file, tmp_path / "run") == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["trained_parameters"] == summary["parameters"]
+    assert not (tmp_path / "run/adapter").exists()
+
+
+def test_a_budget_decides_the_size(finished, tmp_path, capsys):
+    more = ["--config.adapter.sketch_width=None", "--config.budget=0.02", "--config.train.steps=1"]
+    text = (finished / "config.py").read_text().replace("sketch_width=4, ", "")
+    (tmp_path / "config.py").write_text(text)
+    assert _adapt(tmp_path / "config.py", tmp_path / "run", *more[1:]) == 0
+    total = json.loads((tmp_path / "run/summary.json").read_text())
+    width = int((0.02 * total["parameters"] / 5) ** 0.5)
+    assert total["trained_parameters"] == 5 * width**2
+    assert f"sketch_width={width}" in capsys.readouterr().out
+
+
+def test_uuids_are_memorised(tmp_path, capsys):
+    """Random values: pairs that are learned come back, and others do not."""
+    config = dataclasses.replace(MODELS["dense"], vocab_size=512)
+    from moe_reduce.data.tokenizer_training import train_tokenizer
+
+    tokenizer = train_tokenizer([f"{key}{value}" for key, value in uuid_pairs("400")], 300)
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(tmp_path / "tokenizer")
+    params = init_params(config, jax.random.key(0))
+    model = Model(config, params, ExecutionConfig(), source=tmp_path / "tokenizer")
+    moe_reduce.save(model, tmp_path / "base")
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG.format(model=str(tmp_path / "base"), source="uuid-pairs:4"))
+    more = ["--config.data.sequence_length=80", "--config.train.batch_size=2", "--config.train.evaluate_every=200"]
+    text = file.read_text().replace("    return config\n", "    config.adapter = None\n    return config\n")
+    file.write_text(text.replace("validation_fraction=0.25", "validation_fraction=0.5"))
+    assert _adapt(file, tmp_path / "run", *more, "--config.train.steps=200", "--config.train.checkpoint_every=200") == 0
+    measured = json.loads((tmp_path / "run/summary.json").read_text())["measured"]
+    assert measured["recall_train"] > 0.9
+    assert measured["recall_validation"] < 0.5
+    assert "recall_train" in capsys.readouterr().out
+    for source, part in (("uuid-pairs:many", "give a number of pairs"), ("uuid-pairs:4", "set data.sequence_length=")):
+        length = "--config.data.sequence_length=8"
+        assert _adapt(file, tmp_path / "refused", f"--config.data.source={source}", *more[1:], length) == 2
+        assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("--config.model=", "model is empty"),
+        ("--config.model=nowhere", "nowhere is not a directory"),
+        ("--config.adapter.targets=q,gat", "the model has no 'gat'"),
+        ("--config.adapter.sketch_width=40", "exceeds"),
+        ("--config.adapter.method=lora", "adapter.sketch_width is not for lora"),
+        ("--config.adapter.method=skme", "adapter.method must be one of"),
+        ("--config.budget=0.1", "budget decides adapter.sketch_width"),
+        ("--config.budget=-1.0", "budget must be positive"),
+        ("--config.data.completion_field=answer", "holds token ids"),
+        ("--config.train.steps=0", "train.steps must be positive"),
+        ("--config.balance.bias_rate=0.1", "balance.bias_rate is for train"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, override, part):
+    assert _adapt(write(tmp_path), tmp_path / "run", override) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("moe-reduce adapt: ")
+    assert part in line
