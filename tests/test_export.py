@@ -96,7 +96,7 @@ def test_other_runtimes_give_the_same_logits_at_any_size(request, tmp_path, name
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-def test_what_export_json_says(dense, capsys):
+def test_what_export_json_says(dense, capsys, caplog):
     out = exported(dense, "--format=both", "--batch-size=2")
     content = json.loads((out / "export.json").read_text())
     assert content["command"] == f"moe-reduce export --model={dense} --out={out} --format=both --batch-size=2"
@@ -115,6 +115,7 @@ def test_what_export_json_says(dense, capsys):
     assert captured.out.count("largest logit difference") == 2
     assert captured.out.splitlines()[-1] == str(out)
     assert captured.err == ""
+    assert not [record for record in caplog.records if record.name.startswith(("jax2onnx", "onnx", "root"))]
 
 
 def test_fixed_sizes_are_the_only_ones(dense):
