@@ -40,7 +40,7 @@ def require(file_format: str) -> None:
             importlib.import_module(package)
         except ImportError as error:
             reason = f"--format={file_format} needs the package {package} ({error})"
-            raise UserError(f"{reason}: pip install 'moe_reduce[export]', or -e '.[export]' in a checkout") from error
+            raise UserError(f"{reason}: pip install -e '.[export]' in the checkout of moe_reduce") from error
 
 
 def convert(file_format: str, traced: Traced) -> Exported:
