@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+EXPORT = ["flatbuffers>=25.0", "jax2onnx>=0.17", "onnx>=1.20", "onnxruntime>=1.24"]
+
 setup(
     name="moe_reduce",
     version="0.1.0",
@@ -26,7 +28,9 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
+        "export": EXPORT,
         "test": [
+            *EXPORT,
             "basedpyright>=1.31",
             "peft>=0.17",
             "pytest>=8.3",

@@ -23,6 +23,7 @@ COMMANDS = {
     "factorise-embedding": "the tied token table as two thin factors",
     "sparsify": "zeros in place of the smallest weights",
     "prune-neurons": "narrower feed-forward blocks or experts",
+    "export": "a model as StableHLO or ONNX, for other programs to run",
     "report": "the results table of a document, from summary.json files",
 }
 

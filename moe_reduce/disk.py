@@ -52,6 +52,31 @@ def temporary_beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def check_directory(target: Path, overwrite: bool, marker: str, kind: str) -> None:
+    """Raises UserError unless a directory may be written here: nothing is, or what `marker` tells to be of this kind.
+
+    kind: with its article, such as "a model directory"; only such a directory is ever overwritten.
+    """
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise UserError(f"{target} exists: choose another path, or allow overwriting")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
+        raise UserError(f"{target} is not {kind}, so it is not overwritten: choose another path")
+
+
+def replace_directory(unfinished: Path, target: Path) -> None:
+    """Renames a finished directory to its name, in place of one that may be there."""
+    if not target.exists():
+        unfinished.rename(target)
+        return
+    # A directory cannot be renamed over a full one: the old one steps aside, whole, for the moment between.
+    aside = unfinished.with_name(f"{unfinished.name}.old")
+    target.rename(aside)
+    unfinished.rename(target)
+    shutil.rmtree(aside)
+
+
 def is_running(process: int) -> bool:
     """Whether this host runs a process of this number, anyone's."""
     try:

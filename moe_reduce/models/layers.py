@@ -119,7 +119,8 @@ def causal_attention(q_BTHC, k_BTGC, v_BTGC, mask_B1TT: jax.Array | None, form: 
     groups = k_BTGC.shape[2]
     q_BGRTC = q_BTHC.reshape(batch, time, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     k_BGSC, v_BGSC = k_BTGC.transpose(0, 2, 1, 3), v_BTGC.transpose(0, 2, 1, 3)
-    past_B1TT = jnp.tril(jnp.ones((time, time), bool))[None, None]
+    steps_T = jnp.arange(time, dtype=jnp.int32)
+    past_B1TT = (steps_T[:, None] >= steps_T[None, :])[None, None]
     allowed_B1TT = past_B1TT if mask_B1TT is None else past_B1TT & mask_B1TT
     # the R query heads of a group and their positions are rows of one product, so no key or value is repeated
     mixed: Any = products.attention(q_BGRTC.reshape(batch, groups, -1, width), k_BGSC, v_BGSC, allowed_B1TT, form)

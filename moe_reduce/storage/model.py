@@ -1,7 +1,6 @@
 """A model as one value, and its way from and to a model directory."""
 
 import functools
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -124,19 +123,10 @@ def write_directory(
 ) -> None:
     """Writes a model directory whole or not at all; see `save`."""
     target = Path(path).absolute()
-    _check_target(target, overwrite)
+    disk.check_directory(target, overwrite, hf_config.CONFIG_FILE, "a model directory")
     with disk.writing(target, "free the space or choose another path"), disk.temporary_beside(target) as unfinished:
         _write(contents, unfinished, shard_bytes)
-        _replace(unfinished, target)
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not os.path.lexists(target):
-        return
-    if not overwrite:
-        raise UserError(f"{target} exists: choose another path, or allow overwriting")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / hf_config.CONFIG_FILE).is_file()):
-        raise UserError(f"{target} is not a model directory, so it is not overwritten: choose another path")
+        disk.replace_directory(unfinished, target)
 
 
 def _write(contents: Contents, directory: Path, shard_bytes: int) -> None:
@@ -148,14 +138,3 @@ def _write(contents: Contents, directory: Path, shard_bytes: int) -> None:
         if file.is_file():
             shutil.copyfile(file, directory / file.name)
     manifest.write(directory, abstract_params(contents.config), contents.chain, hashes)
-
-
-def _replace(unfinished: Path, target: Path) -> None:
-    if not target.exists():
-        unfinished.rename(target)
-        return
-    # A directory cannot be renamed over a full one: the old one steps aside, whole, for the moment between.
-    aside = unfinished.with_name(f"{unfinished.name}.old")
-    target.rename(aside)
-    unfinished.rename(target)
-    shutil.rmtree(aside)

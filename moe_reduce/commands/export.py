@@ -1,0 +1,59 @@
+"""moe-reduce export: a model as StableHLO or ONNX, checked against the model before it is kept."""
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+from moe_reduce.commands import model_arguments
+from moe_reduce.errors import UserError
+
+FORMATS = {"stablehlo": ("stablehlo",), "onnx": ("onnx",), "both": ("stablehlo", "onnx")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--model", required=True, type=Path, help="a model directory of ours or of Hugging Face")
+    model_arguments.add_out(parser, required=True, what="directory")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="for jax.export, for onnxruntime, or both")
+    parser.add_argument("--batch-size", type=int, help="sequences a batch (default: any number)")
+    parser.add_argument("--sequence-length", type=int, help="tokens a sequence (default: any number)")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
+    """Writes the directory, prints how far its logits are from the model's, and returns its path."""
+    model_arguments.no_overrides(overrides)
+    model_arguments.check_out(arguments.out, arguments.overwrite)
+    for name in ("batch_size", "sequence_length"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    from moe_reduce import load
+    from moe_reduce.storage import export, manifest
+
+    target, formats = arguments.out.absolute(), FORMATS[arguments.format]
+    export.check(model_arguments.directory_config(arguments.model), target, formats, arguments.overwrite)
+    source = manifest.input_of(arguments.model)
+    content = {"command": _command(arguments), "model": {"path": source.path, "sha256": source.sha256}}
+    sizes = (arguments.batch_size, arguments.sequence_length)
+    content = export.write(load(arguments.model, dtype="float32"), target, formats, sizes, content)
+    print(model_arguments.show(_shown(content), as_json=False))
+    return arguments.out
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    names = ("model", "out", "format", "batch_size", "sequence_length")
+    given = {name: getattr(arguments, name) for name in names}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+    return shlex.join(["moe-reduce", "export", *options, *(["--overwrite"] if arguments.overwrite else [])])
+
+
+def _shown(content: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {
+            "largest logit difference": f"{file['largest_difference']:.3g} (tolerance {file['tolerance']:.3g})",
+            "same best token": f"{file['argmax_agreement']:.1%}",
+            "bytes": file["bytes"],
+        }
+        for name, file in content["files"].items()
+    }
