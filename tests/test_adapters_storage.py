@@ -130,6 +130,28 @@ def test_peft_trained_it_and_we_compute_it(tmp_path, kind, changes):
     close(merging.merge(model, adapter)(TOKENS), expected)
 
 
+def test_one_module_for_queries_keys_and_values(tmp_path):
+    """GPT-NeoX: PEFT adapts query_key_value as a whole, in both directions."""
+    written(tmp_path / "base", "gpt_neox")
+    model = moe_reduce.load(tmp_path / "base")
+    for method, words in (("lora", "q,v,down"), ("rslora", "q,k,v"), ("skema", "q@1,v,up"), ("dora", "q,k,v,o")):
+        adapter = disturbed(adapters.init(dataclasses.replace(METHODS[method], targets=words), model))
+        directory = tmp_path / method
+        directory.mkdir()
+        storage.save(adapter, model.config, manifest.input_of(tmp_path / "base"), directory)
+        theirs = peft.PeftModel.from_pretrained(tiny("gpt_neox"), str(directory)).eval()
+        close(torch_logits(theirs), adapters.activate(model, adapter)(TOKENS))
+    partly = disturbed(adapters.init(dataclasses.replace(METHODS["dora"], targets="q,v"), model))
+    (tmp_path / "partly").mkdir()
+    storage.save(partly, model.config, BASE, tmp_path / "partly")
+    assert not (tmp_path / "partly" / WEIGHTS_FILE).exists(), "PEFT's DoRA rescales every output of a module"
+    config = peft.LoraConfig(r=3, target_modules=["query_key_value", "dense"], init_lora_weights=False, use_dora=True)
+    theirs = peft.get_peft_model(tiny("gpt_neox"), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapter = storage.load(tmp_path / "theirs", model.config, None)
+    close(adapters.activate(model, adapter)(TOKENS), torch_logits(theirs))
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "skema_trainable"])
 def test_we_wrote_it_and_peft_computes_it(tmp_path, kind, method):

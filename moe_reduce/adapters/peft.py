@@ -2,11 +2,15 @@
 
 LoRA, rsLoRA and DoRA go in and out as such. SkeMA goes out as the LoRA that it is: lora_A = S_in and
 lora_B = S_outᵀ·M, with r = α = k. Experts have no module of their own in transformers 5, so no file of PEFT names them.
+
+Queries, keys and values of GPT-NeoX are one module of PEFT. What we adapt apart goes out as one LoRA of their summed
+rank, each with rows of lora_B of its own; what comes in adapts all three, through one lora_A that each gets a copy of.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,10 @@ import numpy as np
 from moe_reduce import trees
 from moe_reduce.adapters import projections
 from moe_reduce.adapters.adapter import Adapter, check_fits, scale_of
-from moe_reduce.adapters.targets import ATTENTION, Target, rank_of, targets_of, width_of
+from moe_reduce.adapters.targets import ATTENTION, Target, targets_of
 from moe_reduce.config import AdapterConfig, ModelConfig
 from moe_reduce.errors import UserError
-from moe_reduce.storage.names import TABLE
+from moe_reduce.storage.names import leaves
 from moe_reduce.storage.tensors import TensorFiles, TensorItem, write_file
 
 CONFIG_FILE = "adapter_config.json"
@@ -35,38 +39,63 @@ REQUIRED_VALUES = {
     "lora_bias": (False, None),
     "target_parameters": (None, []),
 }
-PARTS = {"lora_A.weight": "in/matrix", "lora_B.weight": "out/matrix", "lora_magnitude_vector": "magnitude"}
+PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+EVERYTHING = AdapterConfig(targets="attention,mlp", rank=1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One changed matrix: its target, the place among the target's layers, and the rows that it has of its module."""
+
+    target: Target
+    number: int  # of the layer, in the order of the target's
+    rows: np.ndarray  # int [O], of the module's outputs
 
 
 def can_say(adapter: Adapter, model: ModelConfig) -> bool:
     """Whether PEFT has names for what the adapter changes."""
-    return all(target.experts is None for target in targets_of(adapter.config, model))
+    found = targets_of(adapter.config, model)
+    if any(target.experts is not None for target in found):
+        return False
+    outputs = _outputs(model)
+    # DoRA gives every output of a module a length, so none may be left out
+    return adapter.config.method != "dora" or all(
+        sum(len(place.rows) for place in places) == outputs[module] for module, places in _modules(found, model).items()
+    )
 
 
 def write(adapter: Adapter, model: ModelConfig, directory: Path, base: str) -> None:
     """Writes the two files; base: what adapter_config.json calls the base model. Raises UserError for experts."""
     if not can_say(adapter, model):
-        raise UserError("PEFT names no experts: merge the adapter, or leave gate, up and down out of its targets")
-    items = sorted(_items(adapter, model), key=lambda item: item[0])
+        raise UserError("PEFT has no name for some of these targets: merge the adapter instead")
+    found = _modules(targets_of(adapter.config, model), model)
+    tensors = {module: _tensors(adapter, places, _outputs(model)[module]) for module, places in found.items()}
+    items: list[TensorItem] = []
+    for module in sorted(tensors):
+        for part, array in sorted(tensors[module].items()):
+            items.append((f"{PREFIX}{module}.{part}", array.shape, array.dtype, np.ascontiguousarray(array)))
     write_file(directory / WEIGHTS_FILE, items)
-    content = _config(adapter.config, model, base)
+    ranks = {module: parts["lora_A.weight"].shape[0] for module, parts in tensors.items()}
+    content = _config(adapter.config, ranks, base)
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _config(config: AdapterConfig, model: ModelConfig, base: str) -> dict[str, Any]:
-    found = targets_of(config, model)
+def _config(config: AdapterConfig, ranks: dict[str, int], base: str) -> dict[str, Any]:
+    rank = max(ranks.values())
     skema = config.method == "skema"
-    rank = width_of(config) if skema else rank_of(config)
-    alpha = rank if skema else scale_of(config) * (rank**0.5 if config.method == "rslora" else rank)
-    # a regular expression, since maps may be changed in layers of their own
-    modules = "|".join(sorted(re.escape(name) for target in found for name in _modules(target)))
+
+    def alpha(rank: int) -> float:
+        return rank if skema else scale_of(config) * (rank**0.5 if config.method == "rslora" else rank)
+
+    others = {re.escape(module): own for module, own in sorted(ranks.items()) if own != rank}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": f"({modules})",
+        "lora_alpha": alpha(rank),
+        # a regular expression, since maps may be changed in layers of their own
+        "target_modules": f"({'|'.join(re.escape(module) for module in sorted(ranks))})",
         "use_rslora": config.method == "rslora",
         "use_dora": config.method == "dora",
         "lora_dropout": 0.0,
@@ -75,42 +104,65 @@ def _config(config: AdapterConfig, model: ModelConfig, base: str) -> dict[str, A
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": others,
+        "alpha_pattern": {module: alpha(own) for module, own in others.items()},
     }
 
 
-def _modules(target: Target) -> list[str]:
-    """Names of the linear maps in transformers, one for each changed layer."""
-    name = TABLE[target.path][0].removesuffix(".weight")
-    return [name.format(layer=layer) for layer in target.layers or ()]
+def _outputs(model: ModelConfig) -> dict[str, int]:
+    """Outputs of every module that a leaf of the model is (a part of)."""
+    return {
+        name.removesuffix(".weight"): leaf.stored_shape[0]
+        for leaf in leaves(model)
+        if leaf.stored_shape
+        for name in leaf.names()
+    }
 
 
-def _items(adapter: Adapter, model: ModelConfig) -> Iterator[TensorItem]:
+def _modules(targets: Sequence[Target], model: ModelConfig) -> dict[str, list[Place]]:
+    """Linear maps by their names in transformers, and what is changed of each."""
+    by_path = {leaf.path: leaf for leaf in leaves(model)}
+    found: dict[str, list[Place]] = {}
+    for target in targets:
+        if target.experts is not None:
+            continue
+        leaf = by_path[target.path]
+        numbered = np.broadcast_to(np.arange(leaf.stored_shape[0])[:, None], leaf.stored_shape)
+        rows = leaf.from_stored(numbered).reshape(target.inputs, target.outputs)[0]
+        for number, layer in enumerate(target.layers or ()):
+            found.setdefault(leaf.name((layer,)).removesuffix(".weight"), []).append(Place(target, number, rows))
+    return found
+
+
+def _tensors(adapter: Adapter, places: Sequence[Place], outputs: int) -> dict[str, np.ndarray]:
+    """The tensors of one module; of several changed parts, ranks one after the other."""
     flat = trees.flatten(adapter.tree)
-    for target in targets_of(adapter.config, model):
-        below = f"{target.path}/"
-        changes = {p.removeprefix(below): np.asarray(x) for p, x in flat.items() if p.startswith(below)}
-        for place, module in enumerate(_modules(target)):
-            one = {name: value[place] for name, value in changes.items() if name != "layer_numbers"}
-            for part, array in _tensors(adapter.config, target, one).items():
-                array = np.ascontiguousarray(array)
-                yield f"{PREFIX}{module}.{part}", array.shape, array.dtype, array
+    inward, outward, magnitude = [], [], np.zeros(outputs, np.float32)
+    for place in places:
+        below = f"{place.target.path}/"
+        mine = {p.removeprefix(below): np.asarray(x) for p, x in flat.items() if p.startswith(below)}
+        one = {name: value[place.number] for name, value in mine.items() if name != "layer_numbers"}
+        lora_a, lora_b = _pair(adapter.config, place.target, one)
+        inward.append(lora_a)
+        spread = np.zeros((outputs, lora_b.shape[1]), np.float32)
+        spread[place.rows] = lora_b
+        outward.append(spread)
+        if "magnitude" in one:
+            magnitude[place.rows] = one["magnitude"]
+    found = {"lora_A.weight": np.concatenate(inward), "lora_B.weight": np.concatenate(outward, axis=1)}
+    return found | ({"lora_magnitude_vector": magnitude} if adapter.config.method == "dora" else {})
 
 
-def _tensors(config: AdapterConfig, target: Target, changes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _pair(config: AdapterConfig, target: Target, changes: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(lora_A [r, I], lora_B [O, r]) of one matrix."""
     if config.method != "skema":
-        return {
-            part: changes[name].T if name != "magnitude" else changes[name]
-            for part, name in PARTS.items()
-            if name in changes
-        }
+        return changes["in/matrix"].T, changes["out/matrix"].T
     inward, outward = (
         projections.dense(_side(changes, side), size) for side, size in (("in", target.inputs), ("out", target.outputs))
     )
     core = changes["core"] if "core" in changes else changes["core_left"] @ changes["core_right"]
     lora_b = outward.T @ (core.astype(np.float64) * float(changes["scale"]))
-    return {"lora_A.weight": inward.astype(np.float32), "lora_B.weight": lora_b.astype(np.float32)}
+    return inward.astype(np.float32), lora_b.astype(np.float32)
 
 
 def _side(changes: dict[str, np.ndarray], side: str) -> dict[str, np.ndarray]:
@@ -123,26 +175,44 @@ def read(directory: Path, model: ModelConfig) -> Adapter:
     raw = _read_config(directory)
     files = TensorFiles(directory, WEIGHTS_FILE)
     tensors = {_split(name, files.entries[name].file): files.read(name).astype(np.float32) for name in files.entries}
-    by_path = _by_path(tensors, model, directory)
+    modules = _modules(targets_of(EVERYTHING, model), model)
+    by_path = _by_path(tensors, modules, directory)
     rank = max(array.shape[0] for (_, part), array in tensors.items() if part == "lora_A.weight")
     words = [f"{_word(path)}@{'+'.join(map(str, layers))}" for path, layers in by_path.items()]
     method = "dora" if raw["use_dora"] else "rslora" if raw["use_rslora"] else "lora"
     config = AdapterConfig(method=method, targets=",".join(words), rank=rank, alpha=float(raw["lora_alpha"]))
-    leaves: dict[str, Any] = {}
-    for target in targets_of(config, model):
-        modules = _modules(target)
-        for part, name in PARTS.items():
-            if (modules[0], part) in tensors:
-                stacked = [_padded(tensors[module, part], part, rank) for module in modules]
-                leaves[f"{target.path}/{name}"] = jnp.asarray(np.stack(stacked))
-        scales = [_scale(raw, module, tensors[module, "lora_A.weight"].shape[0]) for module in modules]
-        leaves[f"{target.path}/scale"] = jnp.asarray(scales, jnp.float32)
-        leaves[f"{target.path}/layer_numbers"] = jnp.asarray(target.layers, jnp.int32)
-        if method == "dora":
-            leaves[f"{target.path}/present"] = jnp.ones((len(modules),), jnp.float32)
-    adapter = Adapter(config, trees.unflatten(leaves))
+    found: dict[str, Any] = {}
+    for module, places in _modules(targets_of(config, model), model).items():
+        for place in places:
+            for name, value in _changes(raw, tensors, module, place, rank).items():
+                found.setdefault(f"{place.target.path}/{name}", []).append(value)
+    stacked = {path: jnp.asarray(np.stack(values)) for path, values in found.items()}
+    numbers = {
+        f"{target.path}/layer_numbers": jnp.asarray(target.layers, jnp.int32) for target in targets_of(config, model)
+    }
+    adapter = Adapter(config, trees.unflatten(stacked | numbers))
     check_fits(adapter, model)
     return adapter
+
+
+def _changes(
+    raw: dict[str, Any], tensors: dict[tuple[str, str], np.ndarray], module: str, place: Place, rank: int
+) -> dict[str, np.ndarray]:
+    """The leaves of one matrix; of modules of a lower rank, zeros fill up and change nothing."""
+    lora_a, lora_b = tensors[module, "lora_A.weight"], tensors[module, "lora_B.weight"]
+    if lora_b.shape[0] <= place.rows.max():
+        raise UserError(
+            f"{module}.lora_B.weight has {lora_b.shape[0]} rows, fewer than this base: give its own adapter"
+        )
+    missing = (0, rank - lora_a.shape[0])
+    found = {
+        "in/matrix": np.pad(lora_a, [missing, (0, 0)]).T,
+        "out/matrix": np.pad(lora_b[place.rows], [(0, 0), missing]).T,
+        "scale": np.float32(_scale(raw, module, lora_a.shape[0])),
+    }
+    if raw["use_dora"]:
+        found |= {"magnitude": tensors[module, "lora_magnitude_vector"][place.rows], "present": np.float32(1)}
+    return found
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -173,24 +243,23 @@ def _split(name: str, file: Path) -> tuple[str, str]:
     raise UserError(f"tensor {name} in {file} is no part of a LoRA: known are {', '.join(PARTS)}")
 
 
-def _by_path(tensors: dict[tuple[str, str], np.ndarray], model: ModelConfig, directory: Path) -> dict[str, list[int]]:
+def _by_path(
+    tensors: dict[tuple[str, str], np.ndarray], modules: dict[str, list[Place]], directory: Path
+) -> dict[str, list[int]]:
     """Changed layers by leaf path; raises UserError for a module that the model does not have."""
-    everything = AdapterConfig(targets="attention,mlp", rank=1)
-    known = {
-        module: (target.path, layer)
-        for target in targets_of(everything, model)
-        if target.experts is None
-        for module, layer in zip(_modules(target), target.layers or (), strict=True)
-    }
+    needed = ["lora_A.weight", "lora_B.weight"]
+    if any(part == "lora_magnitude_vector" for _, part in tensors):
+        needed.append("lora_magnitude_vector")
     found: dict[str, set[int]] = {}
     for module, part in tensors:
-        if module not in known:
+        if module not in modules:
             raise UserError(f"{directory / WEIGHTS_FILE} changes {module}, which this model does not have as a matrix")
-        for needed in ("lora_A.weight", "lora_B.weight"):
-            if (module, needed) not in tensors:
-                raise UserError(f"{directory / WEIGHTS_FILE} has {module}.{part} but no {needed}: fetch it again")
-        path, layer = known[module]
-        found.setdefault(path, set()).add(layer)
+        for other in needed:
+            if (module, other) not in tensors:
+                raise UserError(f"{directory / WEIGHTS_FILE} has {module}.{part} but no {other}: fetch it again")
+        for place in modules[module]:
+            assert place.target.layers is not None
+            found.setdefault(place.target.path, set()).add(place.target.layers[place.number])
     if not found:
         raise UserError(f"{directory / WEIGHTS_FILE} holds no tensor: fetch it again")
     return {path: sorted(layers) for path, layers in sorted(found.items())}
@@ -199,15 +268,6 @@ def _by_path(tensors: dict[tuple[str, str], np.ndarray], model: ModelConfig, dir
 def _word(path: str) -> str:
     leaf = path.rsplit("/", 1)[1]
     return {name: word for word, name in ATTENTION.items()}.get(leaf, leaf)
-
-
-def _padded(array: np.ndarray, part: str, rank: int) -> np.ndarray:
-    """Modules may differ in rank: zeros fill up, and change nothing."""
-    if part == "lora_magnitude_vector":
-        return array
-    missing = rank - array.shape[0 if part == "lora_A.weight" else 1]
-    axes = [(0, missing), (0, 0)] if part == "lora_A.weight" else [(0, 0), (0, missing)]
-    return np.pad(array, axes).T
 
 
 def _scale(raw: dict[str, Any], module: str, rank: int) -> float:

@@ -159,9 +159,7 @@ def _write_adapter(adapter: Adapter, base: Model, base_input: manifest.Input, wo
     target = workdir / "adapter"
     with disk.temporary_beside(target) as unfinished:
         storage.save(adapter, base.config, base_input, unfinished)
-        if target.exists():  # of an earlier attempt that was stopped behind it
-            target.rename(unfinished.with_name(f"{unfinished.name}.old"))
-        unfinished.rename(target)
+        disk.replace_directory(unfinished, target)  # that of an earlier attempt, stopped behind it, goes
 
 
 def load_adapter(directory: Path, base: Path, config: ModelConfig) -> Adapter:
