@@ -1,36 +1,47 @@
-"""UUID memorisation: random keys and values learned by heart, by LoRA and by SkeMA of equal size (METHODS 3).
+"""UUID memorisation: random keys and values learned by heart, by LoRA, SkeMA and the whole model (METHODS 3).
 
 Accuracy is of the characters of greedily decoded values: `recall_train` on pairs that are learned, `recall_validation`
-on pairs that are not, whose values nobody can know: chance. For Pythia-160M: --config.model=DIR, uuid-pairs:1100 and a
-budget of 0.002 (LoRA r=8: 294,912; SkeMA k=116: 322,944).
-Cost: a minute or two a variant on one core. Expected: docs/adapters.md.
+on pairs that are not, whose values nobody can know: chance. Each method at each size tries the same number of learning
+rates. For Pythia-160M: --config.model=DIR, --config.data.source=uuid-pairs:1100, --config.adapter.targets=q,v and a
+budget of 0.002 (LoRA r=8: 294,912 parameters; SkeMA k=116: 322,944).
+Cost: two minutes a variant on one core. Expected: docs/adapters.md.
 Command: ./launch/adapters.sh, or
-moe-reduce adapt --config=configs/adapt_uuid.py --config.model=runs/cpu_pair_large/dense/model --workdir=runs/adapt_uuid
+moe-reduce adapt --config=configs/adapt_uuid.py --workdir=runs/adapt_uuid --variant=skema_0.01_0.01
 """
 
 import ml_collections
 
 from moe_reduce import config as defaults
 
-METHODS = {
-    "lora": {"adapter": {"method": "lora"}},
-    "skema": {"adapter": {"method": "skema"}},
-    "full": {"adapter": None, "budget": None},
-}
+BUDGETS = (0.002, 0.01, 0.05)  # of the base's parameters
+RATES = (3e-3, 1e-2, 3e-2)
+FULL_RATES = (3e-4, 1e-3, 3e-3)
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Adapters on queries and values of all layers, and the whole model beside them."""
+    """Adapters on the attention of all layers, and everything beside them."""
     config = defaults.adapt_base()
-    config.model = "runs/cpu_pair_large/dense/model"
-    config.budget = 0.002
-    config.adapter.targets = "q,v"
-    config.data.update(source="uuid-pairs:128", sequence_length=96, validation_fraction=0.5)
-    config.recall_pairs = 64
+    config.model = "runs/small_qwen3_moe/model"
+    config.adapter.targets = "attention"
+    config.data.update(source="uuid-pairs:64", sequence_length=96, validation_fraction=0.5)
+    config.recall_pairs = 32
     config.train.update(
-        steps=900, batch_size=16, learning_rate=1e-2, final_learning_rate=0.0, warmup_steps=20, evaluate_every=100,
-        evaluate_batches=4, checkpoint_every=300,
+        steps=600, batch_size=16, learning_rate=1e-2, final_learning_rate=0.0, warmup_steps=20, evaluate_every=200,
+        evaluate_batches=2, checkpoint_every=600,
     )  # fmt: skip
-    config.execution.scan_unroll = 8
-    config.variants = ml_collections.ConfigDict(METHODS)
+    config.execution.scan_unroll = 6
+    config.variants = ml_collections.ConfigDict(variants())
     return config
+
+
+def variants() -> dict:
+    """method_budget_rate -> keys."""
+    found = {}
+    for budget in BUDGETS:
+        for method in ("lora", "skema"):
+            for rate in RATES:
+                keys = {"adapter": {"method": method}, "budget": budget, "train": {"learning_rate": rate}}
+                found[f"{method}_{budget:g}_{rate:g}"] = keys
+    for rate in FULL_RATES:
+        found[f"full_{rate:g}"] = {"adapter": None, "budget": None, "train": {"learning_rate": rate}}
+    return found

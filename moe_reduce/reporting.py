@@ -42,11 +42,19 @@ def collect(sources: Iterable[Path], title: str, command: str, out: Path) -> Non
     # the dense baseline, if there is one, is what gaps are measured to
     for one in sorted(found.values(), key=lambda one: one.name != "dense"):
         groups.setdefault(one.name, []).append(one)
-    kinds = {"stages" in one.summary for one in found.values()}
+    kinds = {_kind(one.summary) for one in found.values()}
     if len(kinds) > 1:
-        raise UserError("--runs are of train and of reduce: collect them apart")
-    content = (_reductions if kinds == {True} else _trainings)(groups, title, out)
+        raise UserError(f"--runs are of {' and of '.join(sorted(kinds))}: collect them apart")
+    collectors = {"reduce": _reductions, "adapt": _adaptations, "train": _trainings}
+    content = collectors[kinds.pop()](groups, title, out)
     write_json(out / SUMMARY, {"title": title, "command": command} | content)
+
+
+def _kind(summary: dict[str, Any]) -> str:
+    """The command whose summary it is."""
+    if "stages" in summary:
+        return "reduce"
+    return "adapt" if "trained_parameters" in summary else "train"
 
 
 class Measured(NamedTuple):
@@ -117,6 +125,72 @@ def _rung(stages: list[dict[str, Any]], firsts: list[dict[str, Any]]) -> str:
 def _thin(run: dict[str, Any]) -> dict[str, Any]:
     """Without the use of every expert in every layer, which a run's own picture shows."""
     return run | {"stages": [{k: v for k, v in stage.items() if k != "expert_use"} for stage in run["stages"]]}
+
+
+def _adaptations(groups: dict[str, list[Measured]], title: str, out: Path) -> dict[str, Any]:
+    """A row for each method and size, at the best learning rate over its seeds; curves.png of recall or loss."""
+    sizes: dict[tuple[str, int], list[list[Measured]]] = {}
+    for runs in groups.values():
+        first = runs[0].summary
+        sizes.setdefault((first["method"], first["trained_parameters"]), []).append(runs)
+    rows, best = [], {}
+    for (method, trained), rates in sorted(sizes.items(), key=lambda item: item[0][1]):
+        runs = min(rates, key=_badness)
+        best[f"{method} {trained:,}"] = runs
+        measured = sorted({name for one in runs for name in one.summary["measured"]})
+        figures = [_percent([one.summary["measured"][name] for one in runs]) for name in measured]
+        rows.append(
+            [
+                method,
+                f"{trained:,}",
+                f"{runs[0].summary['trained_share']:.2%}",
+                _size(runs[0].summary["adapter"]),
+                f"{runs[0].summary['learning_rate']:g} of {len(rates)}",
+                str(len(runs)),
+                _spread([one.summary["validation"]["perplexity"] for one in runs], digits=2),
+                *figures,
+            ]
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    asked = any(one.summary["measured"] for runs in groups.values() for one in runs)
+    _adaptation_picture(best, title, "recall_train" if asked else "loss", out / "curves.png")
+    columns = ["method", "trained parameters", "of the base", "size", "learning rate", "seeds", "validation perplexity"]
+    columns += ["recall of learned pairs", "of other pairs"] if asked else []
+    return {"columns": columns, "rows": rows, "runs": {n: [one.summary for one in r] for n, r in groups.items()}}
+
+
+def _badness(runs: list[Measured]) -> float:
+    """Of a learning rate: what is not recalled where completions are learned, and the loss elsewhere."""
+    summaries = [one.summary for one in runs]
+    if summaries[0]["measured"]:
+        return float(np.mean([-summary["measured"]["recall_train"] for summary in summaries]))
+    return float(np.mean([summary["validation"]["loss"] for summary in summaries]))
+
+
+def _percent(values: list[float]) -> str:
+    half = (max(values) - min(values)) / 2
+    return f"{np.mean(values):.1%}" + (f" ± {half:.1%}" if len(values) > 1 else "")
+
+
+def _size(adapter: dict[str, Any] | None) -> str:
+    if adapter is None:
+        return ""
+    return f"k = {adapter['sketch_width']}" if adapter["method"] == "skema" else f"r = {adapter['rank']}"
+
+
+def _adaptation_picture(best: dict[str, list[Measured]], title: str, figure_name: str, file: Path) -> None:
+    """A line a method and size, of its first seed, against steps."""
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for name, runs in best.items():
+        metrics = runs[0].source / "metrics.jsonl"
+        lines = [line for line in read(metrics) if line["split"] == "validation"] if metrics.is_file() else []
+        if lines:
+            axes.plot([line["step"] for line in lines], [line[figure_name] for line in lines], "o-", label=name)
+    axes.set(xlabel="step", ylabel=figure_name, title=title)
+    axes.title.set_size(9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, file)
 
 
 def _trainings(groups: dict[str, list[Measured]], title: str, out: Path) -> dict[str, Any]:

@@ -10,8 +10,10 @@ import pytest
 
 from moe_reduce import planning
 from moe_reduce.__main__ import main
+from moe_reduce.adapters.adapter import abstract
+from moe_reduce.adapters.targets import within_budget
 from moe_reduce.commands import config_file
-from moe_reduce.config import RunConfig, TuneStage, any_from_dict
+from moe_reduce.config import AdaptConfig, RunConfig, TuneStage, any_from_dict
 from moe_reduce.models.decoder import abstract_params
 from moe_reduce.reduction.stages import configurations
 from moe_reduce.training import optimizer, sharding
@@ -41,6 +43,13 @@ def _models(run):
     if isinstance(run, RunConfig):
         return [(run.model, run.train)]
     (trained,) = config_file.read(str(ROOT / "configs/small_qwen3_moe.py"), []).values()
+    if isinstance(run, AdaptConfig):  # of the same base
+        chosen = run.adapter
+        if chosen is not None and run.budget is not None:
+            allowed = int(run.budget * planning.count(cached_abstract_params(trained.model)))
+            chosen = within_budget(chosen, trained.model, allowed)
+            assert planning.count({"adapter": abstract(chosen, trained.model)}) > 0
+        return [(trained.model, run.train)]
     first = run.architecture or trained.model  # of configs/reduce_small.py, which reduces what that one trains
     schedules = [stage.schedule(run.train) for stage in run.stages.values() if isinstance(stage, TuneStage)]
     train = (schedules or [trained.train])[0]
@@ -66,7 +75,9 @@ def test_every_script_parses(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/speed.md", "docs/shared_moe.md", "docs/reduction.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/speed.md", "docs/shared_moe.md", "docs/reduction.md", "docs/adapters.md"]
+)
 def test_tables_of_documents_are_the_generated_ones(document):
     assert main(["report", f"--document={ROOT / document}", f"--results={ROOT / 'docs/results'}", "--check"]) == 0
 
@@ -83,6 +94,14 @@ def test_benchmark_runs(tmp_path):
     summary = json.loads(out.read_text())
     assert all(row["ratio"] > 0 for row in summary["steps"])
     assert 0 < summary["layer"]["forward_share_of_peak"] < 1.2
+
+
+@pytest.mark.slow
+def test_adapters_benchmark_runs(tmp_path):
+    script = [sys.executable, ROOT / "launch" / "bench_adapters.py", "--tiny", f"--out={tmp_path}"]
+    subprocess.run(script, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert all(len(row) == len(summary["columns"]) for row in summary["rows"])
 
 
 @pytest.mark.slow

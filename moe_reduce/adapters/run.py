@@ -57,8 +57,8 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         return _finish(run, workdir, name, dataclasses.replace(base, params=params), tokens, figures)
 
 
-def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource) -> Task:
-    """What trains: an adapter's own leaves, or without one every leaf."""
+def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None = None) -> Task:
+    """What trains: an adapter's own leaves, or without one every leaf. tokens: completions are asked for."""
     chosen = run.adapter
     execution = dataclasses.replace(run.execution, expert_gradients=chosen is None)
     decoder = Decoder(config, execution)
@@ -67,12 +67,13 @@ def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource) -> Ta
         _, penalty, metrics = predict(decoder, run.balance, params, batch)
         return metrics["loss"] + penalty, metrics
 
-    ask = isinstance(tokens, Completions)
     return Task(
         loss=loss,
         evaluate=evaluator(decoder),
         trainable=every_leaf if chosen is None else partial(_trains, chosen),
-        measure=partial(_recall, config, execution, tokens, run.recall_pairs) if ask else nothing_else,
+        measure=partial(_recall, config, execution, tokens, run.recall_pairs)
+        if isinstance(tokens, Completions)
+        else nothing_else,
     )
 
 

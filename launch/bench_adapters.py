@@ -1,0 +1,163 @@
+"""What adapting costs beside training everything: step, memory, state; and SkeMA's fast projection beside a dense one.
+
+All steps run in turn in one process (full, LoRA, SkeMA, full, …), on the dense model of experiment 1 with random
+weights, LoRA of rank 8 on queries and values and SkeMA of as many parameters. Peak memory is what XLA says of the
+compiled step: arguments and temporaries. The projection is S·x of an SRHT and of its dense matrix.
+
+Command: python launch/bench_adapters.py    (writes docs/results/adapters_cost/summary.json; --tiny for a quick check)
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_reduce import planning
+from moe_reduce.adapters import adapter as adapters
+from moe_reduce.adapters import merging, projections
+from moe_reduce.adapters.run import adapt_task
+from moe_reduce.adapters.targets import within_budget
+from moe_reduce.commands import config_file
+from moe_reduce.config import AdaptConfig, AdapterConfig, ExecutionConfig, ModelConfig, TrainConfig
+from moe_reduce.models import deltas
+from moe_reduce.models.decoder import abstract_params, init_params
+from moe_reduce.storage.model import Model
+from moe_reduce.training import optimizer, steps
+from moe_reduce.training.task import partition
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = ["what", "measured", "aim"]
+
+
+def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, run in turn; the first round is a warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - started)
+    return {name: float(np.median(values[1:])) for name, values in seconds.items()}
+
+
+class Step:
+    """A compiled training step of one way to adapt, and its state."""
+
+    def __init__(self, model: Model, chosen: AdapterConfig | None, batch: dict[str, jax.Array]):
+        run = AdaptConfig(model="random", adapter=chosen, execution=model.execution)
+        train = TrainConfig(steps=1000, batch_size=batch["tokens"].shape[0])
+        start = model if chosen is None else adapters.activate(model, adapters.init(chosen, model))
+        task = adapt_task(run, model.config)
+        trained, self.frozen = partition(start.params, task.trainable)
+        tx = optimizer.build(train, trained)
+        self.state = steps.new_state(jax.tree.map(jnp.array, trained), train, tx)
+        self.batch = batch
+        step = jax.jit(partial(steps.train_step, task, train, tx), donate_argnums=0)
+        self.compiled = step.lower(self.state, self.frozen, batch).compile()
+        memory = self.compiled.memory_analysis()
+        self.bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        self.trained = planning.count(trained)
+
+    def __call__(self) -> Any:
+        self.state, metrics = self.compiled(self.state, self.frozen, self.batch)
+        return metrics["loss"]
+
+
+def adaptation(config: ModelConfig, rows: int, length: int, repeats: int) -> list[list[str]]:
+    """Rows of the table about training and merged inference."""
+    execution = ExecutionConfig(scan_unroll=config.layers).resolve("cpu")
+    model = Model(config, jax.jit(partial(init_params, config))(jax.random.key(0)), execution)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, length + 1), dtype=np.int32)
+    batch = {
+        "tokens": jnp.asarray(tokens[:, :-1]),
+        "targets": jnp.asarray(tokens[:, 1:]),
+        "weights": jnp.ones((rows, length)),
+    }
+    lora = AdapterConfig(rank=8)
+    allowed = adapters.count(adapters.init(lora, model))
+    skema = within_budget(AdapterConfig(method="skema"), config, allowed)
+    made = {"full": Step(model, None, batch), "lora": Step(model, lora, batch), "skema": Step(model, skema, batch)}
+    seconds = medians(dict(made), repeats)
+    adapter = adapters.init(dataclasses.replace(skema, core_std=0.1), model)
+    merged = merging.merge(model, adapter)
+    inference = medians({"base": lambda: model(batch["tokens"]), "merged": lambda: merged(batch["tokens"])}, repeats)
+    full = made["full"]
+    found = []
+    for name in ("lora", "skema"):
+        one = made[name]
+        label = f"{name} ({one.trained:,} parameters)"
+        found += [
+            [f"step of {label} / step of full fine-tuning", f"{seconds[name] / seconds['full']:.2f}×", "≤ 0.7×"],
+            [f"optimiser state of {label} / of full", f"{one.trained / full.trained:.2%}", "≤ 1 %"],
+            [f"peak memory of {label} / of full", f"{one.bytes / full.bytes:.2f}×", ""],
+        ]
+    found.append(["step of skema / step of lora", f"{seconds['skema'] / seconds['lora']:.2f}×", "≤ 1.1×"])
+    found.append(["merged inference / base inference", f"{inference['merged'] / inference['base']:.2f}×", "1×"])
+    return found
+
+
+def projection(sizes: list[int], width: int, repeats: int) -> list[list[str]]:
+    """Rows about S·x of 256 vectors: SRHT beside its dense matrix, and how its time grows with d."""
+    seconds = {}
+    for size in sizes:
+        made = projections.make("srht", width, size, 0, "bench")
+        signs, rows = jnp.asarray(made["signs"]), jnp.asarray(made["rows"])
+        dense = jnp.asarray(projections.dense(made, size), jnp.float32) if size <= 4096 else None
+        x = jax.random.normal(jax.random.key(0), (256, size))
+        fast = jax.jit(deltas.srht)
+        runs: dict[str, Callable[[], Any]] = {"srht": partial(fast, x, signs, rows)}
+        if dense is not None:
+            product = jax.jit(lambda x, matrix: x @ matrix.T)
+            runs["dense"] = partial(product, x, dense)
+        seconds[size] = medians(runs, repeats)
+    found = [
+        [f"SRHT / its dense product, d = {size}, k = {width}", f"{one['srht'] / one['dense']:.2f}×", "< 1×"]
+        for size, one in seconds.items()
+        if "dense" in one
+    ]
+    first, last = sizes[0], sizes[-1]
+    growth = seconds[last]["srht"] / seconds[first]["srht"]
+    expected = last * np.log2(last) / (first * np.log2(first))
+    found.append([f"SRHT's time, d = {first} → {last}", f"{growth:.1f}×", f"d·log d: {expected:.1f}×"])
+    return found
+
+
+def main() -> None:
+    """Measures, prints and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="small shapes, nothing written but --out")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/adapters_cost")
+    arguments = parser.parse_args()
+    (run,) = config_file.read(str(ROOT / "configs/dense_llama_125m.py"), []).values()
+    config = run.model
+    if arguments.tiny:
+        config = dataclasses.replace(config, vocab_size=256, layers=2, width=64, query_heads=2, key_value_heads=2)
+        config = dataclasses.replace(config, head_width=32, feed_forward_width=128)
+        rows = adaptation(config, 2, 32, 2) + projection([64, 256], 32, 2)
+    else:
+        rows = adaptation(config, 4, 256, 5) + projection([1024, 4096, 16384], 1024, 15)
+    total = planning.count(abstract_params(config))
+    result = {
+        "title": f"What adapting costs, on {total:,} parameters, fp32, CPU",
+        "command": "python launch/bench_adapters.py",
+        "columns": COLUMNS,
+        "rows": rows,
+        "machine": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+    for row in rows:
+        print("  ".join(row))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
