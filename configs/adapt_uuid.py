@@ -6,7 +6,7 @@ rates. For Pythia-160M: --config.model=DIR, --config.data.source=uuid-pairs:1100
 budget of 0.002 (LoRA r=8: 294,912 parameters; SkeMA k=116: 322,944).
 Cost: two minutes a variant on one core. Expected: docs/adapters.md.
 Command: ./launch/adapters.sh, or
-moe-reduce adapt --config=configs/adapt_uuid.py --workdir=runs/adapt_uuid --variant=skema_0.01_0.01
+moe-reduce adapt --config=configs/adapt_uuid.py --workdir=runs/adapt_uuid --variant=skema_10permille_1e-02
 """
 
 import ml_collections
@@ -35,13 +35,13 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def variants() -> dict:
-    """method_budget_rate -> keys."""
+    """Method, budget and rate -> the keys that they set."""
     found = {}
     for budget in BUDGETS:
         for method in ("lora", "skema"):
             for rate in RATES:
                 keys = {"adapter": {"method": method}, "budget": budget, "train": {"learning_rate": rate}}
-                found[f"{method}_{budget:g}_{rate:g}"] = keys
+                found[f"{method}_{1000 * budget:g}permille_{rate:.0e}"] = keys
     for rate in FULL_RATES:
-        found[f"full_{rate:g}"] = {"adapter": None, "budget": None, "train": {"learning_rate": rate}}
+        found[f"full_{rate:.0e}"] = {"adapter": None, "budget": None, "train": {"learning_rate": rate}}
     return found
