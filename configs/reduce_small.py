@@ -55,12 +55,21 @@ def variants() -> dict:
             if rung or suffix:
                 found[f"layers{rung}{suffix}"] = {"router": tune(ANNEALING)} | ladder("reap", **changes, **loss)
                 found[f"pool{rung}{suffix}"] = annealed | ladder("reap_total", **changes, **loss)
-    for name in ("layers", "pool"):
-        begun = list(found[f"{name}_experts_taught"].items())
-        until = [stage for stage, _ in begun].index(f"prune_{LONG_AT}") + 1
-        longer = tune(LONG, components="router,norm,experts", teacher_weight=0.5)
-        found[f"{name}_experts_taught_long"] = dict(begun[:until]) | {f"recover_{LONG_AT}_long": longer}
+    gains = "router,norm,output_gain"
+    canonical = {"pool": pool() | {"canonical": True}, "anneal": tune(ANNEALING, bias_from=6.0, components=gains)}
+    taught = {"components": f"{gains},experts", "teacher_weight": 0.5}
+    found["pool_gains_experts_taught"] = canonical | ladder("reap_total", **taught)
+    for name in ("layers_experts_taught", "pool_experts_taught", "pool_gains_experts_taught"):
+        found[f"{name}_long"] = longer(found[name])
     return found
+
+
+def longer(stages: dict) -> dict:
+    """The stages until LONG_AT experts are left, and a long recovery there."""
+    names = list(stages)
+    last = names.index(f"recover_{LONG_AT}")
+    begun = {name: stages[name] for name in names[:last]}
+    return begun | {f"recover_{LONG_AT}_long": stages[names[last]] | {"steps": LONG}}
 
 
 RUNGS = {
