@@ -28,9 +28,11 @@ def get_config() -> ml_collections.ConfigDict:
         config[section] = base[section]
     config.balance.update(loss="pooled", weight=0.01, entropy_floor=0.2)
     config.train.update(evaluate_every=100, checkpoint_every=300)
-    config.variants = ml_collections.ConfigDict(
-        {name: defaults.in_order(stages) for name, stages in variants().items()}
-    )
+    described = {name: defaults.in_order(stages) for name, stages in variants().items()}
+    # nothing evens out the use of the experts: those that a pool can do without may then be used less
+    for name in ("layers_experts_taught_long", "pool_gains_experts_taught_long"):
+        described[f"{name}_unbalanced"] = described[name] | {"balance": {"loss": "none"}}
+    config.variants = ml_collections.ConfigDict(described)
     return config
 
 
