@@ -101,6 +101,12 @@ def adaptation(config: ModelConfig, rows: int, length: int, repeats: int) -> lis
         ]
     found.append(["step of skema / step of lora", f"{seconds['skema'] / seconds['lora']:.2f}×", "≤ 1.1×"])
     found.append(["merged inference / base inference", f"{inference['merged'] / inference['base']:.2f}×", "1×"])
+    for dtype in ("float32", "bfloat16"):
+        stored = dataclasses.replace(model, params=jax.tree.map(lambda leaf, to=dtype: leaf.astype(to), model.params))
+        active = adapters.activate(stored, adapter)(batch["tokens"])
+        difference = jnp.max(jnp.abs(merging.merge(stored, adapter)(batch["tokens"]) - active))
+        share = float(difference / jnp.max(jnp.abs(active)))
+        found.append([f"merged - active, of the largest logit, base in {dtype}", f"{share:.1e}", ""])
     return found
 
 
