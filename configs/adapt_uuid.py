@@ -13,16 +13,16 @@ import ml_collections
 
 from moe_reduce import config as defaults
 
-BUDGETS = (0.002, 0.01, 0.05)  # of the base's parameters
+BUDGETS = (0.0005, 0.002, 0.01, 0.02)  # of the base's parameters; the first pays for no rank of LoRA
 RATES = (3e-3, 1e-2, 3e-2)
 FULL_RATES = (3e-4, 1e-3, 3e-3)
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Adapters on the attention of all layers, and everything beside them."""
+    """Adapters on queries and outputs of all layers, and everything beside them."""
     config = defaults.adapt_base()
     config.model = "runs/small_qwen3_moe/model"
-    config.adapter.targets = "attention"
+    config.adapter.targets = "q,o"  # square here, so that both methods can spend every budget
     config.data.update(source="uuid-pairs:64", sequence_length=96, validation_fraction=0.5)
     config.recall_pairs = 32
     config.train.update(
@@ -38,7 +38,7 @@ def variants() -> dict:
     """Method, budget and rate -> the keys that they set."""
     found = {}
     for budget in BUDGETS:
-        for method in ("lora", "skema"):
+        for method in ("lora", "skema") if budget > BUDGETS[0] else ("skema",):
             for rate in RATES:
                 keys = {"adapter": {"method": method}, "budget": budget, "train": {"learning_rate": rate}}
                 found[f"{method}_{1000 * budget:g}permille_{rate:.0e}"] = keys

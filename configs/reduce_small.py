@@ -28,11 +28,9 @@ def get_config() -> ml_collections.ConfigDict:
         config[section] = base[section]
     config.balance.update(loss="pooled", weight=0.01, entropy_floor=0.2)
     config.train.update(evaluate_every=100, checkpoint_every=300)
-    described = {name: defaults.in_order(stages) for name, stages in variants().items()}
-    # nothing evens out the use of the experts: those that a pool can do without may then be used less
-    for name in ("layers_experts_taught_long", "pool_gains_experts_taught_long"):
-        described[f"{name}_unbalanced"] = described[name] | {"balance": {"loss": "none"}}
-    config.variants = ml_collections.ConfigDict(described)
+    config.variants = ml_collections.ConfigDict(
+        {name: defaults.in_order(stages) for name, stages in variants().items()}
+    )
     return config
 
 
@@ -61,7 +59,7 @@ def variants() -> dict:
     canonical = {"pool": pool() | {"canonical": True}, "anneal": tune(ANNEALING, bias_from=6.0, components=gains)}
     taught = {"components": f"{gains},experts", "teacher_weight": 0.5}
     found["pool_gains_experts_taught"] = canonical | ladder("reap_total", **taught)
-    for name in ("layers_experts_taught", "pool_experts_taught", "pool_gains_experts_taught"):
+    for name in ("layers_experts_taught", "pool_experts_taught"):
         found[f"{name}_long"] = longer(found[name])
     return found
 

@@ -9,7 +9,6 @@ Command: python launch/bench_adapters.py    (writes docs/results/adapters_cost/s
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +26,7 @@ from moe_reduce.adapters.run import adapt_task
 from moe_reduce.adapters.targets import within_budget
 from moe_reduce.commands import config_file
 from moe_reduce.config import AdaptConfig, AdapterConfig, ExecutionConfig, ModelConfig, TrainConfig
+from moe_reduce.disk import write_json
 from moe_reduce.models import deltas
 from moe_reduce.models.decoder import abstract_params, init_params
 from moe_reduce.storage.model import Model
@@ -139,9 +139,12 @@ def projection(sizes: list[int], width: int, repeats: int) -> list[list[str]]:
 def main() -> None:
     """Measures, prints and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="small shapes, nothing written but --out")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/adapters_cost")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, for a quick check; needs --out")
+    parser.add_argument("--out", type=Path, default=None, help="default: docs/results/adapters_cost")
     arguments = parser.parse_args()
+    if arguments.tiny and arguments.out is None:
+        parser.error("--tiny needs --out: its figures are no result")
+    out = arguments.out or ROOT / "docs/results/adapters_cost"
     (run,) = config_file.read(str(ROOT / "configs/dense_llama_125m.py"), []).values()
     config = run.model
     if arguments.tiny:
@@ -161,8 +164,8 @@ def main() -> None:
     }
     for row in rows:
         print("  ".join(row))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "summary.json", result)
 
 
 if __name__ == "__main__":

@@ -262,6 +262,7 @@ class AdaptConfig:
     """One adaptation: a model directory, what changes it, and what it learns."""
 
     model: str = ""  # directory of the base, of ours or of Hugging Face
+    base_sha256: str | None = None  # what it must be, as a manifest names its inputs; noted when a run starts
     adapter: AdapterConfig | None = field(default_factory=AdapterConfig)  # None: every parameter of the base trains
     budget: float | None = None  # share of the base's parameters that the adapter may train; gives rank or sketch_width
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"  # of the base; what trains is kept in fp32
@@ -292,6 +293,16 @@ def adapt_base() -> ml_collections.ConfigDict:
     config = config_dict.of(AdaptConfig())
     config.variants = ml_collections.ConfigDict()
     return config
+
+
+def adapter_profile(name: Literal["light", "balanced", "quality"]) -> dict[str, Any]:
+    """The keys of a SkeMA adapter of a usual size: k = 128 on mlp, 256 on q, k, v and mlp, or 512 on everything."""
+    profiles = {
+        "light": AdapterConfig(method="skema", sketch_width=128, targets="mlp"),
+        "balanced": AdapterConfig(method="skema", sketch_width=256, targets="q,k,v,mlp"),
+        "quality": AdapterConfig(method="skema", sketch_width=512, targets="attention,mlp"),
+    }
+    return to_dict(profiles[name])
 
 
 def stage(kind: str, **changes: Any) -> dict[str, Any]:

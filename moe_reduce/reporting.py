@@ -186,8 +186,8 @@ def _adaptation_picture(best: dict[str, list[Measured]], title: str, figure_name
         lines = [line for line in read(metrics) if line["split"] == "validation"] if metrics.is_file() else []
         if lines:
             axes.plot([line["step"] for line in lines], [line[figure_name] for line in lines], "o-", label=name)
-    axes.set(xlabel="step", ylabel=figure_name, title=title)
-    axes.title.set_size(9)
+    axes.set(xlabel="step", ylabel=figure_name)
+    axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save_figure(figure, file)

@@ -115,6 +115,8 @@ def _check_tune(path: str, stage: "TuneStage", run: "ReduceConfig") -> None:
         )
     if stage.objective == "router" and stage.teacher_weight:
         raise UserError(f"{path}.teacher_weight is for objective=language_model")
+    if stage.objective == "router" and stage.adapter is not None:
+        raise UserError(f"{path}.adapter learns nothing from objective=router: leave it out")
     if stage.objective == "router" and stage.components != "router":
         raise UserError(f"{path}.objective=router trains routers only: set {path}.components=router")
 
@@ -183,6 +185,10 @@ def check_data(data: "DataConfig") -> None:
         raise UserError("data.source is empty: give python-stdlib, a path or glob, hub:NAME, or a .npy file")
     if data.completion_field is not None and data.source.endswith(".npy"):
         raise UserError("data.completion_field is of rows of text, and data.source holds token ids: leave it None")
+    if data.completion_field is not None and (data.source == "python-stdlib" or ".txt" in data.source):
+        raise UserError(
+            f"data.completion_field is a field of rows, and data.source={data.source} has none: leave it None"
+        )
 
 
 def check_mesh(mesh: "MeshConfig", model: "ModelConfig") -> None:

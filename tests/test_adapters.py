@@ -210,12 +210,27 @@ def test_hadamard_is_the_matrix(size):
         ({"method": "skema", "rank": None, "sketch_width": 9, "targets": "k"}, "exceeds 8"),
         ({"method": "skema", "rank": None, "sketch_width": 4, "core": "low_rank"}, "low_rank needs a rank"),
         ({"trainable_sketch": True}, "adapter.trainable_sketch is for skema"),
-        ({"core_std": -1.0}, "must not be negative"),
+        ({"core_std": -1.0}, "adapter.core_std must be at least 0"),
+        ({"seed": -1}, "adapter.seed must be at least 0"),
+        ({"alpha": 0.0}, "adapter.alpha must be positive"),
+        ({"rank": 9, "targets": "k"}, "exceeds 8"),
     ],
 )
 def test_mistakes_are_one_line(changes, part):
     with pytest.raises(UserError, match=part.replace("[", "\\[")):
         adapters.init(AdapterConfig(**{"rank": 2} | changes), model_of("dense"))
+
+
+@pytest.mark.parametrize("kind", ["dense", "layer", "pool"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_shapes_are_known_without_numbers(method, kind):
+    config = dataclasses.replace(METHODS[method], targets="attention" if method == "dora" else "attention,mlp")
+    if "skema" in method:
+        config = dataclasses.replace(config, sketch_width=4)
+    model = model_of(kind)
+    shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in _flat(adapters.init(config, model)).items()}
+    planned = trees.flatten(adapters.abstract(config, model.config))
+    assert {path: (leaf.shape, leaf.dtype) for path, leaf in planned.items()} == shapes
 
 
 def test_experts_refuse_dora():

@@ -12,8 +12,7 @@ from training_runs import MODELS, assert_close, token_data, unmeasured_peak
 import moe_reduce
 from moe_reduce import trees
 from moe_reduce.__main__ import main
-from moe_reduce.adapters import package
-from moe_reduce.adapters.run import load_adapter
+from moe_reduce.adapters import package, storage
 from moe_reduce.config import ExecutionConfig
 from moe_reduce.data.completions import uuid_pairs
 from moe_reduce.models.decoder import init_params
@@ -138,8 +137,18 @@ def test_resumed_is_uninterrupted(finished, tmp_path, monkeypatch):
     assert _adapt(finished / "config.py", tmp_path / "run") == 0
     assert restored == [18]
     config = moe_reduce.load(finished / "base").config
-    left, right = (load_adapter(place / "run/adapter", finished / "base", config) for place in (finished, tmp_path))
+    left, right = (storage.load(place / "run/adapter", config, None) for place in (finished, tmp_path))
     assert_close(left.tree, right.tree)
+
+
+def test_a_bf16_base_and_a_bf16_computation_are_reported(finished, tmp_path):
+    """Rounding is measured, stated and never loses a run."""
+    more = ["--config.dtype=bfloat16", "--config.execution.compute_dtype=bfloat16"]
+    assert _adapt(finished / "config.py", tmp_path / "run", *more) == 0
+    report = json.loads((tmp_path / "run" / package.EQUIVALENCE).read_text())
+    assert report["dtype"] == "bfloat16"
+    assert report["equivalent"]
+    assert report["largest_logit_difference"] > 1e-4 * report["largest_logit"], "bf16 rounds what fp32 did not"
 
 
 @pytest.mark.parametrize("kind", ["dense", "layer"])
@@ -164,10 +173,10 @@ def test_the_whole_model_trains_without_an_adapter(finished, tmp_path):
 
 
 def test_a_budget_decides_the_size(finished, tmp_path, capsys):
-    more = ["--config.adapter.sketch_width=None", "--config.budget=0.02", "--config.train.steps=1"]
+    more = ["--config.budget=0.02", "--config.train.steps=1"]
     text = (finished / "config.py").read_text().replace("sketch_width=4, ", "")
     (tmp_path / "config.py").write_text(text)
-    assert _adapt(tmp_path / "config.py", tmp_path / "run", *more[1:]) == 0
+    assert _adapt(tmp_path / "config.py", tmp_path / "run", *more) == 0
     total = json.loads((tmp_path / "run/summary.json").read_text())
     width = int((0.02 * total["parameters"] / 5) ** 0.5)
     assert total["trained_parameters"] == 5 * width**2
@@ -211,6 +220,8 @@ def test_uuids_are_memorised(tmp_path, capsys):
         ("--config.adapter.method=lora", "adapter.sketch_width is not for lora"),
         ("--config.adapter.method=skme", "adapter.method must be one of"),
         ("--config.budget=0.1", "budget decides adapter.sketch_width"),
+        ("--config.base_sha256=0123", "is another one than base_sha256 says"),
+        ("--config.mesh.expert=2", "needs experts"),
         ("--config.budget=-1.0", "budget must be positive"),
         ("--config.data.completion_field=answer", "holds token ids"),
         ("--config.train.steps=0", "train.steps must be positive"),

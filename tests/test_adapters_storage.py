@@ -76,6 +76,7 @@ def test_what_was_tampered_with_is_refused(tmp_path):
     refused("do not have the hash", config=described["config"] | {"seed": 7})
     refused("another adapter", digest="1" * 64)
     refused("another adapter", config=described["config"] | {"alpha": 3.0})
+    refused("adapter.seed must be at least 0", config=described["config"] | {"seed": -1})
     refused("is another model", base={"path": "elsewhere", "sha256": "1" * 64})
     refused("config key config.size is unknown", config=described["config"] | {"size": 7})
     refused("this base needs|has no place|do not have the hash", config=described["config"] | {"sketch_width": 4})
@@ -128,6 +129,10 @@ def test_peft_trained_it_and_we_compute_it(tmp_path, kind, changes):
     assert np.max(np.abs(expected - np.asarray(model(TOKENS)))) > 1e-2 * np.max(np.abs(expected))
     close(adapters.activate(model, adapter)(TOKENS), expected)
     close(merging.merge(model, adapter)(TOKENS), expected)
+    (tmp_path / "again").mkdir()
+    storage.save(adapter, model.config, manifest.input_of(tmp_path / "base"), tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(tiny(kind), str(tmp_path / "again")).eval()
+    close(torch_logits(again), expected)
 
 
 def test_one_module_for_queries_keys_and_values(tmp_path):
@@ -173,6 +178,8 @@ def test_we_wrote_it_and_peft_computes_it(tmp_path, kind, method):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"use_dora": True, "use_rslora": True}, "only one of them"),
+        ({"use_dora": True}, "but no lora_magnitude_vector"),
+        ({"lora_alpha": "16x"}, "must hold numbers"),
     ],
 )
 def test_what_peft_can_and_we_cannot_is_refused(tmp_path, changes, part):
@@ -201,6 +208,8 @@ def test_tensors_that_have_no_place_are_refused(tmp_path):
     refused("does not have as a matrix", [*items, (name, (2, 2), extra.dtype, extra)])
     refused("but no lora_B.weight", [item for item in items if "0.self_attn.q_proj.lora_B" not in item[0]])
     wide = [(n, (shape[0], shape[1] + 1), d, np.pad(x, ((0, 0), (0, 1)))) for n, shape, d, x in items if "lora_A" in n]
+    tall = [(n, (s[0] + 1, s[1]), d, np.pad(x, ((0, 1), (0, 0)))) for n, s, d, x in items if "v_proj.lora_B" in n]
+    refused("this base needs", tall + [item for item in items if "v_proj.lora_B" not in item[0]])
     refused("this base needs", wide + [item for item in items if "lora_A" not in item[0]])
 
 

@@ -255,6 +255,12 @@ def test_variants_share_what_they_begin_with(finished, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "01-pool is that of" in out
     assert "02-anneal is that of" not in out
+    rewritten = json.loads((tmp_path / "one/01-pool/model/manifest.json").read_text())
+    rewritten["chain"][-1]["inputs"][0]["sha256"] = "of another model that lay there"
+    for name in ("one", "other", "two", "three"):
+        (tmp_path / name / "01-pool/model/manifest.json").write_text(json.dumps(rewritten))
+    assert _reduce(file, tmp_path / "four", "--config.order=pool") == 0
+    assert "is that of" not in capsys.readouterr().out
 
 
 def test_another_configuration_is_refused(finished, capsys):

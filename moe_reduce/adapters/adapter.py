@@ -22,9 +22,8 @@ import numpy as np
 from moe_reduce import trees
 from moe_reduce.adapters import projections
 from moe_reduce.adapters.targets import Target, rank_of, targets_of, width_of
-from moe_reduce.config import AdapterConfig, ExecutionConfig, ModelConfig
+from moe_reduce.config import AdapterConfig, ModelConfig
 from moe_reduce.errors import UserError
-from moe_reduce.models.decoder import abstract_params
 from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.storage.model import Model
 
@@ -96,9 +95,43 @@ def check_fits(adapter: Adapter, model: ModelConfig) -> None:
 
 
 def abstract(config: AdapterConfig, model: ModelConfig) -> dict[str, Any]:
-    """Shapes of an adapter's leaves."""
-    params = abstract_params(model)
-    return jax.eval_shape(lambda p: init(config, Model(model, p, ExecutionConfig())).tree, params)
+    """Shapes of an adapter's leaves, without making a projection; raises UserError as `init` does."""
+    _check(config, model)
+    leaves = {}
+    for target in targets_of(config, model):
+        for name, (shape, dtype) in _shapes(config, target).items():
+            leaves[f"{target.path}/{name}"] = jax.ShapeDtypeStruct(shape, dtype)
+    return trees.unflatten(leaves)
+
+
+def _shapes(config: AdapterConfig, target: Target) -> dict[str, tuple[tuple[int, ...], Any]]:
+    stack = () if target.layers is None else (len(target.layers),)
+    own = (*stack, *(() if target.experts is None else (target.experts,)))
+    sizes = {"in": target.inputs, "out": target.outputs}
+    found: dict[str, tuple[tuple[int, ...], Any]] = {"scale": (stack, jnp.float32)}
+    if stack:
+        found["layer_numbers"] = (stack, jnp.int32)
+    if config.method != "skema":
+        rank = rank_of(config)
+        found |= {"in/matrix": ((*own, target.inputs, rank), jnp.float32)}
+        found |= {"out/matrix": ((*own, rank, target.outputs), jnp.float32)}
+        if config.method == "dora":
+            found |= {"magnitude": ((*stack, target.outputs), jnp.float32), "present": (stack, jnp.float32)}
+        return found
+    width = width_of(config)
+    for side, size in sizes.items():
+        if config.projection == "srht":
+            found[f"{side}/signs"] = ((*stack, projections.padded_size(size)), jnp.float32)
+            found[f"{side}/rows"] = ((*stack, width), jnp.int32)
+        else:
+            found[f"{side}/matrix"] = ((*stack, *((size, width) if side == "in" else (width, size))), jnp.float32)
+    if config.core == "full":
+        return found | {"core": ((*own, width, width), jnp.float32)}
+    inner = config.core_rank or 0
+    return found | {
+        "core_left": ((*own, width, inner), jnp.float32),
+        "core_right": ((*own, inner, width), jnp.float32),
+    }
 
 
 def scale_of(config: AdapterConfig) -> float:
@@ -120,10 +153,22 @@ def _check(config: AdapterConfig, model: ModelConfig) -> None:
         raise UserError(f"adapter.core={config.core} and adapter.core_rank={config.core_rank}: low_rank needs a rank")
     if config.trainable_sketch and (not skema or config.projection == "srht"):
         raise UserError("adapter.trainable_sketch is for skema with orthonormal or gaussian projections")
-    if config.core_std < 0:
-        raise UserError(f"adapter.core_std must not be negative, got {config.core_std}")
-    if config.method == "dora" and any(target.experts for target in targets_of(config, model)):
+    for name, least in (("core_std", 0), ("seed", 0), ("core_rank", 1)):
+        value = getattr(config, name)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"adapter.{name} must be at least {least}, got {value}")
+    if config.alpha is not None and not 0 < config.alpha < math.inf:
+        raise UserError(f"adapter.alpha must be positive, got {config.alpha}")
+    found = targets_of(config, model)
+    if config.method == "dora" and any(target.experts for target in found):
         raise UserError("dora is for single matrices, and these targets are experts: choose lora or skema")
+    for target in found:
+        if skema:
+            for size in (target.inputs, target.outputs):
+                projections.check(config.projection, width_of(config), size, target.path)
+        elif rank_of(config) > min(target.inputs, target.outputs):
+            smallest = min(target.inputs, target.outputs)
+            raise UserError(f"adapter.rank ({config.rank}) exceeds {smallest}, a size of {target.path}: lower it")
 
 
 def _start(config: AdapterConfig, target: Target, leaf: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from moe_reduce.adapters.adapter import Adapter, check_fits, trained
 from moe_reduce.adapters.targets import Target, targets_of
 from moe_reduce.config import to_dict
 from moe_reduce.errors import UserError
-from moe_reduce.models.deltas import ADAPTER, srht_transposed
+from moe_reduce.models.deltas import ADAPTER, SMALLEST_SQUARE, srht_transposed
 from moe_reduce.models.products import wide
 from moe_reduce.storage.manifest import Step
 from moe_reduce.storage.model import Model
@@ -40,7 +41,8 @@ def merge(model: Model, adapter: Adapter) -> Model:
     for target in targets_of(adapter.config, base.config):
         below = f"{target.path}/"
         mine = {path.removeprefix(below): leaf for path, leaf in changes.items() if path.startswith(below)}
-        leaves[target.path] = _merged(flat[target.path], target, mine)
+        # compiled, so that a sharded leaf stays where it lies
+        leaves[target.path] = jax.jit(partial(_merged, target))(flat[target.path], mine)
     total = planning.count(base.params)
     arguments = {"adapter": identity, "config": to_dict(adapter.config), "order": ORDER}
     step = Step("merge", arguments, (), total, total)
@@ -55,23 +57,22 @@ def unmerge(model: Model) -> Model:
 
 
 def digest(adapter: Adapter) -> str:
-    """SHA-256 of the config and the trained leaves."""
+    """SHA-256 of the config, the trained leaves and their scales."""
     total = hashlib.sha256(json.dumps(to_dict(adapter.config), sort_keys=True).encode())
     leaves = {path: np.asarray(leaf) for path, leaf in trees.flatten(adapter.tree).items()}
-    total.update(projections.digest({p: leaf for p, leaf in leaves.items() if trained(adapter.config, p)}).encode())
+    own = {p: leaf for p, leaf in leaves.items() if trained(adapter.config, p) or p.endswith("/scale")}
+    total.update(projections.digest(own).encode())
     return total.hexdigest()
 
 
-def _merged(leaf: Any, target: Target, changes: Mapping[str, Any]) -> jax.Array:
+def _merged(target: Target, leaf: jax.Array, changes: Mapping[str, Any]) -> jax.Array:
     """The leaf with each of its matrices changed, a layer at a time."""
-    leaf = jnp.asarray(leaf)
     if target.layers is None:
         return _changed(leaf, target, changes)
-    rows = list(leaf)
-    for place, layer in enumerate(target.layers):
-        mine = {name: value[place] for name, value in changes.items() if name != "layer_numbers"}
-        rows[layer] = _changed(rows[layer], target, mine)
-    return jnp.stack(rows)
+    layers = np.asarray(target.layers)
+    mine = {name: value for name, value in changes.items() if name != "layer_numbers"}
+    changed = jax.lax.map(lambda layer: _changed(layer[0], target, layer[1]), (leaf[layers], mine))
+    return leaf.at[layers].set(changed, unique_indices=True)
 
 
 def _changed(matrices: jax.Array, target: Target, changes: Mapping[str, Any]) -> jax.Array:
@@ -98,7 +99,7 @@ def _matrix(w: jax.Array, target: Target, changes: Mapping[str, Any]) -> jax.Arr
     dtype = wide(w.dtype)
     w_OI = w.astype(dtype).reshape(target.inputs, target.outputs).T + delta(target, changes, dtype)
     if "magnitude" in changes:
-        length_O1 = jnp.sqrt(jnp.sum(jnp.square(w_OI), axis=1, keepdims=True))
+        length_O1 = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(w_OI), axis=1, keepdims=True), SMALLEST_SQUARE))
         w_OI = w_OI * (changes["magnitude"].astype(dtype)[:, None] / length_O1)
     return w_OI.T.reshape(w.shape).astype(w.dtype)
 

@@ -1,9 +1,10 @@
 """What shows that a merged model is the adapted one: the merge log and the equivalence report."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,21 @@ from moe_reduce.storage.model import Model
 MERGE_LOG = "merge.json"
 EQUIVALENCE = "equivalence.json"
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of a logit, relative to the largest; by base dtype
+SAMPLE_ROWS = 4  # whose logits are compared
 REPEATS = 5  # of each latency
 
 
 def equivalence(base: Model, adapter: Adapter, merged: Model, batches: Sequence[Any]) -> dict[str, Any]:
     """The report: logits of the active path against the merged model on a fixed sample, perplexity and latency.
 
-    merged: as it is saved, rounded to the dtype of the base. Raises UserError when logits differ by more than the
-    tolerance of that dtype, which is stated in the report.
+    merged: as it is saved, rounded to the dtype of the base, which decides the tolerance. All three models compute in
+    fp32, so that the report is about the parameters and not about a compute dtype.
     """
+    base, merged = (_in_float32(model) for model in (base, merged))
     active = activate(base, adapter)
-    tokens_BT = batches[0]["tokens"]
-    expected, found = (np.asarray(model(tokens_BT), np.float64) for model in (active, merged))
+    tokens_BT = np.asarray(batches[0]["tokens"])[:SAMPLE_ROWS]
+    with jax.default_matmul_precision("highest"):
+        expected, found = (np.asarray(model(tokens_BT), np.float64) for model in (active, merged))
     largest = float(np.max(np.abs(expected)))
     dtype = str(jax.tree.leaves(base.params["layers"]["attention"])[0].dtype)
     report = {
@@ -52,13 +56,21 @@ def equivalence(base: Model, adapter: Adapter, merged: Model, batches: Sequence[
             name: _latency(model, tokens_BT) for name, model in (("base", base), ("active", active), ("merged", merged))
         },
     }
-    report["equivalent"] = report["largest_logit_difference"] <= report["tolerance"] * largest
+    return report | {"equivalent": report["largest_logit_difference"] <= report["tolerance"] * largest}
+
+
+def _in_float32(model: Model) -> Model:
+    return dataclasses.replace(model, execution=dataclasses.replace(model.execution, compute_dtype="float32"))
+
+
+def check(report: dict[str, Any]) -> None:
+    """Raises UserError when the merged model is not the adapted one."""
     if not report["equivalent"]:
         raise UserError(
             f"the merged model is not the adapted one: logits differ by {report['largest_logit_difference']:.2e}, "
-            f"{report['tolerance']} of the largest ({largest:.2e}) is allowed in {dtype}: keep the base in float32"
+            f"{report['tolerance']} of the largest ({report['largest_logit']:.2e}) is allowed in {report['dtype']}: "
+            "keep the base in float32"
         )
-    return report
 
 
 def _latency(model: Callable[[Any], jax.Array], tokens_BT: Any) -> float:
@@ -71,10 +83,10 @@ def _latency(model: Callable[[Any], jax.Array], tokens_BT: Any) -> float:
     return float(np.median(seconds))
 
 
-def write_reports(directory: Path, model: Path, base: Input, adapter: Adapter, report: dict[str, Any]) -> None:
-    """merge.json and equivalence.json, beside or inside the merged model directory `model`."""
-    described = manifest.read(model)
-    assert described is not None, "what save wrote"
+def write_reports(
+    directory: Path, files: Mapping[str, str], base: Input, adapter: Adapter, report: dict[str, Any]
+) -> None:
+    """merge.json and equivalence.json. files: SHA-256 of the merged model's files by name."""
     write_json(directory / EQUIVALENCE, report)
     write_json(
         directory / MERGE_LOG,
@@ -85,7 +97,7 @@ def write_reports(directory: Path, model: Path, base: Input, adapter: Adapter, r
             "dtype": "float32",
             "base": {"path": base.path, "sha256": base.sha256},
             "adapter": merging.digest(adapter),
-            "merged": {name: digest for name, digest in described["files"].items() if name.endswith(".safetensors")},
+            "merged": {name: digest for name, digest in files.items() if name.endswith(".safetensors")},
             "equivalence": manifest.sha256_of_file(directory / EQUIVALENCE),
             "versions": {name: importlib.metadata.version(name) for name in manifest.PACKAGES},
             "commit": manifest.commit(),

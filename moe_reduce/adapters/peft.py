@@ -19,7 +19,7 @@ import numpy as np
 
 from moe_reduce import trees
 from moe_reduce.adapters import projections
-from moe_reduce.adapters.adapter import Adapter, check_fits, scale_of
+from moe_reduce.adapters.adapter import Adapter, check_fits
 from moe_reduce.adapters.targets import ATTENTION, Target, targets_of
 from moe_reduce.config import AdapterConfig, ModelConfig
 from moe_reduce.errors import UserError
@@ -76,24 +76,29 @@ def write(adapter: Adapter, model: ModelConfig, directory: Path, base: str) -> N
             items.append((f"{PREFIX}{module}.{part}", array.shape, array.dtype, np.ascontiguousarray(array)))
     write_file(directory / WEIGHTS_FILE, items)
     ranks = {module: parts["lora_A.weight"].shape[0] for module, parts in tensors.items()}
-    content = _config(adapter.config, ranks, base)
+    scales = {module: _scale_of(adapter, places[0]) for module, places in found.items()}
+    content = _config(adapter.config, ranks, scales, base)
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _config(config: AdapterConfig, ranks: dict[str, int], base: str) -> dict[str, Any]:
-    rank = max(ranks.values())
-    skema = config.method == "skema"
+def _scale_of(adapter: Adapter, place: Place) -> float:
+    """What PEFT multiplies with; that of SkeMA is part of lora_B."""
+    if adapter.config.method == "skema":
+        return 1.0
+    return float(np.asarray(trees.flatten(adapter.tree)[f"{place.target.path}/scale"])[place.number])
 
-    def alpha(rank: int) -> float:
-        return rank if skema else scale_of(config) * (rank**0.5 if config.method == "rslora" else rank)
 
-    others = {re.escape(module): own for module, own in sorted(ranks.items()) if own != rank}
+def _config(config: AdapterConfig, ranks: dict[str, int], scales: dict[str, float], base: str) -> dict[str, Any]:
+    first = min(ranks)
+    rank = ranks[first]
+    alphas = {module: scales[module] * (r**0.5 if config.method == "rslora" else r) for module, r in ranks.items()}
+    others = sorted(ranks)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": alpha(rank),
+        "lora_alpha": alphas[first],
         # a regular expression, since maps may be changed in layers of their own
         "target_modules": f"({'|'.join(re.escape(module) for module in sorted(ranks))})",
         "use_rslora": config.method == "rslora",
@@ -104,8 +109,8 @@ def _config(config: AdapterConfig, ranks: dict[str, int], base: str) -> dict[str
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "rank_pattern": others,
-        "alpha_pattern": {module: alpha(own) for module, own in others.items()},
+        "rank_pattern": {re.escape(module): ranks[module] for module in others if ranks[module] != rank},
+        "alpha_pattern": {re.escape(module): alphas[module] for module in others if alphas[module] != alphas[first]},
     }
 
 
@@ -145,7 +150,7 @@ def _tensors(adapter: Adapter, places: Sequence[Place], outputs: int) -> dict[st
         lora_a, lora_b = _pair(adapter.config, place.target, one)
         inward.append(lora_a)
         spread = np.zeros((outputs, lora_b.shape[1]), np.float32)
-        spread[place.rows] = lora_b
+        spread[place.rows] = lora_b * np.float32(_scale_of(adapter, place) / _scale_of(adapter, places[0]))
         outward.append(spread)
         if "magnitude" in one:
             magnitude[place.rows] = one["magnitude"]
@@ -176,13 +181,20 @@ def read(directory: Path, model: ModelConfig) -> Adapter:
     files = TensorFiles(directory, WEIGHTS_FILE)
     tensors = {_split(name, files.entries[name].file): files.read(name).astype(np.float32) for name in files.entries}
     modules = _modules(targets_of(EVERYTHING, model), model)
-    by_path = _by_path(tensors, modules, directory)
+    by_path = _by_path(tensors, modules, directory, raw["use_dora"])
     rank = max(array.shape[0] for (_, part), array in tensors.items() if part == "lora_A.weight")
     words = [f"{_word(path)}@{'+'.join(map(str, layers))}" for path, layers in by_path.items()]
     method = "dora" if raw["use_dora"] else "rslora" if raw["use_rslora"] else "lora"
     config = AdapterConfig(method=method, targets=",".join(words), rank=rank, alpha=float(raw["lora_alpha"]))
     found: dict[str, Any] = {}
+    outputs = _outputs(model)
     for module, places in _modules(targets_of(config, model), model).items():
+        for part in PARTS[1:]:
+            if (module, part) in tensors and tensors[module, part].shape[0] != outputs[module]:
+                shape = tensors[module, part].shape
+                raise UserError(
+                    f"{module}.{part} has shape {shape}, this base needs {outputs[module]} rows: give its own"
+                )
         for place in places:
             for name, value in _changes(raw, tensors, module, place, rank).items():
                 found.setdefault(f"{place.target.path}/{name}", []).append(value)
@@ -200,10 +212,6 @@ def _changes(
 ) -> dict[str, np.ndarray]:
     """The leaves of one matrix; of modules of a lower rank, zeros fill up and change nothing."""
     lora_a, lora_b = tensors[module, "lora_A.weight"], tensors[module, "lora_B.weight"]
-    if lora_b.shape[0] <= place.rows.max():
-        raise UserError(
-            f"{module}.lora_B.weight has {lora_b.shape[0]} rows, fewer than this base: give its own adapter"
-        )
     missing = (0, rank - lora_a.shape[0])
     found = {
         "in/matrix": np.pad(lora_a, [missing, (0, 0)]).T,
@@ -230,6 +238,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     for key, accepted in REQUIRED_VALUES.items():
         if key in raw and raw[key] not in accepted:
             raise UserError(f"{file}: {key}={raw[key]!r} is not supported, only {accepted[0]!r}")
+    numbers = [raw["lora_alpha"], *(raw["alpha_pattern"] or {}).values()]
+    if not all(type(value) in (int, float) for value in numbers):
+        raise UserError(f"{file}: lora_alpha and alpha_pattern must hold numbers, got {numbers}")
     if raw["use_dora"] and raw["use_rslora"]:
         raise UserError(f"{file}: use_dora with use_rslora is not supported, only one of them")
     return raw
@@ -244,16 +255,16 @@ def _split(name: str, file: Path) -> tuple[str, str]:
 
 
 def _by_path(
-    tensors: dict[tuple[str, str], np.ndarray], modules: dict[str, list[Place]], directory: Path
+    tensors: dict[tuple[str, str], np.ndarray], modules: dict[str, list[Place]], directory: Path, dora: bool
 ) -> dict[str, list[int]]:
     """Changed layers by leaf path; raises UserError for a module that the model does not have."""
-    needed = ["lora_A.weight", "lora_B.weight"]
-    if any(part == "lora_magnitude_vector" for _, part in tensors):
-        needed.append("lora_magnitude_vector")
+    needed = PARTS if dora else PARTS[:2]
     found: dict[str, set[int]] = {}
     for module, part in tensors:
         if module not in modules:
             raise UserError(f"{directory / WEIGHTS_FILE} changes {module}, which this model does not have as a matrix")
+        if part not in needed:
+            raise UserError(f"{directory / WEIGHTS_FILE} has {module}.{part}, but {CONFIG_FILE} says use_dora=false")
         for other in needed:
             if (module, other) not in tensors:
                 raise UserError(f"{directory / WEIGHTS_FILE} has {module}.{part} but no {other}: fetch it again")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_reduce.errors import UserError
-from moe_reduce.models.deltas import hadamard_matrix
+from moe_reduce.models.deltas import hadamard_rows
 
 Projection = dict[str, np.ndarray]
 
@@ -21,13 +21,8 @@ def make(method: str, width: int, size: int, seed: int, name: str) -> Projection
     the seed it decides the numbers. Raises UserError for a width that the method cannot have.
     """
     generator = np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
-    padded = 1 << (size - 1).bit_length()
-    largest = {"orthonormal": size, "gaussian": width, "srht": padded}[method]
-    if width > largest:
-        raise UserError(
-            f"adapter.sketch_width ({width}) exceeds {largest}, the {method} directions of {name}: lower it, or choose "
-            "adapter.projection=gaussian"
-        )
+    check(method, width, size, name)
+    padded = padded_size(size)
     if method == "gaussian":
         return {"matrix": (generator.standard_normal((width, size)) / np.sqrt(width)).astype(np.float32)}
     if method == "srht":
@@ -38,12 +33,27 @@ def make(method: str, width: int, size: int, seed: int, name: str) -> Projection
     return {"matrix": np.ascontiguousarray((directions * np.sign(np.diag(triangle))).T.astype(np.float32))}
 
 
+def padded_size(size: int) -> int:
+    """The power of two that a Hadamard transform needs."""
+    return 1 << (size - 1).bit_length()
+
+
+def check(method: str, width: int, size: int, name: str) -> None:
+    """Raises UserError for a width that the method cannot have."""
+    largest = {"orthonormal": size, "gaussian": width, "srht": padded_size(size)}[method]
+    if width > largest:
+        raise UserError(
+            f"adapter.sketch_width ({width}) exceeds {largest}, the {method} directions of {name}: lower it, or choose "
+            "adapter.projection=gaussian"
+        )
+
+
 def dense(projection: Mapping[str, Any], size: int) -> np.ndarray:
     """S as a matrix [k, d], float64."""
     if "matrix" in projection:
         return np.asarray(projection["matrix"], np.float64)
     signs = np.asarray(projection["signs"], np.float64)
-    transform = hadamard_matrix(len(signs))[np.asarray(projection["rows"])] / np.sqrt(len(signs))
+    transform = hadamard_rows(np.asarray(projection["rows"]), len(signs)) / np.sqrt(len(signs))
     return (transform * signs)[:, :size]
 
 

@@ -11,7 +11,7 @@ from moe_reduce import disk, planning, trees
 from moe_reduce.adapters import adapter as adapters
 from moe_reduce.adapters import merging, package, storage
 from moe_reduce.adapters.adapter import Adapter
-from moe_reduce.adapters.targets import within_budget
+from moe_reduce.adapters.targets import parameters, targets_of, within_budget
 from moe_reduce.config import AdaptConfig, AdapterConfig, ModelConfig, to_dict
 from moe_reduce.data.batches import validation_batches
 from moe_reduce.data.completions import Completions
@@ -25,9 +25,10 @@ from moe_reduce.storage import manifest
 from moe_reduce.storage.hf_config import read_config
 from moe_reduce.storage.model import Model, load
 from moe_reduce.training import sharding, steps
-from moe_reduce.training.losses import evaluator, predict
+from moe_reduce.training.losses import collapse, evaluator, predict
 from moe_reduce.training.run import Job, begin, describe, finish, fit, machine, writing
-from moe_reduce.training.task import Task, every_leaf, nothing_else
+from moe_reduce.training.task import Task, every_leaf, never, nothing_else
+from moe_reduce.validation import check_mesh
 
 SAMPLE_BATCHES = 4  # of the validation split, for the equivalence report
 
@@ -35,11 +36,13 @@ SAMPLE_BATCHES = 4  # of the validation split, for the equivalence report
 def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     """Trains, or goes on, or finds it done; returns the content of summary.json."""
     run, config = _resolved(run)
+    check_mesh(run.mesh, config)
     mesh = sharding.make_mesh(run.mesh)
     steps.check_batch(mesh, run.train)
     shardings = sharding.shardings(mesh, abstract_params(config))
     if run.adapter is not None:
         adapters.abstract(run.adapter, config)  # refused before anything is prepared
+        _check_tensor_axis(run, config)
     done = begin(workdir, to_dict(run))
     if done is not None:
         return done
@@ -71,10 +74,18 @@ def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None
         loss=loss,
         evaluate=evaluator(decoder),
         trainable=every_leaf if chosen is None else partial(_trains, chosen),
+        stop=partial(collapse, run.balance) if config.moe else never,
         measure=partial(_recall, config, execution, tokens, run.recall_pairs)
         if isinstance(tokens, Completions)
         else nothing_else,
     )
+
+
+def _check_tensor_axis(run: AdaptConfig, config: ModelConfig) -> None:
+    assert run.adapter is not None
+    experts = any(target.experts for target in targets_of(run.adapter, config))
+    if run.mesh.tensor > 1 and run.adapter.projection == "srht" and experts:
+        raise UserError("adapter.projection=srht mixes the whole width of an expert, which mesh.tensor > 1 splits")
 
 
 def _trains(config: AdapterConfig, path: str) -> bool:
@@ -93,11 +104,24 @@ def _resolved(run: AdaptConfig) -> tuple[AdaptConfig, ModelConfig]:
         allowed = int(run.budget * planning.count(abstract_params(config)))
         chosen = within_budget(chosen, config, allowed)
         size = f"sketch_width={chosen.sketch_width}" if chosen.method == "skema" else f"rank={chosen.rank}"
-        print(f"budget {run.budget:.3%} of the base: {allowed:,} parameters, {chosen.method} {size}", flush=True)
+        used = sum(parameters(chosen, target) for target in targets_of(chosen, config))
+        print(
+            f"budget {run.budget:.3%} of the base: {used:,} of {allowed:,} parameters, {chosen.method} {size}",
+            flush=True,
+        )
+        if used < 0.8 * allowed:
+            print(f"the narrowest target ends {size} there: compare at the {used:,} parameters that train", flush=True)
+    if chosen is not None:  # seeds of a run differ in everything that is random
+        chosen = dataclasses.replace(chosen, seed=chosen.seed + run.train.seed)
+    base = manifest.input_of(Path(run.model)).sha256
+    if run.base_sha256 not in (None, base):
+        raise UserError(f"model={run.model} is another one than base_sha256 says ({base}): give the base that it names")
     tokenizer = run.model if run.data.tokenizer == "train" else run.data.tokenizer
     resolved = dataclasses.replace(
         run,
         adapter=chosen,
+        budget=None,
+        base_sha256=base,
         execution=run.execution.resolve(jax.default_backend()),
         data=dataclasses.replace(run.data, tokenizer=tokenizer),
     )
@@ -113,18 +137,18 @@ def _as_stored(params: Any, before: Any) -> dict[str, Any]:
 def _finish(
     run: AdaptConfig, workdir: Path, name: str, active: Model, tokens: TokenSource, figures: dict[str, Any]
 ) -> dict[str, Any]:
-    base_input = manifest.input_of(Path(run.model))
-    trained = planning.count(active.params)
-    merged, equivalent = active, None
+    assert run.base_sha256 is not None
+    base_input = manifest.Input(run.model, run.base_sha256)
+    trained, merged, report = planning.count(active.params), active, partial(lambda: None)
     if run.adapter is not None:
         adapter = Adapter(run.adapter, active.params[ADAPTER])
         base = merging.unmerge(active)
         trained, merged = adapters.count(adapter), merging.merge(base, adapter)
-        share = sharding.batch_share(sharding.make_mesh(run.mesh))
-        batches = validation_batches(tokens, run.data, run.train.batch_size, SAMPLE_BATCHES, *share)
-        equivalent = package.equivalence(base, adapter, merged, batches)
         if jax.process_index() == 0:
             _write_adapter(adapter, base, base_input, workdir)
+        report = partial(_report, workdir, base_input, base, adapter, merged, tokens, run)
+        # counted for training of everything, which this is not
+        figures = {name: value for name, value in figures.items() if name not in ("mfu", "train_flops_per_token")}
     total = planning.count(merged.params)
     summary = {
         "name": name,
@@ -147,13 +171,27 @@ def _finish(
         parameters_after=total,
         quality=summary["validation"] | summary["measured"],
     )
-    finish(workdir, merged, step, summary, partial(_report, workdir, base_input, run, active, equivalent))
+    finish(workdir, merged, step, summary, report)
     return summary
 
 
-def _report(workdir: Path, base: manifest.Input, run: AdaptConfig, active: Model, report: dict | None) -> None:
-    if run.adapter is not None and report is not None:
-        package.write_reports(workdir, workdir / "model", base, Adapter(run.adapter, active.params[ADAPTER]), report)
+def _report(
+    workdir: Path,
+    base_input: manifest.Input,
+    base: Model,
+    adapter: Adapter,
+    merged: Model,
+    tokens: TokenSource,
+    run: AdaptConfig,
+) -> None:
+    """By the first process alone; what does not come out as equivalent is reported, and nothing is lost."""
+    batches = validation_batches(tokens, run.data, run.train.batch_size, SAMPLE_BATCHES)
+    found = package.equivalence(base, adapter, merged, batches)
+    described = manifest.read(workdir / "model")
+    assert described is not None, "what save wrote"
+    package.write_reports(workdir, described["files"], base_input, adapter, found)
+    if not found["equivalent"]:
+        print(f"NOT EQUIVALENT: see {workdir / package.EQUIVALENCE}", flush=True)
 
 
 def _write_adapter(adapter: Adapter, base: Model, base_input: manifest.Input, workdir: Path) -> None:
@@ -161,10 +199,3 @@ def _write_adapter(adapter: Adapter, base: Model, base_input: manifest.Input, wo
     with disk.temporary_beside(target) as unfinished:
         storage.save(adapter, base.config, base_input, unfinished)
         disk.replace_directory(unfinished, target)  # that of an earlier attempt, stopped behind it, goes
-
-
-def load_adapter(directory: Path, base: Path, config: ModelConfig) -> Adapter:
-    """The adapter in a directory, for the base in another; raises UserError when they do not belong together."""
-    if not directory.is_dir():
-        raise UserError(f"--adapter={directory} is not a directory: give one that adapt or PEFT wrote")
-    return storage.load(directory, config, manifest.input_of(base))

@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_reduce.commands import model_arguments
+from moe_reduce.errors import UserError
 
 SAMPLE = (4, 64)  # random sequences and tokens that logits are compared on without --data
 
@@ -22,21 +24,27 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the merged model with merge.json and equivalence.json in it, and returns its path."""
     model_arguments.no_overrides(overrides)
     model_arguments.check_out(arguments.out, arguments.overwrite)
-    from moe_reduce.adapters import merging, package
-    from moe_reduce.adapters.run import load_adapter
+    from moe_reduce.adapters import merging, package, storage
     from moe_reduce.storage import manifest
     from moe_reduce.storage.model import save
 
+    if not arguments.adapter.is_dir():
+        raise UserError(f"--adapter={arguments.adapter} is not a directory: give one that adapt or PEFT wrote")
     base = model_arguments.load_model(arguments)
-    adapter = load_adapter(arguments.adapter, arguments.model, base.config)
+    adapter = storage.load(arguments.adapter, base.config, manifest.input_of(arguments.model))
     merged = merging.merge(base, adapter)
     report = package.equivalence(base, adapter, merged, _sample(arguments, base.config.vocab_size))
+    package.check(report)
     base_input = manifest.input_of(arguments.model)
     *earlier, step = merged.chain
     inputs = (base_input, manifest.Input(str(arguments.adapter), step.arguments["adapter"]))
     step = dataclasses.replace(step, inputs=inputs, quality={"perplexity": report["perplexity"]["merged"]})
-    save(dataclasses.replace(merged, chain=tuple(earlier)), arguments.out, step, overwrite=arguments.overwrite)
-    package.write_reports(arguments.out, arguments.out, base_input, adapter, report)
+    merged = dataclasses.replace(merged, chain=tuple(earlier))
+
+    def reports(directory: Path, files: Mapping[str, str]) -> None:
+        package.write_reports(directory, files, base_input, adapter, report)
+
+    save(merged, arguments.out, step, overwrite=arguments.overwrite, also=reports)
     shown = {name: report[name] for name in ("largest_logit_difference", "perplexity", "latency_seconds")}
     print(model_arguments.show(shown, as_json=False))
     return arguments.out

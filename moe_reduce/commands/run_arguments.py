@@ -1,4 +1,4 @@
-"""What the commands share that run a configuration in a workdir: train and reduce."""
+"""What the commands share that run a configuration in a workdir: train, reduce and adapt."""
 
 import argparse
 import json

@@ -16,6 +16,7 @@ Leaves of experts have a leading E where each expert has its own.
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +27,7 @@ import numpy as np
 from moe_reduce.models import products
 
 ADAPTER = "adapter"
+SMALLEST_SQUARE = 1e-30  # of the length of an output's weights, which DoRA divides by
 RADIX = 16  # of the Hadamard transform: products with a matrix of this size, and not passes of additions
 Delta = Mapping[str, Any]
 Multiply = Callable[[jax.Array, jax.Array], jax.Array]
@@ -93,9 +95,10 @@ def _lengths(matrix_IO: jax.Array, delta: Delta) -> jax.Array:
     dtype = products.wide(matrix_IO.dtype)
     w_IO, in_IK, out_KO = (x.astype(dtype) for x in (matrix_IO, delta["in"]["matrix"], delta["out"]["matrix"]))
     out_KO = out_KO * delta["scale"].astype(dtype)
-    cross_O = jnp.sum(out_KO * (in_IK.T @ w_IO), axis=0)
-    square_O = jnp.sum(out_KO * ((in_IK.T @ in_IK) @ out_KO), axis=0)
-    return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(w_IO), axis=0) + 2 * cross_O + square_O, 1e-30))
+    multiply = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    cross_O = jnp.sum(out_KO * multiply(in_IK.T, w_IO), axis=0)
+    square_O = jnp.sum(out_KO * multiply(multiply(in_IK.T, in_IK), out_KO), axis=0)
+    return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(w_IO), axis=0) + 2 * cross_O + square_O, SMALLEST_SQUARE))
 
 
 def srht(x: jax.Array, signs: jax.Array, rows: jax.Array) -> jax.Array:
@@ -135,6 +138,9 @@ def hadamard(x: jax.Array) -> jax.Array:
 
 def hadamard_matrix(size: int) -> np.ndarray:
     """Sylvester's matrix of ±1, [size, size]."""
-    bits = np.arange(size)
-    odd = np.array([[int(row & column).bit_count() % 2 for column in bits] for row in bits])
-    return 1.0 - 2.0 * odd
+    return hadamard_rows(np.arange(size), size)
+
+
+def hadamard_rows(rows: np.ndarray, size: int) -> np.ndarray:
+    """Some rows of Sylvester's matrix of ±1, [rows, size]."""
+    return 1.0 - 2.0 * (np.bitwise_count(rows[:, None] & np.arange(size)) % 2)

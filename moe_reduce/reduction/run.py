@@ -151,18 +151,24 @@ def _stage(
 def _take_over(run: ReduceConfig, workdir: Path, number: int) -> None:
     """A stage that a variant beside this one has done, from the same beginning, is not done again but linked."""
     directory = _stage_directory(workdir, number, list(run.stages)[number - 1])
-    beginning = _beginning(to_dict(run), number)
+    beginning, source = _beginning(to_dict(run), number), _model_directory(run, workdir, number - 1)
     for config in sorted(workdir.parent.glob("*/config.json")):
         done = config.parent / directory.name
         if directory.exists() or not (done / SUMMARY).is_file():
             continue
-        if _beginning(json.loads(config.read_text()), number) == beginning:
+        if _beginning(json.loads(config.read_text()), number) == beginning and _made_from(done, source):
             print(f"-- {directory.name} is that of {config.parent}", flush=True)
             with disk.temporary_beside(directory) as unfinished:
                 # what is finished is only ever replaced, never changed in place
                 whole = unfinished / directory.name
                 shutil.copytree(done, whole, copy_function=_link, ignore=shutil.ignore_patterns("checkpoints"))
                 whole.rename(directory)
+
+
+def _made_from(done: Path, source: Path) -> bool:
+    """Whether the stage's model says that it was made from just this one, and not from another that lay there then."""
+    chain = manifest.read_chain(done / "model")
+    return bool(chain) and chain[-1].inputs[0].sha256 == manifest.input_of(source).sha256
 
 
 def _beginning(run: dict[str, Any], number: int) -> Any:

@@ -2,7 +2,7 @@
 
 import functools
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ COMPANIONS = (
     "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+
+
+Also = Callable[[Path, Mapping[str, str]], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,12 +90,14 @@ def save(
     step: Step | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    also: Also | None = None,
 ) -> None:
     """Writes a model directory: config.json, safetensors, the tokenizer of `model.source`, manifest.json.
 
     Everything is written beside `path` and renamed, so a kill or a full disk leaves nothing half-made. step: what was
-    done to make this model, appended to its chain. shard_bytes: largest size of a weight file. Raises UserError when
-    the path exists (unless overwrite, and it is a model directory), or cannot be written.
+    done to make this model, appended to its chain. shard_bytes: largest size of a weight file. also(unfinished
+    directory, SHA-256 of each weight file by name) writes what else belongs there. Raises UserError when the path
+    exists (unless overwrite, and it is a model directory), or cannot be written.
     """
     (embedding,) = trees.select(model.params, "embedding/(table|factor)", expect=1).values()
     contents = Contents(
@@ -103,7 +108,7 @@ def save(
         hf_config=model.hf_config,
         chain=model.chain if step is None else (*model.chain, step),
     )
-    write_directory(contents, path, overwrite, shard_bytes)
+    write_directory(contents, path, overwrite, shard_bytes, also)
 
 
 @dataclass(frozen=True)
@@ -119,17 +124,21 @@ class Contents:
 
 
 def write_directory(
-    contents: Contents, path: str | Path, overwrite: bool = False, shard_bytes: int = SHARD_BYTES
+    contents: Contents,
+    path: str | Path,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    also: Also | None = None,
 ) -> None:
     """Writes a model directory whole or not at all; see `save`."""
     target = Path(path).absolute()
     disk.check_directory(target, overwrite, hf_config.CONFIG_FILE, "a model directory")
     with disk.writing(target, "free the space or choose another path"), disk.temporary_beside(target) as unfinished:
-        _write(contents, unfinished, shard_bytes)
+        _write(contents, unfinished, shard_bytes, also)
         disk.replace_directory(unfinished, target)
 
 
-def _write(contents: Contents, directory: Path, shard_bytes: int) -> None:
+def _write(contents: Contents, directory: Path, shard_bytes: int, also: Also | None) -> None:
     hashes = write_tensors(directory, contents.items, shard_bytes)
     raw = hf_config.to_hf(contents.config, contents.hf_config, contents.dtype)
     (directory / hf_config.CONFIG_FILE).write_text(hf_config.dumps(raw))
@@ -137,4 +146,6 @@ def _write(contents: Contents, directory: Path, shard_bytes: int) -> None:
     for file in companions:
         if file.is_file():
             shutil.copyfile(file, directory / file.name)
+    if also is not None:
+        also(directory, hashes)
     manifest.write(directory, abstract_params(contents.config), contents.chain, hashes)

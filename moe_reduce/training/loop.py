@@ -72,6 +72,7 @@ class Fit:
         self.workdir = workdir
         self.clock = Stopwatch()
         self.intervals: list[float] = []
+        self._measured: tuple[int, dict[str, float]] = (-1, {})
         self.validation = [sharding.put_batch(mesh, batch) for batch in validation]
         self._build(initial)
 
@@ -158,7 +159,8 @@ class Fit:
             self._stop_diverged(step, f"validation loss is {validation['loss']} after")
         if evaluating:
             with jax.transfer_guard("allow"):
-                validation |= self.task.measure(join(_evaluated(state), self.frozen))
+                self._measured = (step, self.task.measure(join(_evaluated(state), self.frozen)))
+            validation |= self._measured[1]
             self.log.write(step, "validation", {k: v for k, v in validation.items() if isinstance(v, float)})
         if saving:
             self.checkpoints.save(step, state, self.batches.get_state())
@@ -212,7 +214,9 @@ class Fit:
     def _outcome(self, state: State, compile_seconds: float) -> Outcome:
         params = _evaluated(state)
         rate = float(np.median(self.intervals)) if self.intervals else math.nan
-        measured = self.task.measure(join(params, self.frozen))
+        step, measured = self._measured
+        if step != self.train.steps:  # resumed behind the last step
+            measured = self.task.measure(join(params, self.frozen))
         return Outcome(params, self._validate(state, self.validation), measured, rate, compile_seconds, self.intervals)
 
 

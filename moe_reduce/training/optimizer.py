@@ -52,7 +52,10 @@ def learning_rate(train: TrainConfig) -> optax.Schedule:
 
 def decay_mask(params: trees.Tree) -> dict[str, Any]:
     """True where weight decay applies; a leaf of an unknown component raises KeyError."""
-    return trees.map_with_path(lambda path, _: DECAYED[planning.component(path)], params)
+    # DoRA's magnitudes are gains among matrices
+    return trees.map_with_path(
+        lambda path, _: DECAYED[planning.component(path)] and not path.endswith("/magnitude"), params
+    )
 
 
 def build(train: TrainConfig, params: trees.Tree) -> optax.GradientTransformation:
