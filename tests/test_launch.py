@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,18 @@ def test_benchmark_runs(tmp_path):
     summary = json.loads(out.read_text())
     assert all(row["ratio"] > 0 for row in summary["steps"])
     assert 0 < summary["layer"]["forward_share_of_peak"] < 1.2
+
+
+@pytest.mark.slow
+def test_generation_benchmark_runs(tmp_path):
+    out = tmp_path / "summary.json"
+    script = [sys.executable, ROOT / "launch" / "bench_generate.py", "--tiny", f"--out={out}", "--repeats=1"]
+    subprocess.run(script, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    summary = json.loads(out.read_text())
+    assert all(len(row) == len(summary["columns"]) for row in summary["rows"])
+    exact, half = summary["decoding"]
+    assert exact["same_text"]
+    assert half["weight_bytes"] * 2 == exact["weight_bytes"]
 
 
 @pytest.mark.slow
