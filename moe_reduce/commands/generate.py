@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_reduce.commands import model_arguments
-from moe_reduce.config import GenerateConfig
+from moe_reduce.config import GenerateConfig, ModelConfig
 from moe_reduce.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,18 +58,24 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     validation.check_generate(_settings(arguments, ()))
     tokenizer, prompts = _prompts(arguments)
     rows = [Continuation(tokenizer, prompt, arguments.stop) for prompt in prompts]
-    config = model_arguments.directory_config(arguments.model)
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) + arguments.max_tokens > config.max_positions:
-            raise UserError(
-                f"prompt {number} ({len(prompt)} tokens) and --max-tokens={arguments.max_tokens} exceed the context of "
-                f"{config.max_positions}: shorten one of them"
-            )
+    _check(prompts, model_arguments.directory_config(arguments.model), arguments.max_tokens)
     model = model_arguments.load_model(arguments)
     _print(model, rows, _settings(arguments, end_ids(model, tokenizer)))
     if len(rows) == 1:
         return ""
     return "\n".join(f"== {prompt}\n{row.text}" for prompt, row in zip(arguments.prompt, rows, strict=True))
+
+
+def _check(prompts: list[list[int]], config: ModelConfig, max_tokens: int) -> None:
+    from moe_reduce.inference.generate import check_prompts
+
+    check_prompts(prompts, config.vocab_size)
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) + max_tokens > config.max_positions:
+            raise UserError(
+                f"prompt {number} ({len(prompt)} tokens) and --max-tokens={max_tokens} exceed the model's context of "
+                f"{config.max_positions}: shorten one of them"
+            )
 
 
 def _settings(arguments: argparse.Namespace, end_ids: tuple[int, ...]) -> GenerateConfig:

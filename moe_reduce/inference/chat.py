@@ -52,11 +52,10 @@ def _template(directory: Path) -> str:
     file = directory / TEMPLATE_FILE
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    settings = _settings(directory)
-    if TEMPLATE_KEY in settings and isinstance(settings[TEMPLATE_KEY], str):
-        return settings[TEMPLATE_KEY]
-    several = settings[TEMPLATE_KEY] if TEMPLATE_KEY in settings and settings[TEMPLATE_KEY] else ()
-    defaults = [entry["template"] for entry in several if entry["name"] == "default"]
+    found = ({TEMPLATE_KEY: None} | _settings(directory))[TEMPLATE_KEY]
+    if isinstance(found, str):
+        return found
+    defaults = [entry["template"] for entry in found or () if entry["name"] == "default"]
     if not defaults:
         raise UserError(f"{directory} has no chat template in {TEMPLATE_FILE} or {SETTINGS_FILE}: leave out --chat")
     return defaults[0]

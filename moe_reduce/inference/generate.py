@@ -136,7 +136,7 @@ def bucket(length: int) -> int:
 def _arguments(model: Model | Ready, prompts: Sequence[Sequence[int]], settings: GenerateConfig):
     """(the model made ready, its program, (tokens_BT, lengths_B), places of the cache) once all is checked."""
     validation.check_generate(settings)
-    _check_prompts(prompts, model.config.vocab_size)
+    check_prompts(prompts, model.config.vocab_size)
     found = ready(model)
     sampler = Sampler.of(settings, found.config.vocab_size)
     program = Program(found.config, found.execution, found.stacked, sampler, settings.cache_dtype)
@@ -149,7 +149,8 @@ def _arguments(model: Model | Ready, prompts: Sequence[Sequence[int]], settings:
     return found, program, (jnp.asarray(tokens_BT), jnp.asarray(lengths_B)), places
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises UserError for what cannot be continued."""
     if not prompts:
         raise UserError("there is no prompt: give at least one")
     for number, prompt in enumerate(prompts, 1):
