@@ -12,8 +12,8 @@ from moe_reduce.errors import UserError
 
 if TYPE_CHECKING:
     from moe_reduce.data.tokenizers import Tokenizer
+    from moe_reduce.inference.generate import Ready
     from moe_reduce.inference.text import Continuation
-    from moe_reduce.storage.model import Model
 
 SHOWN_AT_ONCE = 4  # tokens, on a terminal
 
@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     """Prints the text as it is made; of several prompts, returns each with its text."""
     model_arguments.no_overrides(overrides)
     from moe_reduce import validation
+    from moe_reduce.inference.generate import ready
     from moe_reduce.inference.text import Continuation, end_ids
 
     validation.check_generate(_settings(arguments, ()))
@@ -60,7 +61,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     rows = [Continuation(tokenizer, prompt, arguments.stop) for prompt in prompts]
     _check(prompts, model_arguments.directory_config(arguments.model), arguments.max_tokens)
     model = model_arguments.load_model(arguments)
-    _print(model, rows, _settings(arguments, end_ids(model, tokenizer)))
+    settings = _settings(arguments, end_ids(model, tokenizer))
+    model = ready(model)  # which may be a copy: what was loaded is not held any longer
+    _print(model, rows, settings)
     if len(rows) == 1:
         return ""
     return "\n".join(f"== {prompt}\n{row.text}" for prompt, row in zip(arguments.prompt, rows, strict=True))
@@ -102,15 +105,14 @@ def _prompts(arguments: argparse.Namespace) -> tuple["Tokenizer", list[list[int]
     return tokenizer, [tokenizer.encode(chat_prompt(place, prompt)) for prompt in arguments.prompt]
 
 
-def _print(model: "Model", rows: list["Continuation"], settings: GenerateConfig) -> None:
+def _print(model: "Ready", rows: list["Continuation"], settings: GenerateConfig) -> None:
     """One row's text as it is made, and how fast, on stderr, compiling left out."""
-    from moe_reduce.inference.generate import compile_for, ready
+    from moe_reduce.inference.generate import compile_for
     from moe_reduce.inference.text import stream
 
-    prepared = ready(model)
-    compile_for(prepared, [row.prompt for row in rows], settings)
+    compile_for(model, [row.prompt for row in rows], settings)
     times = [time.perf_counter()]
-    for pieces in stream(prepared, rows, settings, SHOWN_AT_ONCE):
+    for pieces in stream(model, rows, settings, SHOWN_AT_ONCE):
         times.append(time.perf_counter())
         if len(rows) == 1:
             print(pieces[0], end="", flush=True)

@@ -26,6 +26,7 @@ from moe_reduce.storage.model import Model
 
 STEPS = 32  # tokens between two looks at what was made
 LEAST_BUCKET = 16
+NOWHERE = 2**31 - 1  # in place of a place in the cache, for a row that has ended
 NOTHING = -1  # in place of an id, where a row has ended
 # Cast to the compute dtype wherever it is used; norms, biases and routers are used in fp32.
 MATRIX = re.compile(
@@ -205,11 +206,13 @@ def _decode(program: Program, variables: Any, state: State, choice: Choice, step
         index, state, ids_BX = carry
         inputs = variables | {cache.CACHE: state.cache}
         positions_B1 = state.positions_B[:, None]
-        result = decoder.apply(inputs, state.last_B[:, None], None, positions_B1, mutable=[cache.KEYS_VALUES])
-        # together: the cache is written in place only when nothing has yet to read it
-        logits_B1V, sown = jax.lax.optimization_barrier(result)
-        written = cache.written(state.cache, sown[cache.KEYS_VALUES], state.positions_B, program.stacked)
-        state, ids_B = _next(program, state._replace(cache=written), logits_B1V, choice)
+        tokens_B1 = state.last_B[:, None]
+        logits_B1V, sown = decoder.apply(inputs, tokens_B1, None, positions_B1, mutable=[cache.KEYS_VALUES])
+        following, ids_B = _next(program, state, logits_B1V, choice)
+        # That the place depends on the choice also puts the write behind every read: else XLA copies the whole cache.
+        places_B = jnp.where(following.ended_B, NOWHERE, state.positions_B)
+        written = cache.written(state.cache, sown[cache.KEYS_VALUES], places_B, program.stacked)
+        state = following._replace(cache=written)
         return index + 1, state, ids_BX.at[:, index].set(ids_B)
 
     ids_BX = jnp.full((state.last_B.shape[0], STEPS), NOTHING, jnp.int32)

@@ -91,14 +91,21 @@ def _padded(leaf: jax.Array, spare: int) -> jax.Array:
 
 
 def written(cache: Mapping[str, Any], handed_out: Mapping[str, Any], places_B: jax.Array, stacked: bool):
-    """The cache with the keys and values of one token of each row, as `KEYS_VALUES`, at the row's place."""
+    """The cache with the keys and values of one token of each row, as `KEYS_VALUES`, at the row's place.
+
+    A place behind the last one stands for none: nothing is written.
+    """
 
     def write(layer: Layer, new: Layer) -> dict[str, jax.Array]:
         rows_B = jnp.arange(places_B.shape[0])
         entries = _entries(new, SCALES["keys"] in layer)
-        return {name: leaf.at[rows_B, :, places_B].set(entries[name][:, :, 0]) for name, leaf in layer.items()}
+        return {name: _put(leaf, rows_B, places_B, entries[name][:, :, 0]) for name, leaf in layer.items()}
 
     return _each_layer(jax.vmap(write) if stacked else write, cache, handed_out)
+
+
+def _put(leaf: jax.Array, rows_B: jax.Array, places_B: jax.Array, new: jax.Array) -> jax.Array:
+    return leaf.at[rows_B, :, places_B].set(new, mode="drop", unique_indices=True)
 
 
 def _each_layer(function: Callable[..., Any], tree: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
