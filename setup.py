@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 EXPORT = ["flatbuffers>=25.0", "jax2onnx>=0.17", "onnx>=1.20", "onnxruntime>=1.24"]
+CHAT = ["jinja2>=3.1"]
 
 setup(
     name="moe_reduce",
@@ -28,8 +29,10 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
+        "chat": CHAT,
         "export": EXPORT,
         "test": [
+            *CHAT,
             *EXPORT,
             "basedpyright>=1.31",
             "peft>=0.17",

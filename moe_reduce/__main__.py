@@ -12,6 +12,7 @@ COMMANDS = {
     "reduce": "a mixture of experts made smaller, stage by stage",
     "adapt": "an adapter, or the whole model, trained on a text or on completions, and merged",
     "merge": "a base and its adapter as one plain model",
+    "generate": "what a model writes behind a prompt",
     "evaluate": "loss, perplexity and next-token accuracy of a model on a corpus",
     "inspect": "what a model directory holds and how it came to be",
     "plan": "exact parameter counts, bytes and FLOPs, without loading a weight",

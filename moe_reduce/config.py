@@ -274,6 +274,19 @@ class AdaptConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(weight_decay=0.0, beta2=0.999))
 
 
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How prompts are continued (inference/generate.py)."""
+
+    max_tokens: int = 128  # new ones, of each prompt
+    temperature: float = 0.0  # 0: always the most probable token
+    top_k: int | None = None  # only the k most probable tokens
+    top_p: float = 1.0  # only the most probable tokens that have this share together (arXiv:1904.09751)
+    seed: int = 0
+    end_ids: tuple[int, ...] = ()  # tokens that end a text
+    cache_dtype: Literal["auto", "int8"] = "auto"  # auto: execution.compute_dtype
+
+
 def base() -> ml_collections.ConfigDict:
     """Every key with its default, and `variants`: name -> the keys that differ, for runs compared side by side."""
     config = config_dict.of(RunConfig())

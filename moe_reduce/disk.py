@@ -21,6 +21,14 @@ def writing(place: str | Path, remedy: str) -> Iterator[None]:
         raise UserError(f"cannot write {place} ({error.strerror or error}): {remedy}") from error
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """What a JSON file holds; UserError when it is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}): restore it or remove it") from error
+
+
 def write_json(file: Path, content: Any, indent: int | None = 2) -> None:
     """Content as JSON; see `write_text`."""
     write_text(file, json.dumps(content, indent=indent) + "\n")

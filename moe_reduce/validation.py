@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         BalanceConfig,
         DataConfig,
         ExecutionConfig,
+        GenerateConfig,
         MeshConfig,
         ModelConfig,
         MoEConfig,
@@ -89,6 +90,17 @@ def check_adapt(run: "AdaptConfig") -> None:
     _check_balance(run.balance)
     if run.balance.bias_rate > 0:
         raise UserError("balance.bias_rate is for train: in adapt the base stays as it is")
+
+
+def check_generate(settings: "GenerateConfig") -> None:
+    """Raises UserError at the first number that is out of range."""
+    positive("", settings, "max_tokens", "top_p", *(() if settings.top_k is None else ("top_k",)))
+    if settings.top_p > 1:
+        raise UserError(f"top_p must be at most 1, got {settings.top_p}")
+    if not 0 <= settings.temperature < math.inf:
+        raise UserError(f"temperature must be 0 (the most probable token) or above, got {settings.temperature}")
+    if not 0 <= settings.seed < 2**32:
+        raise UserError(f"seed must be at least 0 and below 2**32, got {settings.seed}")
 
 
 def _check_stage(path: str, stage: "Stage", run: "ReduceConfig") -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -118,6 +119,18 @@ def test_adapters_benchmark_runs(tmp_path):
     subprocess.run(script, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert all(len(row) == len(summary["columns"]) for row in summary["rows"])
+
+
+@pytest.mark.slow
+def test_generation_benchmark_runs(tmp_path):
+    out = tmp_path / "summary.json"
+    script = [sys.executable, ROOT / "launch" / "bench_generate.py", "--tiny", f"--out={out}", "--repeats=1"]
+    subprocess.run(script, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    summary = json.loads(out.read_text())
+    assert all(len(row) == len(summary["columns"]) for row in summary["rows"])
+    exact, half = summary["decoding"]
+    assert exact["same_text"]
+    assert half["weight_bytes"] * 2 == exact["weight_bytes"]
 
 
 @pytest.mark.slow

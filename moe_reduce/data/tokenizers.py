@@ -15,11 +15,13 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
+from moe_reduce import disk
 from moe_reduce.data import byte_level
 from moe_reduce.data.sentencepiece_json import META_SPACE, PROBE, begins_with_space, to_json_tokenizer
 from moe_reduce.errors import UserError
 
 SENTENCEPIECE_FILE, JSON_FILE, SETTINGS_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+BEGIN_KEY = "add_bos_token"
 WORD = re.compile(" *[^ ]+| +")
 CACHED_WORDS, CACHED_LENGTH = 1 << 17, 32  # tens of MB
 # What separates documents in pretraining, first of those that a vocabulary has; else the file's own eos_token.
@@ -46,6 +48,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: nothing is put before or behind it."""
+        ...
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of the start of a text: behind what transformers puts there, such as a beginning-of-text token."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -88,6 +94,11 @@ class SentencePieceTokenizer:
         # SentencePiece would turn the character itself into a space; its bytes survive.
         first, *others = [self._encode(part) for part in text.split(META_SPACE)]
         return first + list(itertools.chain.from_iterable(self._meta_space + part for part in others))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        wanted = self._settings is not None and BEGIN_KEY in self._settings and self._settings[BEGIN_KEY]
+        begins = wanted and self._processor.bos_id() >= 0
+        return [self._processor.bos_id(), *self.encode(text)] if begins else self.encode(text)
 
     def _encode(self, text: str) -> list[int]:
         if not self._by_word:
@@ -145,6 +156,9 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=True).ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
@@ -197,12 +211,7 @@ def _read_json_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 def _read_settings(directory: Path) -> dict[str, Any] | None:
     path = directory / SETTINGS_FILE
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it or remove it") from error
+    return disk.read_json(path) if path.is_file() else None
 
 
 def _write_settings(directory: Path, settings: dict[str, Any]) -> None:

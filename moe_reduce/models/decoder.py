@@ -1,5 +1,6 @@
 """One decoder for all models: embedding, N scanned blocks, norm, output logits."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ from flax.linen.initializers import ones, zeros
 from jax.sharding import PartitionSpec
 
 from moe_reduce.config import ExecutionConfig, ModelConfig
+from moe_reduce.models.cache import CACHE, KEYS_VALUES
 from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.models.dispatch import Experts, Pool
 from moe_reduce.models.experts import BATCH_AXES, ExpertPool, Router, mixture_of_experts
@@ -23,6 +25,7 @@ COLLECTIONS = (
     "intermediates",  # routing: counts_E, probability_E, z, dropped of each call
     "assignments",  # routed: expert, weight, norm, maximum of each assignment, [B, T, A]
     "hidden",  # block_input, router_input and block_output, [B, T, D]
+    KEYS_VALUES,  # keys and values, [B, T, G, C]
 )
 
 
@@ -104,13 +107,21 @@ class Decoder(nn.Module):
     """tokens_BT int32 -> logits_BTV fp32.
 
     `segments_BT` (document index within the row) keeps attention inside a document, `positions_BT` restarts there.
+    `last_B` names the only place of each row whose logits are wanted: they are [B, 1, V] then. With a cache among the
+    variables the tokens go on where it ends, at `positions_BT` (see models/cache.py).
+
+    stacked: one scan over layers, whose variables are stacked; else one by one, from variables as `unstacked` makes
+    them. That saves a CPU a copy of every matrix at each use, which is most of the time of a single token.
     """
 
     config: ModelConfig
     execution: ExecutionConfig
+    stacked: bool = True
 
     @nn.compact
-    def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None, positions_BT=None) -> jax.Array:
+    def __call__(
+        self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None, positions_BT=None, last_B=None
+    ) -> jax.Array:
         config = self.config
         embedding = Embedding(config, self.execution, name="embedding")
         x_BTD = shard_batch(embedding.encode(tokens_BT))
@@ -118,7 +129,10 @@ class Decoder(nn.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :], tokens_BT.shape)
         mask_B1TT = None if segments_BT is None else (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
         (computed, masters, changes), router_DE = self._shared(x_BTD.dtype)
-        (x_BTD, _), _ = self._layers()((x_BTD, masters), positions_BT, mask_B1TT, (computed, changes), router_DE)
+        layers = self._layers() if self.stacked else self._one_by_one
+        (x_BTD, _), _ = layers((x_BTD, masters), positions_BT, mask_B1TT, (computed, changes), router_DE)
+        if last_B is not None:
+            x_BTD = x_BTD[jnp.arange(x_BTD.shape[0]), last_B][:, None]
         x_BTD = residual_norm(config, "final_norm")(x_BTD)
         if config.tied_embeddings:
             return embedding.decode(x_BTD)
@@ -137,13 +151,36 @@ class Decoder(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[self.execution.remat], prevent_cse=False)
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0, ADAPTER: 0, **dict.fromkeys(COLLECTIONS, 0)},
+            variable_axes={"params": 0, ADAPTER: 0, CACHE: 0, **dict.fromkeys(COLLECTIONS, 0)},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # type: ignore[arg-type]
             length=self.config.layers,
             unroll=min(self.execution.scan_unroll, self.config.layers),
         )
         return scanned(self.config, self.execution, name="layers")
+
+    def _one_by_one(self, carry, *arguments):
+        for number in range(self.config.layers):
+            carry, _ = Block(self.config, self.execution, name=_name(number))(carry, *arguments)
+        return carry, None
+
+
+def unstacked(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of a Decoder for `stacked=False`: copies, each layer's by itself."""
+    return {name: _unstacked(collection) for name, collection in variables.items()}
+
+
+def _unstacked(collection: Mapping[str, Any]) -> dict[str, Any]:
+    rest = {name: leaf for name, leaf in collection.items() if name != "layers"}
+    if len(rest) == len(collection):
+        return rest
+    leaves, structure = jax.tree.flatten(collection["layers"])
+    layers = zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True)
+    return rest | {_name(number): structure.unflatten(layer) for number, layer in enumerate(layers)}
+
+
+def _name(number: int) -> str:
+    return f"layers_{number}"
 
 
 def shard_batch(x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_reduce.config import ExecutionConfig, ModelConfig
-from moe_reduce.models import deltas, products
+from moe_reduce.models import cache, deltas, products
 
 
 def normal_init(std: float) -> nn.initializers.Initializer:
@@ -128,7 +128,11 @@ def causal_attention(q_BTHC, k_BTGC, v_BTGC, mask_B1TT: jax.Array | None, form: 
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads (GQA, arXiv:2305.13245)."""
+    """Causal self-attention with grouped key/value heads (GQA, arXiv:2305.13245).
+
+    Over the tokens of the call, under their mask; where it is given a cache, over what that holds as well, without a
+    mask (see models/cache.py).
+    """
 
     config: ModelConfig
     execution: ExecutionConfig
@@ -144,7 +148,11 @@ class Attention(nn.Module):
             k_BTGC = RMSNorm(config.norm_epsilon, name="key_norm")(k_BTGC)
         q_BTHC = rotate(q_BTHC, positions_BT, config.rope_theta, config.rotary_share)
         k_BTGC = rotate(k_BTGC, positions_BT, config.rope_theta, config.rotary_share)
-        if self.execution.attention == "cudnn":
+        cache.hand_out(self, k_BTGC, v_BTGC)
+        past = cache.layer_of(self)
+        if past is not None:
+            mixed_BTHC = cache.attention(q_BTHC, k_BTGC, v_BTGC, past, positions_BT, self.execution.products)
+        elif self.execution.attention == "cudnn":
             mixed_BTHC = jax.nn.dot_product_attention(
                 q_BTHC, k_BTGC, v_BTGC, mask=mask_B1TT, is_causal=True, implementation="cudnn"
             )

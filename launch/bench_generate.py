@@ -1,0 +1,178 @@
+"""Decoding speed on this machine, of one text, side by side with transformers' generate on torch; medians.
+
+The same random LLaMA (both read it from one directory), prompt, precision and threads; each side in a process of its
+own, and runs alternate (ours, theirs, a copy, ours, …), so that a machine whose speed drifts slows all alike. The copy
+of a large array, read and written, gives the bandwidth to which the weights that a token must read are compared.
+
+Command: ./launch/bench_generate.sh    (writes docs/results/generate/summary.json; --tiny for a quick check)
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bench_train import medians
+
+ROOT = Path(__file__).parent.parent
+PROMPT_TOKENS = 16
+SIZES = {
+    "vocab_size": 32_000, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "num_key_value_heads": 4, "intermediate_size": 3072, "tie_word_embeddings": True,
+}  # fmt: skip
+TINY = SIZES | {"vocab_size": 512, "hidden_size": 96, "num_hidden_layers": 2, "intermediate_size": 192}
+NAMES = {"float32": "fp32", "bfloat16": "bf16"}
+Build = Callable[[Path, str, int], Callable[[], list[int]]]
+
+
+def write_model(directory: Path, sizes: dict[str, Any], dtype: str) -> int:
+    """A random model in a directory; the bytes of its weights, all of which a token reads."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(getattr(torch, dtype))
+    model.save_pretrained(directory)
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def prompt_of(sizes: dict[str, Any]) -> list[int]:
+    """The same ids for both."""
+    return [(7 * number) % sizes["vocab_size"] for number in range(1, PROMPT_TOKENS + 1)]
+
+
+def ours(directory: Path, dtype: str, tokens: int) -> Callable[[], list[int]]:
+    """Greedy decoding as `moe-reduce generate` does it."""
+    import moe_reduce
+    from moe_reduce.config import ExecutionConfig, GenerateConfig
+    from moe_reduce.inference.generate import generate, ready
+
+    model = ready(moe_reduce.load(directory, dtype, ExecutionConfig(compute_dtype=dtype).resolve("cpu")))
+    prompt = prompt_of(json.loads((directory / "config.json").read_text()))
+    return lambda: generate(model, [prompt], GenerateConfig(max_tokens=tokens))[0]
+
+
+def theirs(directory: Path, dtype: str, tokens: int) -> Callable[[], list[int]]:
+    """The same in torch."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+    ids = torch.tensor([prompt_of(model.config.to_dict())])
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, PROMPT_TOKENS:].tolist()
+
+
+def copy(directory: Path, dtype: str, tokens: int) -> Callable[[], list[int]]:
+    """One array onto another, with all threads; `tokens` MB."""
+    import torch
+
+    del directory, dtype
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    source, target = torch.ones(tokens * 10**6 // 4), torch.zeros(tokens * 10**6 // 4)
+    return lambda: target.copy_(source)[:1].int().tolist()
+
+
+def _serve(connection: Any, build: Build, *arguments: Any) -> None:
+    """In a process: runs each time that it is told to, and sends what came out; the first time to compile."""
+    run = build(*arguments)
+    connection.send(run())
+    while connection.recv():
+        connection.send(run())
+
+
+class Process:
+    """A side of the comparison in a process of its own."""
+
+    def __init__(self, build: Build, *arguments: Any):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, build, *arguments))
+        self.process.start()
+        theirs.close()
+        self.first = self.connection.recv()
+
+    def run(self) -> None:
+        """Once, waited for."""
+        self.connection.send(True)
+        self.connection.recv()
+
+    def end(self) -> None:
+        """Gives its memory back."""
+        self.connection.send(False)
+        self.process.join()
+
+
+def compare(sizes: dict[str, Any], dtype: str, tokens: int, megabytes: int, repeats: int) -> dict[str, Any]:
+    """Our decoding against transformers' and against the bandwidth."""
+    with tempfile.TemporaryDirectory() as place:
+        weight_bytes = write_model(Path(place), sizes, dtype)
+        sides = {side.__name__: Process(side, Path(place), dtype, tokens) for side in (ours, theirs)}
+        sides["copy"] = Process(copy, Path(place), dtype, megabytes)
+        seconds = medians({name: side.run for name, side in sides.items()}, repeats)
+    for side in sides.values():
+        side.end()
+    bandwidth = 2 * megabytes * 10**6 / seconds["copy"]
+    return {
+        "name": f"LLaMA {weight_bytes / {'float32': 4, 'bfloat16': 2}[dtype] / 1e6:.1f}M, {NAMES[dtype]}",
+        "shape": f"1 × {PROMPT_TOKENS} + {tokens} tokens, greedy",
+        "same_text": sides["ours"].first == sides["theirs"].first,
+        "our_tokens_per_second": tokens / seconds["ours"],
+        "peer_tokens_per_second": tokens / seconds["theirs"],
+        "ratio": seconds["theirs"] / seconds["ours"],
+        "weight_bytes": weight_bytes,
+        "bandwidth": bandwidth,
+        "share_of_bandwidth": weight_bytes * tokens / seconds["ours"] / bandwidth,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The cells of the results table."""
+    cells = []
+    for row in rows:
+        rates = [f"{row[f'{side}_tokens_per_second']:.1f} tokens/s" for side in ("our", "peer")]
+        cells.append([f"{row['name']}, beside transformers", row["shape"], *rates, f"{row['ratio']:.2f}×", "≥ 2×"])
+        reached = [row["share_of_bandwidth"] * row["bandwidth"], row["bandwidth"]]
+        rates = [f"{rate / 1e9:.1f} GB/s" for rate in reached]
+        share = f"{row['share_of_bandwidth']:.0%}"
+        cells.append([f"{row['name']}, weights read, beside a copy", row["shape"], *rates, share, "≥ 60 %"])
+    return cells
+
+
+def main() -> None:
+    """Measures and writes the summary."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/generate/summary.json")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and few tokens: checks the script, not speed")
+    arguments = parser.parse_args()
+    sizes, tokens, megabytes = (TINY, 8, 8) if arguments.tiny else (SIZES, 64, 512)
+    rows = []
+    for dtype in NAMES:
+        print(dtype, flush=True)
+        rows.append(compare(sizes, dtype, tokens, megabytes, arguments.repeats))
+    versions = {name: metadata.version(name) for name in ("jax", "torch", "transformers")}
+    summary = {
+        "title": f"Decoding on CPU beside transformers {versions['transformers']} on torch {versions['torch']}",
+        "command": "./launch/bench_generate.sh",
+        "columns": ["what", "shape", "ours", "peer", "ratio", "aim"],
+        "rows": table(rows),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": versions,
+        "decoding": rows,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Decoding speed beside transformers on torch -> docs/results/generate/summary.json. Needs ./launch/test.sh's .venv.
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$ROOT/launch/env.sh"
+exec "${PYTHON:-$ROOT/.venv/bin/python}" "$ROOT/launch/bench_generate.py" "$@"

@@ -1,0 +1,123 @@
+"""moe-reduce generate: what a model writes behind a prompt."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_reduce.commands import model_arguments
+from moe_reduce.config import GenerateConfig, ModelConfig
+from moe_reduce.errors import UserError
+
+if TYPE_CHECKING:
+    from moe_reduce.data.tokenizers import Tokenizer
+    from moe_reduce.inference.generate import Ready
+    from moe_reduce.inference.text import Continuation
+
+SHOWN_AT_ONCE = 4  # tokens, on a terminal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    default = GenerateConfig()
+    parser.add_argument("--model", required=True, type=Path, help="a model directory of ours or of Hugging Face")
+    parser.add_argument(
+        "--prompt", required=True, action="append", help="text to continue; given several times: all in one batch"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="prompts are a user's messages, in the model's chat template"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.model, tokenizer.json or a directory (default: --model)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=default.max_tokens, help="of each text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=default.temperature, help="0: always the most probable token (the default)"
+    )
+    parser.add_argument("--top-k", type=int, help="draw from the k most probable tokens")
+    parser.add_argument(
+        "--top-p", type=float, default=default.top_p, help="draw from the most probable with this share together"
+    )
+    parser.add_argument("--seed", type=int, default=default.seed, help="same seed, same text (default: %(default)s)")
+    parser.add_argument("--stop", action="append", default=[], help="end a text before this string; may be repeated")
+    parser.add_argument(
+        "--cache-dtype", choices=("auto", "int8"), default=default.cache_dtype, help="auto: the compute dtype"
+    )
+    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
+    """Prints the text as it is made; of several prompts, returns each with its text."""
+    model_arguments.no_overrides(overrides)
+    from moe_reduce import validation
+    from moe_reduce.inference.generate import ready
+    from moe_reduce.inference.text import Continuation, end_ids
+
+    validation.check_generate(_settings(arguments, ()))
+    tokenizer, prompts = _prompts(arguments)
+    rows = [Continuation(tokenizer, prompt, arguments.stop) for prompt in prompts]
+    _check(prompts, model_arguments.directory_config(arguments.model), arguments.max_tokens)
+    model = model_arguments.load_model(arguments)
+    settings = _settings(arguments, end_ids(model, tokenizer))
+    model = ready(model)  # which may be a copy: what was loaded is not held any longer
+    _print(model, rows, settings)
+    if len(rows) == 1:
+        return ""
+    return "\n".join(f"== {prompt}\n{row.text}" for prompt, row in zip(arguments.prompt, rows, strict=True))
+
+
+def _check(prompts: list[list[int]], config: ModelConfig, max_tokens: int) -> None:
+    from moe_reduce.inference.generate import check_prompts
+
+    check_prompts(prompts, config.vocab_size)
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) + max_tokens > config.max_positions:
+            raise UserError(
+                f"prompt {number} ({len(prompt)} tokens) and --max-tokens={max_tokens} exceed the model's context of "
+                f"{config.max_positions}: shorten one of them"
+            )
+
+
+def _settings(arguments: argparse.Namespace, end_ids: tuple[int, ...]) -> GenerateConfig:
+    return GenerateConfig(
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        end_ids=end_ids,
+        cache_dtype=arguments.cache_dtype,
+    )
+
+
+def _prompts(arguments: argparse.Namespace) -> tuple["Tokenizer", list[list[int]]]:
+    from moe_reduce.data.tokenizers import load_tokenizer
+    from moe_reduce.inference.chat import chat_prompt, chat_tokenizer
+
+    place = arguments.tokenizer or arguments.model
+    if not arguments.chat:
+        tokenizer = load_tokenizer(place)
+        return tokenizer, [tokenizer.encode_prompt(prompt) for prompt in arguments.prompt]
+    tokenizer = chat_tokenizer(place)
+    return tokenizer, [tokenizer.encode(chat_prompt(place, prompt)) for prompt in arguments.prompt]
+
+
+def _print(model: "Ready", rows: list["Continuation"], settings: GenerateConfig) -> None:
+    """One row's text as it is made, and how fast, on stderr, compiling left out."""
+    from moe_reduce.inference.generate import compile_for
+    from moe_reduce.inference.text import stream
+
+    compile_for(model, [row.prompt for row in rows], settings)
+    times = [time.perf_counter()]
+    for pieces in stream(model, rows, settings, SHOWN_AT_ONCE):
+        times.append(time.perf_counter())
+        if len(rows) == 1:
+            print(pieces[0], end="", flush=True)
+    read, made = sum(len(row.prompt) for row in rows), sum(len(row.ids) for row in rows)
+    rates = f"prompt: {read:,} tokens, {read / (times[1] - times[0]):,.0f} tokens/s"
+    if len(times) > 3:  # the first token comes with the prompt, and the last look makes none
+        rates += f"; decode: {made:,} tokens, {(made - len(rows)) / (times[-1] - times[1]):,.1f} tokens/s"
+    print(rates if len(rows) > 1 else f"\n{rates}", file=sys.stderr)

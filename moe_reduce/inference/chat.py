@@ -1,0 +1,70 @@
+"""Prompts as turns of a conversation, in the form that a model's tokenizer directory prescribes (a Jinja template)."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moe_reduce import disk
+from moe_reduce.data.tokenizers import JSON_FILE, SETTINGS_FILE, Tokenizer, load_tokenizer
+from moe_reduce.errors import UserError
+
+TEMPLATE_FILE, TEMPLATE_KEY = "chat_template.jinja", "chat_template"
+
+
+def chat_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer that reads special tokens written out in a text, as templates do; UserError where there is none."""
+    if not (directory / JSON_FILE).is_file():
+        raise UserError(f"{directory} has no {JSON_FILE}, in which a chat template's tokens are: leave out --chat")
+    return load_tokenizer(directory / JSON_FILE)
+
+
+def chat_prompt(directory: Path, message: str) -> str:
+    """A user's message, and the start of the answer, as the template writes them.
+
+    Templates come from strangers: they run in Jinja's sandbox, with what transformers gives them. Raises UserError when
+    there is no template, it refuses the message, or Jinja is not installed.
+    """
+    template, settings = _template(directory), _settings(directory)
+    if importlib.util.find_spec("jinja2") is None:
+        raise UserError("--chat needs Jinja: pip install -e '.[chat]'")
+    import jinja2
+    from jinja2 import sandbox
+
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    tokens = {name: _content(value) for name, value in settings.items() if name.endswith("_token")}
+    tokens |= {"raise_exception": _refuse, "add_generation_prompt": True}
+    try:
+        messages = [{"role": "user", "content": message}]
+        return environment.from_string(template).render(messages=messages, **tokens)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the chat template of {directory} does not take this prompt: {error}") from error
+
+
+def _refuse(message: str) -> NoReturn:
+    import jinja2
+
+    raise jinja2.TemplateError(message)
+
+
+def _template(directory: Path) -> str:
+    file = directory / TEMPLATE_FILE
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = ({TEMPLATE_KEY: None} | _settings(directory))[TEMPLATE_KEY]
+    if isinstance(found, str):
+        return found
+    defaults = [entry["template"] for entry in found or () if entry["name"] == "default"]
+    if not defaults:
+        raise UserError(f"{directory} has no chat template in {TEMPLATE_FILE} or {SETTINGS_FILE}: leave out --chat")
+    return defaults[0]
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    file = directory / SETTINGS_FILE
+    return disk.read_json(file) if file.is_file() else {}
+
+
+def _content(token: Any) -> Any:
+    return token["content"] if isinstance(token, dict) else token

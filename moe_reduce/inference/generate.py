@@ -1,0 +1,228 @@
+"""Continuations of prompts of any lengths, one token after the other, from a cache of keys and values.
+
+Prompts are read at once (prefill) and continued in a loop within jit (decode), each compiled once for each number of
+prompts and bucket of lengths. Rows are padded on the right, and each has its own positions: a pad is never seen. Its
+place lies behind all that a row has read, until the row's own next token takes that place.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_reduce import trees, validation
+from moe_reduce.config import DISPATCH_BY_PLATFORM, ExecutionConfig, GenerateConfig, ModelConfig
+from moe_reduce.errors import UserError
+from moe_reduce.inference.sampling import Choice, Sampler, choose
+from moe_reduce.models import cache, deltas
+from moe_reduce.models.decoder import Decoder, unstacked
+from moe_reduce.storage.model import Model
+
+STEPS = 32  # tokens between two looks at what was made
+LEAST_BUCKET = 16
+NOWHERE = 2**31 - 1  # in place of a place in the cache, for a row that has ended
+NOTHING = -1  # in place of an id, where a row has ended
+# Cast to the compute dtype wherever it is used; norms, biases and routers are used in fp32.
+MATRIX = re.compile(
+    r"(.*/)?(attention/(query|key|value|output)|(mlp|experts)/(gate|up|down)|(embedding|unembedding)/\w+)"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A model made ready to generate: worth keeping where it does so more than once."""
+
+    config: ModelConfig
+    execution: ExecutionConfig
+    variables: dict[str, Any]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether layers are computed in one scan."""
+        return self.execution.platform != "cpu"
+
+
+class Program(NamedTuple):
+    """All that is fixed when a loop is compiled, beside shapes."""
+
+    config: ModelConfig
+    execution: ExecutionConfig
+    stacked: bool
+    sampler: Sampler
+    cache_dtype: Literal["auto", "int8"]
+
+    @property
+    def decoder(self) -> Decoder:
+        """The module that computes it."""
+        return Decoder(self.config, self.execution, self.stacked)
+
+
+class State(NamedTuple):
+    """Where B rows stand between two steps."""
+
+    cache: dict[str, Any]  # of all tokens but the last
+    last_B: jax.Array  # int32, the newest token
+    positions_B: jax.Array  # int32, of the newest token
+    ended_B: jax.Array
+    made: jax.Array  # int32, tokens made so far
+
+
+def generate(model: Model | Ready, prompts: Sequence[Sequence[int]], settings: GenerateConfig) -> list[list[int]]:
+    """What follows each prompt (token ids): at most `max_tokens` ids, up to the first of `end_ids`, which is left out.
+
+    Greedy rows do not depend on the other prompts of the batch; a sampled row depends on its index, so that the same
+    prompt given twice is continued in two ways. Raises UserError for an empty prompt or numbers out of range.
+    """
+    rows: list[list[int]] = [[] for _ in prompts]
+    for new in chunks(model, prompts, settings):
+        for row, ids in zip(rows, new, strict=True):
+            row.extend(ids)
+    return rows
+
+
+def chunks(
+    model: Model | Ready, prompts: Sequence[Sequence[int]], settings: GenerateConfig, steps: int = STEPS
+) -> Iterator[list[list[int]]]:
+    """As `generate`, piece by piece: the first id of every row, then up to `steps` further ones at a time."""
+    found, program, arguments, places = _arguments(model, prompts, settings)
+    choice = _choice(settings)
+    state, first_B = _prefill(program, places, found.variables, *arguments, choice)
+    yield _rows(np.asarray(first_B)[:, None])
+    made = 1
+    while made < settings.max_tokens and not np.all(np.asarray(state.ended_B)):
+        count = min(steps, STEPS, settings.max_tokens - made)
+        state, ids_BX = _decode(program, found.variables, state, choice, jnp.int32(count))
+        yield _rows(np.asarray(ids_BX)[:, :count])
+        made += count
+
+
+def compile_for(model: Ready, prompts: Sequence[Sequence[int]], settings: GenerateConfig) -> None:
+    """What `chunks` would otherwise compile at its first use; runs nothing."""
+    found, program, arguments, places = _arguments(model, prompts, settings)
+    choice = _choice(settings)
+    prefill = _prefill.lower(program, places, found.variables, *arguments, choice)
+    prefill.compile()
+    state, _ = prefill.out_info
+    _decode.lower(program, found.variables, state, choice, jnp.int32(1)).compile()
+
+
+def ready(model: Model | Ready) -> Ready:
+    """The model with its matrices in the compute dtype and, on a CPU, its layers apart: a copy where it is neither."""
+    if isinstance(model, Ready):
+        return model
+    execution = dataclasses.replace(model.execution, remat="none", expert_gradients=False, attention="xla")
+    if execution.dispatch == "capacity":  # what a token's experts are must not depend on the other rows
+        execution = dataclasses.replace(execution, dispatch=DISPATCH_BY_PLATFORM[execution.platform])
+    params: Any = {name: tree for name, tree in model.params.items() if name != deltas.ADAPTER}
+    flat = {path: leaf for path, leaf in trees.flatten(params).items() if MATRIX.fullmatch(path)}
+    params = trees.update(params, {path: jnp.asarray(leaf, execution.compute_dtype) for path, leaf in flat.items()})
+    adapter = {name: model.params[name] for name in model.params if name == deltas.ADAPTER}
+    variables = deltas.variables(params | adapter)
+    found = Ready(model.config, execution, variables)
+    return found if found.stacked else dataclasses.replace(found, variables=unstacked(variables))
+
+
+def bucket(length: int) -> int:
+    """The smallest power of two, or one and a half of one, that is at least the length and `LEAST_BUCKET`."""
+    power = max(LEAST_BUCKET, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if power > LEAST_BUCKET and length <= power * 3 // 4 else power
+
+
+def _arguments(model: Model | Ready, prompts: Sequence[Sequence[int]], settings: GenerateConfig):
+    """(the model made ready, its program, (tokens_BT, lengths_B), places of the cache) once all is checked."""
+    validation.check_generate(settings)
+    check_prompts(prompts, model.config.vocab_size)
+    found = ready(model)
+    sampler = Sampler.of(settings, found.config.vocab_size)
+    program = Program(found.config, found.execution, found.stacked, sampler, settings.cache_dtype)
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths_B.max())
+    tokens_BT = np.zeros((len(prompts), bucket(longest)), np.int32)
+    for row, prompt in zip(tokens_BT, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    places = max(bucket(longest + settings.max_tokens), tokens_BT.shape[1])
+    return found, program, (jnp.asarray(tokens_BT), jnp.asarray(lengths_B)), places
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises UserError for what cannot be continued."""
+    if not prompts:
+        raise UserError("there is no prompt: give at least one")
+    for number, prompt in enumerate(prompts, 1):
+        if not len(prompt):
+            raise UserError(f"prompt {number} is empty: give at least one token")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise UserError(
+                f"prompt {number} has token ids {min(prompt)}..{max(prompt)}, the model has 0..{vocab_size - 1}"
+            )
+
+
+def _few_rows(execution: ExecutionConfig, rows: int) -> ExecutionConfig:
+    """Blocks of experts' rows no larger than there are rows: a block is computed whole, however few it holds."""
+    return dataclasses.replace(execution, block_rows=min(execution.block_rows, 1 << (rows - 1).bit_length()))
+
+
+def _rows(ids_BX: np.ndarray) -> list[list[int]]:
+    return [[int(identity) for identity in row if identity != NOTHING] for row in ids_BX]
+
+
+def _choice(settings: GenerateConfig) -> Choice:
+    return Choice(
+        jnp.float32(settings.temperature),
+        jnp.float32(settings.top_p),
+        jax.random.key(settings.seed),
+        jnp.asarray((NOTHING, *settings.end_ids), jnp.int32),
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _prefill(program: Program, places: int, variables: Any, tokens_BT, lengths_B, choice: Choice):
+    """Reads the prompts and makes the first token of each: (state, ids_B)."""
+    logits_B1V, sown = program.decoder.apply(variables, tokens_BT, last_B=lengths_B - 1, mutable=[cache.KEYS_VALUES])
+    quantised = program.cache_dtype == "int8"
+    filled = cache.of_prompts(sown[cache.KEYS_VALUES], places, quantised, program.stacked)
+    ended_B = jnp.zeros(lengths_B.shape, bool)
+    state = State(filled, lengths_B, lengths_B - 1, ended_B, jnp.int32(0))
+    return _next(program, state, logits_B1V, choice)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(program: Program, variables: Any, state: State, choice: Choice, steps: jax.Array):
+    """Makes `steps` tokens of each row, fewer where all have ended: (state, ids [B, STEPS])."""
+    execution = _few_rows(program.execution, state.last_B.shape[0])
+    decoder = program._replace(execution=execution).decoder
+
+    def unfinished(carry):
+        index, state, _ = carry
+        return (index < steps) & ~jnp.all(state.ended_B)
+
+    def step(carry):
+        index, state, ids_BX = carry
+        inputs = variables | {cache.CACHE: state.cache}
+        positions_B1 = state.positions_B[:, None]
+        tokens_B1 = state.last_B[:, None]
+        logits_B1V, sown = decoder.apply(inputs, tokens_B1, None, positions_B1, mutable=[cache.KEYS_VALUES])
+        following, ids_B = _next(program, state, logits_B1V, choice)
+        # That the place depends on the choice also puts the write behind every read: else XLA copies the whole cache.
+        places_B = jnp.where(following.ended_B, NOWHERE, state.positions_B)
+        written = cache.written(state.cache, sown[cache.KEYS_VALUES], places_B, program.stacked)
+        state = following._replace(cache=written)
+        return index + 1, state, ids_BX.at[:, index].set(ids_B)
+
+    ids_BX = jnp.full((state.last_B.shape[0], STEPS), NOTHING, jnp.int32)
+    _, state, ids_BX = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, ids_BX))
+    return state, ids_BX
+
+
+def _next(program: Program, state: State, logits_B1V: jax.Array, choice: Choice) -> tuple[State, jax.Array]:
+    """A token for each row behind its newest: (state, ids_B with NOTHING where a row has ended)."""
+    chosen_B = choose(logits_B1V[:, 0], program.sampler, choice, state.made)
+    ended_B = state.ended_B | jnp.any(chosen_B[:, None] == choice.end_ids[None], axis=-1)
+    state = State(state.cache, chosen_B, state.positions_B + 1, ended_B, state.made + 1)
+    return state, jnp.where(ended_B, NOTHING, chosen_B)

@@ -1,0 +1,92 @@
+"""Texts continued: prompts as text, stop strings, and pieces to show while they are made."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from moe_reduce import disk
+from moe_reduce.config import GenerateConfig
+from moe_reduce.data.tokenizers import Tokenizer
+from moe_reduce.errors import UserError
+from moe_reduce.inference.generate import STEPS, Ready, chunks
+from moe_reduce.storage.model import Model
+
+GENERATION_FILE, END_KEY = "generation_config.json", "eos_token_id"
+CONTEXT = 16  # tokens of the prompt to decode with the rest: a tokenizer may treat the start of a text in its own way
+PARTIAL = "\ufffd"  # what a tokenizer makes of bytes that do not end a character yet
+
+
+class Continuation:
+    """One prompt, as ids, and the text behind it as far as it is made; cut before the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
+        """Raises UserError for an empty stop string."""
+        if not all(stop):
+            raise UserError("a stop string is empty: it would end every text at once")
+        self.prompt, self.ids, self.text, self.stopped = list(prompt), [], "", False
+        self._tokenizer, self._stop, self._shown = tokenizer, tuple(stop), 0
+        self._start = len(self._decode([]).rstrip(PARTIAL))
+
+    def add(self, ids: Sequence[int]) -> str:
+        """Takes further ids and returns what text is certain now: no half character, no start of a stop string."""
+        if not self.stopped:
+            self.ids += ids
+            self.text = self._decode(self.ids)[self._start :]
+            found = [self.text.index(stop) for stop in self._stop if stop in self.text]
+            if found:
+                self.text, self.stopped = self.text[: min(found)], True
+        return self._show(len(self.text) if self.stopped else self._certain())
+
+    def rest(self) -> str:
+        """What `add` held back, once no more ids come."""
+        return self._show(len(self.text))
+
+    def _show(self, end: int) -> str:
+        piece, self._shown = self.text[self._shown : end], max(self._shown, end)
+        return piece
+
+    def _certain(self) -> int:
+        text = self.text.rstrip(PARTIAL)
+        return len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        known = [identity for identity in (*self.prompt[-CONTEXT:], *ids) if identity < self._tokenizer.vocab_size]
+        return self._tokenizer.decode(known)  # a model's table may be padded beyond its tokenizer's
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of the text that the stop string could start with."""
+    return next(size for size in range(min(len(stop) - 1, len(text)), -1, -1) if text.endswith(stop[:size]))
+
+
+def stream(
+    model: Model | Ready, rows: Sequence[Continuation], settings: GenerateConfig, steps: int = STEPS
+) -> Iterator[list[str]]:
+    """Continues all rows together; the new text of each, every time that the model has made `steps` tokens."""
+    for new in chunks(model, [row.prompt for row in rows], settings, steps):
+        yield [row.add(ids) for row, ids in zip(rows, new, strict=True)]
+        if all(row.stopped for row in rows):
+            break
+    yield [row.rest() for row in rows]
+
+
+def complete(
+    model: Model | Ready, tokenizer: Tokenizer, prompts: Sequence[str], settings: GenerateConfig, stop: Sequence[str]
+) -> list[str]:
+    """What follows each prompt, up to a stop string, an end of text or `max_tokens`."""
+    rows = [Continuation(tokenizer, tokenizer.encode_prompt(prompt), stop) for prompt in prompts]
+    for _ in stream(model, rows, settings):
+        pass
+    return [row.text for row in rows]
+
+
+def end_ids(model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What ends a text of this model: the tokenizer's end of text, and those of generation_config.json or config.json.
+
+    A chat model ends its turn with another token than its documents.
+    """
+    sources = [model.hf_config or {}]
+    if model.source is not None and (model.source / GENERATION_FILE).is_file():
+        sources.append(disk.read_json(model.source / GENERATION_FILE))
+    found = [source[END_KEY] for source in sources if END_KEY in source]
+    several = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]
+    return tuple(sorted({tokenizer.end_of_text, *itertools.chain.from_iterable(several)}))
