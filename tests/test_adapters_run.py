@@ -204,6 +204,8 @@ def test_uuids_are_memorised(tmp_path, capsys):
     assert measured["recall_train"] > 0.9
     assert measured["recall_validation"] < 0.5
     assert "recall_train" in capsys.readouterr().out
+    short = ["--config.train.steps=1", "--config.mesh.data=2", "--config.recall_pairs=1"]
+    assert _adapt(file, tmp_path / "mesh", *more, *short) == 0
     for source, part in (("uuid-pairs:many", "give a number of pairs"), ("uuid-pairs:4", "set data.sequence_length=")):
         length = "--config.data.sequence_length=8"
         assert _adapt(file, tmp_path / "refused", f"--config.data.source={source}", *more[1:], length) == 2

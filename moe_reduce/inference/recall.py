@@ -1,13 +1,17 @@
 """How much of the completions a model gives back when it is asked with their prompts."""
 
+import math
 from typing import Any
 
+import jax
 import numpy as np
 
 from moe_reduce.config import ExecutionConfig, GenerateConfig, ModelConfig
 from moe_reduce.data.completions import Completions
 from moe_reduce.data.pieces import SPLITS
+from moe_reduce.data.tokenizers import Tokenizer
 from moe_reduce.inference.generate import generate, ready
+from moe_reduce.models.experts import BATCH_AXES
 from moe_reduce.storage.model import Model
 
 
@@ -26,14 +30,22 @@ def recall(
         if not numbers:
             continue
         prompts = [data.tokenizer.encode(data.pairs[number][0]) for number in numbers]
-        ids = generate(model, prompts, settings)
-        wanted = [data.pairs[number][1] for number in numbers]
-        texts = [data.tokenizer.decode(prompt + row) for prompt, row in zip(prompts, ids, strict=True)]
-        starts = [data.tokenizer.decode(prompt) for prompt in prompts]
-        given = [text.removeprefix(start) for text, start in zip(texts, starts, strict=True)]
-        found[f"recall_{split}"] = float(np.mean([_right(*pair) for pair in zip(given, wanted, strict=True)]))
+        wanted = [data.tokenizer.encode(data.pairs[number][1]) for number in numbers]
+        spare = -len(prompts) % _batch_shards()
+        given = generate(model, prompts + prompts[-1:] * spare, settings)[: len(prompts)]
+        shares = [_right(data.tokenizer, *one) for one in zip(prompts, given, wanted, strict=True)]
+        found[f"recall_{split}"] = float(np.mean(shares))
     return found
 
 
-def _right(given: str, wanted: str) -> float:
-    return sum(left == right for left, right in zip(given, wanted, strict=False)) / max(len(wanted), 1)
+def _batch_shards() -> int:
+    """Of which a batch must have a multiple of rows, on the mesh in context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def _right(tokenizer: Tokenizer, prompt: list[int], given: list[int], wanted: list[int]) -> float:
+    """Share of the wanted characters, in place. Both are decoded behind the prompt, where spaces come out alike."""
+    start = len(tokenizer.decode(prompt))
+    left, right = (tokenizer.decode(prompt + ids)[start:] for ids in (given, wanted))
+    return sum(a == b for a, b in zip(left, right, strict=False)) / max(len(right), 1)
