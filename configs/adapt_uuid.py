@@ -6,7 +6,7 @@ rates. For Pythia-160M: --config.model=DIR, --config.data.source=uuid-pairs:1100
 budget of 0.002 (LoRA r=8: 294,912 parameters; SkeMA k=116: 322,944).
 Cost: two minutes a variant on one core. Expected: docs/adapters.md.
 Command: ./launch/adapters.sh, or
-moe-reduce adapt --config=configs/adapt_uuid.py --workdir=runs/adapt_uuid --variant=skema_10permille_1e-02
+moe-reduce adapt --config=configs/adapt_uuid.py --workdir=runs/adapt_uuid --variant=skema_100_in_10k_1e-02
 """
 
 import ml_collections
@@ -41,7 +41,7 @@ def variants() -> dict:
         for method in ("lora", "skema") if budget > BUDGETS[0] else ("skema",):
             for rate in RATES:
                 keys = {"adapter": {"method": method}, "budget": budget, "train": {"learning_rate": rate}}
-                found[f"{method}_{1000 * budget:g}permille_{rate:.0e}"] = keys
+                found[f"{method}_{10_000 * budget:.0f}_in_10k_{rate:.0e}"] = keys
     for rate in FULL_RATES:
         found[f"full_{rate:.0e}"] = {"adapter": None, "budget": None, "train": {"learning_rate": rate}}
     return found

@@ -2,7 +2,7 @@
 
 Cost: three epochs, about half an hour a variant on one core. Expected: docs/adapters.md.
 Command: ./launch/adapters.sh, or
-moe-reduce adapt --config=configs/adapt_wikitext2.py --workdir=runs/adapt_wikitext2 --variant=skema_10permille_1e-02
+moe-reduce adapt --config=configs/adapt_wikitext2.py --workdir=runs/adapt_wikitext2 --variant=skema_100_in_10k_1e-02
 Data: ../shared/data/wikitext-2/train.txt.gz where it is there; hub:Salesforce/wikitext:wikitext-2-v1 elsewhere.
 """
 

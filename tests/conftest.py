@@ -35,6 +35,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes minutes: give --slow"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_was_compiled():
+    """Each compiled function holds memory maps, of which a process may have 65,530: beyond them XLA crashes."""
+    yield
+    jax.clear_caches()
+
+
 def text(documents: int, seed: int) -> str:
     """Made-up sentences with some order in them, the same on every machine and for every Python."""
     draw = random.Random(seed)

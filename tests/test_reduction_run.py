@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from training_runs import MODELS, assert_close, token_data, unmeasured_peak
+from training_runs import MODELS, assert_close, losses, token_data, unmeasured_peak
 
 import moe_reduce
 from moe_reduce import trees
@@ -236,6 +236,20 @@ def test_an_adapter_recovers_the_kept_experts(finished, tmp_path):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     trained = json.loads((tmp_path / "run/04-recover_50/summary.json").read_text())["validation"]["loss"]
     assert summary["stages"][-1]["validation"]["loss"] == trained < summary["stages"][-2]["validation"]["loss"]
+
+
+def test_each_stage_reads_text_of_its_own(finished, tmp_path):
+    """Two stages that change next to nothing, on different text, which is the same in another reduction."""
+    file = tmp_path / "config.py"
+    stage = 'defaults.stage("tune", steps=3, learning_rate=1e-9)'
+    start, end = (finished / "config.py").read_text().split("config.update(defaults.in_order({")
+    end = end[end.index("}))") :]
+    file.write_text(f'{start}config.update(defaults.in_order({{"first": {stage}, "second": {stage}{end}')
+    for workdir, order in (("one", "first,second"), ("two", "second")):
+        assert _reduce(file, tmp_path / workdir, f"--config.order={order}") == 0
+    first, second, alone = (losses(tmp_path / place) for place in ("one/01-first", "one/02-second", "two/01-second"))
+    assert np.max(np.abs(first - second)) > 1e-3
+    np.testing.assert_allclose(second, alone, rtol=1e-5)
 
 
 def test_variants_share_what_they_begin_with(finished, tmp_path, capsys):
