@@ -42,7 +42,7 @@ def score_pictures(found: Scores, stem: Path) -> None:
 def ladder_picture(summaries: dict[str, Summary], file: Path) -> None:
     """Validation loss against the share of the experts kept: a line for each reduction, its best at each share."""
     figure, axes = plt.subplots(figsize=(8, 5))
-    for name, summary in summaries.items():
+    for number, (name, summary) in enumerate(summaries.items()):
         first = summary["stages"][0]["experts"]
         best: dict[float, float] = {}
         for stage in summary["stages"]:
@@ -51,7 +51,8 @@ def ladder_picture(summaries: dict[str, Summary], file: Path) -> None:
                 min(best[share], stage["validation"]["loss"]) if share in best else stage["validation"]["loss"]
             )
         shares = sorted(best, reverse=True)
-        axes.plot(shares, [best[share] for share in shares], marker="o", label=name or "loss")
+        line = "-" if number < 10 else "--"  # colours repeat
+        axes.plot(shares, [best[share] for share in shares], line, marker="o", label=name or "loss")
     axes.set(xlabel="experts kept (%)", ylabel="validation loss (nats a token)", xlim=(105, 0))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
