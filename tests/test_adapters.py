@@ -24,7 +24,7 @@ PYTHIA_SHAPE = ModelConfig(
 EXECUTION = ExecutionConfig(platform="cpu", block_rows=8).resolve("cpu")
 METHODS = {
     "lora": AdapterConfig(rank=3, alpha=6.0),
-    "rslora": AdapterConfig(method="rslora", rank=4, alpha=2.0),
+    "rslora": AdapterConfig(method="rslora", rank=4, alpha=6.0),
     "dora": AdapterConfig(method="dora", rank=3),
     "skema": AdapterConfig(method="skema", sketch_width=5, alpha=2.0),
     "skema_gaussian": AdapterConfig(method="skema", sketch_width=5, projection="gaussian"),

@@ -1,0 +1,61 @@
+"""Prompts with completions: what is learned of a row, where pairs come from, and what is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from moe_reduce.config import DataConfig
+from moe_reduce.data.completions import Completions, uuid_pairs
+from moe_reduce.data.pieces import TRAIN, VALIDATION
+from moe_reduce.data.tokenizer_training import train_tokenizer
+from moe_reduce.errors import UserError
+
+PAIRS = [(f"what is {n} plus one? ", f"it is {n + 1}") for n in range(8)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([f"{left}{right}" for left, right in PAIRS] * 20, 290)
+
+
+def config_of(directory, **changes):
+    file = directory / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in PAIRS))
+    data = DataConfig(source=str(file), text_field="question", completion_field="answer", sequence_length=64)
+    return dataclasses.replace(data, **{"validation_fraction": 0.25} | changes)
+
+
+def test_only_completions_and_the_end_behind_them_count(tmp_path, tokenizer):
+    data = Completions(config_of(tmp_path), tokenizer)
+    assert (data.rows(TRAIN, 64), data.rows(VALIDATION, 64)) == (6, 2)
+    for split, first in ((TRAIN, 0), (VALIDATION, 6)):
+        for index in range(data.rows(split, 64)):
+            prompt, completion = (tokenizer.encode(text) for text in PAIRS[first + index])
+            ids, counts = data.row(split, index, 64)
+            assert ids.tolist()[: len(prompt) + len(completion)] == prompt + completion
+            assert set(ids[len(prompt) + len(completion) :]) == {tokenizer.end_of_text}
+            targets = ids[1:][counts > 0]
+            assert targets.tolist() == [*completion, tokenizer.end_of_text]
+            assert set(np.unique(counts)) <= {0.0, 1.0}
+
+
+def test_uuid_pairs_are_the_same_each_time():
+    assert uuid_pairs("3") == uuid_pairs("5")[:3]
+    keys = {key for key, _ in uuid_pairs("50")}
+    assert len(keys) == 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"sequence_length": 8}, "set data.sequence_length="),
+        ({"completion_field": "reply"}, "has no field 'reply'"),
+        ({"document_mask": True}, "unset it"),
+        ({"source": "uuid-pairs:0"}, "give a number of pairs"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, tokenizer, changes, part):
+    with pytest.raises(UserError, match=part):
+        Completions(config_of(tmp_path, **changes), tokenizer)
