@@ -9,7 +9,6 @@ Command: python launch/bench_adapters.py    (writes docs/results/adapters_cost/s
 
 import argparse
 import dataclasses
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_train import medians
 
 from moe_reduce import planning
 from moe_reduce.adapters import adapter as adapters
@@ -35,17 +35,6 @@ from moe_reduce.training.task import partition
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ["what", "measured", "aim"]
-
-
-def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, run in turn; the first round is a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats + 1):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            jax.block_until_ready(run())
-            seconds[name].append(time.perf_counter() - started)
-    return {name: float(np.median(values[1:])) for name, values in seconds.items()}
 
 
 class Step:
@@ -68,7 +57,7 @@ class Step:
 
     def __call__(self) -> Any:
         self.state, metrics = self.compiled(self.state, self.frozen, self.batch)
-        return metrics["loss"]
+        jax.block_until_ready(metrics["loss"])
 
 
 def adaptation(config: ModelConfig, rows: int, length: int, repeats: int) -> list[list[str]]:
@@ -88,7 +77,8 @@ def adaptation(config: ModelConfig, rows: int, length: int, repeats: int) -> lis
     seconds = medians(dict(made), repeats)
     adapter = adapters.init(dataclasses.replace(skema, core_std=0.1), model)
     merged = merging.merge(model, adapter)
-    inference = medians({"base": lambda: model(batch["tokens"]), "merged": lambda: merged(batch["tokens"])}, repeats)
+    models = {"base": model, "merged": merged}
+    inference = medians({name: partial(_wait, one, batch["tokens"]) for name, one in models.items()}, repeats)
     full = made["full"]
     found = []
     for name in ("lora", "skema"):
@@ -119,10 +109,10 @@ def projection(sizes: list[int], width: int, repeats: int) -> list[list[str]]:
         dense = jnp.asarray(projections.dense(made, size), jnp.float32) if size <= 4096 else None
         x = jax.random.normal(jax.random.key(0), (256, size))
         fast = jax.jit(deltas.srht)
-        runs: dict[str, Callable[[], Any]] = {"srht": partial(fast, x, signs, rows)}
+        runs: dict[str, Callable[[], Any]] = {"srht": partial(_wait, fast, x, signs, rows)}
         if dense is not None:
             product = jax.jit(lambda x, matrix: x @ matrix.T)
-            runs["dense"] = partial(product, x, dense)
+            runs["dense"] = partial(_wait, product, x, dense)
         seconds[size] = medians(runs, repeats)
     found = [
         [f"SRHT / its dense product, d = {size}, k = {width}", f"{one['srht'] / one['dense']:.2f}×", "< 1×"]
@@ -134,6 +124,10 @@ def projection(sizes: list[int], width: int, repeats: int) -> list[list[str]]:
     expected = last * np.log2(last) / (first * np.log2(first))
     found.append([f"SRHT's time, d = {first} → {last}", f"{growth:.1f}×", f"d·log d: {expected:.1f}×"])
     return found
+
+
+def _wait(function: Callable[..., Any], *arguments: Any) -> None:
+    jax.block_until_ready(function(*arguments))
 
 
 def main() -> None:

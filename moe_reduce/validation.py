@@ -197,10 +197,6 @@ def check_data(data: "DataConfig") -> None:
         raise UserError("data.source is empty: give python-stdlib, a path or glob, hub:NAME, or a .npy file")
     if data.completion_field is not None and data.source.endswith(".npy"):
         raise UserError("data.completion_field is of rows of text, and data.source holds token ids: leave it None")
-    if data.completion_field is not None and (data.source == "python-stdlib" or ".txt" in data.source):
-        raise UserError(
-            f"data.completion_field is a field of rows, and data.source={data.source} has none: leave it None"
-        )
 
 
 def check_mesh(mesh: "MeshConfig", model: "ModelConfig") -> None:

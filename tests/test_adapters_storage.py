@@ -108,13 +108,14 @@ def close(found, expected):
         {"lora_alpha": 8},
         {"use_rslora": True, "lora_alpha": 3},
         {"use_dora": True, "lora_alpha": 8},
+        {"r": 20, "lora_alpha": 8},
         {"layers_to_transform": [1], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 5}},
     ],
-    ids=["lora", "rslora", "dora", "patterns"],
+    ids=["lora", "rslora", "dora", "wasteful", "patterns"],
 )
 def test_peft_trained_it_and_we_compute_it(tmp_path, kind, changes):
     written(tmp_path / "base", kind)
-    config = peft.LoraConfig(r=3, target_modules=PEFT_TARGETS, task_type="CAUSAL_LM", **changes)
+    config = peft.LoraConfig(**{"r": 3} | changes, target_modules=PEFT_TARGETS, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(tiny(kind), config)
     optimizer = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], lr=3e-2)
     ids = torch.from_numpy(TOKENS)

@@ -54,6 +54,7 @@ def test_uuid_pairs_are_the_same_each_time():
         ({"completion_field": "reply"}, "has no field 'reply'"),
         ({"document_mask": True}, "unset it"),
         ({"source": "uuid-pairs:0"}, "give a number of pairs"),
+        ({"source": "python-stdlib"}, "is plain text"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, tokenizer, changes, part):

@@ -217,7 +217,8 @@ def test_mistakes_are_one_line(tmp_path, capsys, override, part):
     assert part in line
 
 
-def test_an_adapter_recovers_the_kept_experts(finished, tmp_path):
+@pytest.mark.parametrize("mesh", [(), ("data", "fsdp", "expert")], ids=["one", "eight"])
+def test_an_adapter_recovers_the_kept_experts(finished, tmp_path, mesh):
     """It trains beside frozen experts, and is merged into them behind the stage."""
     file = tmp_path / "config.py"
     adapter = 'adapter=defaults.AdapterConfig(method="skema", targets="mlp", sketch_width=4)'
@@ -225,7 +226,7 @@ def test_an_adapter_recovers_the_kept_experts(finished, tmp_path):
     old = 'components="router,norm", teacher_weight=0.5'
     assert old in text
     file.write_text(text.replace(old, f'components="router", learning_rate=1e-2, {adapter}'))
-    assert _reduce(file, tmp_path / "run") == 0
+    assert _reduce(file, tmp_path / "run", *(f"--config.mesh.{axis}=2" for axis in mesh)) == 0
     pruned, recovered = (
         moe_reduce.load(tmp_path / "run" / name / "model") for name in ("03-prune_50", "04-recover_50")
     )

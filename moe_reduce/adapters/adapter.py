@@ -55,6 +55,9 @@ def init(config: AdapterConfig, model: Model) -> Adapter:
         return Adapter(config, abstract(config, model.config))
     leaves: dict[str, Any] = {}
     for target in targets_of(config, model.config):
+        smallest = min(target.inputs, target.outputs)
+        if config.rank is not None and config.rank > smallest:  # PEFT's own files may waste parameters
+            raise UserError(f"adapter.rank ({config.rank}) exceeds {smallest}, a size of {target.path}: lower it")
         for name, leaf in _start(config, target, flat[target.path]).items():
             leaves[f"{target.path}/{name}"] = leaf
     return Adapter(config, trees.unflatten(leaves))
@@ -163,12 +166,8 @@ def _check(config: AdapterConfig, model: ModelConfig) -> None:
     if config.method == "dora" and any(target.experts for target in found):
         raise UserError("dora is for single matrices, and these targets are experts: choose lora or skema")
     for target in found:
-        if skema:
-            for size in (target.inputs, target.outputs):
-                projections.check(config.projection, width_of(config), size, target.path)
-        elif rank_of(config) > min(target.inputs, target.outputs):
-            smallest = min(target.inputs, target.outputs)
-            raise UserError(f"adapter.rank ({config.rank}) exceeds {smallest}, a size of {target.path}: lower it")
+        for size in (target.inputs, target.outputs) if skema else ():
+            projections.check(config.projection, width_of(config), size, target.path)
 
 
 def _start(config: AdapterConfig, target: Target, leaf: Any) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def write(adapter: Adapter, model: ModelConfig, directory: Path, base: str) -> N
     if not can_say(adapter, model):
         raise UserError("PEFT has no name for some of these targets: merge the adapter instead")
     found = _modules(targets_of(adapter.config, model), model)
-    tensors = {module: _tensors(adapter, places, _outputs(model)[module]) for module, places in found.items()}
+    outputs = _outputs(model)
+    tensors = {module: _tensors(adapter, places, outputs[module]) for module, places in found.items()}
     items: list[TensorItem] = []
     for module in sorted(tensors):
         for part, array in sorted(tensors[module].items()):

@@ -75,7 +75,7 @@ def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None
         evaluate=evaluator(decoder),
         trainable=every_leaf if chosen is None else partial(_trains, chosen),
         stop=partial(collapse, run.balance) if config.moe else never,
-        measure=partial(_recall, config, execution, tokens, run.recall_pairs)
+        measure=partial(recall, config, execution, data=tokens, most=run.recall_pairs)
         if isinstance(tokens, Completions)
         else nothing_else,
     )
@@ -90,10 +90,6 @@ def _check_tensor_axis(run: AdaptConfig, config: ModelConfig) -> None:
 
 def _trains(config: AdapterConfig, path: str) -> bool:
     return planning.component(path) == ADAPTER and adapters.trained(config, path)
-
-
-def _recall(config: ModelConfig, execution: Any, tokens: Completions, pairs: int, params: Any) -> dict[str, float]:
-    return recall(config, execution, params, tokens, pairs)
 
 
 def _resolved(run: AdaptConfig) -> tuple[AdaptConfig, ModelConfig]:

@@ -31,11 +31,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     if not arguments.adapter.is_dir():
         raise UserError(f"--adapter={arguments.adapter} is not a directory: give one that adapt or PEFT wrote")
     base = model_arguments.load_model(arguments)
-    adapter = storage.load(arguments.adapter, base.config, manifest.input_of(arguments.model))
+    base_input = manifest.input_of(arguments.model)
+    adapter = storage.load(arguments.adapter, base.config, base_input)
     merged = merging.merge(base, adapter)
     report = package.equivalence(base, adapter, merged, _sample(arguments, base.config.vocab_size))
     package.check(report)
-    base_input = manifest.input_of(arguments.model)
     *earlier, step = merged.chain
     inputs = (base_input, manifest.Input(str(arguments.adapter), step.arguments["adapter"]))
     step = dataclasses.replace(step, inputs=inputs, quality={"perplexity": report["perplexity"]["merged"]})

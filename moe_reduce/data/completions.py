@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_reduce.config import DataConfig
 from moe_reduce.data import sources
+from moe_reduce.data.files import has_fields
 from moe_reduce.data.pieces import TRAIN
 from moe_reduce.data.tokenizers import Tokenizer
 from moe_reduce.errors import UserError
@@ -80,6 +81,10 @@ def _pairs(config: DataConfig) -> list[tuple[str, str]]:
     if config.source.startswith(UUID_PAIRS):
         return uuid_pairs(config.source.removeprefix(UUID_PAIRS))
     assert config.completion_field is not None
+    if not config.source.startswith(sources.HUB_PREFIX):
+        for path in sources.source_files(config.source):
+            if not has_fields(path):
+                raise UserError(f"data.completion_field is a field of rows, and {path} is plain text: leave it None")
     completions = sources.documents(dataclasses.replace(config, text_field=config.completion_field))
     return list(zip(sources.documents(config), completions, strict=True))
 

@@ -36,6 +36,12 @@ def is_known(path: Path) -> bool:
     return path.name.lower().endswith(tuple(READERS))
 
 
+def has_fields(path: Path) -> bool:
+    """Whether the file's documents are rows with fields, and not plain text."""
+    rows = tuple(suffix for suffix, reader in READERS.items() if reader is not _read_text)
+    return path.name.lower().endswith(rows)
+
+
 def text_of(row: dict[str, Any], text_field: str, place: str) -> str:
     """row[text_field], or a UserError that names the place (file and line) and the fields that exist."""
     if text_field not in row:
