@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.balance.update(loss="pooled", weight=0.01, entropy_floor=0.2)
     config.train.update(evaluate_every=100, checkpoint_every=300)
     config.variants = ml_collections.ConfigDict(
-        {name: defaults.in_order(stages) for name, stages in variants().items()}
+        {name: defaults.in_order(stages) for name, stages in variants().items()} | free()
     )
     return config
 
@@ -61,6 +61,18 @@ def variants() -> dict:
     found["pool_gains_experts_taught"] = canonical | ladder("reap_total", **taught)
     for name in ("layers_experts_taught", "pool_experts_taught"):
         found[f"{name}_long"] = longer(found[name])
+    return found
+
+
+def free() -> dict:
+    """The longest recoveries once more: all that recovers trains from the first stage on, and nothing balances it."""
+    found = {}
+    for name in ("layers_experts_taught_long", "pool_experts_taught_long"):
+        stages = variants()[name]
+        last = stages[f"recover_{LONG_AT}_long"]
+        recovering = {key: last[key] for key in ("components", "teacher_weight")}
+        stages = {key: stage | recovering if stage["kind"] == "tune" else stage for key, stage in stages.items()}
+        found[f"{name}_free"] = defaults.in_order(stages) | {"balance": {"loss": "none"}}
     return found
 
 

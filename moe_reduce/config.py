@@ -71,6 +71,7 @@ class ExecutionConfig:
     attention: Literal["xla", "cudnn"] = "xla"
     products: Literal["auto", "plain", "transposed"] = "auto"  # auto: transposed for bf16 on CPU (models/products.py)
     dispatch: Literal["auto", "blocks", "ragged", "capacity", "reference"] = "auto"  # auto: by platform
+    exchange: Literal["auto", "gather", "all_to_all"] = "auto"  # over mesh.expert (models/exchange.py); auto: less sent
     capacity_factor: float = 2.0  # of the capacity dispatch only: rows per expert / mean rows per expert
     block_rows: int = 64  # of the blocks dispatch only
     expert_gradients: bool = True  # False: experts are frozen, and their gradient is not even computed (set by tuning)

@@ -45,6 +45,31 @@ def merge(raw: Any, changes: dict[str, Any], path: str) -> dict[str, Any]:
     return merged
 
 
+def completed(cls: Any, raw: Any) -> Any:
+    """What an older version wrote for a dataclass, with the defaults of the keys that it did not know."""
+    if not isinstance(raw, dict):
+        return raw
+    hints, defaults = typing.get_type_hints(cls), dataclasses.asdict(cls())
+    result = dict(raw)
+    for entry in dataclasses.fields(cls):
+        (kind,) = _alternatives(hints[entry.name])
+        if entry.name not in raw:
+            result[entry.name] = defaults[entry.name]
+        elif dataclasses.is_dataclass(kind):
+            result[entry.name] = completed(kind, raw[entry.name])
+        elif typing.get_origin(kind) is dict and isinstance(raw[entry.name], dict):
+            kinds = _by_kind(typing.get_args(typing.get_args(kind)[1]))
+            result[entry.name] = {
+                name: completed(kinds[group["kind"]], group) if group.get("kind") in kinds else group
+                for name, group in raw[entry.name].items()
+            }
+    return result
+
+
+def _by_kind(kinds: Any) -> dict[Any, Any]:
+    return {dataclasses.fields(kind)[0].default: kind for kind in kinds}
+
+
 def _alternatives(hint: Any) -> list[Any]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return [kind for kind in typing.get_args(hint) if kind is not type(None)]
@@ -88,7 +113,7 @@ def _checked(hint: Any, value: Any, path: str) -> Any:
 
 def _one_of(kinds: Any, raw: Any, path: str) -> Any:
     """One of several dataclasses, by its `kind`."""
-    by_name: dict[Any, Any] = {dataclasses.fields(kind)[0].default: kind for kind in kinds}
+    by_name = _by_kind(kinds)
     name = raw["kind"] if isinstance(raw, dict) and "kind" in raw else None
     if name not in by_name:
         raise UserError(f"config key {path}.kind must be one of {', '.join(by_name)}, got {name!r}")

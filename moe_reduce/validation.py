@@ -210,8 +210,9 @@ def check_mesh(mesh: "MeshConfig", model: "ModelConfig") -> None:
         size = getattr(model, name)
         if size is not None and size % mesh.tensor:
             raise UserError(f"model.{name} ({size}) must be a multiple of mesh.tensor ({mesh.tensor})")
-    if model.width % mesh.fsdp:
-        raise UserError(f"model.width ({model.width}) must be a multiple of mesh.fsdp ({mesh.fsdp})")
+    if model.width % (mesh.fsdp * mesh.expert):
+        parts = f"mesh.fsdp · mesh.expert ({mesh.fsdp} · {mesh.expert})"
+        raise UserError(f"model.width ({model.width}) must be a multiple of {parts}")
 
 
 def _check_sizes(mesh: "MeshConfig") -> None:

@@ -9,7 +9,6 @@ from training_runs import command, corpus_data, environment, token_data, unmeasu
 from moe_reduce import __main__
 from moe_reduce.__main__ import main
 from moe_reduce.commands import config_file
-from moe_reduce.config import to_dict
 from moe_reduce.training import run as run_module
 from moe_reduce.training.checkpoints import Checkpoints
 from moe_reduce.training.run import claim
@@ -46,7 +45,7 @@ def free(tmp_path):
     def check():
         (good,) = config_file.read(str(tmp_path / "config.py"), []).values()
         assert not (tmp_path / "run/checkpoints").exists()
-        claim(tmp_path / "run", to_dict(good))
+        claim(tmp_path / "run", good)
 
     return check
 

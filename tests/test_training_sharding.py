@@ -59,13 +59,12 @@ def test_batch_must_divide():
         steps.check_batch(sharding.make_mesh(MeshConfig(data=8)), TrainConfig(steps=1, batch_size=12))
 
 
-def shares(data, expert, processes, monkeypatch):
+def shares(processes, monkeypatch, data, expert=1, tensor=1):
     """batch_share of every process; a device names its process and nothing else matters."""
-    each = data * expert // processes
-    devices = np.array([SimpleNamespace(process_index=number // each) for number in range(data * expert)])
-    mesh = SimpleNamespace(
-        devices=devices.reshape(data, 1, expert, 1), shape={"data": data, "fsdp": 1, "expert": expert, "tensor": 1}
-    )
+    each = data * expert * tensor // processes
+    devices = np.array([SimpleNamespace(process_index=number // each) for number in range(each * processes)])
+    shape = {"data": data, "fsdp": 1, "expert": expert, "tensor": tensor}
+    mesh = SimpleNamespace(devices=devices.reshape(tuple(shape.values())), shape=shape)
     found = []
     for process in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
@@ -74,11 +73,12 @@ def shares(data, expert, processes, monkeypatch):
 
 
 def test_processes_that_hold_the_same_rows_feed_the_same_share(monkeypatch):
-    assert shares(data=4, expert=1, processes=2, monkeypatch=monkeypatch) == [(0, 2), (1, 2)]
-    assert shares(data=1, expert=4, processes=2, monkeypatch=monkeypatch) == [(0, 1), (0, 1)]
-    assert shares(data=2, expert=4, processes=4, monkeypatch=monkeypatch) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert shares(data=4, processes=2, monkeypatch=monkeypatch) == [(0, 2), (1, 2)]
+    assert shares(data=1, expert=4, processes=2, monkeypatch=monkeypatch) == [(0, 2), (1, 2)]
+    assert shares(data=1, tensor=4, processes=2, monkeypatch=monkeypatch) == [(0, 1), (0, 1)]
+    assert shares(data=2, tensor=4, processes=4, monkeypatch=monkeypatch) == [(0, 2), (0, 2), (1, 2), (1, 2)]
     with pytest.raises(UserError, match="does not divide evenly over the 2 hosts"):
-        shares(data=3, expert=2, processes=2, monkeypatch=monkeypatch)
+        shares(data=3, tensor=2, processes=2, monkeypatch=monkeypatch)
 
 
 def test_a_process_without_work_is_refused():

@@ -43,7 +43,7 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     if run.adapter is not None:
         adapters.abstract(run.adapter, config)  # refused before anything is prepared
         _check_tensor_axis(run, config)
-    done = begin(workdir, to_dict(run))
+    done = begin(workdir, run)
     if done is not None:
         return done
     tokens, _ = prepare(run.data, config.vocab_size)

@@ -140,7 +140,8 @@ def _combine_backward(saved: tuple[jax.Array, jax.Array, Order], dy_SD: jax.Arra
 combine_rows.defvjp(_combine_forward, _combine_backward)
 
 
-def _result(y_MD: jax.Array, weights_SA: jax.Array, order: Order, pool: Pool, dropped: Any = 0.0) -> Result:
+def combined(y_MD: jax.Array, weights_SA: jax.Array, order: Order, pool: Pool, dropped: Any = 0.0) -> Result:
+    """The Result of expert outputs in sorted order."""
     y_float = jax.lax.stop_gradient(y_MD).astype(jnp.float32)
     return Result(
         combine_rows(y_MD, weights_SA, order),
@@ -184,7 +185,7 @@ def dispatch_blocks(x_SD, experts_SA, weights_SA, pool: Pool, execution: Executi
         x_MD, order.counts_E, tuple(pool.computed), masters, execution.block_rows, execution.products
     )
     y_MD, masters = grouped
-    return _result(y_MD, weights_SA, order, pool._replace(masters=Experts(*masters)) if masters else pool)
+    return combined(y_MD, weights_SA, order, pool._replace(masters=Experts(*masters)) if masters else pool)
 
 
 def _adapted_blocks(x_MD, weights_SA, pool: Pool, order: Order, execution: ExecutionConfig) -> Result:
@@ -196,7 +197,7 @@ def _adapted_blocks(x_MD, weights_SA, pool: Pool, order: Order, execution: Execu
         product: Any = blocks.grouped_product(rows_MI, order.counts_E, matrices_EIO, *settings)
         return product
 
-    return _result(_swiglu(x_MD, pool, experts, grouped), weights_SA, order, pool)
+    return combined(_swiglu(x_MD, pool, experts, grouped), weights_SA, order, pool)
 
 
 def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
@@ -210,7 +211,7 @@ def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: Executi
     def grouped(rows_MI, matrices_EIO):
         return jnp.where(here_M1, jax.lax.ragged_dot(rows_MI, matrices_EIO.astype(rows_MI.dtype), order.counts_E), 0)
 
-    return _result(_swiglu(x_MD, pool, experts, grouped), weights_SA, order, pool)
+    return combined(_swiglu(x_MD, pool, experts, grouped), weights_SA, order, pool)
 
 
 def _each_expert(rows_EXI: jax.Array, matrices_EIO: jax.Array) -> jax.Array:
@@ -234,7 +235,7 @@ def dispatch_capacity(x_SD, experts_SA, weights_SA, pool: Pool, execution: Execu
     y_MD = y_ECD.reshape(count * capacity, -1).at[slot_M].get(mode="fill", fill_value=0)
     here = expert_M < count
     dropped = jnp.sum(here & (position_M >= capacity)) / jnp.maximum(jnp.sum(here), 1)
-    return _result(y_MD, weights_SA, order, pool, dropped)
+    return combined(y_MD, weights_SA, order, pool, dropped)
 
 
 def dispatch_reference(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:

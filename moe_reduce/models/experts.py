@@ -4,7 +4,6 @@ A layer that owns its experts and a layer that calls the shared pool run the sam
 parameters live, so router and pool hand out arrays and the computation takes them.
 """
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -15,11 +14,12 @@ from jax.sharding import PartitionSpec
 
 from moe_reduce.config import ExecutionConfig, ModelConfig, MoEConfig
 from moe_reduce.models import deltas
-from moe_reduce.models.dispatch import DISPATCHES, Changes, Experts, Pool, Result, borrow
+from moe_reduce.models.dispatch import DISPATCHES, Changes, Dispatch, Experts, Pool, Result, borrow
+from moe_reduce.models.exchange import exchange
 from moe_reduce.models.layers import normal_init, residual_std
 from moe_reduce.models.routing import route, router_logits
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 
 class ExpertPool(nn.Module):
@@ -84,12 +84,12 @@ def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: Executi
     """(y_BTD, the pool to hand on, the dropped share, output norms_BTA and maxima_BTA).
 
     On one device, or over the mesh in context: tokens are split along the batch axes, experts along `expert` and their
-    hidden width along `tensor`. Each device computes what its experts and its slice of F add for its tokens, and the
-    sum over both axes is exact. Norms and maxima are of whole outputs only where `tensor` is 1.
+    hidden width along `tensor`, over which slices of F are summed. Norms and maxima are of whole outputs only where
+    `tensor` is 1.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        result = local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first_expert=0)
+        result = local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution)
         return result.y_SD, result.pool, *result[2:]
     tokens = PartitionSpec(BATCH_AXES)
     inward, outward = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor")
@@ -122,31 +122,25 @@ def _delta_specs(name: str, delta: deltas.Delta) -> Any:
 
 
 def _sharded_experts(x_BTD, chosen_BTA, weights_BTA, matrices, changes, execution: ExecutionConfig):
-    experts = Experts(*matrices)
-    first = jax.lax.axis_index("expert") * experts.gate_EDF.shape[0]
-    # capacity is a multiple of the mean over all experts, of which only a part is here
-    factor = execution.capacity_factor / jax.lax.axis_size("expert")
-    execution = dataclasses.replace(execution, capacity_factor=factor)
-    pool = Pool.of(experts, x_BTD.dtype, changes)
-    result = local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution, first)
-    y_BTD = jax.lax.psum(result.y_SD, ("expert", "tensor"))
-    dropped = jax.lax.pmean(result.dropped, (*BATCH_AXES, "expert", "tensor"))
-    # an assignment's expert is on one shard of the expert axis; elsewhere its norm is 0
-    norm_BTA = jax.lax.psum(jax.lax.stop_gradient(result.norm_SA), ("expert", "tensor"))
-    return y_BTD, dropped, norm_BTA, jax.lax.pmax(jax.lax.stop_gradient(result.maximum_SA), ("expert", "tensor"))
+    pool = Pool.of(Experts(*matrices), x_BTD.dtype, changes)
+    result = by_rows(exchange, x_BTD, chosen_BTA, weights_BTA, pool, execution)
+    y_BTD = jax.lax.psum(result.y_SD, "tensor")
+    dropped = jax.lax.pmean(result.dropped, (*BATCH_AXES, "tensor"))
+    norm_BTA = jax.lax.psum(jax.lax.stop_gradient(result.norm_SA), "tensor")
+    return y_BTD, dropped, norm_BTA, jax.lax.pmax(jax.lax.stop_gradient(result.maximum_SA), "tensor")
 
 
-def local_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig, first_expert) -> Result:
-    """A Result whose rows are split into batch and time again, of a pool that starts at `first_expert` of all.
-
-    Assignments to experts elsewhere add nothing.
-    """
+def local_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig, first_expert=0) -> Result:
+    """What a pool that starts at `first_expert` of all adds; assignments to experts elsewhere add nothing."""
     experts = pool.computed.gate_EDF.shape[0]
-    batch, time, width = x_BTD.shape
-    chosen_SA = chosen_BTA.reshape(batch * time, -1) - first_expert
-    chosen_SA = jnp.where((chosen_SA >= 0) & (chosen_SA < experts), chosen_SA, experts)
-    weights_SA = weights_BTA.reshape(batch * time, -1)
-    dispatch = DISPATCHES[execution.dispatch]
-    result = dispatch(x_BTD.reshape(batch * time, width), chosen_SA, weights_SA, pool, execution)
-    norm_BTA, maximum_BTA = (x.reshape(chosen_BTA.shape) for x in (result.norm_SA, result.maximum_SA))
+    chosen_BTA = chosen_BTA - first_expert
+    chosen_BTA = jnp.where((chosen_BTA >= 0) & (chosen_BTA < experts), chosen_BTA, experts)
+    return by_rows(DISPATCHES[execution.dispatch], x_BTD, chosen_BTA, weights_BTA, pool, execution)
+
+
+def by_rows(dispatch: Dispatch, x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig) -> Result:
+    """A dispatch of batch and time as one axis: a Result whose rows are split again."""
+    x_SD, *routed_SA = (array.reshape(-1, array.shape[-1]) for array in (x_BTD, chosen_BTA, weights_BTA))
+    result = dispatch(x_SD, *routed_SA, pool, execution)
+    norm_BTA, maximum_BTA = (size.reshape(chosen_BTA.shape) for size in (result.norm_SA, result.maximum_SA))
     return Result(result.y_SD.reshape(x_BTD.shape), result.pool, result.dropped, norm_BTA, maximum_BTA)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from moe_reduce import disk
+from moe_reduce import config_dict, disk
 from moe_reduce.config import ModelConfig, ReduceConfig, Stage, to_dict
 from moe_reduce.data.batches import validation_batches
 from moe_reduce.data.prepare import prepare
@@ -51,7 +51,7 @@ def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     for _, config in [("", first_config), *configurations(first_config, run)]:
         check_mesh(run.mesh, config)
         sharding.shardings(mesh, abstract_params(config))
-    done = begin(workdir, to_dict(run))
+    done = begin(workdir, run)
     if done is not None:
         return done
     tokens, _ = prepare(run.data, first_config.vocab_size)
@@ -156,7 +156,8 @@ def _take_over(run: ReduceConfig, workdir: Path, number: int) -> None:
         done = config.parent / directory.name
         if directory.exists() or not (done / SUMMARY).is_file():
             continue
-        if _beginning(json.loads(config.read_text()), number) == beginning and _made_from(done, source):
+        other = config_dict.completed(ReduceConfig, json.loads(config.read_text()))
+        if _beginning(other, number) == beginning and _made_from(done, source):
             print(f"-- {directory.name} is that of {config.parent}", flush=True)
             with disk.temporary_beside(directory) as unfinished:
                 # what is finished is only ever replaced, never changed in place

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from moe_reduce import disk, planning
+from moe_reduce import config_dict, disk, planning
 from moe_reduce.config import DataConfig, ExecutionConfig, ModelConfig, RunConfig, TrainConfig, to_dict
 from moe_reduce.data.batches import train_batches, validation_batches
 from moe_reduce.data.prepare import prepare
@@ -54,7 +54,7 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     mesh = sharding.make_mesh(run.mesh)
     sharding.shardings(mesh, abstract_params(run.model))  # refused before anything is prepared
     steps.check_batch(mesh, run.train)
-    done = begin(workdir, to_dict(run))
+    done = begin(workdir, run)
     if done is not None:
         return done
     tokens, _ = prepare(run.data, run.model.vocab_size)
@@ -139,9 +139,9 @@ def writing(workdir: Path) -> contextlib.AbstractContextManager[None]:
     return disk.writing(f"below {workdir}", "free some space, then run the same command again to go on")
 
 
-def begin(workdir: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+def begin(workdir: Path, run: Any) -> dict[str, Any] | None:
     """Claims the workdir; says so, and returns the summary, when its run is done already."""
-    claim(workdir, wanted)
+    claim(workdir, run)
     done = finished(workdir)
     if done is not None:
         print(f"{workdir} is done: nothing to do (a new --workdir starts again)")
@@ -159,15 +159,16 @@ def finished(workdir: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def claim(workdir: Path, wanted: dict[str, Any]) -> None:
+def claim(workdir: Path, run: Any) -> None:
     """Makes the workdir this run's, by its resolved configuration; raises UserError when it is another's, or read-only.
 
-    A run that ended before its first step, as for a missing corpus, may be corrected and started in the same place.
+    run: a dataclass of moe_reduce.config. Keys that are newer than the workdir have their defaults there. A run that
+    ended before its first step, as for a missing corpus, may be corrected and started in the same place.
     """
-    file = workdir / "config.json"
+    file, wanted = workdir / "config.json", to_dict(run)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        found = json.loads(file.read_text()) if file.exists() else wanted
+        found = config_dict.completed(type(run), json.loads(file.read_text())) if file.exists() else wanted
         difference = _first_difference(found, wanted)
         began = any(child.is_dir() for child in workdir.iterdir()) or set(found) != set(wanted)
         if difference and began:

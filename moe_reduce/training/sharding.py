@@ -18,24 +18,25 @@ from moe_reduce.training.task import TEACHER
 
 PIECE_BYTES = 2**30  # of a leaf, replicated at a time
 AXES = ("data", "fsdp", "expert", "tensor")
+FSDP = ("fsdp", "expert")  # to everything but the experts, `expert` is one more axis of the batch
 
 # Of one layer's parameter; leaves below layers/ are stacked and get an unsharded first axis.
 RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    (r"(un)?embedding/table", ("tensor", "fsdp")),
-    (r"embedding/factor", (("tensor", "fsdp"), None)),
-    (r"embedding/projection", (None, "fsdp")),
-    (r"attention/(query|key|value)", ("fsdp", "tensor", None)),
-    (r"attention/output", ("tensor", None, "fsdp")),
+    (r"(un)?embedding/table", ("tensor", FSDP)),
+    (r"embedding/factor", (("tensor", *FSDP), None)),
+    (r"embedding/projection", (None, FSDP)),
+    (r"attention/(query|key|value)", (FSDP, "tensor", None)),
+    (r"attention/output", ("tensor", None, FSDP)),
     (r"attention/(query|key)_norm/scale", (None,)),
     (r"(attention|mlp|final)_norm/(scale|bias)", (None,)),
     (r"attention/(query|key|value)_bias", ("tensor", None)),
     (r"mlp/(gate|up)_bias", ("tensor",)),
     (r"(attention/output|mlp/down)_bias", (None,)),
-    (r"mlp/(gate|up)", ("fsdp", "tensor")),
-    (r"mlp/down", ("tensor", "fsdp")),
+    (r"mlp/(gate|up)", (FSDP, "tensor")),
+    (r"mlp/down", ("tensor", FSDP)),
     (r"experts/(gate|up)", ("expert", "fsdp", "tensor")),
     (r"experts/down", ("expert", "tensor", "fsdp")),
-    (r"router/weight", (None, None)),
+    (r"router/weight", (FSDP, None)),
     (r"router_bias", (None,)),
     (r"score_offset", ()),
     (r"output_gain", (None,)),
@@ -125,16 +126,21 @@ def compiled(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., A
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the data and fsdp axes."""
+    """Rows of a batch over every axis but `tensor`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """(which share of a batch's rows this process feeds, how many shares there are).
 
-    Processes whose devices hold the same rows (expert and tensor axes across hosts) feed the same share.
+    Processes whose devices hold the same rows (the tensor axis across hosts) feed the same share.
     """
-    parts = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    parts = mesh.devices.reshape(batch_shards(mesh), -1)
     fed: dict[int, set[int]] = {}
     for part, devices in enumerate(parts):
         for device in devices:
@@ -142,8 +148,8 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     shares = sorted({tuple(sorted(rows)) for rows in fed.values()})
     if sum(len(share) for share in shares) != len(parts) or len({len(share) for share in shares}) > 1:
         raise UserError(
-            f"mesh.data · mesh.fsdp = {len(parts)} does not divide evenly over the {len(fed)} hosts: make it, or "
-            "mesh.expert · mesh.tensor, a multiple of the devices of a host"
+            f"mesh.data · mesh.fsdp · mesh.expert = {len(parts)} does not divide evenly over the {len(fed)} hosts: "
+            "make it, or mesh.tensor, a multiple of the devices of a host"
         )
     return shares.index(tuple(sorted(fed[jax.process_index()]))), len(shares)
 

@@ -87,9 +87,9 @@ def evaluate_step(task: Task, params: Params, frozen: Params, batch: Batch) -> S
 
 def check_batch(mesh: Mesh, train: TrainConfig) -> None:
     """Raises UserError when the batch does not divide over the devices and parts."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = sharding.batch_shards(mesh)
     if train.batch_size % (rows * train.accumulation):
         raise UserError(
-            f"train.batch_size ({train.batch_size}) must be a multiple of mesh.data · mesh.fsdp · train.accumulation "
-            f"({rows} · {train.accumulation})"
+            f"train.batch_size ({train.batch_size}) must be a multiple of mesh.data · mesh.fsdp · mesh.expert · "
+            f"train.accumulation ({rows} · {train.accumulation})"
         )
