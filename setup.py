@@ -31,6 +31,7 @@ setup(
     extras_require={
         "chat": CHAT,
         "export": EXPORT,
+        "tpu": ["libtpu>=0.0.40"],
         "test": [
             *CHAT,
             *EXPORT,

@@ -1,8 +1,8 @@
 """Qwen3-30B-A3B as one global pool of 6,144 experts, pruned to 50 %, to 1,200 and to 600, on FineWeb-Edu (METHODS 2).
 
-For a TPU v4-32: 16 chips, weights in bf16 over fsdp and expert, what trains in fp32. The start is lossless (without the
-canonical form, which would round folded weights to bf16 once more), then the experts of other layers enter the
-competition (`anneal`); the source's random start is the variant `random_start`.
+For a TPU v4-32: 16 chips, weights in bf16, the experts spread over 8 devices, what trains in fp32. The start is
+lossless (without the canonical form, which would round folded weights to bf16 once more), then the experts of other
+layers enter the competition (`anneal`); the source's random start is the variant `random_start`.
 Cost: 100 million tokens of a 3.3B-active model, hours on a v4-32. Expected: not measured by us.
 Command: moe-reduce reduce --config=configs/qwen3_30b_a3b_global.py --config.model=DIR --workdir=runs/global
 Counts of every stage, without weights: moe-reduce plan --config=configs/qwen3_30b_a3b_global.py
@@ -22,8 +22,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.architecture = ml_collections.ConfigDict(defaults.to_dict(architecture()))
     config.data.update(source="hub:HuggingFaceFW/fineweb-edu", sequence_length=2048, validation_fraction=0.001)
     config.data.max_documents = 400_000
-    config.train.update(batch_size=64, accumulation=4, evaluate_every=100, evaluate_batches=16, checkpoint_every=100)
-    config.mesh.update(data=-1, fsdp=4, expert=4)
+    config.train.update(batch_size=64, accumulation=2, evaluate_every=100, evaluate_batches=16, checkpoint_every=100)
+    config.mesh.update(data=-1, expert=8)  # the pool is nine tenths of it: whole experts, and tokens go to them
     config.execution.update(platform="tpu", compute_dtype="bfloat16", remat="full")
     config.balance.update(entropy_floor=0.2, dead_share_limit=0.9)
     starts = {

@@ -2,10 +2,11 @@
 
 import argparse
 import importlib
+import os
 import sys
 from typing import Any, NoReturn
 
-from moe_reduce.errors import UserError
+from moe_reduce.errors import PeerLost, UserError
 
 COMMANDS = {
     "train": "pretrain a model, or several side by side",
@@ -37,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a user's mistake (one line on stderr)."""
+    """Exit status: 0 done, 2 a user's mistake, 1 another process is lost (one line on stderr)."""
     parser = Parser(prog="moe-reduce", description="Make a language model smaller, and show the cost.")
     choices = parser.add_subparsers(dest="command", required=True, metavar="command")
     arguments = sys.argv[1:] if argv is None else argv
@@ -50,8 +51,10 @@ def main(argv: list[str] | None = None) -> int:
         parsed, overrides = parser.parse_known_args(arguments)
         print(_module(parsed.command).run(parsed, overrides))
     except UserError as error:
-        print(f"moe-reduce{f' {wanted}' if wanted else ''}: {error}", file=sys.stderr)
-        return 2
+        print(f"moe-reduce{f' {wanted}' if wanted else ''}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, PeerLost):
+            os._exit(error.status)  # what Python and jax do at the end waits for the process that is gone
+        return error.status
     except BrokenPipeError:  # the reader, such as head, has seen enough
         sys.stdout = None
     return 0

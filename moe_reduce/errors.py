@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""What ends a command with one line instead of a traceback."""
 
 
 class UserError(Exception):
@@ -8,5 +8,13 @@ class UserError(Exception):
     exit with status 2; any other exception is a defect of ours and keeps its traceback.
     """
 
+    status = 2
+
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+class PeerLost(UserError):
+    """Another process of the run is gone; this one can do nothing but end, and be started again."""
+
+    status = 1

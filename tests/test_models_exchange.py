@@ -1,4 +1,4 @@
-"""Tokens exchanged between devices give what one device gives: outputs, gradients, sizes; with every token on one too."""
+"""Tokens exchanged between devices give what one device gives: outputs, gradients, sizes, and when all go to one."""
 
 from functools import partial
 
@@ -108,8 +108,8 @@ def test_auto_sends_less(monkeypatch):
     taken = []
     for name in ("_gather", "_all_to_all"):
         monkeypatch.setattr(exchange, name, lambda *_, name=name: taken.append(name))
-    monkeypatch.setattr(jax.lax, "axis_size", lambda _: devices)
     arrays = (jnp.zeros((4, D)), jnp.zeros((4, A), jnp.int32), jnp.zeros((4, A)), None)
     for devices, platform in ((2, "tpu"), (A, "tpu"), (A + 1, "tpu"), (A + 1, "cpu")):
+        monkeypatch.setattr(jax.lax, "axis_size", lambda _, devices=devices: devices)
         exchange.exchange(*arrays, ExecutionConfig(platform=platform))
     assert taken == ["_gather", "_gather", "_all_to_all", "_gather"]

@@ -50,7 +50,7 @@ def test_size_that_does_not_divide_is_refused():
 
 def test_mesh_takes_what_is_left_and_no_more_than_there_is():
     assert dict(sharding.make_mesh(MeshConfig(expert=2)).shape) == {"data": 4, "fsdp": 1, "expert": 2, "tensor": 1}
-    with pytest.raises(UserError, match=r"needs 16 devices and this machine has 8"):
+    with pytest.raises(UserError, match=r"needs 16 devices and there are 8"):
         sharding.make_mesh(MeshConfig(data=8, fsdp=2))
 
 

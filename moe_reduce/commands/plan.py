@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from moe_reduce.commands import config_file, model_arguments
+from moe_reduce.commands import config_file, model_arguments, run_arguments
 from moe_reduce.config import AdaptConfig, ModelConfig, ReduceConfig, RunConfig, any_from_dict
 from moe_reduce.errors import UserError
 
@@ -14,6 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config_file.add_arguments(parser, required=False)
     parser.add_argument("--model", type=Path, help="a model directory instead of a configuration")
     parser.add_argument("--context", type=int, default=1024, help="sequence length that FLOPs are counted for")
+    parser.add_argument("--topology", metavar="NAME", help="compile for a slice, v4:2x2x4, or sum up for GPUs, h100:8")
+    parser.add_argument("--variant", action="append", metavar="NAME", help="only this variant; may be repeated")
+    parser.add_argument(
+        "--stage", action="append", metavar="NAME", help="with --topology: only this stage of a reduction"
+    )
     parser.add_argument("--json", action="store_true", help="for machines")
 
 
@@ -25,14 +30,24 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
         raise UserError(f"--context must be positive, got {arguments.context}")
     if arguments.model:
         model_arguments.no_overrides(overrides)
+        if arguments.topology:
+            raise UserError("--topology plans a run: give --config, not --model")
         models = {str(arguments.model): model_arguments.directory_config(arguments.model)}
-    else:
-        runs = config_file.read(arguments.config, overrides, any_from_dict)
-        models = {}
-        for name, described in runs.items():
-            models |= _models(name or arguments.config, described)
-    plans = {name: plan(model, arguments.context) for name, model in models.items()}
-    return model_arguments.show(plans, arguments.json)
+        return model_arguments.show(_plans(models, arguments.context), arguments.json)
+    runs = run_arguments.chosen(config_file.read(arguments.config, overrides, any_from_dict), arguments.variant)
+    named = {name or arguments.config: described for name, described in runs.items()}
+    if arguments.topology:
+        from moe_reduce.commands import plan_topology
+
+        return model_arguments.show(plan_topology.plan(named, arguments.topology, arguments.stage), arguments.json)
+    models = {}
+    for name, described in named.items():
+        models |= _models(name, described)
+    return model_arguments.show(_plans(models, arguments.context), arguments.json)
+
+
+def _plans(models: dict[str, ModelConfig], context: int) -> dict[str, Any]:
+    return {name: plan(model, context) for name, model in models.items()}
 
 
 def _models(name: str, described: RunConfig | ReduceConfig | AdaptConfig) -> dict[str, ModelConfig]:

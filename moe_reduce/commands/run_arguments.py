@@ -38,18 +38,19 @@ def run_each(
     workdir: Path = arguments.workdir
     _check_workdir(workdir)
     described = config_file.read(arguments.config, overrides, reader)
-    runs = _chosen(described, arguments.variant)
+    runs = chosen(described, arguments.variant)
     import jax
 
     _join_processes(arguments)
-    from moe_reduce.training import checkpoints
+    from moe_reduce.training import checkpoints, processes
     from moe_reduce.training.run import SUMMARY
 
     checkpoints.quiet_failures()
-    for name, run in runs.items():
-        if name:
-            print(f"== {name}", flush=True)
-        run_one(run, workdir / name, name)
+    with processes.together():
+        for name, run in runs.items():
+            if name:
+                print(f"== {name}", flush=True)
+            run_one(run, workdir / name, name)
     if jax.process_index() == 0:
         files = {name: workdir / name / SUMMARY for name in described}
         done = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
@@ -64,7 +65,8 @@ def _check_workdir(workdir: Path) -> None:
         raise UserError(f"--workdir={workdir} must be on a disk: mount the bucket, and give its path")
 
 
-def _chosen(runs: dict[str, T], variants: list[str] | None) -> dict[str, T]:
+def chosen(runs: dict[str, T], variants: list[str] | None) -> dict[str, T]:
+    """The variants that --variant names; all without one. Raises UserError when there is none of that name."""
     unknown = sorted(set(variants or ()) - set(runs))
     if unknown:
         known = ", ".join(name for name in runs if name) or "this configuration has none"
@@ -73,8 +75,6 @@ def _chosen(runs: dict[str, T], variants: list[str] | None) -> dict[str, T]:
 
 
 def _join_processes(arguments: argparse.Namespace) -> None:
-    import jax
-
     places = (arguments.coordinator, arguments.processes, arguments.process)
     given = [place is not None for place in places]
     if any(given) and not all(given):
@@ -84,4 +84,6 @@ def _join_processes(arguments: argparse.Namespace) -> None:
             f"--process={arguments.process} must be from 0 to {arguments.processes - 1}, as --processes says"
         )
     if arguments.distributed or all(given):
-        jax.distributed.initialize(*places)
+        from moe_reduce.training import processes
+
+        processes.join(*places)

@@ -10,6 +10,7 @@ from flax.linen.initializers import ones, zeros
 from jax.sharding import PartitionSpec
 
 from moe_reduce.config import ExecutionConfig, ModelConfig
+from moe_reduce.models import products
 from moe_reduce.models.cache import CACHE, KEYS_VALUES
 from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.models.dispatch import Experts, Pool
@@ -17,7 +18,8 @@ from moe_reduce.models.experts import BATCH_AXES, ExpertPool, Router, mixture_of
 from moe_reduce.models.layers import Attention, Embedding, FeedForward, Unembedding, residual_norm
 
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # by name: a policy that looks for products does not see into those with gradients of our own
+    "dots": jax.checkpoint_policies.save_only_these_names(products.KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 # What a block sows for those who make the collection mutable; layers are stacked on the first axis. Nobody else pays.
@@ -197,6 +199,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     return dict(Decoder(config, execution).init(key, tokens)["params"])
 
 
-def abstract_params(config: ModelConfig) -> dict[str, Any]:
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Shapes of the parameters as jax.ShapeDtypeStruct leaves; nothing is allocated."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_reduce.config import ExecutionConfig
-from moe_reduce.models import blocks, deltas
+from moe_reduce.models import blocks, deltas, products
 
 Changes = dict[str, deltas.Delta]  # of an adapter, by `gate`, `up` and `down` (see models/deltas.py)
 
@@ -209,7 +210,8 @@ def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: Executi
     here_M1 = (jnp.arange(x_MD.shape[0]) < jnp.sum(order.counts_E))[:, None]
 
     def grouped(rows_MI, matrices_EIO):
-        return jnp.where(here_M1, jax.lax.ragged_dot(rows_MI, matrices_EIO.astype(rows_MI.dtype), order.counts_E), 0)
+        y_MO = jax.lax.ragged_dot(rows_MI, matrices_EIO.astype(rows_MI.dtype), order.counts_E)
+        return jnp.where(here_M1, checkpoint_name(y_MO, products.KEPT), 0)
 
     return combined(_swiglu(x_MD, pool, experts, grouped), weights_SA, order, pool)
 

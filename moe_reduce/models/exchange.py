@@ -3,7 +3,7 @@
     gather      every device of the `expert` axis takes the tokens of all, and hands back what its experts add
     all_to_all  a token goes to the devices that hold its experts, once for each of them, and what they make returns
 
-Both are exact and dropless. Of P devices a token's row goes to P - 1 with the first, to A · (P - 1) / P with the second.
+Both are exact and dropless. Of P devices a row goes to P - 1 with the first, to A · (P - 1) / P with the second.
 Each takes what a Dispatch takes, with experts numbered over all devices, and returns its Result for the own tokens.
 """
 
@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_reduce.config import ExecutionConfig
+from moe_reduce.models import products
 from moe_reduce.models.dispatch import DISPATCHES, Pool, Result, combined, gather_rows, sort_by_expert
 
 AXIS = "expert"
@@ -56,12 +58,13 @@ def _all_to_all(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionCo
     outward, homeward = make(jnp.sum(order.counts_E.reshape(devices, count), axis=1), experts_SA.size, rows)
     numbers_M1 = (experts_SA.reshape(-1)[order.order_M] % count)[:, None]
     arrived_R1 = outward(numbers_M1, count)
-    arrived_RD = outward(gather_rows(x_SD, order), 0)
+    arrived_RD = checkpoint_name(outward(gather_rows(x_SD, order), 0), products.KEPT)
     # capacity is a multiple of the mean over what all devices can send, of which places for more are here
     execution = _with_capacity(execution, active / (devices * min(active, count)))
     ones_R1 = jnp.ones(arrived_R1.shape, weights_SA.dtype)
     result = DISPATCHES[execution.dispatch](arrived_RD, arrived_R1, ones_R1, pool, execution)
-    return combined(homeward(result.y_SD), weights_SA, order, result.pool, result.dropped)
+    y_MD = checkpoint_name(homeward(result.y_SD), products.KEPT)
+    return combined(y_MD, weights_SA, order, result.pool, result.dropped)
 
 
 def _with_capacity(execution: ExecutionConfig, share: float) -> ExecutionConfig:

@@ -140,7 +140,7 @@ def local_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: Executi
 
 def by_rows(dispatch: Dispatch, x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig) -> Result:
     """A dispatch of batch and time as one axis: a Result whose rows are split again."""
-    x_SD, *routed_SA = (array.reshape(-1, array.shape[-1]) for array in (x_BTD, chosen_BTA, weights_BTA))
-    result = dispatch(x_SD, *routed_SA, pool, execution)
+    x_SD, chosen_SA, weights_SA = (array.reshape(-1, array.shape[-1]) for array in (x_BTD, chosen_BTA, weights_BTA))
+    result = dispatch(x_SD, chosen_SA, weights_SA, pool, execution)
     norm_BTA, maximum_BTA = (size.reshape(chosen_BTA.shape) for size in (result.norm_SA, result.maximum_SA))
     return Result(result.y_SD.reshape(x_BTD.shape), result.pool, result.dropped, norm_BTA, maximum_BTA)

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_reduce.config import ExecutionConfig, ModelConfig
 from moe_reduce.models import cache, deltas, products
@@ -82,7 +83,7 @@ def matmul(x: jax.Array, matrix: jax.Array, execution: ExecutionConfig, inputs: 
     """
     rows, size = x.shape[0] * x.shape[1], math.prod(matrix.shape[:inputs])
     y: Any = products.product(x.reshape(rows, size), matrix.reshape(size, -1), execution.products)
-    return y.reshape(*x.shape[:2], *matrix.shape[inputs:])
+    return checkpoint_name(y, products.KEPT).reshape(*x.shape[:2], *matrix.shape[inputs:])
 
 
 def linear(

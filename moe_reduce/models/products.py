@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+KEPT = "product"  # checkpoint_name of what remat=dots keeps: outputs of matrices, and rows from other devices
+
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
     """What sums over values of this dtype are kept in: fp32, or fp64 for fp64."""

@@ -36,7 +36,9 @@ def route(logits_SE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> 
     """
     softmax = config.score_function == "softmax"
     log_scores_SE = jax.nn.log_softmax(logits_SE) if softmax else jax.nn.log_sigmoid(logits_SE)
-    ranking_SE = logits_SE if bias_E is None else logits_SE + jax.lax.stop_gradient(bias_E)[None, :]
+    ranking_SE = (
+        logits_SE if bias_E is None else logits_SE + jax.lax.stop_gradient(bias_E)[None, :].astype(logits_SE.dtype)
+    )
     _, experts_SA = jax.lax.top_k(jax.lax.stop_gradient(ranking_SE), config.active)
     chosen_SA = jnp.take_along_axis(log_scores_SE, experts_SA, axis=1)
     # softmax(log s) = s / Σ s without forming scores that underflow

@@ -166,7 +166,7 @@ def _tune(stage: TuneStage, model: Model, place: Place) -> Result:
         foreign_NE = foreign(model)
         params = tuning.start_annealing(params, stage, foreign_NE)
     first = place.first
-    if stage.objective == "router" or stage.teacher_weight > 0:
+    if _reads_first(stage):
         teacher = place.load_first()
         if stage.objective == "router" and any(_is_canonical(other) for other in run.stages.values()):
             teacher = pooling.canonical(teacher)  # whose routers read what the pool's read
@@ -184,6 +184,37 @@ def _tune(stage: TuneStage, model: Model, place: Place) -> Result:
     if stage.adapter is not None:
         tuned = merging.merge(tuned, adapters.Adapter(stage.adapter, kept[ADAPTER]))
     return Result(tuned, None, figures)
+
+
+def _reads_first(stage: TuneStage) -> bool:
+    """Whether the model that the reduction began with is at hand while the stage trains."""
+    return stage.objective == "router" or stage.teacher_weight > 0
+
+
+def _stored(config: ModelConfig, dtype: Any) -> dict[str, Any]:
+    """Abstract leaves as a reduction holds them: routers in fp32, in which they are computed."""
+    full = trees.flatten(abstract_params(config))
+    return trees.map_with_path(
+        lambda path, leaf: full[path] if "router" in path else leaf, abstract_params(config, dtype)
+    )
+
+
+def planned_jobs(first: ModelConfig, run: ReduceConfig, dtype: Any) -> Iterator[tuple[str, Job]]:
+    """(name, what it trains) of each tune stage, on abstract leaves of a dtype; run.execution: resolved."""
+    for name, config in configurations(first, run):
+        stage = run.stages[name]
+        if not isinstance(stage, TuneStage):
+            continue
+        params = _stored(config, dtype)
+        if stage.adapter is not None:
+            params[ADAPTER] = adapters.abstract(stage.adapter, config)
+        foreign_NE = None
+        if stage.bias_from is not None:
+            home_E = np.arange(scores.moe_of(config).experts) * config.layers // scores.moe_of(config).experts
+            foreign_NE = home_E[None] != np.arange(config.layers)[:, None]
+        others = {TEACHER: _stored(first, dtype)} if _reads_first(stage) else {}
+        task = tuning.tuning_task(config, first, stage, run.execution, run.balance, foreign_NE)
+        yield name, Job(task, config, params, run.execution, run.data, stage.schedule(run.train), others)
 
 
 def _is_canonical(stage: Stage) -> bool:

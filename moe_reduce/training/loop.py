@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from moe_reduce.config import TrainConfig
 from moe_reduce.errors import UserError
-from moe_reduce.training import optimizer, sharding, steps
+from moe_reduce.training import sharding, steps
 from moe_reduce.training.checkpoints import Checkpoints
 from moe_reduce.training.metrics import MetricsLog, Stopwatch
 from moe_reduce.training.steps import State
@@ -78,18 +78,11 @@ class Fit:
 
     def _build(self, initial: Params | Callable[[], Params]) -> None:
         params = jax.eval_shape(initial) if callable(initial) else initial
-        tx = optimizer.build(self.train, params)
-        make = partial(steps.new_state, train=self.train, tx=tx)
-        self._abstract = jax.eval_shape(make, params)
-        self._shardings = steps.state_shardings(self.mesh, self._abstract)
-        place = partial(jax.jit, out_shardings=self._shardings)
+        program = steps.program(self.task, self.train, self.mesh, params)
+        place = partial(jax.jit, out_shardings=program.places)
+        make = program.new_state
         self._initial_state = place(lambda: make(initial())) if callable(initial) else partial(place(make), initial)
-        self._step: Any = jax.jit(
-            partial(steps.train_step, self.task, self.train, tx),
-            donate_argnums=0,
-            out_shardings=(self._shardings, sharding.replicated(self.mesh)),
-        )
-        self._evaluate = jax.jit(partial(steps.evaluate_step, self.task), out_shardings=sharding.replicated(self.mesh))
+        self._abstract, self._step, self._evaluate = program.state, program.step, program.evaluate
 
     def run(self) -> Outcome:
         """Trains to the last step. Raises UserError when a loss is not finite; the last good checkpoint stays."""
@@ -112,12 +105,7 @@ class Fit:
         latest = self.checkpoints.latest()
         if latest is None:
             return self._initial_state(), 0
-        wanted = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            self._abstract,
-            self._shardings,
-        )
-        state, position = self.checkpoints.restore(latest, wanted)
+        state, position = self.checkpoints.restore(latest, self._abstract)
         self.batches.set_state(position)
         return state, latest
 

@@ -58,14 +58,7 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     if done is not None:
         return done
     tokens, _ = prepare(run.data, run.model.vocab_size)
-    job = Job(
-        language_model_task(run.model, run.execution, run.balance),
-        run.model,
-        partial(init_params, run.model, jax.random.key(run.train.seed)),
-        run.execution,
-        run.data,
-        run.train,
-    )
+    job = pretraining(run)
     with writing(workdir):
         params, figures = fit(job, mesh, tokens, workdir)
         summary = {"name": name, **describe(run.model), "seed": run.train.seed, **figures, **machine()}
@@ -80,6 +73,13 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         params = sharding.to_host(mesh, params)
         finish(workdir, Model(run.model, params, run.execution, getattr(tokens, "directory", None)), step, summary)
     return summary
+
+
+def pretraining(run: RunConfig) -> Job:
+    """Every leaf of a new model, on the next token. run.execution: resolved."""
+    task = language_model_task(run.model, run.execution, run.balance)
+    initial = partial(init_params, run.model, jax.random.key(run.train.seed))
+    return Job(task, run.model, initial, run.execution, run.data, run.train)
 
 
 def fit(job: Job, mesh: Mesh, tokens: TokenSource, workdir: Path) -> tuple[Params, dict[str, Any]]:

@@ -46,14 +46,7 @@ RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """The mesh of a run over the first data·fsdp·expert·tensor devices; raises UserError when there are too few."""
     devices = jax.devices() if devices is None else devices
-    others = config.fsdp * config.expert * config.tensor
-    data = len(devices) // others if config.data == -1 else config.data
-    if data == 0 or data * others > len(devices):
-        raise UserError(
-            f"the mesh data={config.data} fsdp={config.fsdp} expert={config.expert} tensor={config.tensor} needs "
-            f"{max(data, 1) * others} devices and this machine has {len(devices)}: lower mesh.*"
-        )
-    shape = (data, config.fsdp, config.expert, config.tensor)
+    shape = mesh_shape(config, len(devices))
     chosen = np.array(devices[: math.prod(shape)]).reshape(shape)
     idle = {device.process_index for device in devices} - {device.process_index for device in chosen.flat}
     if idle:
@@ -61,6 +54,18 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
             f"the mesh of {chosen.size} devices leaves process {min(idle)} without work: raise mesh.data or start fewer"
         )
     return Mesh(chosen, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Sizes of AXES over so many devices; raises UserError when there are too few."""
+    others = config.fsdp * config.expert * config.tensor
+    data = devices // others if config.data == -1 else config.data
+    if data == 0 or data * others > devices:
+        raise UserError(
+            f"the mesh data={config.data} fsdp={config.fsdp} expert={config.expert} tensor={config.tensor} needs "
+            f"{max(data, 1) * others} devices and there are {devices}: lower mesh.*"
+        )
+    return data, config.fsdp, config.expert, config.tensor
 
 
 def spec(path: str) -> PartitionSpec:
@@ -89,6 +94,13 @@ def _checked(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
         if size % parts:
             raise UserError(f"{path} has a size of {size}, which mesh axes {names} of {parts} devices do not divide")
     return NamedSharding(mesh, partition)
+
+
+def placed(shapes: Any, places: Any) -> Any:
+    """Abstract leaves with their shardings."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,5 +1,8 @@
 """The compiled functions of a run: initial state, one training step, one evaluation step."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +23,29 @@ class State(NamedTuple):
     params: Params  # the leaves that train, fp32
     optimizer: optax.OptState
     average: Params | None  # exponential moving average of params
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a run compiles, and where its arguments lie: enough to compile it for devices that are not there."""
+
+    new_state: Callable[[Params], State]
+    state: State  # abstract leaves with their shardings
+    places: State  # the shardings alone
+    step: Any  # (state, frozen, batch) -> (state, metrics), jitted; takes the state's buffers
+    evaluate: Any  # (params, frozen, batch) -> sums, jitted
+
+
+def program(task: Task, train: TrainConfig, mesh: Mesh, params: Params) -> Program:
+    """The program of a run. params: the leaves that train, real or abstract."""
+    tx = optimizer.build(train, params)
+    make = partial(new_state, train=train, tx=tx)
+    shapes = jax.eval_shape(make, params)
+    places = state_shardings(mesh, shapes)
+    everywhere = sharding.replicated(mesh)
+    step = jax.jit(partial(train_step, task, train, tx), donate_argnums=0, out_shardings=(places, everywhere))
+    evaluate = jax.jit(partial(evaluate_step, task), out_shardings=everywhere)
+    return Program(make, sharding.placed(shapes, places), places, step, evaluate)
 
 
 def new_state(params: Params, train: TrainConfig, tx: optax.GradientTransformation) -> State:

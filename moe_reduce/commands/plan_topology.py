@@ -1,0 +1,71 @@
+"""moe-reduce plan --topology: the training step of a run on devices that are not here."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from moe_reduce.commands import model_arguments
+from moe_reduce.config import AdaptConfig, ReduceConfig, RunConfig
+from moe_reduce.errors import UserError
+from moe_reduce.reduction.stages import planned_jobs
+from moe_reduce.training import compiled, footprint
+from moe_reduce.training.run import Job, pretraining
+from moe_reduce.training.topologies import Topology, topology
+
+
+def plan(
+    runs: dict[str, RunConfig | ReduceConfig | AdaptConfig], name: str, stages: list[str] | None
+) -> dict[str, Any]:
+    """What a step of each run takes on each device. Raises UserError for what cannot be planned."""
+    plans = {}
+    for run_name, run in runs.items():
+        place = topology(name, run.mesh)
+        resolved = dataclasses.replace(run, execution=run.execution.resolve(place.platform))
+        for stage, job in _jobs(resolved, stages):
+            plans[f"{run_name} {stage}".strip()] = _head(job, place) | _report(job, place)
+    return plans
+
+
+def _jobs(run: RunConfig | ReduceConfig | AdaptConfig, stages: list[str] | None) -> Iterator[tuple[str, Job]]:
+    if isinstance(run, RunConfig):
+        yield "", pretraining(run)
+        return
+    if isinstance(run, AdaptConfig):
+        raise UserError("--topology plans training and reductions, not adaptations")
+    first = run.architecture or model_arguments.directory_config(Path(run.model))
+    dtype = "bfloat16" if run.dtype == "stored" else run.dtype
+    known = dict(planned_jobs(first, run, dtype))
+    for name in stages or known:
+        if name not in known:
+            raise UserError(f"--stage={name} trains nothing; stages that do: {', '.join(known)}")
+        yield name, known[name]
+
+
+def _head(job: Job, place: Topology) -> dict[str, Any]:
+    sizes = {axis: size for axis, size in place.mesh.shape.items() if size > 1}
+    return {
+        "topology": place.name,
+        "devices": place.mesh.size,
+        "mesh": " ".join(f"{axis}={size}" for axis, size in sizes.items()),
+        "memory_bytes": place.memory,
+        "batch": f"{job.train.batch_size} x {job.data.sequence_length} in {job.train.accumulation} parts",
+    }
+
+
+def _report(job: Job, place: Topology) -> dict[str, Any]:
+    if isinstance(place.mesh, Mesh):
+        return compiled.compile_step(job, place.mesh, place.memory)
+    step = footprint.of(job, place.mesh)
+    sizes = step.estimate()
+    total = sum(sizes.values())
+    report = {
+        "fits": total <= place.memory,
+        "bytes": total,
+        "share_of_memory": round(total / place.memory, 4),
+        "estimated_bytes": sizes,
+        "model_flops": compiled.model_flops(job) / place.mesh.size,
+    }
+    return report if report["fits"] else report | {"remedy": step.remedy(place.memory)}

@@ -1,0 +1,118 @@
+"""A run's training step compiled for devices that need not be there, and what the compiler says it takes."""
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from moe_reduce import planning
+from moe_reduce.training import footprint
+from moe_reduce.training.run import Job
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*)\[([\d,]*)\]")
+BITS = {"pred": 8, "bf16": 16}
+
+
+def compile_step(job: Job, mesh: Mesh, memory: int) -> dict[str, Any]:
+    """What one training step takes on each device of the mesh, of `memory` bytes: by kind, and whether it fits."""
+    step = footprint.of(job, mesh)
+    started = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = step.program.step.lower(step.program.state, step.frozen, step.batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = re.search(r"total memory required.*?\(([\d.]+\w)\).*?\(([\d.]+\w)\)", str(error))
+        said = {"needed": needed[1], "available": needed[2]} if needed else {"compiler": str(error).splitlines()[0]}
+        return {"fits": False, "held_bytes": step.held(), **said, "remedy": step.remedy(memory)}
+    sizes: Any = compiled.memory_analysis()
+    peak = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    total = peak + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
+    report = {
+        "fits": total <= memory,
+        "bytes": total,
+        "share_of_memory": round(total / memory, 4),
+        "arguments_bytes": sizes.argument_size_in_bytes,
+        "held_bytes": step.held(),
+        "temporaries_bytes": sizes.temp_size_in_bytes,
+        "program_bytes": sizes.generated_code_size_in_bytes,
+        "model_flops": model_flops(job) / mesh.size,
+        "collectives": collectives(compiled.as_text()),
+        "compile_seconds": round(time.perf_counter() - started, 1),
+    }
+    return report if report["fits"] else report | {"remedy": step.remedy(memory)}
+
+
+def model_flops(job: Job) -> float:
+    """Of a step that trains everything, on all devices: forward and backward, without what is computed again."""
+    tokens = job.train.batch_size * job.data.sequence_length
+    return tokens * planning.train_flops_per_token(job.model, job.data.sequence_length)
+
+
+def collectives(hlo: str) -> dict[str, dict[str, int]]:
+    """{type: {"count", "bytes"}} of what one device runs in a step; bytes are those of the results. Loops multiply."""
+    count: Counter[str] = Counter()
+    moved: Counter[str] = Counter()
+    computations = _computations(hlo)
+    _add_up(computations, computations["ENTRY"], 1, count, moved)
+    return {name: {"count": count[name], "bytes": moved[name]} for name in COLLECTIVES if count[name]}
+
+
+def _computations(hlo: str) -> dict[str, list[str]]:
+    """The instructions of each computation by its name, and of the entry by "ENTRY"."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in hlo.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
+        if head:
+            lines = found["ENTRY" if head[1] else head[2]] = []
+        elif " = " in line:
+            lines.append(line)
+    return found
+
+
+def _add_up(computations: dict[str, list[str]], lines: list[str], times: int, count: Counter, moved: Counter) -> None:
+    for line in lines:
+        operation = re.search(r"[\])}] ([a-z-]+)\(", line)
+        name = operation[1].removesuffix("-start") if operation else ""
+        if name in COLLECTIVES:
+            assert operation is not None
+            arrays = [_bytes(*array) for array in ARRAY.findall(line[: operation.start() + 1])]
+            # what has started holds its operand beside its result
+            size = max(arrays) if operation[1].endswith("-start") else sum(arrays)
+            count[name] += times
+            moved[name] += times * size
+        for called, repeats in _called(computations, line, name):
+            _add_up(computations, computations[called], times * repeats, count, moved)
+
+
+def _called(computations: dict[str, list[str]], line: str, operation: str) -> Iterator[tuple[str, int]]:
+    """(computation, how often) that an instruction runs; what a reduction applies to two numbers is none of them."""
+    if operation == "while":
+        condition = re.search(r"condition=%?([\w.-]+)", line)
+        body = re.search(r"body=%?([\w.-]+)", line)
+        assert condition is not None
+        assert body is not None
+        known = re.search(r"known_trip_count\W+n\W+(\d+)", line)
+        # the bound that the counter is compared with; 1 where it is computed
+        bounds = [
+            int(n) for text in computations[condition[1]] for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", text)
+        ]
+        yield body[1], int(known[1]) if known else max(bounds, default=1)
+        return
+    for group in re.findall(r"(?:calls|branch_computations)=\{?([^})\s]+(?:, %?[\w.-]+)*)", line):
+        for name in group.split(","):
+            if name.strip().lstrip("%") in computations:
+                yield name.strip().lstrip("%"), 1
+
+
+def _bytes(dtype: str, dimensions: str) -> int:
+    bits = BITS.get(dtype) or (8 if dtype.startswith("f8") else int(dtype[1:]))
+    return math.prod(int(size) for size in dimensions.split(",") if size) * bits // 8

@@ -1,0 +1,169 @@
+"""The launchers of several hosts: real processes over loopback, one of them killed; and every command, printed."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from training_runs import environment, metrics, token_data, write_config
+
+from moe_reduce.training.metrics import TIMING
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 400
+TRAIN = {"steps": 60, "checkpoint_every": 5, "log_every": 3, "evaluate_every": 20}
+
+
+class Hosts:
+    """launch/hosts.sh in a copy of its own, where `ssh` is a shell on this machine."""
+
+    def __init__(self, directory: Path, processes: int):
+        self.directory = directory
+        (directory / "launch").mkdir()
+        (directory / "launch/hosts.sh").write_text((ROOT / "launch/hosts.sh").read_text())
+        shell = directory / "shell"
+        shell.write_text('#!/bin/bash\nshift\nexec bash -c "$*"\n')
+        shell.chmod(0o755)
+        self.file = write_config(directory, token_data(directory), mesh={"data": 4}, train=TRAIN)
+        self.environment = environment(devices=4 // processes, cache=directory / "compiled") | {
+            "HOSTS": " ".join(["127.0.0.1"] * processes),
+            "REMOTE_SHELL": str(shell),
+            "PYTHON": str(ROOT / ".venv/bin/python"),
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "RESTARTS": "1",
+            "GRACE": "90",
+        }
+
+    def start(self, workdir: str) -> subprocess.Popen:
+        """The launcher, training in the workdir."""
+        words = ["bash", "launch/hosts.sh", "train", f"--config={self.file}", f"--workdir={workdir}"]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(words, cwd=self.directory, env=self.environment, stdout=pipe, stderr=pipe, text=True)
+
+    def log(self, process: int) -> str:
+        """What a process has printed."""
+        return (self.directory / f"runs/logs/hosts-{process}.log").read_text()
+
+
+def kill(workdir: str, process: int) -> None:
+    """SIGKILL to one process of the run."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().split(b"\0")
+        except OSError:  # it has ended meanwhile
+            continue
+        if f"--workdir={workdir}".encode() in words and f"--process={process}".encode() in words:
+            os.kill(int(entry.parent.name), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_killed_process_ends_the_others_and_all_go_on(tmp_path, processes):
+    hosts = Hosts(tmp_path, processes)
+    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+    _, errors = hosts.start(whole).communicate(timeout=SECONDS)
+    assert (tmp_path / "whole/summary.json").exists(), errors
+    launcher = hosts.start(killed)
+    deadline = time.monotonic() + SECONDS
+    while not list((tmp_path / "killed/checkpoints").glob("[0-9]*0")):
+        assert launcher.poll() is None, launcher.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    kill(killed, processes - 1)
+    _, errors = launcher.communicate(timeout=SECONDS)
+    assert launcher.returncode == 0, errors
+    assert f"process {processes - 1} on 127.0.0.1 ended with status 137" in errors
+    for survivor in range(processes - 1):
+        assert f"process {survivor} of {processes} has lost" in hosts.log(survivor)
+        assert "Traceback" not in hosts.log(survivor)
+    assert _result(tmp_path / "killed") == _result(tmp_path / "whole")
+
+
+def _result(workdir: Path):
+    """All that must be the same: the model's bytes, what was logged but for times, and the validation."""
+    lines = [
+        {name: value for name, value in line.items() if name not in TIMING}
+        for split in ("train", "validation")
+        for line in metrics(workdir, split)
+    ]
+    summary = json.loads((workdir / "summary.json").read_text())
+    return (workdir / "model/model.safetensors").read_bytes(), lines, summary["validation"]
+
+
+def test_a_mistake_is_not_tried_again(tmp_path):
+    hosts = Hosts(tmp_path, processes=1)
+    hosts.file.write_text("nothing")
+    launcher = hosts.start("run")
+    _, errors = launcher.communicate(timeout=SECONDS)
+    assert launcher.returncode == 2
+    assert errors.count("ended with status 2") == 1
+
+
+def printed(script: str, *words: str, **variables: str) -> subprocess.CompletedProcess:
+    """What a launcher says it would run."""
+    plain = {"PATH": os.environ["PATH"], "HOME": "/nowhere"}
+    return subprocess.run(
+        ["bash", ROOT / "launch" / script, *words], env=plain | variables, capture_output=True, text=True, cwd="/"
+    )
+
+
+def test_every_host_gets_its_number():
+    done = printed("hosts.sh", "train", "--config=c.py", HOSTS="a b", DRY_RUN="1", DIRECTORY="/d e", PORT="7")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.replace("\\", "").splitlines()
+    assert [line.split()[:3] for line in lines] == [["ssh", "-tt", "a"], ["ssh", "-tt", "b"]]
+    for number, line in enumerate(lines):
+        assert f"train --config=c.py --coordinator=a:7 --processes=2 --process={number}" in line
+
+
+def test_slurm_starts_one_process_a_host():
+    done = printed("slurm.sh", "train", "--config=c.py", DRY_RUN="1", SLURM_JOB_NUM_NODES="2", PYTHON="python3")
+    assert done.stdout.split() == [
+        "srun", "--kill-on-bad-exit=1", "python3", "-m", "moe_reduce", "train", "--config=c.py", "--distributed",
+    ]  # fmt: skip
+
+
+SLICE = {"NAME": "moe", "ZONE": "us-central2-b", "TYPE": "v4-32"}
+TPU = {
+    "create": ["create moe --zone=us-central2-b --accelerator-type=v4-32 --version=tpu-ubuntu2204-base --spot"],
+    "sync": ["git ls-files", "scp", "--worker=all --command=mkdir -p moe_reduce"],
+    "run": ["ssh moe --zone=us-central2-b --worker=all", "moe_reduce train --config=c.py --distributed"],
+    "watch": ["delete moe", "create moe", "scp", "moe_reduce train --config=c.py --distributed"],
+    "logs": ["--worker=0 --command=tail"],
+    "status": ["describe moe", "--worker=0"],
+    "stop": ["pkill -INT"],
+    "delete": ["delete moe --zone=us-central2-b --quiet"],
+}
+
+
+@pytest.mark.parametrize("command", TPU)
+def test_every_step_of_a_slice_can_be_read_first(command):
+    words = ["train", "--config=c.py"] if command in ("run", "watch") else []
+    done = printed("tpu.sh", "--dry-run", command, *words, **SLICE, SPOT="1")
+    assert done.returncode == 0, done.stderr
+    place = 0
+    text = done.stdout.replace("\\", "")
+    for part in TPU[command]:
+        assert part in text[place:]
+        place = text.index(part, place)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "variables", "message"),
+    [
+        ("tpu.sh", ["create"], {"NAME": "moe"}, "set ZONE"),
+        ("tpu.sh", ["run"], SLICE, "run what?"),
+        ("tpu.sh", ["watch"], SLICE, "watch what?"),
+        ("tpu.sh", ["fly"], SLICE, "A TPU VM slice"),
+        ("hosts.sh", ["train"], {}, "set HOSTS"),
+        ("hosts.sh", [], {"HOSTS": "a"}, "what shall run?"),
+        ("slurm.sh", [], {}, "what shall run?"),
+    ],
+)
+def test_launchers_say_what_is_missing(script, words, variables, message):
+    done = printed(script, *words, **variables)
+    assert done.returncode == 2
+    assert message in done.stderr
