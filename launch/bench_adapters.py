@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_train import medians
+from side_by_side import medians
 
 from moe_reduce import planning
 from moe_reduce.adapters import adapter as adapters

@@ -9,16 +9,15 @@ Command: ./launch/bench_generate.sh    (writes docs/results/generate/summary.jso
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import tempfile
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench_train import medians
+import side_by_side
+from side_by_side import Run
 
 ROOT = Path(__file__).parent.parent
 PROMPT_TOKENS = 16
@@ -28,7 +27,6 @@ SIZES = {
 }  # fmt: skip
 TINY = SIZES | {"vocab_size": 512, "hidden_size": 96, "num_hidden_layers": 2, "intermediate_size": 192}
 NAMES = {"float32": "fp32", "bfloat16": "bf16"}
-Build = Callable[[Path, str, int], Callable[[], list[int]]]
 
 
 def write_model(directory: Path, sizes: dict[str, Any], dtype: str) -> int:
@@ -47,7 +45,7 @@ def prompt_of(sizes: dict[str, Any]) -> list[int]:
     return [(7 * number) % sizes["vocab_size"] for number in range(1, PROMPT_TOKENS + 1)]
 
 
-def ours(directory: Path, dtype: str, tokens: int) -> Callable[[], list[int]]:
+def ours(directory: Path, dtype: str, tokens: int) -> tuple[Run, list[int]]:
     """Greedy decoding as `moe-reduce generate` does it."""
     import moe_reduce
     from moe_reduce.config import ExecutionConfig, GenerateConfig
@@ -55,10 +53,14 @@ def ours(directory: Path, dtype: str, tokens: int) -> Callable[[], list[int]]:
 
     model = ready(moe_reduce.load(directory, dtype, ExecutionConfig(compute_dtype=dtype).resolve("cpu")))
     prompt = prompt_of(json.loads((directory / "config.json").read_text()))
-    return lambda: generate(model, [prompt], GenerateConfig(max_tokens=tokens))[0]
+
+    def run() -> list[int]:
+        return generate(model, [prompt], GenerateConfig(max_tokens=tokens))[0]
+
+    return run, run()
 
 
-def theirs(directory: Path, dtype: str, tokens: int) -> Callable[[], list[int]]:
+def theirs(directory: Path, dtype: str, tokens: int) -> tuple[Run, list[int]]:
     """The same in torch."""
     import torch
     import transformers
@@ -67,63 +69,33 @@ def theirs(directory: Path, dtype: str, tokens: int) -> Callable[[], list[int]]:
     model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
     ids = torch.tensor([prompt_of(model.config.to_dict())])
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, PROMPT_TOKENS:].tolist()
+
+    def run() -> list[int]:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, PROMPT_TOKENS:].tolist()
+
+    return run, run()
 
 
-def copy(directory: Path, dtype: str, tokens: int) -> Callable[[], list[int]]:
-    """One array onto another, with all threads; `tokens` MB."""
+def copy(megabytes: int) -> tuple[Run, None]:
+    """One array onto another, with all threads."""
     import torch
 
-    del directory, dtype
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    source, target = torch.ones(tokens * 10**6 // 4), torch.zeros(tokens * 10**6 // 4)
-    return lambda: target.copy_(source)[:1].int().tolist()
-
-
-def _serve(connection: Any, build: Build, *arguments: Any) -> None:
-    """In a process: runs each time that it is told to, and sends what came out; the first time to compile."""
-    run = build(*arguments)
-    connection.send(run())
-    while connection.recv():
-        connection.send(run())
-
-
-class Process:
-    """A side of the comparison in a process of its own."""
-
-    def __init__(self, build: Build, *arguments: Any):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, build, *arguments))
-        self.process.start()
-        theirs.close()
-        self.first = self.connection.recv()
-
-    def run(self) -> None:
-        """Once, waited for."""
-        self.connection.send(True)
-        self.connection.recv()
-
-    def end(self) -> None:
-        """Gives its memory back."""
-        self.connection.send(False)
-        self.process.join()
+    source, target = torch.ones(megabytes * 10**6 // 4), torch.zeros(megabytes * 10**6 // 4)
+    return lambda: target.copy_(source)[:1].int().tolist(), None
 
 
 def compare(sizes: dict[str, Any], dtype: str, tokens: int, megabytes: int, repeats: int) -> dict[str, Any]:
     """Our decoding against transformers' and against the bandwidth."""
     with tempfile.TemporaryDirectory() as place:
         weight_bytes = write_model(Path(place), sizes, dtype)
-        sides = {side.__name__: Process(side, Path(place), dtype, tokens) for side in (ours, theirs)}
-        sides["copy"] = Process(copy, Path(place), dtype, megabytes)
-        seconds = medians({name: side.run for name, side in sides.items()}, repeats)
-    for side in sides.values():
-        side.end()
+        builds = {side.__name__: (side, Path(place), dtype, tokens) for side in (ours, theirs)}
+        seconds, said = side_by_side.compare(builds | {"copy": (copy, megabytes)}, repeats)
     bandwidth = 2 * megabytes * 10**6 / seconds["copy"]
     return {
         "name": f"LLaMA {weight_bytes / {'float32': 4, 'bfloat16': 2}[dtype] / 1e6:.1f}M, {NAMES[dtype]}",
         "shape": f"1 × {PROMPT_TOKENS} + {tokens} tokens, greedy",
-        "same_text": sides["ours"].first == sides["theirs"].first,
+        "same_text": said["ours"] == said["theirs"],
         "our_tokens_per_second": tokens / seconds["ours"],
         "peer_tokens_per_second": tokens / seconds["theirs"],
         "ratio": seconds["theirs"] / seconds["ours"],

@@ -11,11 +11,9 @@ Command: ./launch/bench_train.sh    (writes docs/results/cpu_speed/summary.json;
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from importlib import metadata
@@ -25,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from side_by_side import Run, compare, medians
 
 from moe_reduce import planning
 from moe_reduce.commands import config_file
@@ -35,18 +34,6 @@ from moe_reduce.training import optimizer, steps
 from moe_reduce.training.losses import language_model_task
 
 ROOT = Path(__file__).parent.parent
-Run = Callable[[], Any]
-
-
-def medians(runs: dict[str, Run], repeats: int) -> dict[str, float]:
-    """Median seconds of each, run in turn; the first round is a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats + 1):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: float(np.median(values[1:])) for name, values in seconds.items()}
 
 
 def our_step(run: RunConfig, tokens: np.ndarray) -> tuple[Run, float]:
@@ -97,38 +84,6 @@ def their_step(run: RunConfig, tokens: np.ndarray) -> tuple[Run, float]:
     return go, 0.0
 
 
-def _serve(connection: Any, build: Callable[[RunConfig, np.ndarray], tuple[Run, float]], *arguments: Any) -> None:
-    """In a process: builds a step, then runs it each time that it is told to."""
-    step, compile_seconds = build(*arguments)
-    step()
-    connection.send(compile_seconds)
-    while connection.recv():
-        step()
-        connection.send(None)
-
-
-class Process:
-    """A training step in a process of its own."""
-
-    def __init__(self, build: Callable[..., tuple[Run, float]], *arguments: Any):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, build, *arguments))
-        self.process.start()
-        theirs.close()
-        self.compile_seconds = self.connection.recv()
-
-    def step(self) -> None:
-        """One step, waited for."""
-        self.connection.send(True)
-        self.connection.recv()
-
-    def end(self) -> None:
-        """Gives its memory back."""
-        self.connection.send(False)
-        self.process.join()
-
-
 def peer_config(model: ModelConfig) -> Any:
     """The transformers model of the same attention and feed-forward shapes."""
     import transformers
@@ -149,10 +104,7 @@ def peer_config(model: ModelConfig) -> Any:
 def compare_steps(name: str, run: RunConfig, batch: int, length: int, repeats: int) -> dict[str, Any]:
     """Our training step against transformers'."""
     tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (batch, length + 1)).astype(np.int32)
-    ours, peer = Process(our_step, run, tokens), Process(their_step, run, tokens)
-    result = medians({"ours": ours.step, "peer": peer.step}, repeats)
-    ours.end()
-    peer.end()
+    result, said = compare({"ours": (our_step, run, tokens), "peer": (their_step, run, tokens)}, repeats)
     flops = planning.train_flops_per_token(run.model, length) * batch * length
     precision = {"float32": "fp32", "bfloat16": "bf16 with fp32 masters"}[run.execution.compute_dtype]
     return {
@@ -162,7 +114,7 @@ def compare_steps(name: str, run: RunConfig, batch: int, length: int, repeats: i
         "peer_tokens_per_second": batch * length / result["peer"],
         "ratio": result["peer"] / result["ours"],
         "our_flops_per_second": flops / result["ours"],
-        "compile_seconds": ours.compile_seconds,
+        "compile_seconds": said["ours"],
     }
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs into .venv, then format, lint, types and tests. --slow: also the tests that take minutes.
+# Installs into .venv, then format, lint, types and tests. --slow: also the tests that take minutes. WORKERS=1: one process.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
@@ -8,4 +8,6 @@ source launch/env.sh
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/basedpyright --pythonpath .venv/bin/python
-exec .venv/bin/python -m pytest -q "$@"
+# a process for each core; files stay whole, for what their tests share
+WORKERS="${WORKERS:-$(nproc)}"
+exec .venv/bin/python -m pytest -q --numprocesses="$((WORKERS < 8 ? WORKERS : 8))" --dist=loadfile "$@"

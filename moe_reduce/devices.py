@@ -1,4 +1,4 @@
-"""What accelerators have: memory, bandwidth and peak, from the makers' data sheets."""
+"""What accelerators have (memory, bandwidth and peak, from the makers' data sheets), and what numbers take there."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,18 @@ from moe_reduce.errors import UserError
 
 GB = 10**9
 GIB = 2**30
+
+# bits a value; of the quantised ones with the scales of their blocks where the format fixes them
+BITS = {
+    "float32": 32.0,
+    "bfloat16": 16.0,
+    "int8": 8.0,
+    "mxfp4": 4.25,  # blocks of 32, a scale of 8 bits each
+    "nf4": 4.127,  # blocks of 64 whose scales are quantised once more (QLoRA, arXiv:2305.14314)
+    "int4": 4.0,
+    "ternary": 1.58,
+}
+CACHE_BITS = {name: BITS[name] for name in ("float32", "bfloat16", "int8", "int4")}
 
 
 @dataclass(frozen=True)

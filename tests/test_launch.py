@@ -78,7 +78,7 @@ def test_every_script_parses(script):
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/speed.md", "docs/shared_moe.md", "docs/reduction.md", "docs/adapters.md"]
+    "document", ["README.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
 )
 def test_tables_of_documents_are_the_generated_ones(document):
     assert main(["report", f"--document={ROOT / document}", f"--results={ROOT / 'docs/results'}", "--check"]) == 0
@@ -119,6 +119,45 @@ def test_adapters_benchmark_runs(tmp_path):
     subprocess.run(script, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert all(len(row) == len(summary["columns"]) for row in summary["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["peers", "scale"])
+def test_tables_of_benchmarks_are_whole(tmp_path, name):
+    script = [sys.executable, ROOT / "launch" / f"bench_{name}.py", "--tiny", f"--out={tmp_path}"]
+    subprocess.run(script, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["rows"]
+    assert all(len(row) == len(summary["columns"]) for row in summary["rows"])
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_runs_on_a_cpu(tmp_path):
+    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "HOME": str(tmp_path)}
+    subprocess.run(["bash", ROOT / "launch/gpu_bench.sh", "--tiny", f"--out={tmp_path}"], check=True, env=environment)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert all(len(row) == len(summary["columns"]) for row in summary["rows"])
+    assert len(summary["training"]) == 4
+    assert all(0 < one["flops"] < 2 * summary["matmul_peak"] for one in summary["training"].values())
+    assert all(0 < one["difference"] < 0.1 for one in summary["precision"].values())
+
+
+def test_plans_become_a_table(tmp_path):
+    held = {"trained_parameters": 10**9, "optimizer": 2 * 10**9, "frozen_parameters": 4 * 10**9}
+    plan = {
+        "topology": "v4:2x2x4", "devices": 32, "memory_bytes": 2**34, "mesh": "data=32", "batch": "8 x 8",
+        "held_bytes": held,
+    }  # fmt: skip
+    fits = plan | {
+        "fits": True, "share_of_memory": 0.5, "temporaries_bytes": 5 * 10**8, "compile_seconds": 3.0,
+        "collectives": {"all-reduce": {"count": 2, "bytes": 2 * 10**9}},
+    }  # fmt: skip
+    file = tmp_path / "plans.json"
+    file.write_text(json.dumps({"a": fits, "b": plan | {"fits": False, "remedy": "raise mesh.fsdp"}}))
+    subprocess.run([sys.executable, ROOT / "launch/plan_tpu.py", file, f"--out={tmp_path}"], check=True)
+    first, second = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert first == ["a", "data=32", "8 x 8", "3.00 GB", "4.00 GB", "0.50 GB", "50%", "all-reduce 2.00 GB", "3 s"]
+    assert second[6] == "does not fit: raise mesh.fsdp"
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from typing import Any
 
 from moe_reduce.commands import config_file, model_arguments, run_arguments
 from moe_reduce.config import AdaptConfig, ModelConfig, ReduceConfig, RunConfig, any_from_dict
+from moe_reduce.devices import BITS, CACHE_BITS, device
 from moe_reduce.errors import UserError
 
 
@@ -13,7 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     config_file.add_arguments(parser, required=False)
     parser.add_argument("--model", type=Path, help="a model directory instead of a configuration")
-    parser.add_argument("--context", type=int, default=1024, help="sequence length that FLOPs are counted for")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a text (default: 1024)")
+    parser.add_argument("--batch", type=int, default=1, help="texts that are answered at once (default: 1)")
+    parser.add_argument("--dtype", choices=tuple(BITS), default="bfloat16", help="of the weights that answer")
+    parser.add_argument("--cache-dtype", choices=tuple(CACHE_BITS), default="bfloat16", help="of the KV cache")
+    parser.add_argument("--device", metavar="NAME", help="must it fit there? rtx5090, h100, v4 and others")
     parser.add_argument("--topology", metavar="NAME", help="compile for a slice, v4:2x2x4, or sum up for GPUs, h100:8")
     parser.add_argument("--variant", action="append", metavar="NAME", help="only this variant; may be repeated")
     parser.add_argument(
@@ -26,14 +31,17 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     """Returns the plan."""
     if bool(arguments.config) == bool(arguments.model):
         raise UserError("give either --config=FILE or --model=DIR")
-    if arguments.context < 1:
-        raise UserError(f"--context must be positive, got {arguments.context}")
+    for name in ("context", "batch"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be positive, got {getattr(arguments, name)}")
+    if arguments.device:
+        device(arguments.device)
     if arguments.model:
         model_arguments.no_overrides(overrides)
         if arguments.topology:
             raise UserError("--topology plans a run: give --config, not --model")
         models = {str(arguments.model): model_arguments.directory_config(arguments.model)}
-        return model_arguments.show(_plans(models, arguments.context), arguments.json)
+        return model_arguments.show(_plans(models, arguments), arguments.json)
     runs = run_arguments.chosen(config_file.read(arguments.config, overrides, any_from_dict), arguments.variant)
     named = {name or arguments.config: described for name, described in runs.items()}
     if arguments.topology:
@@ -43,11 +51,40 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     models = {}
     for name, described in named.items():
         models |= _models(name, described)
-    return model_arguments.show(_plans(models, arguments.context), arguments.json)
+    return model_arguments.show(_plans(models, arguments), arguments.json)
 
 
-def _plans(models: dict[str, ModelConfig], context: int) -> dict[str, Any]:
-    return {name: plan(model, context) for name, model in models.items()}
+def _plans(models: dict[str, ModelConfig], arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: plan(model, arguments.context) | _serving(model, arguments) for name, model in models.items()}
+
+
+def _serving(model: ModelConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the model takes when it answers; and on a device, whether it fits, how fast, and what would make it fit."""
+    from moe_reduce import serving
+
+    wanted = serving.Serving(model, arguments.context, arguments.batch, arguments.dtype, arguments.cache_dtype)
+    total = serving.total(wanted)
+    found: dict[str, Any] = {
+        "batch": arguments.batch,
+        "dtype": arguments.dtype,
+        "cache_dtype": arguments.cache_dtype,
+        "serving_bytes": serving.needs(wanted) | {"total": total},
+        "bytes_read_per_step": serving.bytes_read(wanted),
+    }
+    if arguments.device is None:
+        return found
+    card = device(arguments.device)
+    found |= {
+        "device": card.name,
+        "device_memory_bytes": card.memory,
+        "fits": total <= card.memory,
+        "share_of_memory": round(total / card.memory, 4),
+        "decode_bound_tokens_per_second": round(serving.decode_bound(wanted, card), 1),
+    }
+    if total > card.memory:
+        changes = serving.remedies(wanted, card.memory)
+        found["would_fit_with"] = {what: f"{serving.total(one):,} bytes" for what, one in changes} or "nothing"
+    return found
 
 
 def _models(name: str, described: RunConfig | ReduceConfig | AdaptConfig) -> dict[str, ModelConfig]:

@@ -34,20 +34,26 @@ def route(logits_SE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> 
     The bias decides who is chosen and never what the chosen weigh (arXiv:2408.15664); it is added to the logits, of
     which both score functions are monotone, so that its unit is the same for both.
     """
-    softmax = config.score_function == "softmax"
-    log_scores_SE = jax.nn.log_softmax(logits_SE) if softmax else jax.nn.log_sigmoid(logits_SE)
     ranking_SE = (
         logits_SE if bias_E is None else logits_SE + jax.lax.stop_gradient(bias_E)[None, :].astype(logits_SE.dtype)
     )
     _, experts_SA = jax.lax.top_k(jax.lax.stop_gradient(ranking_SE), config.active)
-    chosen_SA = jnp.take_along_axis(log_scores_SE, experts_SA, axis=1)
+    # with thousands of experts each pass over [S, E] costs as much as top_k, so scores are formed for the chosen only
+    largest_S1 = jax.lax.stop_gradient(jnp.max(logits_SE, axis=1, keepdims=True))
+    shifted_SE = logits_SE - largest_S1
+    total_S1 = jnp.log(jnp.sum(jnp.exp(shifted_SE), axis=1, keepdims=True))
+    if config.score_function == "softmax":
+        chosen_SA = jnp.take_along_axis(shifted_SE, experts_SA, axis=1) - total_S1
+        probability_SE = jnp.exp(shifted_SE - total_S1)
+    else:
+        chosen_SA = jax.nn.log_sigmoid(jnp.take_along_axis(logits_SE, experts_SA, axis=1))
+        probability_SE = jax.nn.softmax(jax.nn.log_sigmoid(logits_SE))
     # softmax(log s) = s / Σ s without forming scores that underflow
     weights_SA = jax.nn.softmax(chosen_SA) if config.normalize else jnp.exp(chosen_SA)
-    probability_SE = jnp.exp(log_scores_SE) if softmax else jax.nn.softmax(log_scores_SE)
     return Routing(
         experts_SA=experts_SA,
         weights_SA=weights_SA,
         counts_E=jnp.zeros(config.experts).at[experts_SA.reshape(-1)].add(1.0),
         probability_E=jnp.mean(probability_SE, axis=0),
-        z=jnp.mean(jnp.square(jax.nn.logsumexp(logits_SE, axis=-1))),
+        z=jnp.mean(jnp.square(largest_S1 + total_S1)),
     )

@@ -5,8 +5,9 @@ g is the combine weight that the model really uses and f the raw output of the e
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_reduce.config import ModelConfig, MoEConfig
+from moe_reduce.config import ExecutionConfig, ModelConfig, MoEConfig
 from moe_reduce.disk import write_json
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder
@@ -90,16 +91,7 @@ def collect(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> S
     moe = moe_of(model.config)
     if mesh is not None and mesh.shape["tensor"] > 1:
         raise UserError("experts are scored by their whole outputs, which mesh.tensor > 1 splits: set mesh.tensor=1")
-    decoder = Decoder(model.config, model.execution)
-
-    def sums(params, batch):
-        _, sown = decoder.apply(variables(params), *decoder_inputs(batch), mutable=["assignments"])
-        routed = sown["assignments"]["layers"]["routed"]
-        by_name = jax.vmap(lambda layer: sums_of(layer, batch["weights"], moe.experts))(routed)
-        return jnp.sum(batch["weights"] > 0), by_name
-
-    step = compiled(sums, mesh)
-
+    step = _step(model.config, moe, model.execution, mesh)
     found: Sums | None = None
     for batch in batches:
         tokens, by_name = jax.device_get(step(model.params, batch))
@@ -108,6 +100,19 @@ def collect(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> S
     if found is None:
         raise UserError("no tokens to score with: give a larger --data")
     return found
+
+
+@cache  # compiled once for all passes over models of one shape
+def _step(config: ModelConfig, moe: MoEConfig, execution: ExecutionConfig, mesh: Mesh | None) -> Callable[..., Any]:
+    decoder = Decoder(config, execution)
+
+    def sums(params, batch):
+        _, sown = decoder.apply(variables(params), *decoder_inputs(batch), mutable=["assignments"])
+        routed = sown["assignments"]["layers"]["routed"]
+        by_name = jax.vmap(lambda layer: sums_of(layer, batch["weights"], moe.experts))(routed)
+        return jnp.sum(batch["weights"] > 0), by_name
+
+    return compiled(sums, mesh)
 
 
 def moe_of(config: ModelConfig) -> MoEConfig:

@@ -1,0 +1,198 @@
+"""What one accelerator makes of the models: MFU of training, the expert layer, attention, decoding, bf16 beside fp32.
+
+Everything is stated against a bf16 matmul measured in the same run. Training steps are those of the configurations, at
+METHODS' batch for each of 32 devices (16 sequences of 1,024 tokens), with the loop's own program. Needs the packages of
+the plain install and nothing else.
+
+Command: ./launch/gpu_bench.sh    (writes docs/results/gpu/summary.json; --tiny checks the script on a CPU)
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_reduce import planning
+from moe_reduce.commands import config_file
+from moe_reduce.config import GenerateConfig, MeshConfig, ModelConfig, RunConfig
+from moe_reduce.inference.generate import generate, ready
+from moe_reduce.models import dispatch
+from moe_reduce.models.decoder import Decoder, init_params
+from moe_reduce.storage.model import Model
+from moe_reduce.training import sharding, steps
+from moe_reduce.training.run import pretraining
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = ["what", "shape", "measured", "of the matmul peak", "aim"]
+CONFIGS = {"dense 137.8M": "dense_llama_125m.py", "shared MoE 49.6M": "shared_moe_50m.py"}
+AIMS = {"dense 137.8M": "≥ 50 %", "shared MoE 49.6M": "≥ 35 %"}
+
+
+def seconds_of(run: Callable[[], Any], repeats: int) -> float:
+    """Median seconds, after two rounds that compile and warm up."""
+    measured = []
+    for _ in range(repeats + 2):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        measured.append(time.perf_counter() - started)
+    return float(np.median(measured[2:]))
+
+
+def matmul_peak(size: int, repeats: int) -> float:
+    """bf16 FLOP/s of a square product with an fp32 sum, ten in a row."""
+    matrix = jnp.ones((size, size), jnp.bfloat16)
+
+    @jax.jit
+    def chain(x: jax.Array) -> jax.Array:
+        for _ in range(10):
+            x = jnp.matmul(x, matrix, preferred_element_type=jnp.float32).astype(jnp.bfloat16)
+        return x
+
+    return 20 * size**3 / seconds_of(partial(chain, matrix), repeats)
+
+
+def read(file: str, tiny: bool, **execution: Any) -> RunConfig:
+    """A configuration for this platform."""
+    small = ["--config.model.layers=2", "--config.model.vocab_size=512"] if tiny else []
+    (run,) = config_file.read(str(ROOT / "configs" / file), small).values()
+    wanted = dataclasses.replace(run.execution, platform="auto", **execution)
+    return dataclasses.replace(run, execution=wanted.resolve(jax.default_backend()))
+
+
+def training(run: RunConfig, rows: int, length: int, repeats: int) -> dict[str, float]:
+    """Tokens a second and FLOP/s of a training step."""
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=rows))
+    job = pretraining(run)
+    mesh = sharding.make_mesh(MeshConfig(data=1))
+    program = steps.program(job.task, job.train, mesh, jax.eval_shape(job.initial))
+    held = [jax.jit(lambda: program.new_state(job.initial()), out_shardings=program.places)()]
+    tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (rows, length + 1), dtype=np.int32)
+    weights = np.ones((rows, length), np.float32)
+    batch = sharding.put_batch(mesh, {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights})
+
+    def once() -> Any:
+        with jax.set_mesh(mesh):
+            held[0], metrics = program.step(held[0], {}, batch)
+        return metrics["loss"]
+
+    seconds = seconds_of(once, repeats)
+    flops = planning.train_flops_per_token(run.model, length) * rows * length
+    return {"tokens_per_second": rows * length / seconds, "flops": flops / seconds}
+
+
+def expert_layer(model: ModelConfig, name: str, tokens: int, repeats: int) -> dict[str, float]:
+    """Useful FLOP/s of the expert layer in bf16 under one dispatch, forward and with gradients."""
+    assert model.moe is not None
+    experts, hidden, active = model.moe.experts, model.moe.width, model.moe.active
+    keys = jax.random.split(jax.random.key(0), 5)
+    sizes = ((experts, model.width, hidden), (experts, model.width, hidden), (experts, hidden, model.width))
+    drawn = (jax.random.normal(key, size) * 0.02 for key, size in zip(keys[:3], sizes, strict=True))
+    matrices = dispatch.Experts(*drawn)
+    x_SD = jax.random.normal(keys[3], (tokens, model.width), jnp.bfloat16)
+    weights_SA, chosen_SA = jax.lax.top_k(jax.random.uniform(keys[4], (tokens, experts)), active)
+    execution = read(CONFIGS["shared MoE 49.6M"], tiny=False, dispatch=name, compute_dtype="bfloat16").execution
+
+    def layer(x_SD: jax.Array, matrices: dispatch.Experts) -> jax.Array:
+        pool = dispatch.Pool.of(matrices, jnp.dtype("bfloat16"))
+        return dispatch.DISPATCHES[name](x_SD, chosen_SA, weights_SA, pool, execution).y_SD
+
+    def both(x_SD: jax.Array, matrices: dispatch.Experts) -> Any:
+        return jax.vjp(layer, x_SD, matrices)[1](x_SD)
+
+    flops = 6 * tokens * active * model.width * hidden
+    forward = seconds_of(partial(jax.jit(layer), x_SD, matrices), repeats)
+    backward = seconds_of(partial(jax.jit(both), x_SD, matrices), repeats)
+    return {"forward": flops / forward, "forward and backward": 3 * flops / backward}
+
+
+def precision(run: RunConfig, tokens: int) -> dict[str, float]:
+    """Loss and largest logit difference of bf16 beside fp32, of one random model on the same tokens."""
+    params = jax.jit(partial(init_params, run.model))(jax.random.key(0))
+    ids = jax.random.randint(jax.random.key(1), (1, tokens), 0, run.model.vocab_size, jnp.int32)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        decoder = Decoder(run.model, dataclasses.replace(run.execution, compute_dtype=dtype))
+        with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+            logits: Any = jax.jit(decoder.apply)({"params": params}, ids)
+        found[dtype] = np.asarray(logits, np.float32)
+    largest = float(np.max(np.abs(found["float32"])))
+    return {"difference": float(np.max(np.abs(found["float32"] - found["bfloat16"]))) / largest}
+
+
+def decoding(run: RunConfig, tokens: int, repeats: int) -> float:
+    """Tokens a second of one greedy text."""
+    params = jax.jit(partial(init_params, run.model))(jax.random.key(0))
+    model = ready(Model(run.model, params, run.execution))
+    prompt = list(range(1, 17))
+    settings = GenerateConfig(max_tokens=tokens)
+    return tokens / seconds_of(lambda: generate(model, [prompt], settings), repeats)
+
+
+def measure(tiny: bool, repeats: int) -> dict[str, Any]:
+    """Everything, as rows of a table and as numbers."""
+    rows, length, tokens = (2, 64, 128) if tiny else (16, 1024, 16_384)
+    peak = matmul_peak(256 if tiny else 8192, repeats)
+    found: dict[str, Any] = {"matmul_peak": peak, "training": {}, "layer": {}, "attention": {}}
+    table = [["matmul, bf16", "256²" if tiny else "8192²", f"{peak / 1e12:.1f} TFLOP/s", "100 %", ""]]
+    platform = jax.default_backend()
+
+    def add(what: str, shape: str, flops: float, aim: str) -> None:
+        table.append([what, shape, f"{flops / 1e12:.2f} TFLOP/s", f"{flops / peak:.1%}", aim])
+
+    for name, file in CONFIGS.items():
+        for attention in ("xla", "cudnn") if platform == "gpu" else ("xla",):
+            for remat in ("none", "dots"):
+                what = f"training step, {name}, {attention} attention, remat={remat}"
+                try:
+                    one = training(read(file, tiny, attention=attention, remat=remat), rows, length, repeats)
+                except jax.errors.JaxRuntimeError as error:  # out of memory: the others are still worth knowing
+                    found["training"][what] = {"failed": str(error).splitlines()[0][:200]}
+                    continue
+                found["training"][what] = one
+                add(what, f"{rows} × {length} tokens", one["flops"], AIMS[name])
+    shared = read(CONFIGS["shared MoE 49.6M"], tiny)
+    for name in ("blocks", "capacity") if platform == "cpu" else ("ragged", "capacity"):
+        found["layer"][name] = expert_layer(shared.model, name, tokens, repeats)
+        for part, flops in found["layer"][name].items():
+            aim = "≥ 60 %" if name != "capacity" else ""
+            add(f"expert layer, {name}, {part}", f"{tokens:,} tokens, E=16, top-2", flops, aim)
+    found["precision"] = {name: precision(read(file, tiny), 64 if tiny else 512) for name, file in CONFIGS.items()}
+    for name, one in found["precision"].items():
+        table.append([f"bf16 - fp32, {name}", "of the largest logit", f"{one['difference']:.1e}", "", ""])
+    found["decoding"] = {name: decoding(read(file, tiny), 8 if tiny else 128, 2) for name, file in CONFIGS.items()}
+    for name, rate in found["decoding"].items():
+        table.append([f"decoding, {name}", "one text, greedy", f"{rate:.0f} tokens/s", "", ""])
+    return found | {"rows": table}
+
+
+def main() -> None:
+    """Measures, prints and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="two layers and few tokens: checks the script; needs --out")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=None, help="default: docs/results/gpu")
+    arguments = parser.parse_args()
+    if arguments.tiny and arguments.out is None:
+        parser.error("--tiny needs --out: its figures are no result")
+    out = arguments.out or ROOT / "docs/results/gpu"
+    found = measure(arguments.tiny, 1 if arguments.tiny else arguments.repeats)
+    device = jax.devices()[0].device_kind
+    head = {"title": f"One {device}, bf16", "command": "./launch/gpu_bench.sh", "columns": COLUMNS}
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(head | found | {"machine": device, "jax": jax.__version__}, indent=2)
+    (out / "summary.json").write_text(text + "\n")
+    for row in found["rows"]:
+        print("  ".join(row))
+    print(out / "summary.json")
+
+
+if __name__ == "__main__":
+    main()

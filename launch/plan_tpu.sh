@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The configurations for TPU, compiled for a v4-32 that is not here -> docs/results/tpu_memory. Minutes each; resumable.
+# Needs libtpu, in an environment of its own: python3 -m venv .venv-tpu && .venv-tpu/bin/pip install -e '.[tpu]'
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+PYTHON="${PYTHON:-.venv-tpu/bin/python}"
+TOPOLOGY="${TOPOLOGY:-v4:2x2x4}"
+PLANS="${PLANS:-runs/plans}"
+
+plan() {
+  local name="$1"; shift
+  [[ -s "$PLANS/$name.json" ]] && return
+  "$PYTHON" -m moe_reduce plan --topology="$TOPOLOGY" --json "$@" >"$PLANS/$name.tmp"
+  mv "$PLANS/$name.tmp" "$PLANS/$name.json"
+}
+
+mkdir -p "$PLANS"
+plan dense_llama_125m --config=configs/dense_llama_125m.py
+plan shared_moe_50m --config=configs/shared_moe_50m.py
+for stage in anneal recover_600; do
+  plan "qwen3_30b_a3b_global-$stage" --config=configs/qwen3_30b_a3b_global.py --variant=lossless_start --stage="$stage"
+done
+"$PYTHON" launch/plan_tpu.py "$PLANS"/*.json "$@"
