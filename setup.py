@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 EXPORT = ["flatbuffers>=25.0", "jax2onnx>=0.17", "onnx>=1.20", "onnxruntime>=1.24"]
 CHAT = ["jinja2>=3.1"]
+EVALUATE = ["lm-eval>=0.4.9"]
 
 setup(
     name="moe_reduce",
@@ -30,10 +31,12 @@ setup(
     ],
     extras_require={
         "chat": CHAT,
+        "evaluate": EVALUATE,
         "export": EXPORT,
         "tpu": ["libtpu>=0.0.40"],
         "test": [
             *CHAT,
+            *EVALUATE,
             *EXPORT,
             "basedpyright>=1.31",
             "peft>=0.17",

@@ -1,32 +1,82 @@
-"""moe-reduce evaluate: loss, perplexity and next-token accuracy of a model on a corpus."""
+"""moe-reduce evaluate: a model on a corpus, or on tasks of the EleutherAI harness; beside a baseline, if given."""
 
 import argparse
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 from moe_reduce import disk
 from moe_reduce.commands import model_arguments
+from moe_reduce.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("--model", required=True, type=Path, help="a model directory of ours or of Hugging Face")
-    model_arguments.add_data(parser, required=True, purpose="what to measure on")
+    parser.add_argument("--baseline", type=Path, help="another one: how much of its quality is kept, with intervals")
+    model_arguments.add_data(parser, required=False, purpose="what to measure on")
+    parser.add_argument("--tasks", help="instead of --data: tasks of lm-eval, comma separated, such as arc_easy,gsm8k")
+    parser.add_argument("--task-path", type=Path, help="a directory with tasks of your own (YAML files of lm-eval)")
+    parser.add_argument("--few-shot", type=int, help="examples in front of each question (default: the task's own)")
+    parser.add_argument("--limit", type=int, help="questions of each task (default: all)")
     model_arguments.add_out(parser, "runs/evaluation")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Prints the figures, writes summary.json and returns its path."""
     model_arguments.no_overrides(overrides)
+    if bool(arguments.data) == bool(arguments.tasks):
+        raise UserError("give either --data=CORPUS or --tasks=NAMES")
+    for name in ("limit", "batch_size"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
     out = arguments.out
     model_arguments.check_out(out, arguments.overwrite)
-    from moe_reduce.inference.evaluate import evaluate
     from moe_reduce.training.run import SUMMARY
 
-    data = model_arguments.data_config(arguments)
-    model = model_arguments.load_model(arguments)
-    result = evaluate(model, data, arguments.batch_size, arguments.max_batches)
+    result = _on_tasks(arguments) if arguments.tasks else _on_corpus(arguments)
     print(model_arguments.show(result, as_json=False))
+    asked = {name: str(value) for name in ("model", "baseline", "data", "tasks") if (value := getattr(arguments, name))}
     with disk.writing(out, "free some space or choose another path"):
         out.mkdir(parents=True, exist_ok=True)
-        disk.write_json(out / SUMMARY, {"model": str(arguments.model), "data": arguments.data} | result)
+        disk.write_json(out / SUMMARY, asked | result)
     return out / SUMMARY
+
+
+def _on_corpus(arguments: argparse.Namespace) -> dict[str, Any]:
+    from moe_reduce.inference.evaluate import evaluate
+    from moe_reduce.inference.retained import lost, retained
+
+    data = model_arguments.data_config(arguments)
+
+    def rows(directory: Path) -> Any:
+        model = model_arguments.load_model(argparse.Namespace(**vars(arguments) | {"model": directory}))
+        return evaluate(model, data, arguments.batch_size, arguments.max_batches)
+
+    ours = rows(arguments.model)
+    if arguments.baseline is None:
+        return ours.figures()
+    theirs = rows(arguments.baseline)
+    compared = {
+        "accuracy": retained(ours.correct, theirs.correct, ours.weight),
+        "loss": lost(ours.nll, theirs.nll, ours.weight),
+    }
+    return ours.figures() | {"beside_baseline": compared}
+
+
+def _on_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--tasks needs the EleutherAI harness: pip install 'moe_reduce[evaluate]'")
+    from moe_reduce.inference import tasks
+
+    def found(directory: Path) -> Any:
+        model = model_arguments.load_model(argparse.Namespace(**vars(arguments) | {"model": directory}))
+        return tasks.evaluate(
+            model, directory, arguments.tasks.split(","), arguments.batch_size, arguments.task_path,
+            arguments.few_shot, arguments.limit,
+        )  # fmt: skip
+
+    ours = found(arguments.model)
+    if arguments.baseline is None:
+        return {"tasks": ours.figures}
+    return {"tasks": ours.figures, "beside_baseline": tasks.beside(ours, found(arguments.baseline))}

@@ -68,4 +68,4 @@ def _evaluated(arguments: argparse.Namespace, model: "Model") -> dict[str, Any]:
     from moe_reduce.inference.evaluate import evaluate
 
     data = model_arguments.data_config(arguments)
-    return evaluate(model, data, arguments.batch_size, arguments.max_batches)
+    return evaluate(model, data, arguments.batch_size, arguments.max_batches).figures()

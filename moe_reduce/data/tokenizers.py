@@ -42,6 +42,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def begin_of_text(self) -> int | None:
+        """The id that may stand before a text; None where there is none."""
+        ...
+
+    @property
     def hash(self) -> str:
         """SHA-256 of everything that decides the ids."""
         ...
@@ -86,6 +91,7 @@ class SentencePieceTokenizer:
         self._cached = functools.lru_cache(CACHED_WORDS)(self._processor.encode)
         self.vocab_size: int = self._processor.get_piece_size()
         self.end_of_text: int = self._processor.eos_id()
+        self.begin_of_text: int | None = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
         self.hash = hashlib.sha256(model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -150,6 +156,8 @@ class JsonTokenizer:
         self._settings = settings
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.end_of_text: int = vocabulary[_end_of_text_name(vocabulary, settings, origin)]
+        begins = _named(settings, "bos_token")
+        self.begin_of_text: int | None = None if begins is None else vocabulary.get(begins)
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.hash = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
@@ -218,10 +226,13 @@ def _write_settings(directory: Path, settings: dict[str, Any]) -> None:
     (directory / SETTINGS_FILE).write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
+def _named(settings: dict[str, Any] | None, key: str) -> str | None:
+    named = settings[key] if settings and key in settings else None
+    return named["content"] if isinstance(named, dict) else named  # older files hold a whole AddedToken
+
+
 def _end_of_text_name(vocabulary: dict[str, int], settings: dict[str, Any] | None, origin: str) -> str:
-    named = settings["eos_token"] if settings and "eos_token" in settings else None
-    own = named["content"] if isinstance(named, dict) else named  # older files hold a whole AddedToken
-    for name in (*END_OF_TEXT_NAMES, str(own)):
+    for name in (*END_OF_TEXT_NAMES, str(_named(settings, "eos_token"))):
         if name in vocabulary:
             return name
     raise UserError(f"{origin} has none of {', '.join(END_OF_TEXT_NAMES)}: name its eos_token in {SETTINGS_FILE}")

@@ -2,31 +2,55 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from moe_reduce.config import DataConfig
+from moe_reduce.config import DataConfig, ExecutionConfig, ModelConfig
 from moe_reduce.data.batches import WholeSplit
 from moe_reduce.data.prepare import prepare
 from moe_reduce.models.decoder import Decoder
+from moe_reduce.models.deltas import variables
 from moe_reduce.storage.model import Model
 from moe_reduce.training.loop import summarize
-from moe_reduce.training.losses import evaluator
+from moe_reduce.training.losses import decoder_inputs, evaluator, token_losses
 from moe_reduce.training.sharding import compiled
 
 
-def evaluate(model: Model, data: DataConfig, batch_size: int, max_batches: int | None) -> dict[str, Any]:
-    """{loss (nats a token), perplexity, accuracy, tokens} over the whole corpus, or its first `max_batches` batches."""
+class RowSums(NamedTuple):
+    """Of each sequence of a corpus, over its counted targets: fp32 arrays [sequences]."""
+
+    nll: np.ndarray
+    correct: np.ndarray
+    weight: np.ndarray
+
+    def figures(self) -> dict[str, Any]:
+        """{loss (nats a token), perplexity, accuracy, tokens} of all of them."""
+        sums = {name: float(np.sum(values, dtype=np.float64)) for name, values in self._asdict().items()}
+        return summarize(sums) | {"tokens": int(sums["weight"])}
+
+
+def evaluate(model: Model, data: DataConfig, batch_size: int, max_batches: int | None) -> RowSums:
+    """Sums by sequence over the whole corpus, or its first `max_batches` batches."""
     tokens, _ = prepare(data, model.config.vocab_size)
     batches = WholeSplit(tokens, data, batch_size)
     total_batches = len(batches) if max_batches is None else min(max_batches, len(batches))
     bar = tqdm(_first(batches, total_batches), total=total_batches, unit="batch", disable=not sys.stderr.isatty())
-    result = measure(model, bar)
-    return {name: result[name] for name in ("loss", "perplexity", "accuracy", "tokens")}
+    parts = [jax.device_get(_row_sums(model.config, model.execution, model.params, batch)) for batch in bar]
+    return RowSums(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _row_sums(config: ModelConfig, execution: ExecutionConfig, params: Any, batch: Any) -> RowSums:
+    logits_BTV: Any = Decoder(config, execution).apply(variables(params), *decoder_inputs(batch))
+    nll_BT, correct_BT = token_losses(logits_BTV, batch)
+    sums: Any = (jnp.sum(values * batch["weights"], axis=1) for values in (nll_BT, correct_BT, 1.0))
+    return RowSums(*sums)
 
 
 def measure(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> dict[str, Any]:

@@ -61,13 +61,18 @@ def mean_nll(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
     return jnp.sum(nll_BT * batch["weights"]) / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
 
 
+def token_losses(logits_BTV: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(negative log likelihood of each target, 1 where it is the most probable token), [B, T] fp32."""
+    nll_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets"])
+    return nll_BT, (jnp.argmax(logits_BTV, axis=-1) == batch["targets"]).astype(jnp.float32)
+
+
 def evaluator(decoder: Decoder):
     """evaluate(params, batch) for any language model: nll, correct, weight and, with experts, counts_NE."""
 
     def evaluate(params: Params, batch: Batch) -> Sums:
         logits_BTV, sown = decoder.apply(variables(params), *decoder_inputs(batch), mutable=["intermediates"])
-        nll_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets"])
-        correct_BT = (jnp.argmax(logits_BTV, axis=-1) == batch["targets"]).astype(jnp.float32)
+        nll_BT, correct_BT = token_losses(logits_BTV, batch)
         weights_BT = batch["weights"]
         sums: Sums = {
             "nll": jnp.sum(nll_BT * weights_BT),

@@ -1,0 +1,135 @@
+"""A model as the EleutherAI harness (lm-eval) wants one, so that any of its tasks runs on it."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from moe_reduce.config import GenerateConfig
+from moe_reduce.data.tokenizers import Tokenizer
+from moe_reduce.errors import UserError
+from moe_reduce.inference import text
+from moe_reduce.inference.generate import bucket, ready
+from moe_reduce.inference.scoring import score
+from moe_reduce.storage.model import Model
+
+MADE = 256  # tokens that a generation may have where its task does not say
+
+
+class Harness(TemplateLM):
+    """loglikelihood, loglikelihood_rolling and generate_until, batched; `max_length` tokens of context at most."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, batch_size: int, max_length: int | None = None):
+        super().__init__()
+        self._ready, self._tokenizer, self._batch_size = ready(model), tokenizer, batch_size
+        self._ends = text.end_ids(model, tokenizer)
+        self.max_length = max_length or model.config.max_positions
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.end_of_text
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context: the token that begins one, or else the one that ends one."""
+        begun = self._tokenizer.begin_of_text
+        return self.eot_token_id if begun is None else begun
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids, with what begins a text unless it is not wanted."""
+        wanted = add_special_tokens is not False
+        return self._tokenizer.encode_prompt(string) if wanted else self._tokenizer.encode(string)
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **named: Any) -> list[tuple[float, bool]]:
+        pairs = []
+        for _, context, continuation in requests:
+            if not continuation:
+                raise UserError("a task asks for the likelihood of an empty text")
+            if len(continuation) > self.max_length:
+                raise UserError(
+                    f"a task asks for the likelihood of {len(continuation)} tokens, of which the model reads "
+                    f"{self.max_length} at once"
+                )
+            # from the left, as the harness does itself: the last max_length tokens that are read, and one that is not
+            kept = (list(context) + list(continuation))[-(self.max_length + 1) :]
+            split = max(1, len(kept) - len(continuation))
+            pairs.append((kept[:split], kept[split:]))
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+        bar = tqdm(total=len(pairs), unit="request", disable=_quiet(named))
+        with bar:
+            for index, scored in score(self._ready, pairs, self._batch_size):
+                found[index] = (scored.log_likelihood, scored.greedy)
+                strings = requests[index][0]
+                if strings is not None:
+                    self.cache_hook.add_partial("loglikelihood", strings, found[index])
+                bar.update()
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts, in windows of max_length tokens that share no target."""
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            rolled = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            for context, continuation in map(make_disjoint_window, rolled):
+                windows.append((None, context, continuation))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (likelihood, _) in zip(
+            owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm), strict=True
+        ):
+            totals[owner] += likelihood
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Texts up to a stop string; requests of the same settings and bucket of lengths go together."""
+        found = [""] * len(requests)
+        groups: dict[Any, list[int]] = {}
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        for number, request in enumerate(requests):
+            key = (repr(sorted(request.args[1].items())), bucket(len(prompts[number])))
+            groups.setdefault(key, []).append(number)
+        bar = tqdm(total=len(requests), unit="request", disable=_quiet({"disable_tqdm": disable_tqdm}))
+        with bar:
+            for numbers in groups.values():
+                settings, stop = self._settings(requests[numbers[0]].args[1])
+                room = self.max_length - settings.max_tokens
+                if room < 1:
+                    raise UserError(
+                        f"a task asks for {settings.max_tokens} tokens, of which the model can hold {self.max_length}"
+                    )
+                for start in range(0, len(numbers), self._batch_size):
+                    part = numbers[start : start + self._batch_size]
+                    rows = [text.Continuation(self._tokenizer, prompts[number][-room:], stop) for number in part]
+                    for _ in text.stream(self._ready, rows, settings):
+                        pass
+                    for number, row in zip(part, rows, strict=True):
+                        found[number] = row.text
+                        self.cache_hook.add_partial("generate_until", requests[number].args, row.text)
+                    bar.update(len(part))
+        return found
+
+    def _settings(self, wanted: dict[str, Any]) -> tuple[GenerateConfig, list[str]]:
+        """(settings, stop strings) of a task's generation_kwargs; greedy unless it says do_sample."""
+        known = {"until", "max_gen_toks", "max_tokens", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p"}
+        for name in sorted(set(wanted) - known):
+            raise UserError(f"a task sets {name}={wanted[name]!r} for generation, which generate does not have")
+        stop = [wanted["until"]] if isinstance(wanted.get("until"), str) else list(wanted.get("until") or [])
+        tokens = next(
+            (wanted[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in wanted), MADE
+        )
+        settings = GenerateConfig(max_tokens=int(tokens), end_ids=self._ends)
+        if wanted.get("do_sample"):
+            names = ("temperature", "top_k", "top_p")
+            sampled: dict[str, Any] = {name: wanted[name] for name in names if wanted.get(name) is not None}
+            settings = dataclasses.replace(settings, **({"temperature": 1.0} | sampled))
+        return settings, [string for string in stop if string]
+
+
+def _quiet(named: dict[str, Any]) -> bool:
+    return bool(named.get("disable_tqdm")) or not sys.stderr.isatty()

@@ -1,0 +1,214 @@
+"""lm-eval on our models: every request as its own `hf` model answers it; local tasks through the command; baselines."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import text
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers_models import written
+
+import moe_reduce
+from moe_reduce.__main__ import main
+from moe_reduce.config import ExecutionConfig
+from moe_reduce.data.tokenizer_training import train_tokenizer
+from moe_reduce.data.tokenizers import load_tokenizer
+from moe_reduce.errors import UserError
+from moe_reduce.inference import scoring
+from moe_reduce.inference.generate import ready
+from moe_reduce.inference.harness import Harness
+from moe_reduce.inference.retained import lost, retained
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+CONTEXT = 96
+WORDS = text(documents=30, seed=1).replace(".", "").split()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """directory(kind): a tiny random model of transformers, with a tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    made: dict[str, object] = {}
+
+    def of(kind):
+        if kind not in made:
+            place = root / kind
+            model = written(place, kind, vocab_size=300, max_position_embeddings=CONTEXT)
+            with torch.no_grad():
+                # control tokens and bytes are never written, so that texts do not hang on how half characters are shown
+                model.lm_head.weight[:259] = 0.0
+            model.save_pretrained(place)
+            train_tokenizer(iter([text(documents=40, seed=0)]), 300).save(place)
+            made[kind] = place
+        return made[kind]
+
+    return of
+
+
+def ours(directory, batch_size=4) -> Harness:
+    model = moe_reduce.load(directory, execution=ExecutionConfig().resolve("cpu"))
+    return Harness(model, load_tokenizer(directory), batch_size)
+
+
+def theirs(directory) -> HFLM:
+    return HFLM(pretrained=str(directory), device="cpu", dtype="float32", batch_size=4)
+
+
+def requests(kind, arguments):
+    return [Instance(kind, {}, one, index) for index, one in enumerate(arguments)]
+
+
+def phrases(count, seed):
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(1, 9))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_every_likelihood_is_that_of_the_hf_model(directory, kind):
+    contexts, endings = phrases(7, 2), phrases(12, 3)
+    pairs = [(context, " " + ending) for context in contexts for ending in endings[:3]]  # contexts with several endings
+    pairs += [("", endings[4]), (contexts[0] + " ", endings[5]), pairs[3]]  # none, a trailing space, the same again
+    pairs.append((" ".join(phrases(12, 4)), " " + phrases(1, 5)[0]))  # longer than the model can read
+    found = ours(directory(kind)).loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    expected = theirs(directory(kind)).loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    np.testing.assert_allclose([one for one, _ in found], [one for one, _ in expected], rtol=0, atol=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def test_rolling_likelihoods_are_those_of_the_hf_model(directory):
+    texts = [(phrase,) for phrase in [*phrases(3, 6), " ".join(phrases(40, 7))]]
+    found = ours(directory("llama")).loglikelihood_rolling(requests("loglikelihood_rolling", texts), disable_tqdm=True)
+    expected = theirs(directory("llama")).loglikelihood_rolling(
+        requests("loglikelihood_rolling", texts), disable_tqdm=True
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_generated_texts_are_those_of_the_hf_model(directory):
+    settings = [{"until": ["\n"], "max_gen_toks": 12}, {"until": [WORDS[3][:2]], "max_gen_toks": 7, "do_sample": False}]
+    asked = [(phrase, settings[number % 2]) for number, phrase in enumerate(phrases(6, 8))]
+    found = ours(directory("llama")).generate_until(requests("generate_until", asked), disable_tqdm=True)
+    expected = theirs(directory("llama")).generate_until(requests("generate_until", asked), disable_tqdm=True)
+    assert found == expected
+    assert any(found)
+
+
+def test_a_context_is_read_once(directory, monkeypatch):
+    model = ready(moe_reduce.load(directory("llama"), execution=ExecutionConfig().resolve("cpu")))
+    read = []
+    original = scoring._read
+
+    def counted(*arguments):
+        read.append(arguments[-1].shape)
+        return original(*arguments)
+
+    monkeypatch.setattr(scoring, "_read", counted)
+    pairs = [([1, 2, 3], [number]) for number in range(20)] + [([4, 5], [6, 7])]
+    scored = dict(scoring.score(model, pairs, batch_size=4))
+    assert read == [(4, 16)]
+    assert sorted(scored) == list(range(21))
+    total = np.logaddexp.reduce([scored[number].log_likelihood for number in range(20)])
+    assert total < 0
+    logits = np.asarray(model_logits(directory("llama"), [1, 2, 3]))
+    logits = logits - np.logaddexp.reduce(logits)
+    np.testing.assert_allclose([scored[n].log_likelihood for n in range(20)], logits[:20], atol=1e-4)
+
+
+def model_logits(directory, ids):
+    return moe_reduce.load(directory, execution=ExecutionConfig().resolve("cpu"))([ids])[0, -1]
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A directory with a multiple-choice task and a generation task on local files."""
+    place = tmp_path / "tasks"
+    place.mkdir()
+    rows = [
+        {"question": a, "choices": phrases(3, number), "answer": number % 3} for number, a in enumerate(phrases(9, 9))
+    ]
+    (place / "rows.json").write_text("\n".join(json.dumps(row) for row in rows))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(place / "rows.json")}},
+        "test_split": "test",
+    }
+    choice = {
+        "task": "local_choice", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }  # fmt: skip
+    (place / "choice.yaml").write_text(yaml.safe_dump(common | choice))
+    return place
+
+
+def evaluated(tmp_path, capsys, *arguments):
+    out = tmp_path / "out"
+    status = main(["evaluate", f"--out={out}", "--overwrite", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return json.loads((out / "summary.json").read_text()) if status == 0 else captured.err
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_a_local_task_through_the_command(directory, tasks, tmp_path, capsys, limit):
+    model = directory("llama")
+    some = [] if limit is None else [f"--limit={limit}"]
+    arguments = [f"--model={model}", f"--baseline={model}", "--tasks=local_choice", f"--task-path={tasks}", *some]
+    found = evaluated(tmp_path, capsys, *arguments)
+    assert isinstance(found, dict), found
+    accuracy = found["tasks"]["local_choice"]["acc"]
+    assert 0 <= accuracy <= 1
+    assert round(accuracy * (limit or 9), 6).is_integer()
+    beside = found["beside_baseline"]["local_choice"]["acc"]
+    assert beside["model"] == beside["baseline"] == pytest.approx(accuracy)
+    assert beside["retained"] == beside["low"] == beside["high"] == 1.0
+
+
+def test_a_baseline_on_a_corpus(directory, corpus, tmp_path, capsys):
+    model, other = directory("llama"), directory("qwen3_moe")
+    arguments = [f"--data={corpus}/*.txt", "--sequence-length=32", "--max-batches=3", f"--cache={tmp_path / 'tokens'}"]
+    found = evaluated(tmp_path, capsys, f"--model={model}", f"--baseline={other}", *arguments)
+    alone = evaluated(tmp_path, capsys, f"--model={other}", *arguments)
+    loss = found["beside_baseline"]["loss"]
+    assert loss["model"] == pytest.approx(found["loss"])
+    assert loss["baseline"] == pytest.approx(alone["loss"])
+    assert loss["difference"] == pytest.approx(found["loss"] - alone["loss"])
+    assert loss["low"] < loss["difference"] < loss["high"]
+
+
+def test_intervals_hold_what_they_should():
+    draw = np.random.default_rng(1)
+    inside = 0
+    for _ in range(40):
+        theirs = (draw.random(400) < 0.8).astype(float)
+        ours = theirs * (draw.random(400) < 0.9)
+        found = retained(ours, theirs)
+        inside += found["low"] <= 0.9 <= found["high"]
+        assert found["high"] - found["low"] < 0.12
+    assert inside >= 33
+    weights = np.arange(1.0, 401.0)
+    shifted = lost(weights * 2.0, weights * 1.5, weights)
+    assert shifted["difference"] == shifted["low"] == shifted["high"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give either --data=CORPUS or --tasks=NAMES"),
+        (["--tasks=no_such_task"], "--tasks=no_such_task is unknown"),
+        (["--tasks=local_choice", "--limit=0"], "--limit must be positive"),
+    ],
+)
+def test_mistakes_are_one_line(directory, tasks, tmp_path, capsys, arguments, words):
+    error = evaluated(tmp_path, capsys, f"--model={directory('llama')}", f"--task-path={tasks}", *arguments)
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_generation_without_room_is_refused(directory):
+    asked = requests("generate_until", [("a", {"until": [], "max_gen_toks": CONTEXT})])
+    with pytest.raises(UserError, match=f"of which the model can hold {CONTEXT}"):
+        ours(directory("llama")).generate_until(asked, disable_tqdm=True)
