@@ -64,7 +64,7 @@ KEYS = {
     "unknown choice": (["--config.model.moe.router=both"], "model.moe.router", "layer, shared", "both"),
     "dense and experts": (["--config.model.feed_forward_width=32"], "model.feed_forward_width", "model.moe"),
     "factorised but not tied": (["--config.model.tied_embeddings=False"], "model.embedding_factor"),
-    "mesh too large": (["--config.mesh.data=16"], "needs 16 devices", "has 8", "mesh."),
+    "mesh too large": (["--config.mesh.data=16"], "needs 16 devices", "there are 8", "mesh."),
     "mesh of nothing": (["--config.mesh.tensor=0"], "mesh.tensor must be positive"),
     "experts on a mesh": (["--config.mesh.expert=3"], "model.moe.experts (4)", "mesh.expert (3)"),
     "vocabulary on a mesh": (["--config.mesh.tensor=2", "--config.model.vocab_size=385"], "embedding/factor", "385"),
