@@ -1,14 +1,18 @@
 """What users get wrong, through the real command line: status 2, one line that names the culprit, nothing left over."""
 
+import dataclasses
 import errno
+import json
 import subprocess
 
 import pytest
-from training_runs import command, corpus_data, environment, token_data, unmeasured_peak, write_config
+from training_runs import command, corpus_data, environment, run_config, token_data, unmeasured_peak, write_config
 
 from moe_reduce import __main__
 from moe_reduce.__main__ import main
 from moe_reduce.commands import config_file
+from moe_reduce.config import DataConfig, in_order, parse, reduce_base, reduce_from_dict, stage, to_dict
+from moe_reduce.errors import UserError
 from moe_reduce.training import run as run_module
 from moe_reduce.training.checkpoints import Checkpoints
 from moe_reduce.training.run import claim
@@ -287,3 +291,32 @@ def test_nothing_was_written_where_it_should_not(tmp_path):
     assert main(["train", f"--config={file}", f"--workdir={tmp_path / 'run'}", "--config.model.layers=0"]) == 2
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if "__pycache__" not in path.parts}
     assert after == before
+
+
+def test_a_workdir_of_an_older_version_goes_on(tmp_path):
+    """Keys that it does not know have their defaults there; another value is another configuration."""
+    run = run_config("shared", token_data(tmp_path))
+    workdir = tmp_path / "run"
+    (workdir / "checkpoints").mkdir(parents=True)
+    older = to_dict(run)
+    del older["execution"]["exchange"], older["train"]["ema_decay"], older["data"]
+    (workdir / "config.json").write_text(json.dumps(older))
+    defaults = dataclasses.replace(run, data=DataConfig())
+    claim(workdir, defaults)
+    changed = dataclasses.replace(defaults, train=dataclasses.replace(run.train, ema_decay=0.5))
+    with pytest.raises(UserError, match=r"train\.ema_decay is 0\.0 there and 0\.5 here"):
+        claim(workdir, changed)
+
+
+def test_a_reduction_of_an_older_version_goes_on(tmp_path):
+    described = reduce_base()
+    described.model = "somewhere"
+    stages = {"pool": stage("pool"), "tune": stage("tune", steps=3)}
+    described.update(in_order(stages))
+    described.train.update(steps=3, batch_size=2)
+    (run,) = parse(described, reduce_from_dict).values()
+    older = to_dict(run)
+    del older["stages"]["tune"]["adapter"], older["stages"]["pool"]["offset"]
+    (tmp_path / "run/01-pool").mkdir(parents=True)
+    (tmp_path / "run/config.json").write_text(json.dumps(older))
+    claim(tmp_path / "run", run)

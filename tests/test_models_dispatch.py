@@ -126,6 +126,7 @@ def test_softmax_weights_by_hand():
     np.testing.assert_allclose(route(logits, None, _moe(normalize=False)).weights_SA, picked, rtol=1e-5)
     np.testing.assert_allclose(routing.probability_E, scores.mean(0), rtol=1e-5)
     np.testing.assert_array_equal(routing.counts_E, np.bincount(chosen.reshape(-1), minlength=E))
+    np.testing.assert_allclose(routing.z, np.mean(np.log(np.exp(np.asarray(logits)).sum(1)) ** 2), rtol=1e-5)
 
 
 def test_sigmoid_weights_survive_underflow():
