@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 EXPORT = ["flatbuffers>=25.0", "jax2onnx>=0.17", "onnx>=1.20", "onnxruntime>=1.24"]
 CHAT = ["jinja2>=3.1"]
 EVALUATE = ["lm-eval>=0.4.9"]
+MONITOR = ["psutil>=5.9"]
 
 setup(
     name="moe_reduce",
@@ -32,11 +33,13 @@ setup(
     extras_require={
         "chat": CHAT,
         "evaluate": EVALUATE,
+        "monitor": MONITOR,
         "export": EXPORT,
         "tpu": ["libtpu>=0.0.40"],
         "test": [
             *CHAT,
             *EVALUATE,
+            *MONITOR,
             *EXPORT,
             "basedpyright>=1.31",
             "peft>=0.17",

@@ -15,6 +15,7 @@ COMMANDS = {
     "merge": "a base and its adapter as one plain model",
     "generate": "what a model writes behind a prompt",
     "evaluate": "loss, perplexity and next-token accuracy of a model on a corpus",
+    "monitor": "what a machine does while models answer, ours and Ollama's",
     "inspect": "what a model directory holds and how it came to be",
     "plan": "exact parameter counts, bytes and FLOPs, without loading a weight",
     "pool": "the experts of all layers as one pool that every layer can call",

@@ -1,0 +1,132 @@
+"""moe-reduce monitor: what a machine does while models answer, ours and an Ollama server's, as CSV and picture."""
+
+import argparse
+import csv
+import importlib.util
+import io
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_reduce import disk
+from moe_reduce.commands import model_arguments
+from moe_reduce.errors import UserError
+
+if TYPE_CHECKING:
+    from moe_reduce.inference.monitor import Monitor
+
+COLUMNS = (
+    "name", "family", "parameters", "quantisation", "peak_cpu_percent", "peak_ram_percent", "peak_gpu_percent",
+    "peak_vram_mb", "prompt_tokens_per_second", "decode_tokens_per_second",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--model", action="append", type=Path, default=[], help="a model directory; may be repeated")
+    parser.add_argument("--ollama", action="append", default=[], metavar="NAME", help="a model of Ollama; all: each")
+    parser.add_argument("--address", default="http://127.0.0.1:11434", help="of the Ollama server (%(default)s)")
+    parser.add_argument("--prompt", default="Once upon a time", help="what is continued (default: %(default)r)")
+    parser.add_argument("--max-tokens", type=int, default=128, help="tokens of each answer (default: 128)")
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds between two looks (default: 0.5)")
+    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
+    model_arguments.add_out(parser, "runs/monitor")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
+    """Measures, prints the table, writes monitor.csv, samples.csv and monitor.png; returns the first's path."""
+    model_arguments.no_overrides(overrides)
+    if not arguments.model and not arguments.ollama:
+        raise UserError("give --model=DIR or --ollama=NAME, each as often as there are models")
+    for name in ("max_tokens", "pause"):
+        if getattr(arguments, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
+    if importlib.util.find_spec("psutil") is None:
+        raise UserError("monitor needs psutil: pip install 'moe_reduce[monitor]'")
+    out = arguments.out
+    model_arguments.check_out(out, arguments.overwrite)
+    rows, samples = [], []
+    for name in _ollama_names(arguments):
+        row, monitor = _ollama(arguments, name)
+        rows.append(row)
+        samples.append((name, monitor.samples))
+    for directory in arguments.model:
+        row, monitor = _ours(arguments, directory)
+        rows.append(row)
+        samples.append((str(directory), monitor.samples))
+    for row in rows:
+        print("  ".join(f"{name}={value}" for name, value in zip(COLUMNS, row, strict=True) if value != ""))
+    from moe_reduce.inference.monitor import picture
+
+    with disk.writing(out, "free some space or choose another path"):
+        out.mkdir(parents=True, exist_ok=True)
+        looks = [(name, *sample) for name, found in samples for sample in found]
+        names = ("name", "seconds", "cpu_percent", "ram_percent", "gpu_percent", "vram_mb")
+        disk.write_text(out / "samples.csv", _csv(names, looks))
+        picture(samples, out / "monitor.png")
+        disk.write_text(out / "monitor.csv", _csv(COLUMNS, rows))
+    return out / "monitor.csv"
+
+
+def _csv(columns: tuple[str, ...], rows: list[Any]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _row(described: tuple[Any, ...], monitor: "Monitor", prompt_rate: float, decode_rate: float) -> list[Any]:
+    peaks = [monitor.peak(name) for name in ("cpu_percent", "ram_percent", "gpu_percent", "vram_mb")]
+    return [*described, *("" if peak is None else peak for peak in peaks), round(prompt_rate, 1), round(decode_rate, 1)]
+
+
+def _ollama_names(arguments: argparse.Namespace) -> list[str]:
+    if "all" not in arguments.ollama:
+        return arguments.ollama
+    from moe_reduce.inference import ollama
+
+    return [model.name for model in ollama.models(arguments.address)]
+
+
+def _ollama(arguments: argparse.Namespace, name: str) -> tuple[list[Any], "Monitor"]:
+    from moe_reduce.inference import ollama
+    from moe_reduce.inference.monitor import Monitor
+
+    described = ollama.describe(name, arguments.address)
+    with Monitor(arguments.pause) as monitor:
+        _, *rates = ollama.generate(name, arguments.prompt, arguments.max_tokens, arguments.address)
+    return _row(described, monitor, *rates), monitor
+
+
+def _ours(arguments: argparse.Namespace, directory: Path) -> tuple[list[Any], "Monitor"]:
+    from moe_reduce import planning
+    from moe_reduce.data.tokenizers import load_tokenizer
+    from moe_reduce.inference import text
+    from moe_reduce.inference.generate import GenerateConfig, compile_for, ready
+    from moe_reduce.inference.monitor import Monitor
+
+    one = argparse.Namespace(model=directory, compute_dtype=arguments.compute_dtype)
+    model = model_arguments.load_model(one)
+    tokenizer = load_tokenizer(directory)
+    settings = GenerateConfig(max_tokens=arguments.max_tokens, end_ids=text.end_ids(model, tokenizer))
+    row = text.Continuation(tokenizer, tokenizer.encode_prompt(arguments.prompt))
+    described = (directory, _family(model), planning.count(model.params), _stored(model))
+    prepared = ready(model)
+    compile_for(prepared, [row.prompt], settings)
+    times = [time.perf_counter()]
+    with Monitor(arguments.pause) as monitor:
+        for _ in text.stream(prepared, [row], settings):
+            times.append(time.perf_counter())
+    decoded = (len(row.ids) - 1) / (times[-1] - times[1]) if len(row.ids) > 1 else float("nan")
+    return _row(described, monitor, len(row.prompt) / (times[1] - times[0]), decoded), monitor
+
+
+def _family(model: Any) -> str:
+    return model.hf_config["model_type"] if model.hf_config else "moe_reduce"
+
+
+def _stored(model: Any) -> str:
+    from moe_reduce import trees
+
+    return "+".join(sorted({str(leaf.dtype) for leaf in trees.flatten(model.params).values()}))
