@@ -7,7 +7,6 @@ compiled step: arguments and temporaries. The projection is S·x of an SRHT and 
 Command: python launch/bench_adapters.py    (writes docs/results/adapters_cost/summary.json; --tiny for a quick check)
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from side_by_side import medians
+from side_by_side import medians, options, publish
 
 from moe_reduce import planning
 from moe_reduce.adapters import adapter as adapters
@@ -26,7 +25,6 @@ from moe_reduce.adapters.run import adapt_task
 from moe_reduce.adapters.targets import within_budget
 from moe_reduce.commands import config_file
 from moe_reduce.config import AdaptConfig, AdapterConfig, ExecutionConfig, ModelConfig, TrainConfig
-from moe_reduce.disk import write_json
 from moe_reduce.models import deltas
 from moe_reduce.models.decoder import abstract_params, init_params
 from moe_reduce.storage.model import Model
@@ -132,21 +130,15 @@ def _wait(function: Callable[..., Any], *arguments: Any) -> None:
 
 def main() -> None:
     """Measures, prints and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="small shapes, for a quick check; needs --out")
-    parser.add_argument("--out", type=Path, default=None, help="default: docs/results/adapters_cost")
-    arguments = parser.parse_args()
-    if arguments.tiny and arguments.out is None:
-        parser.error("--tiny needs --out: its figures are no result")
-    out = arguments.out or ROOT / "docs/results/adapters_cost"
+    given = options(__doc__, "adapters_cost", repeats=5)
     (run,) = config_file.read(str(ROOT / "configs/dense_llama_125m.py"), []).values()
     config = run.model
-    if arguments.tiny:
+    if given.tiny:
         config = dataclasses.replace(config, vocab_size=256, layers=2, width=64, query_heads=2, key_value_heads=2)
         config = dataclasses.replace(config, head_width=32, feed_forward_width=128)
         rows = adaptation(config, 2, 32, 2) + projection([64, 256], 32, 2)
     else:
-        rows = adaptation(config, 4, 256, 5) + projection([1024, 4096, 16384], 1024, 15)
+        rows = adaptation(config, 4, 256, given.repeats) + projection([1024, 4096, 16384], 1024, 15)
     total = planning.count(abstract_params(config))
     result = {
         "title": f"What adapting costs, on {total:,} parameters, fp32, CPU",
@@ -156,10 +148,7 @@ def main() -> None:
         "machine": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    for row in rows:
-        print("  ".join(row))
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "summary.json", result)
+    publish(given.out, result)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@
 Command: python launch/bench_peers.py    (writes docs/results/peers/summary.json; --tiny for a quick check)
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from bench_train import peer_config
-from side_by_side import Run, compare
+from side_by_side import Run, compare, options, publish
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ["what", "shape", "ours", "peer", "ratio", "aim"]
@@ -270,16 +269,8 @@ def _row(what: str, shape: str, work: float, unit: str, seconds: dict[str, float
 
 def main() -> None:
     """Measures, prints and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="small shapes, for a quick check; needs --out")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=None, help="default: docs/results/peers")
-    arguments = parser.parse_args()
-    if arguments.tiny and arguments.out is None:
-        parser.error("--tiny needs --out: its figures are no result")
-    out = arguments.out or ROOT / "docs/results/peers"
-    repeats = 1 if arguments.tiny else arguments.repeats
-    rows = [section(arguments.tiny, repeats) for section in (scoring, data, adapter)]
+    given = options(__doc__, "peers", repeats=5)
+    rows = [section(given.tiny, given.repeats) for section in (scoring, data, adapter)]
     versions = {name: metadata.version(name) for name in ("jax", "torch", "transformers", "peft", "datasets")}
     result = {
         "title": "Beside torch, transformers, PEFT and datasets, CPU",
@@ -288,10 +279,7 @@ def main() -> None:
         "rows": rows,
         "versions": versions,
     }
-    for row in rows:
-        print("  ".join(row))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+    publish(given.out, result)
 
 
 if __name__ == "__main__":

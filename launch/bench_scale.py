@@ -12,7 +12,6 @@ import os
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
 
-import argparse
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -25,11 +24,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from side_by_side import medians
+from side_by_side import medians, options, publish
 
 from moe_reduce.commands import config_file
 from moe_reduce.config import MeshConfig, MoEConfig
-from moe_reduce.disk import write_json
 from moe_reduce.models import blocks
 from moe_reduce.models.dispatch import combine_rows, gather_rows, sort_by_expert
 from moe_reduce.models.routing import route, router_logits
@@ -113,9 +111,8 @@ def growth(points: dict[int, float]) -> str:
     return f"cost ∝ n^{np.log(high / low) / np.log(large / small):.2f}"
 
 
-def measure(tiny: bool) -> tuple[list[list[str]], dict[str, dict[str, dict[int, float]]]]:
+def measure(tiny: bool, repeats: int) -> tuple[list[list[str]], dict[str, dict[str, dict[int, float]]]]:
     """Rows of the table, and curves by picture: label -> size -> value."""
-    repeats = 1 if tiny else 5
     experts = (16, 64) if tiny else (16, 64, 256, 1024, 6144)
     tokens = (128, 256) if tiny else (512, 1024, 2048, 4096)
     hidden = 32 if tiny else HIDDEN
@@ -174,14 +171,8 @@ def draw(curves: dict[str, dict[str, dict[int, float]]], file: Path) -> None:
 
 def main() -> None:
     """Measures, prints and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="small sizes, for a quick check; needs --out")
-    parser.add_argument("--out", type=Path, default=None, help="default: docs/results/scale")
-    arguments = parser.parse_args()
-    if arguments.tiny and arguments.out is None:
-        parser.error("--tiny needs --out: its figures are no result")
-    out = arguments.out or ROOT / "docs/results/scale"
-    rows, curves = measure(arguments.tiny)
+    given = options(__doc__, "scale", repeats=5)
+    rows, curves = measure(given.tiny, given.repeats)
     result = {
         "title": "How cost grows, CPU, fp32",
         "command": "python launch/bench_scale.py",
@@ -191,11 +182,8 @@ def main() -> None:
         "machine": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    for row in rows:
-        print("  ".join(row))
-    out.mkdir(parents=True, exist_ok=True)
-    draw(curves, out / "growth.png")
-    write_json(out / "summary.json", result)
+    publish(given.out, result)
+    draw(curves, given.out / "growth.png")
 
 
 if __name__ == "__main__":

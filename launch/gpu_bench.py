@@ -7,9 +7,7 @@ the plain install and nothing else.
 Command: ./launch/gpu_bench.sh    (writes docs/results/gpu/summary.json; --tiny checks the script on a CPU)
 """
 
-import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from side_by_side import options, publish
 
 from moe_reduce import planning
 from moe_reduce.commands import config_file
@@ -175,23 +174,11 @@ def measure(tiny: bool, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="two layers and few tokens: checks the script; needs --out")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=None, help="default: docs/results/gpu")
-    arguments = parser.parse_args()
-    if arguments.tiny and arguments.out is None:
-        parser.error("--tiny needs --out: its figures are no result")
-    out = arguments.out or ROOT / "docs/results/gpu"
-    found = measure(arguments.tiny, 1 if arguments.tiny else arguments.repeats)
+    given = options(__doc__, "gpu", repeats=10)
     device = jax.devices()[0].device_kind
     head = {"title": f"One {device}, bf16", "command": "./launch/gpu_bench.sh", "columns": COLUMNS}
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(head | found | {"machine": device, "jax": jax.__version__}, indent=2)
-    (out / "summary.json").write_text(text + "\n")
-    for row in found["rows"]:
-        print("  ".join(row))
-    print(out / "summary.json")
+    found = measure(given.tiny, given.repeats)
+    publish(given.out, head | found | {"machine": device, "jax": jax.__version__})
 
 
 if __name__ == "__main__":

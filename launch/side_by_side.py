@@ -1,14 +1,20 @@
-"""Two programs timed beside each other: each in a process of its own, in turn, medians of seconds.
+"""What the benchmarks share: programs timed beside each other, and how a result is written.
 
-Neither runs in what the other's allocator left, and a machine whose speed drifts slows all alike.
+Each side has a process of its own, so that neither runs in what the other's allocator left, and they run in turn, so
+that a machine whose speed drifts slows all alike.
 """
 
+import argparse
+import json
 import multiprocessing
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+RESULTS = Path(__file__).parent.parent / "docs/results"
 
 Run = Callable[[], Any]
 Build = Callable[..., tuple[Run, Any]]  # what is timed, and what it has to say of itself
@@ -63,3 +69,26 @@ def compare(builds: dict[str, tuple[Any, ...]], repeats: int) -> tuple[dict[str,
     for side in sides.values():
         side.end()
     return seconds, {name: side.said for name, side in sides.items()}
+
+
+def options(description: str, name: str, repeats: int) -> argparse.Namespace:
+    """tiny, repeats and out of a benchmark whose result has this name."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a quick check of the script; needs --out")
+    parser.add_argument("--repeats", type=int, default=repeats, help="that a median is taken of (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=None, help=f"directory (default: docs/results/{name})")
+    given = parser.parse_args()
+    if given.tiny and given.out is None:
+        parser.error("--tiny needs --out: its figures are no result")
+    given.out = given.out or RESULTS / name
+    given.repeats = 1 if given.tiny else given.repeats
+    return given
+
+
+def publish(out: Path, result: dict[str, Any]) -> None:
+    """Prints the rows of a result, and writes it where `moe-reduce report` finds it."""
+    for row in result["rows"]:
+        print("  ".join(row))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(out / "summary.json")

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Hosts:
         self.environment = environment(devices=4 // processes, cache=directory / "compiled") | {
             "HOSTS": " ".join(["127.0.0.1"] * processes),
             "REMOTE_SHELL": str(shell),
-            "PYTHON": str(ROOT / ".venv/bin/python"),
+            "PYTHON": sys.executable,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "RESTARTS": "1",
