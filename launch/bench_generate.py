@@ -7,7 +7,6 @@ of a large array, read and written, gives the bandwidth to which the weights tha
 Command: ./launch/bench_generate.sh    (writes docs/results/generate/summary.json; --tiny for a quick check)
 """
 
-import argparse
 import json
 import os
 import platform
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import side_by_side
-from side_by_side import Run
+from side_by_side import Run, options, publish
 
-ROOT = Path(__file__).parent.parent
 PROMPT_TOKENS = 16
 SIZES = {
     "vocab_size": 32_000, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -120,16 +118,12 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 def main() -> None:
     """Measures and writes the summary."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/generate/summary.json")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and few tokens: checks the script, not speed")
-    arguments = parser.parse_args()
-    sizes, tokens, megabytes = (TINY, 8, 8) if arguments.tiny else (SIZES, 64, 512)
+    given = options(__doc__, "generate", repeats=5)
+    sizes, tokens, megabytes = (TINY, 8, 8) if given.tiny else (SIZES, 64, 512)
     rows = []
     for dtype in NAMES:
         print(dtype, flush=True)
-        rows.append(compare(sizes, dtype, tokens, megabytes, arguments.repeats))
+        rows.append(compare(sizes, dtype, tokens, megabytes, given.repeats))
     versions = {name: metadata.version(name) for name in ("jax", "torch", "transformers")}
     summary = {
         "title": f"Decoding on CPU beside transformers {versions['transformers']} on torch {versions['torch']}",
@@ -140,10 +134,7 @@ def main() -> None:
         "versions": versions,
         "decoding": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
-    print(arguments.out)
+    publish(given.out, summary)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ torch.autocast. Also the MoE layer against the matmul peak measured between its 
 Command: ./launch/bench_train.sh    (writes docs/results/cpu_speed/summary.json; --tiny for a quick check)
 """
 
-import argparse
 import dataclasses
-import json
 import os
 import platform
 import time
@@ -23,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from side_by_side import Run, compare, medians
+from side_by_side import Run, compare, medians, options, publish
 
 from moe_reduce import planning
 from moe_reduce.commands import config_file
@@ -181,13 +179,9 @@ def table(rows: list[dict[str, Any]], layer: dict[str, Any]) -> list[list[str]]:
 
 def main() -> None:
     """Measures and writes the summary."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/cpu_speed/summary.json")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="two layers and few tokens: checks the script, not speed")
-    arguments = parser.parse_args()
-    small = ["--config.model.layers=2", "--config.model.vocab_size=512"] if arguments.tiny else []
-    batch, length = (1, 32) if arguments.tiny else (4, 256)
+    given = options(__doc__, "cpu_speed", repeats=5)
+    small = ["--config.model.layers=2", "--config.model.vocab_size=512"] if given.tiny else []
+    batch, length = (1, 32) if given.tiny else (4, 256)
 
     def read(name: str, dtype: str) -> RunConfig:
         execution = ["--config.execution.platform=cpu", f"--config.execution.compute_dtype={dtype}"]
@@ -203,9 +197,9 @@ def main() -> None:
     for file, name in peers.items():
         for dtype in ("float32", "bfloat16"):
             print(name, dtype, flush=True)
-            rows.append(compare_steps(name, read(file, dtype), batch, length, arguments.repeats))
+            rows.append(compare_steps(name, read(file, dtype), batch, length, given.repeats))
     shared = read("shared_moe_50m.py", "float32")
-    layer = moe_layer(shared.model, 64 if arguments.tiny else 2048, 2 * arguments.repeats)
+    layer = moe_layer(shared.model, 64 if given.tiny else 2048, 2 * given.repeats)
     versions = {name: metadata.version(name) for name in ("jax", "torch", "transformers")}
     summary = {
         "title": f"Training speed on CPU beside transformers {versions['transformers']} on torch {versions['torch']}",
@@ -218,10 +212,7 @@ def main() -> None:
         "steps": rows,
         "layer": layer,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
-    print(arguments.out)
+    publish(given.out, summary)
 
 
 if __name__ == "__main__":
