@@ -19,20 +19,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from side_by_side import medians, options, publish
 
+from moe_reduce import drawing
 from moe_reduce.commands import config_file
 from moe_reduce.config import MeshConfig, MoEConfig
 from moe_reduce.models import blocks
 from moe_reduce.models.dispatch import combine_rows, gather_rows, sort_by_expert
 from moe_reduce.models.routing import route, router_logits
 from moe_reduce.training import compiled, footprint, sharding, steps
-from moe_reduce.training.comparison import save_figure
 from moe_reduce.training.run import pretraining
 
 ROOT = Path(__file__).parent.parent
@@ -160,13 +156,13 @@ def measure(tiny: bool, repeats: int) -> tuple[list[list[str]], dict[str, dict[s
 
 def draw(curves: dict[str, dict[str, dict[int, float]]], file: Path) -> None:
     """Each group of curves by itself, on logarithmic axes."""
-    figure, panels = plt.subplots(2, 2, figsize=(11, 8))
+    figure, panels = drawing.panels(2, 2, (11, 8))
     for (title, lines), axes in zip(curves.items(), panels.flat, strict=True):
         for label, points in lines.items():
             axes.loglog(list(points), list(points.values()), marker="o", label=label)
         axes.set_title(title)
         axes.legend(fontsize=8)
-    save_figure(figure, file)
+    drawing.save(figure, file)
 
 
 def main() -> None:

@@ -93,14 +93,15 @@ class ExecutionConfig:
 class DataConfig:
     """Corpus -> tokens on disk -> batches."""
 
-    # python-stdlib | files by path or glob, comma separated | hub:OWNER/NAME[:CONFIG][@COMMIT] | token ids as .npy |
-    # uuid-pairs:N (random keys and values, to be memorised)
+    # python-stdlib | files by path or glob, comma separated | hub:OWNER/NAME[:CONFIG[:SPLIT]][@COMMIT] |
+    # token ids as .npy | uuid-pairs:N (random keys and values, to be memorised)
     source: str = "python-stdlib"
     text_field: str = "text"  # of jsonl, parquet and hub rows
     completion_field: str | None = None  # behind it, and all that is learned: each row is a sequence of its own
     tokenizer: str = "train"  # train: SentencePiece on the corpus; or a tokenizer.model, tokenizer.json or directory
     sequence_length: int = 256
-    validation_fraction: float = 0.01
+    validation_source: str | None = None  # text of its own to validate on, instead of
+    validation_fraction: float = 0.01  # of the source
     document_mask: bool = False  # attention stays within a document
     max_documents: int | None = None
     cache: str = "runs/tokens"
@@ -267,6 +268,7 @@ class AdaptConfig:
     adapter: AdapterConfig | None = field(default_factory=AdapterConfig)  # None: every parameter of the base trains
     budget: float | None = None  # share of the base's parameters that the adapter may train; gives rank or sketch_width
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"  # of the base; what trains is kept in fp32
+    test_source: str | None = None  # text that the finished model is measured on, once
     recall_pairs: int = 100  # of each split, whose completions are asked for at every evaluation (completions only)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     data: DataConfig = field(default_factory=DataConfig)  # data.tokenizer=train: the base's own

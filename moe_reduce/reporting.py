@@ -9,16 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
+from moe_reduce import drawing
 from moe_reduce.disk import write_json, write_text
 from moe_reduce.errors import UserError
 from moe_reduce.reduction.pictures import ladder_picture
-from moe_reduce.training.comparison import entropy, save_figure
+from moe_reduce.training.comparison import entropy
 from moe_reduce.training.metrics import read
 from moe_reduce.training.run import SUMMARY
 
@@ -128,17 +125,23 @@ def _thin(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _adaptations(groups: dict[str, list[Measured]], title: str, out: Path) -> dict[str, Any]:
-    """A row for each method and size, at the best learning rate over its seeds; curves.png of recall or loss."""
+    """A row for each method and size, at its best learning rate; curves.png of recall or validation loss.
+
+    The rate is chosen by what the seeds have in common, so that a sweep with one seed serves several.
+    """
     sizes: dict[tuple[str, int], list[list[Measured]]] = {}
     for runs in groups.values():
         first = runs[0].summary
         sizes.setdefault((first["method"], first["trained_parameters"]), []).append(runs)
+    asked = any(one.summary["measured"] for runs in groups.values() for one in runs)
+    curves = {name: [_learning(one, asked) for one in runs] for name, runs in groups.items()}
+    steps = [step for step, _ in next(iter(curves.values()))[0]]
     rows, best = [], {}
     for (method, trained), rates in sorted(sizes.items(), key=lambda item: item[0][1]):
-        runs = min(rates, key=_badness)
-        best[f"{method} {trained:,}"] = runs
-        measured = sorted({name for one in runs for name in one.summary["measured"]})
-        figures = [_percent([one.summary["measured"][name] for one in runs]) for name in measured]
+        swept = set.intersection(*({one.summary["seed"] for one in runs} for runs in rates))
+        runs = min(rates, key=lambda one: _badness([run for run in one if run.summary["seed"] in swept] or one))
+        name = next(name for name, found in groups.items() if found is runs)
+        best[f"{method} {trained:,}"] = curves[name][0]
         rows.append(
             [
                 method,
@@ -147,16 +150,36 @@ def _adaptations(groups: dict[str, list[Measured]], title: str, out: Path) -> di
                 _size(runs[0].summary["adapter"]),
                 f"{runs[0].summary['learning_rate']:g} of {len(rates)}",
                 str(len(runs)),
-                _spread([one.summary["validation"]["perplexity"] for one in runs], digits=2),
-                *figures,
+                *(_recalls(runs, curves[name], steps) if asked else _perplexities(runs)),
             ]
         )
     out.mkdir(parents=True, exist_ok=True)
-    asked = any(one.summary["measured"] for runs in groups.values() for one in runs)
-    _adaptation_picture(best, title, "recall_train" if asked else "loss", out / "curves.png")
-    columns = ["method", "trained parameters", "of the base", "size", "learning rate", "seeds", "validation perplexity"]
-    columns += ["recall of learned pairs", "of other pairs"] if asked else []
-    return {"columns": columns, "rows": rows, "runs": {n: [one.summary for one in r] for n, r in groups.items()}}
+    _adaptation_picture(best, title, "recall of learned pairs" if asked else "validation loss", out / "curves.png")
+    columns = ["method", "trained parameters", "of the base", "size", "learning rate", "seeds"]
+    columns += [*(f"step {step}" for step in steps), "other pairs"] if asked else ["validation", "test"]
+    kept = {
+        name: [one.summary | {"curve": curve} for one, curve in zip(runs, curves[name], strict=True)]
+        for name, runs in groups.items()
+    }
+    return {"columns": columns, "rows": rows, "runs": kept}
+
+
+def _learning(one: Measured, asked: bool) -> list[list[float]]:
+    """[step, recall of learned pairs, or validation loss] at each evaluation."""
+    if "curve" in one.summary:  # an earlier result has no metrics any more
+        return one.summary["curve"]
+    lines = [line for line in read(one.source / "metrics.jsonl") if line["split"] == "validation"]
+    return [[line["step"], round(line["recall_train" if asked else "loss"], 5)] for line in lines]
+
+
+def _recalls(runs: list[Measured], curves: list[list[list[float]]], steps: list[float]) -> list[str]:
+    cells = [_percent([curve[place][1] for curve in curves]) for place in range(len(steps))]
+    return [*cells, _percent([one.summary["measured"]["recall_validation"] for one in runs])]
+
+
+def _perplexities(runs: list[Measured]) -> list[str]:
+    tests = [one.summary["test"]["perplexity"] for one in runs if one.summary["test"]]
+    return [_spread([one.summary["validation"]["perplexity"] for one in runs], digits=2), _spread(tests, digits=2)]
 
 
 def _badness(runs: list[Measured]) -> float:
@@ -178,19 +201,16 @@ def _size(adapter: dict[str, Any] | None) -> str:
     return f"k = {adapter['sketch_width']}" if adapter["method"] == "skema" else f"r = {adapter['rank']}"
 
 
-def _adaptation_picture(best: dict[str, list[Measured]], title: str, figure_name: str, file: Path) -> None:
+def _adaptation_picture(best: dict[str, list[list[float]]], title: str, label: str, file: Path) -> None:
     """A line a method and size, of its first seed, against steps."""
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for name, runs in best.items():
-        metrics = runs[0].source / "metrics.jsonl"
-        lines = [line for line in read(metrics) if line["split"] == "validation"] if metrics.is_file() else []
-        if lines:
-            axes.plot([line["step"] for line in lines], [line[figure_name] for line in lines], "o-", label=name)
-    axes.set(xlabel="step", ylabel=figure_name)
+    figure, [[axes]] = drawing.panels()
+    for name, curve in best.items():
+        axes.plot(*zip(*curve, strict=True), "o-", label=name)
+    axes.set(xlabel="step", ylabel=label)
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    save_figure(figure, file)
+    drawing.save(figure, file)
 
 
 def _trainings(groups: dict[str, list[Measured]], title: str, out: Path) -> dict[str, Any]:
@@ -265,7 +285,7 @@ def _curve(one: Measured) -> dict[str, Any]:
 
 
 def _picture(curves: list[dict[str, Any]], title: str, file: Path) -> None:
-    figure, (by_tokens, by_flops) = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    figure, [[by_tokens, by_flops]] = drawing.panels(1, 2, (12, 5), sharey=True)
     names = list(dict.fromkeys(curve["name"] for curve in curves))
     for curve in curves:
         color = f"C{names.index(curve['name']) % 10}"
@@ -278,7 +298,7 @@ def _picture(curves: list[dict[str, Any]], title: str, file: Path) -> None:
     for axes in (by_tokens, by_flops):
         axes.grid(alpha=0.3)
     by_tokens.legend(fontsize=8)
-    save_figure(figure, file)
+    drawing.save(figure, file)
 
 
 def markdown(result: dict[str, Any]) -> str:

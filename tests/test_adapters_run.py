@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -170,6 +171,18 @@ def test_the_whole_model_trains_without_an_adapter(finished, tmp_path):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["trained_parameters"] == summary["parameters"]
     assert not (tmp_path / "run/adapter").exists()
+
+
+def test_another_text_is_measured_at_the_end(finished, tmp_path):
+    source = re.search(r"source='(.*?)'", (finished / "config.py").read_text())[1]
+    more = [f"--config.test_source={source}", "--config.train.steps=2"]
+    assert _adapt(finished / "config.py", tmp_path / "run", *more) == 0
+    found = json.loads((tmp_path / "run/summary.json").read_text())["test"]
+    arguments = [f"--model={tmp_path / 'run/model'}", f"--data={source}", "--sequence-length=32", "--batch-size=8"]
+    assert main(["evaluate", *arguments, f"--out={tmp_path / 'evaluated'}"]) == 0
+    evaluated = json.loads((tmp_path / "evaluated/summary.json").read_text())
+    assert found["tokens"] == evaluated["tokens"]
+    assert found["loss"] == pytest.approx(evaluated["loss"], rel=1e-6)
 
 
 def test_a_budget_decides_the_size(finished, tmp_path, capsys):

@@ -147,6 +147,36 @@ def test_report_of_reductions_takes_the_recovered_model_and_pairs_seeds(tmp_path
     assert "collect them apart" in capsys.readouterr().err
 
 
+def _adaptation(directory, rate, seed, recalls, method="lora"):
+    """What `adapt` leaves of ten learned pairs; recalls: at steps 5 and 10."""
+    directory.mkdir(parents=True)
+    summary = {
+        "name": directory.name, "method": method, "adapter": {"method": method, "rank": 2, "sketch_width": 9},
+        "learning_rate": rate, "seed": seed, "trained_parameters": 80, "trained_share": 0.02, "test": None,
+        "measured": {"recall_train": recalls[-1], "recall_validation": 0.06},
+    }  # fmt: skip
+    (directory / "summary.json").write_text(json.dumps(summary))
+    lines = [{"step": 5 * n + 5, "split": "validation", "recall_train": value} for n, value in enumerate(recalls)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_report_of_adaptations_chooses_the_rate_on_what_all_rates_have(tmp_path):
+    _adaptation(tmp_path / "s0/slow", 1e-3, 0, (0.2, 0.5))
+    _adaptation(tmp_path / "s0/fast", 1e-2, 0, (0.4, 0.6))
+    _adaptation(tmp_path / "s1/fast", 1e-2, 1, (0.1, 0.2))  # the mean of `fast` is under that of `slow`, on more seeds
+    _adaptation(tmp_path / "s0/sketch", 1e-2, 0, (0.5, 0.9), "skema")
+    made = ["--title=Learned", "--made-by=x"]
+    for sources, out in ((("s0", "s1"), "first"), (("first",), "again")):
+        runs = [str(tmp_path / source) for source in sources]
+        assert main(["report", "--runs", *runs, *made, f"--out={tmp_path / out}"]) == 0
+    results = [json.loads((tmp_path / out / "summary.json").read_text()) for out in ("first", "again")]
+    assert results[0]["columns"][-3:] == ["step 5", "step 10", "other pairs"]
+    by_method = {row[0]: row[3:] for row in results[0]["rows"]}
+    assert by_method["lora"] == ["r = 2", "0.01 of 2", "2", "25.0% ± 15.0%", "40.0% ± 20.0%", "6.0% ± 0.0%"]
+    assert by_method["skema"] == ["k = 9", "0.01 of 1", "1", "50.0%", "90.0%", "6.0%"]
+    assert results[1]["rows"] == results[0]["rows"]
+
+
 def test_report_adds_seeds_to_an_earlier_result(tmp_path):
     for seed in (0, 1):
         _finished_run(tmp_path / f"s{seed}" / "dense", "dense", seed, 3.0 + seed)

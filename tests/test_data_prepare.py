@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -20,6 +21,7 @@ import zstandard
 from moe_reduce.config import DataConfig
 from moe_reduce.data import prepare as prepare_module
 from moe_reduce.data import sources, tokenizing
+from moe_reduce.data.pieces import TRAIN, VALIDATION
 from moe_reduce.data.prepare import prepare
 from moe_reduce.data.tokenizer_training import train_tokenizer
 from moe_reduce.errors import UserError
@@ -110,6 +112,23 @@ def test_a_document_that_is_in_both_splits_ends_in_both(config, texts, tmp_path)
         tokens = store.window(split, 0, store.length(split)).tolist()
         assert tokens.count(tokenizer.end_of_text) == 1
         assert tokens[-1] == tokenizer.end_of_text
+
+
+def test_text_of_its_own_validates(config, tmp_path):
+    (tmp_path / "held.txt").write_text("a text that is only validated on\n")
+    own = dataclasses.replace(config, validation_source=str(tmp_path / "held.txt"))
+    store, tokenizer = prepare(own, VOCABULARY)
+    whole, _ = prepare(dataclasses.replace(config, validation_fraction=0.0), VOCABULARY)
+    assert np.array_equal(*(each.window(TRAIN, 0, whole.length(TRAIN)) for each in (store, whole)))
+    assert store.length(TRAIN) == whole.length(TRAIN)
+    found = store.window(VALIDATION, 0, store.length(VALIDATION))
+    assert tokenizer.decode(found[:-1].tolist()) == "a text that is only validated on\n"
+    assert found[-1] == store.end_of_text
+    (tmp_path / "held.txt").write_text("another\n")
+    again, _ = prepare(own, VOCABULARY)
+    assert again.length(VALIDATION) < store.length(VALIDATION)
+    with pytest.raises(UserError, match="validation_source is for text"):
+        prepare(dataclasses.replace(own, source="uuid-pairs:4"), VOCABULARY)
 
 
 def test_the_second_call_finds_the_tokens_and_any_change_does_not(config, monkeypatch, caplog):

@@ -78,13 +78,19 @@ def test_the_hub_streams_rows_of_the_train_split(tmp_path):
     assert "title, text" in message
 
 
-def test_hub_names_have_a_config_and_a_revision():
-    assert sources.parse_hub("hub:Salesforce/wikitext:wikitext-2-raw-v1@abc") == (
-        "Salesforce/wikitext",
-        "wikitext-2-raw-v1",
-        "abc",
-    )
-    assert sources.parse_hub("hub:HuggingFaceFW/fineweb-edu") == ("HuggingFaceFW/fineweb-edu", None, None)
+def test_the_hub_gives_the_split_that_is_named(tmp_path):
+    write(tmp_path / "train.jsonl", jsonl(TEXTS))
+    write(tmp_path / "test.jsonl", jsonl(["held out"]))
+    assert read(f"hub:{tmp_path}") == TEXTS
+    assert read(f"hub:{tmp_path}::test") == ["held out"]
+    assert "::tset' cannot be read" in refusal(f"hub:{tmp_path}::tset")
+
+
+def test_hub_names_have_a_config_a_split_and_a_revision():
+    name = "Salesforce/wikitext"
+    assert sources.parse_hub(f"hub:{name}:wikitext-2-v1@abc") == (name, "wikitext-2-v1", "train", "abc")
+    assert sources.parse_hub(f"hub:{name}:wikitext-2-v1:test") == (name, "wikitext-2-v1", "test", None)
+    assert sources.parse_hub(f"hub:{name}") == (name, None, "train", None)
     with pytest.raises(UserError, match="hub:OWNER/NAME"):
         sources.parse_hub("hub:")
 

@@ -1,7 +1,9 @@
 """What users get wrong, through the real command line: status 2, one line that names the culprit, nothing left over."""
 
+import argparse
 import dataclasses
 import errno
+import importlib
 import json
 import subprocess
 
@@ -272,6 +274,16 @@ def test_help(capsys, name):
     captured = capsys.readouterr()
     assert "usage: moe-reduce" in captured.out
     assert captured.err == ""
+
+
+@pytest.mark.parametrize("name", __main__.COMMANDS)
+def test_help_describes_every_argument_and_its_default(name):
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"moe_reduce.commands.{name.replace('-', '_')}").add_arguments(parser)
+    for action in parser._actions:
+        assert action.help, action.dest
+        if action.default not in (None, False, [], argparse.SUPPRESS):
+            assert "default:" in action.help, action.dest
 
 
 def test_defects_of_ours_keep_their_traceback(monkeypatch, tmp_path):

@@ -17,10 +17,15 @@ def table(summaries: list[dict[str, Any]]) -> str:
         ("learning rate", [f"{summary['learning_rate']:g}" for summary in summaries]),
         ("validation loss (nats)", [f"{summary['validation']['loss']:.4f}" for summary in summaries]),
         ("validation perplexity", [f"{summary['validation']['perplexity']:.2f}" for summary in summaries]),
+        ("test perplexity", [_test(summary) for summary in summaries]),
         *((name, [_share(summary["measured"], name) for summary in summaries]) for name in measured),
         ("time of a step", [_ratio(first, summary) for summary in summaries]),
     ]
     return align(rows)
+
+
+def _test(summary: dict[str, Any]) -> str:
+    return f"{summary['test']['perplexity']:.2f}" if summary["test"] else "-"
 
 
 def _share(measured: dict[str, float], name: str) -> str:

@@ -18,6 +18,7 @@ from moe_reduce.data.completions import Completions
 from moe_reduce.data.prepare import prepare
 from moe_reduce.data.shards import TokenSource
 from moe_reduce.errors import UserError
+from moe_reduce.inference.evaluate import evaluate
 from moe_reduce.inference.recall import recall
 from moe_reduce.models.decoder import Decoder, abstract_params
 from moe_reduce.models.deltas import ADAPTER
@@ -157,6 +158,7 @@ def _finish(
         "trained_share": trained / total,
         "optimizer_bytes": 8 * trained,  # two moments in fp32
         **figures,
+        "test": _test(run, merged),
         **machine(),
     }
     step = manifest.Step(
@@ -169,6 +171,16 @@ def _finish(
     )
     finish(workdir, merged, step, summary, report)
     return summary
+
+
+def _test(run: AdaptConfig, merged: Model) -> dict[str, Any] | None:
+    """What the merged model makes of the whole of another text."""
+    if run.test_source is None:
+        return None
+    data = dataclasses.replace(
+        run.data, source=run.test_source, validation_source=None, validation_fraction=0.0, completion_field=None
+    )
+    return evaluate(merged, data, run.train.batch_size, None).figures()
 
 
 def _report(

@@ -39,14 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-k", type=int, help="draw from the k most probable tokens")
     parser.add_argument(
-        "--top-p", type=float, default=default.top_p, help="draw from the most probable with this share together"
+        "--top-p",
+        type=float,
+        default=default.top_p,
+        help="draw from the most probable with this share together (default: %(default)s, all)",
     )
     parser.add_argument("--seed", type=int, default=default.seed, help="same seed, same text (default: %(default)s)")
     parser.add_argument("--stop", action="append", default=[], help="end a text before this string; may be repeated")
     parser.add_argument(
-        "--cache-dtype", choices=("auto", "int8"), default=default.cache_dtype, help="auto: the compute dtype"
+        "--cache-dtype",
+        choices=("auto", "int8"),
+        default=default.cache_dtype,
+        help="of keys and values; auto: the compute dtype (default: %(default)s)",
     )
-    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
+    model_arguments.add_compute_dtype(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:

@@ -41,7 +41,13 @@ def add_data(parser: argparse.ArgumentParser, required: bool, purpose: str) -> N
     parser.add_argument("--batch-size", type=int, default=16, help="sequences a batch (default: 16)")
     parser.add_argument("--max-batches", type=int, help="stop after so many (default: the whole corpus)")
     parser.add_argument("--cache", default="runs/tokens", help="where prepared tokens are kept (default: runs/tokens)")
-    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
+    add_compute_dtype(parser)
+
+
+def add_compute_dtype(parser: argparse.ArgumentParser) -> None:
+    """--compute-dtype; `execution` takes it from there."""
+    shown = "what products are computed in (default: %(default)s)"
+    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32", help=shown)
 
 
 def data_config(arguments: argparse.Namespace) -> "DataConfig":

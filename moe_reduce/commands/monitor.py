@@ -25,11 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("--model", action="append", type=Path, default=[], help="a model directory; may be repeated")
     parser.add_argument("--ollama", action="append", default=[], metavar="NAME", help="a model of Ollama; all: each")
-    parser.add_argument("--address", default="http://127.0.0.1:11434", help="of the Ollama server (%(default)s)")
+    parser.add_argument(
+        "--address", default="http://127.0.0.1:11434", help="of the Ollama server (default: %(default)s)"
+    )
     parser.add_argument("--prompt", default="Once upon a time", help="what is continued (default: %(default)r)")
     parser.add_argument("--max-tokens", type=int, default=128, help="tokens of each answer (default: 128)")
     parser.add_argument("--pause", type=float, default=0.5, help="seconds between two looks (default: 0.5)")
-    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
+    model_arguments.add_compute_dtype(parser)
     model_arguments.add_out(parser, "runs/monitor")
 
 

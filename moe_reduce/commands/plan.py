@@ -16,8 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="a model directory instead of a configuration")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a text (default: 1024)")
     parser.add_argument("--batch", type=int, default=1, help="texts that are answered at once (default: 1)")
-    parser.add_argument("--dtype", choices=tuple(BITS), default="bfloat16", help="of the weights that answer")
-    parser.add_argument("--cache-dtype", choices=tuple(CACHE_BITS), default="bfloat16", help="of the KV cache")
+    parser.add_argument(
+        "--dtype", choices=tuple(BITS), default="bfloat16", help="of the weights that answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cache-dtype", choices=tuple(CACHE_BITS), default="bfloat16", help="of the KV cache (default: %(default)s)"
+    )
     parser.add_argument("--device", metavar="NAME", help="must it fit there? rtx5090, h100, v4 and others")
     parser.add_argument("--topology", metavar="NAME", help="compile for a slice, v4:2x2x4, or sum up for GPUs, h100:8")
     parser.add_argument("--variant", action="append", metavar="NAME", help="only this variant; may be repeated")

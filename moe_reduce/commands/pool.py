@@ -10,10 +10,19 @@ from moe_reduce.config import PoolStage, to_dict
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     transforming.add_arguments(parser)
-    parser.add_argument("--start", choices=("lossless", "concat", "random"), default="lossless")
-    parser.add_argument("--score-function", choices=("softmax", "sigmoid"), default="softmax")
     parser.add_argument(
-        "--router", choices=("shared", "layer"), default="shared", help="one for all layers, or one each"
+        "--start", choices=("lossless", "concat", "random"), default="lossless",
+        help="routers side by side that choose as before; without their bias; or new ones (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--score-function", choices=("softmax", "sigmoid"), default="softmax",
+        help="of the pool's routers; sigmoid is only near to lossless (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--router",
+        choices=("shared", "layer"),
+        default="shared",
+        help="one for all layers, or one each (default: %(default)s)",
     )
     parser.add_argument("--bias", type=float, help="against other layers' experts, in logits (default: exact)")
     parser.add_argument("--offset", type=float, default=0.0, help="subtracted before sigmoid scores (default: 0)")

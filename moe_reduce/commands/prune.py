@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", required=True, type=float, help="share of the experts, such as 0.5, or their number")
     parser.add_argument(
         "--scope", choices=("layer", "global"), default="layer",
-        help="the best of each layer, as many in each; or the best of all, which gives layers pools of their own size",
+        help="the best of each layer, as many in each; or the best of all, which gives layers pools of their own size "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--floor", type=int, help="fewest in a layer, with --scope=global (default: those active)")
     parser.add_argument("--protect-super-experts", action="store_true", help="keep experts of outstanding activation")

@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--title", help="of the table that --runs make")
     parser.add_argument("--made-by", help="the command that made --runs, shown above the table")
     parser.add_argument("--document", nargs="+", type=Path, metavar="FILE.md", help="documents to fill")
-    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="where results are kept")
+    parser.add_argument(
+        "--results", type=Path, default=Path("docs/results"), help="where results are kept (default: %(default)s)"
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a document is out of date")
     model_arguments.add_out(parser)
 

@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("--model", required=True, type=Path, help="a mixture of experts, of ours or of Hugging Face")
     model_arguments.add_data(parser, required=True, purpose="what to calibrate on")
-    parser.add_argument("--criteria", default="reap,frequency,max_activation", help="comma separated; or all")
+    parser.add_argument(
+        "--criteria", default="reap,frequency,max_activation", help="comma separated, or all (default: %(default)s)"
+    )
     parser.add_argument("--layer-wise", action="store_true", help="for a model larger than memory: a layer at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the random criterion (default: 0)")
     model_arguments.add_out(parser, "scores.json", what="file")

@@ -4,7 +4,9 @@ Several processes or hosts may prepare the same corpus at once; the first to fin
 """
 
 import contextlib
+import dataclasses
 import hashlib
+import itertools
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -17,7 +19,7 @@ from moe_reduce import disk
 from moe_reduce.config import DataConfig
 from moe_reduce.data import shards, sources
 from moe_reduce.data.completions import UUID_PAIRS, Completions
-from moe_reduce.data.pieces import SPLITS, TRAIN, VALIDATION, pieces, split_pieces
+from moe_reduce.data.pieces import SPLITS, TRAIN, VALIDATION, Piece, pieces, split_pieces
 from moe_reduce.data.rows import TokenRows
 from moe_reduce.data.shards import Manifest, ShardWriter, TokenSource, TokenStore
 from moe_reduce.data.tokenizer_training import train_tokenizer
@@ -38,15 +40,20 @@ def prepare(config: DataConfig, vocab_size: int) -> tuple[TokenSource, Tokenizer
     `vocab_size` is the model's: a tokenizer trained here has exactly that many pieces, a given one at most.
     Raises UserError for every mistake in the configuration or its files, and when the cache cannot be written.
     """
+    of_rows = config.completion_field is not None or config.source.startswith(UUID_PAIRS)
+    if config.validation_source is not None and (of_rows or config.source.endswith(".npy")):
+        raise UserError("data.validation_source is for text: rows are divided by data.validation_fraction")
     if config.source.endswith(".npy"):
         return TokenRows(config, vocab_size), None
-    if config.completion_field is not None or config.source.startswith(UUID_PAIRS):
+    if of_rows:
         if config.tokenizer == TRAIN_A_TOKENIZER:
             raise UserError("completions are learned by a model that has a tokenizer: set data.tokenizer to it")
         tokenizer = _given_tokenizer(config.tokenizer, vocab_size)
         return Completions(config, tokenizer), tokenizer
     given = None if config.tokenizer == TRAIN_A_TOKENIZER else _given_tokenizer(config.tokenizer, vocab_size)
     corpus = sources.corpus_hash(config)
+    if config.validation_source is not None:
+        corpus += sources.corpus_hash(_held_out(config))
     directory = _cache_directory(config, corpus, given.hash if given else f"{TRAIN_A_TOKENIZER} {vocab_size}")
     if not directory.exists():
         _make(config, vocab_size, given, corpus, directory)
@@ -144,7 +151,7 @@ def _append_documents(
 
     A document's end is marked in each split that holds a part of it.
     """
-    found = split_pieces(sources.document_fragments(config), config.validation_fraction)
+    found = _divided(config)
     documents = bytes_of_text = 0
     parts_in: set[str] = set()
     with _progress("tokenizing") as bar:
@@ -163,6 +170,20 @@ def _append_documents(
     if not documents:
         raise UserError(f"data.source={config.source!r} holds no text: give files that are not empty")
     return documents, bytes_of_text
+
+
+def _divided(config: DataConfig) -> Iterator[Piece]:
+    """Every piece of the corpus and what it is for."""
+    fragments = sources.document_fragments(config)
+    if config.validation_source is None:
+        return split_pieces(fragments, config.validation_fraction)
+    held_out = pieces(sources.document_fragments(_held_out(config)))
+    return itertools.chain(pieces(fragments), (dataclasses.replace(piece, split=VALIDATION) for piece in held_out))
+
+
+def _held_out(config: DataConfig) -> DataConfig:
+    assert config.validation_source is not None
+    return dataclasses.replace(config, source=config.validation_source)
 
 
 def _close_quietly(writer: ShardWriter) -> None:

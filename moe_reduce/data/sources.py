@@ -2,7 +2,7 @@
 
     python-stdlib                    source and docstrings of the running Python's standard library (no network)
     PATH[,PATH...]                   files, directories or globs: txt, txt.gz, jsonl, jsonl.gz, jsonl.zst, parquet
-    hub:OWNER/NAME[:CONFIG][@COMMIT] the train split of a data set of the Hugging Face hub, streamed
+    hub:OWNER/NAME[:CONFIG[:SPLIT]][@COMMIT]  a split (train) of a data set of the Hugging Face hub, streamed
     PATH.npy                         token ids, int32 [sequences, T]: no text, see moe_reduce.data.rows
 
 Light imports: tokenizing processes may import this module.
@@ -26,10 +26,11 @@ NOT_LIBRARY = {"site-packages", "test", "tests", "idle_test", "__pycache__"}  # 
 
 
 class HubName(NamedTuple):
-    """The parts of hub:OWNER/NAME[:CONFIG][@COMMIT]."""
+    """The parts of hub:OWNER/NAME[:CONFIG[:SPLIT]][@COMMIT]; the config may be empty."""
 
     name: str
     config: str | None
+    split: str
     revision: str | None
 
 
@@ -126,12 +127,13 @@ def _read(path: Path, config: DataConfig) -> Iterator[Iterable[str]]:
 
 
 def parse_hub(source: str) -> HubName:
-    """hub:OWNER/NAME[:CONFIG][@COMMIT] in its parts; UserError when there is no name."""
+    """hub:OWNER/NAME[:CONFIG[:SPLIT]][@COMMIT] in its parts; UserError when there is no name."""
     rest, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
-    name, _, config = rest.partition(":")
+    name, _, rest = rest.partition(":")
+    config, _, split = rest.partition(":")
     if not name:
-        raise UserError(f"data.source={source!r} names no data set: write hub:OWNER/NAME[:CONFIG][@COMMIT]")
-    return HubName(name, config or None, revision or None)
+        raise UserError(f"data.source={source!r} names no data set: write hub:OWNER/NAME[:CONFIG[:SPLIT]][@COMMIT]")
+    return HubName(name, config or None, split or "train", revision or None)
 
 
 def _hub_documents(config: DataConfig) -> Iterator[Iterable[str]]:
@@ -139,7 +141,7 @@ def _hub_documents(config: DataConfig) -> Iterator[Iterable[str]]:
 
     hub = parse_hub(config.source)
     try:
-        rows = iter(datasets.load_dataset(hub.name, hub.config, split="train", streaming=True, revision=hub.revision))
+        rows = iter(datasets.load_dataset(hub.name, hub.config, split=hub.split, streaming=True, revision=hub.revision))
         number = 0
         while (row := next(rows, None)) is not None:
             number += 1

@@ -9,13 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import psutil
 
-from moe_reduce.training.comparison import save_figure
+from moe_reduce import drawing
 
 SECONDS = 0.5
 NVIDIA = ("nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits")
@@ -83,11 +79,11 @@ def picture(runs: Sequence[tuple[str, Sequence[Sample]]], file: Path) -> None:
     names = [
         name for name in Sample._fields[1:] if any(getattr(one, name) is not None for _, run in runs for one in run)
     ]
-    figure, panels = plt.subplots(len(names), 1, figsize=(8, 2.4 * len(names)), squeeze=False)
+    figure, panels = drawing.panels(len(names), 1, (8, 2.4 * len(names)))
     for axes, name in zip(panels[:, 0], names, strict=True):
         for label, run in runs:
             known = [(one.seconds, getattr(one, name)) for one in run if getattr(one, name) is not None]
             axes.plot([x for x, _ in known], [y for _, y in known], marker=".", label=label)
         axes.set(ylabel=name.replace("_", " "), xlabel="seconds")
     panels[0, 0].legend(fontsize=8)
-    save_figure(figure, file)
+    drawing.save(figure, file)

@@ -3,14 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
+from moe_reduce import drawing
 from moe_reduce.reduction.scores import Scores
-from moe_reduce.training.comparison import entropy, save_figure
+from moe_reduce.training.comparison import entropy
 
 Summary = dict[str, Any]
 
@@ -18,13 +15,13 @@ Summary = dict[str, Any]
 def score_pictures(found: Scores, stem: Path) -> None:
     """STEM-histogram.png and STEM-map.png, a panel a criterion."""
     count = len(found.scores)
-    figure, panels = plt.subplots(1, count, figsize=(4 * count, 3.2), squeeze=False)
+    figure, panels = drawing.panels(1, count, (4 * count, 3.2))
     for axes, (name, values) in zip(panels[0], found.scores.items(), strict=True):
         axes.hist(values.reshape(-1), bins=50)
         axes.set(title=name, xlabel="score", ylabel="experts")
-    save_figure(figure, stem.with_name(f"{stem.name}-histogram.png"))
+    drawing.save(figure, stem.with_name(f"{stem.name}-histogram.png"))
     rows = 2 * count if found.counts_by_layer is not None else count
-    figure, panels = plt.subplots(rows, 1, figsize=(10, 2.2 * rows), squeeze=False)
+    figure, panels = drawing.panels(rows, 1, (10, 2.2 * rows))
     for axes, (name, values) in zip(panels[:count, 0], found.scores.items(), strict=True):
         image = axes.imshow(values, aspect="auto", interpolation="nearest")
         axes.set(title=name, xlabel="expert", ylabel="layer" if len(values) > 1 else "pool")
@@ -36,12 +33,12 @@ def score_pictures(found: Scores, stem: Path) -> None:
         figure.colorbar(image, ax=axes)
         for unused in panels[count + 1 :, 0]:
             unused.remove()
-    save_figure(figure, stem.with_name(f"{stem.name}-map.png"))
+    drawing.save(figure, stem.with_name(f"{stem.name}-map.png"))
 
 
 def ladder_picture(summaries: dict[str, Summary], file: Path) -> None:
     """Validation loss against the share of the experts kept: a line for each reduction, its best at each share."""
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure, [[axes]] = drawing.panels()
     for number, (name, summary) in enumerate(summaries.items()):
         first = summary["stages"][0]["experts"]
         best: dict[float, float] = {}
@@ -56,12 +53,12 @@ def ladder_picture(summaries: dict[str, Summary], file: Path) -> None:
     axes.set(xlabel="experts kept (%)", ylabel="validation loss (nats a token)", xlim=(105, 0))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    save_figure(figure, file)
+    drawing.save(figure, file)
 
 
 def reduction_picture(stages: list[Summary], file: Path) -> None:
     """Loss, router entropy, expert use by layer before and after, and how many layers each expert serves."""
-    figure, panels = plt.subplots(2, 3, figsize=(15, 7.5))
+    figure, panels = drawing.panels(2, 3, (15, 7.5))
     names = [stage["name"] for stage in stages]
     places = range(len(stages))
     _steps(panels[0, 0], names, [stage["validation"]["loss"] for stage in stages], "validation loss (nats a token)")
@@ -84,7 +81,7 @@ def reduction_picture(stages: list[Summary], file: Path) -> None:
         )
     panels[1, 2].set(xlabel="layers that an expert serves", ylabel="share of the experts")
     panels[1, 2].legend(fontsize=8)
-    save_figure(figure, file)
+    drawing.save(figure, file)
 
 
 def _is_pool(stage: Summary) -> bool:

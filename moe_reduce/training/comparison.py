@@ -1,17 +1,12 @@
 """Runs side by side: the table, the picture, and one summary of all."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 
+from moe_reduce import drawing
 from moe_reduce.training.metrics import read
 
 Summary = dict[str, Any]
@@ -76,7 +71,7 @@ def align(rows: list[tuple[str, list[str]]]) -> str:
 
 def plot(workdirs: dict[str, Path], file: Path) -> None:
     """Training (thin) and validation (thick) loss of every run against steps."""
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure, [[axes]] = drawing.panels()
     for index, (name, workdir) in enumerate(workdirs.items()):
         lines = read(workdir / "metrics.jsonl")
         for split, (alpha, linewidth) in (("train", (0.3, 0.8)), ("validation", (1.0, 2.0))):
@@ -89,13 +84,4 @@ def plot(workdirs: dict[str, Path], file: Path) -> None:
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    save_figure(figure, file)
-
-
-def save_figure(figure: Figure, file: Path) -> None:
-    """As PNG, whole or not at all; the figure is closed."""
-    figure.tight_layout()
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
-    temporary.replace(file)
+    drawing.save(figure, file)
