@@ -6,6 +6,7 @@ EXPORT = ["flatbuffers>=25.0", "jax2onnx>=0.17", "onnx>=1.20", "onnxruntime>=1.2
 CHAT = ["jinja2>=3.1"]
 EVALUATE = ["lm-eval>=0.4.9"]
 MONITOR = ["psutil>=5.9"]
+NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10"]
 
 setup(
     name="moe_reduce",
@@ -34,12 +35,14 @@ setup(
         "chat": CHAT,
         "evaluate": EVALUATE,
         "monitor": MONITOR,
+        "notebooks": NOTEBOOKS,
         "export": EXPORT,
         "tpu": ["libtpu>=0.0.40"],
         "test": [
             *CHAT,
             *EVALUATE,
             *MONITOR,
+            *NOTEBOOKS,
             *EXPORT,
             "basedpyright>=1.31",
             "peft>=0.17",

@@ -136,12 +136,12 @@ def _adaptations(groups: dict[str, list[Measured]], title: str, out: Path) -> di
     asked = any(one.summary["measured"] for runs in groups.values() for one in runs)
     curves = {name: [_learning(one, asked) for one in runs] for name, runs in groups.items()}
     steps = [step for step, _ in next(iter(curves.values()))[0]]
-    rows, best = [], {}
+    rows, best, names = [], {}, []
     for (method, trained), rates in sorted(sizes.items(), key=lambda item: item[0][1]):
         swept = set.intersection(*({one.summary["seed"] for one in runs} for runs in rates))
         runs = min(rates, key=lambda one: _badness([run for run in one if run.summary["seed"] in swept] or one))
-        name = next(name for name, found in groups.items() if found is runs)
-        best[f"{method} {trained:,}"] = curves[name][0]
+        names.append(next(name for name, found in groups.items() if found is runs))
+        best[f"{method} {trained:,}"] = curves[names[-1]][0]
         rows.append(
             [
                 method,
@@ -150,7 +150,7 @@ def _adaptations(groups: dict[str, list[Measured]], title: str, out: Path) -> di
                 _size(runs[0].summary["adapter"]),
                 f"{runs[0].summary['learning_rate']:g} of {len(rates)}",
                 str(len(runs)),
-                *(_recalls(runs, curves[name], steps) if asked else _perplexities(runs)),
+                *(_recalls(runs, curves[names[-1]], steps) if asked else _perplexities(runs)),
             ]
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def _adaptations(groups: dict[str, list[Measured]], title: str, out: Path) -> di
         name: [one.summary | {"curve": curve} for one, curve in zip(runs, curves[name], strict=True)]
         for name, runs in groups.items()
     }
-    return {"columns": columns, "rows": rows, "runs": kept}
+    return {"columns": columns, "rows": rows, "best": names, "runs": kept}
 
 
 def _learning(one: Measured, asked: bool) -> list[list[float]]:

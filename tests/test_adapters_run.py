@@ -117,6 +117,28 @@ def test_merge_gives_what_adapt_gave(finished, tmp_path, capsys):
     assert not (tmp_path / "twice").exists()
 
 
+def test_inspect_says_which_inputs_are_what_they_were(finished, tmp_path, capsys):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(finished / "base", base)
+    shutil.copytree(finished / "run/adapter", adapter)
+    assert main(["merge", f"--model={base}", f"--adapter={adapter}", f"--out={tmp_path / 'merged'}"]) == 0
+
+    def states(*more):
+        capsys.readouterr()
+        assert main(["inspect", f"--model={tmp_path / 'merged'}", *more]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("merge: ")]
+        return line.partition("from ")[2]
+
+    assert states() == f"{base}, {adapter}"
+    assert states("--verify") == f"{base} (unchanged), {adapter} (unchanged)"
+    (adapter / "adapter.safetensors").write_bytes((adapter / "adapter.safetensors").read_bytes() + b"x")
+    (base / "manifest.json").write_text((base / "manifest.json").read_text() + " ")
+    assert states("--verify") == f"{base} (changed since), {adapter} (changed since)"
+    shutil.rmtree(base)
+    (adapter / "adapter.json").unlink()
+    assert states("--verify") == f"{base} (not here any more), {adapter} (cannot be checked)"
+
+
 def test_a_report_that_fails_stops_the_merge(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(package, "TOLERANCES", {"float32": 0.0})
     arguments = [f"--model={finished / 'base'}", f"--adapter={finished / 'run/adapter'}", f"--out={tmp_path / 'out'}"]

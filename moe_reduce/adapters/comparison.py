@@ -25,7 +25,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
 
 
 def _test(summary: dict[str, Any]) -> str:
-    return f"{summary['test']['perplexity']:.2f}" if summary["test"] else "-"
+    return f"{summary['test']['perplexity']:.2f}" if summary.get("test") else "-"
 
 
 def _share(measured: dict[str, float], name: str) -> str:

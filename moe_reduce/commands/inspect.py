@@ -1,18 +1,24 @@
 """moe-reduce inspect: what a model directory holds and how it came to be; headers only unless asked."""
 
 import argparse
+import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_reduce.commands import model_arguments
 from moe_reduce.errors import UserError
+
+if TYPE_CHECKING:
+    from moe_reduce.storage.manifest import Input, Step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("--model", required=True, type=Path, help="a model directory of ours or of Hugging Face")
-    parser.add_argument("--verify", action="store_true", help="read every file and check the hashes of manifest.json")
+    parser.add_argument(
+        "--verify", action="store_true", help="read every file, and check every hash of the manifest and its chain"
+    )
     parser.add_argument("--json", action="store_true", help="for machines")
 
 
@@ -45,7 +51,7 @@ def describe(directory: Path, verify: bool) -> dict[str, Any]:
         "dtypes": sorted({str(entry.dtype) for entry in files.entries.values()}),
         "bytes": sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in files.entries.values()),
         "tensors": len(files.entries),
-        "chain": [_link(step) for step in manifest.read_chain(directory)],
+        "chain": [_link(step, verify) for step in manifest.read_chain(directory)],
     }
     if verify:
         problems = manifest.verify(directory)
@@ -55,6 +61,27 @@ def describe(directory: Path, verify: bool) -> dict[str, Any]:
     return content
 
 
-def _link(step: Any) -> str:
+def _link(step: "Step", verify: bool) -> str:
     quality = "" if not step.quality else f", validation {step.quality}"
-    return f"{step.command}: {step.parameters_before:,} -> {step.parameters_after:,} parameters{quality}"
+    origins = ", ".join(f"{entry.path} ({_state(entry)})" if verify else entry.path for entry in step.inputs)
+    counts = f"{step.parameters_before:,} -> {step.parameters_after:,} parameters"
+    return f"{step.command}: {counts}{quality}" + (f", from {origins}" if origins else "")
+
+
+def _state(entry: "Input") -> str:
+    """Whether what a step read, a model directory, an adapter or a file, is still what it read."""
+    from moe_reduce.adapters.storage import DESCRIPTION
+    from moe_reduce.storage import manifest
+
+    place = Path(entry.path)
+    if place.is_file():
+        found = manifest.sha256_of_file(place)
+    elif (place / DESCRIPTION).is_file():
+        described = json.loads((place / DESCRIPTION).read_text())
+        whole = all(manifest.sha256_of_file(place / name) == hashed for name, hashed in described["files"].items())
+        found = described["digest"] if whole else ""
+    elif (place / "config.json").is_file():
+        found = manifest.input_of(place).sha256
+    else:
+        return "not here any more" if not place.exists() else "cannot be checked"
+    return "unchanged" if found == entry.sha256 else "changed since"

@@ -1,0 +1,36 @@
+"""The notebooks, run from beginning to end as a user's Jupyter does, each in a directory of its own."""
+
+import ast
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+OF_TESTS = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # of tests/conftest.py: eight devices, slow code
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_notebook_runs_and_ends_in_a_picture(file, tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")  # by which a notebook finds the project's root
+    notebook = nbformat.read(file, as_version=4)
+    environment = {name: value for name, value in os.environ.items() if name not in OF_TESTS}
+    place = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=600, resources=place).execute(env=environment | {"PYTHONPATH": str(ROOT)})
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+    assert "image/png" in [*outputs[-1].get("data", {}), *outputs[-2].get("data", {})]
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_notebook_defines_nothing_and_is_kept_without_outputs(file):
+    notebook = nbformat.read(file, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            nodes = ast.walk(ast.parse(cell.source))
+            assert not [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)]
