@@ -6,7 +6,7 @@ rates. For Pythia-160M: --config.model=DIR, --config.data.source=uuid-pairs:1100
 budget of 0.002 (LoRA r=8: 294,912 parameters; SkeMA k=116: 322,944).
 Cost: three minutes a variant on one core. Expected: docs/adapters.md.
 Command: ./launch/adapters.sh, or
-moe-reduce adapt --config=configs/adapt_uuid.py --workdir=runs/adapt_uuid --variant=skema_100_in_10k_1e-02
+moe-reduce adapt --config=configs/adapt_uuid.py --workdir=runs/adapt_uuid --variant=skema_100_rate_300
 """
 
 import ml_collections
@@ -35,13 +35,13 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def variants() -> dict:
-    """Method, budget and rate -> the keys that they set."""
+    """Method, budget and rate, both in ten-thousandths -> the keys that they set."""
     found = {}
     for budget in BUDGETS:
         for method in ("lora", "skema") if budget > BUDGETS[0] else ("skema",):
             for rate in RATES:
                 keys = {"adapter": {"method": method}, "budget": budget, "train": {"learning_rate": rate}}
-                found[f"{method}_{10_000 * budget:.0f}_in_10k_{rate:.0e}"] = keys
+                found[f"{method}_{10_000 * budget:.0f}_rate_{10_000 * rate:.0f}"] = keys
     for rate in FULL_RATES:
-        found[f"full_{rate:.0e}"] = {"adapter": None, "budget": None, "train": {"learning_rate": rate}}
+        found[f"full_rate_{10_000 * rate:.0f}"] = {"adapter": None, "budget": None, "train": {"learning_rate": rate}}
     return found

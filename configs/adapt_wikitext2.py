@@ -3,7 +3,7 @@
 The learning rate is chosen on the validation text, and the test text is read once, by the finished model.
 Cost: four minutes a variant on one core, a third of an epoch. Expected: docs/adapters.md.
 Command: ./launch/adapters.sh, or
-moe-reduce adapt --config=configs/adapt_wikitext2.py --workdir=runs/adapt_wikitext2 --variant=skema_100_in_10k_1e-02
+moe-reduce adapt --config=configs/adapt_wikitext2.py --workdir=runs/adapt_wikitext2 --variant=skema_100_rate_300
 Data: ../shared/data/wikitext-2 where it is there; elsewhere --config.data.source=hub:Salesforce/wikitext:wikitext-2-v1,
 --config.data.validation_source=hub:Salesforce/wikitext:wikitext-2-v1:validation, --config.test_source=…:test.
 """

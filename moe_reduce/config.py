@@ -347,6 +347,9 @@ def parse(config: ml_collections.ConfigDict, reader: Callable[[dict[str, Any]], 
         return {"": reader(raw)}
     if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
         raise UserError(f"config key variants must map names to groups of keys, got {variants!r}")
+    for name in variants:
+        if not name.isidentifier():  # which --config.variants.NAME.key=value could not name
+            raise UserError(f"variant {name!r} must be a word of letters, digits and _ that starts with no digit")
     return {name: reader(config_dict.merge(raw, changes, f"variants.{name}")) for name, changes in variants.items()}
 
 

@@ -126,6 +126,7 @@ FILES = {
     "unknown key of a variant": ("config.variants = {'big': {'model': {'wdith': 3}}}", "variants.big.model.wdith"),
     "variants are no groups": ("config.variants = {'big': 3}", "config key variants"),
     "a variant that cannot be": ("config.variants = {'big': {'model': {'layers': 0}}}", "model.layers"),
+    "a variant that no key could name": ("config.variants = {'1e-2': {}}", "variant '1e-2'"),
 }
 
 

@@ -17,7 +17,7 @@ from transformers_models import written
 import moe_reduce
 from moe_reduce.__main__ import main
 from moe_reduce.adapters import adapter as adapters
-from moe_reduce.config import ExecutionConfig, GenerateConfig
+from moe_reduce.config import ExecutionConfig, GenerateConfig, MeshConfig
 from moe_reduce.data.tokenizer_training import train_tokenizer
 from moe_reduce.data.tokenizers import load_tokenizer
 from moe_reduce.errors import UserError
@@ -28,6 +28,8 @@ from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.inference.text import Continuation, complete, end_ids, stream
 from moe_reduce.models import cache, deltas
 from moe_reduce.storage.model import Model
+from moe_reduce.training.compiled import collectives
+from moe_reduce.training.sharding import make_mesh
 
 PROMPTS = [[5, 7, 9], list(range(20)), [1]]
 LENGTHS = [3, 7]
@@ -127,6 +129,42 @@ def test_unequal_prompts_are_continued_as_each_alone(kind, platform):
     together = generate(model, PROMPTS, settings)
     assert together == [generate(model, [prompt], settings)[0] for prompt in PROMPTS]
     assert together == [whole_greedy(model_of(kind, platform), prompt, 8) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "cache_dtype", "compute_dtype"),
+    [
+        ("dense", "cpu", "auto", "float32"), ("neox", "tpu", "auto", "float32"), ("pool", "cpu", "auto", "float32"),
+        ("layer", "tpu", "auto", "float32"), ("dense", "tpu", "int8", "float32"), ("shared", "cpu", "auto", "bfloat16"),
+    ],
+)  # fmt: skip
+def test_two_devices_make_the_text_of_one_and_gather_no_weight(kind, platform, cache_dtype, compute_dtype):
+    model, mesh = model_of(kind, platform, compute_dtype=compute_dtype), make_mesh(MeshConfig(data=1, tensor=2))
+    settings = GenerateConfig(max_tokens=40, cache_dtype=cache_dtype)
+    prepared = ready(model, mesh)
+    found = generate(prepared, PROMPTS, settings)
+    if compute_dtype == "float32":  # else sums in another order may change a choice
+        assert found == generate(model, PROMPTS, settings)
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(prepared.variables)} == {2}
+    _, program, arguments, places = generation._arguments(prepared, PROMPTS, settings)
+    choice = generation._choice(settings)
+    with prepared.place():
+        state, _ = generation._prefill(program, places, prepared.variables, *arguments, choice)
+        text = generation._decode.lower(program, prepared.variables, state, choice, jnp.int32(1)).compile().as_text()
+    moved = collectives(text)
+    assert moved["all-reduce"]["bytes"] > 0
+    assert moved.get("all-gather", {"bytes": 0})["bytes"] < model.config.width**2  # of one square matrix, at least 2
+
+
+def test_the_command_splits_a_model(directory, capsys):
+    arguments = ["generate", f"--model={directory}", "--prompt=one two", "--max-tokens=5"]
+    assert main(arguments) == 0
+    whole = capsys.readouterr().out
+    assert main([*arguments, "--tensor=2"]) == 0
+    assert capsys.readouterr().out == whole
+    for value, part in (("0", "--tensor must be positive"), ("3", "must be a multiple of mesh.tensor (3)")):
+        assert main([*arguments, f"--tensor={value}"]) == 2
+        assert part in capsys.readouterr().err
 
 
 def test_an_active_adapter_takes_part():

@@ -3,7 +3,11 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +16,15 @@ from jax.sharding import PartitionSpec
 from training_runs import MODELS, run_config, token_data
 
 from moe_reduce.__main__ import main
-from moe_reduce.config import MeshConfig
-from moe_reduce.models.decoder import abstract_params
+from moe_reduce.adapters.adapter import abstract
+from moe_reduce.config import AdapterConfig, ExecutionConfig, MeshConfig
+from moe_reduce.models.decoder import abstract_params, init_params
 from moe_reduce.planning import count
+from moe_reduce.storage.model import Model, save
 from moe_reduce.training import compiled, footprint, sharding
 from moe_reduce.training.run import pretraining
 
+ROOT = Path(__file__).parent.parent
 WIDE = {"fsdp": 2, "expert": 2}
 
 
@@ -149,6 +156,33 @@ def test_each_stage_of_a_reduction_is_planned(capsys):
     experts = 3 * 2048 * 768 * 2 // 8  # bytes of one expert in bf16, an eighth of them on each device
     lost = before["estimated_bytes"]["frozen_parameters"] - after["estimated_bytes"]["frozen_parameters"]
     assert lost == pytest.approx((6144 - 600) * experts, rel=1e-3)
+
+
+def test_an_adaptation_is_planned_with_its_adapter_alone_in_the_optimiser(tmp_path, tiny_dense, capsys):
+    save(Model(tiny_dense, init_params(tiny_dense, jax.random.key(0)), ExecutionConfig()), tmp_path / "base")
+    config = ["--config=configs/adapt_uuid.py", f"--config.model={tmp_path / 'base'}", "--topology=h100:4"]
+    name = "lora_100_rate_100"
+    status, plans = plan(capsys, *config, f"--variant={name}", f"--config.variants.{name}.budget=0.1")
+    assert status == 0, plans
+    (found,) = plans.values()
+    adapted = count({"adapter": abstract(AdapterConfig(targets="q,o", rank=6), tiny_dense)})
+    assert 0 < found["estimated_bytes"]["trained_parameters"] <= 4 * adapted
+    assert found["estimated_bytes"]["optimizer"] < 2.1 * found["estimated_bytes"]["trained_parameters"]
+    assert found["estimated_bytes"]["frozen_parameters"] >= 2 * count(abstract_params(tiny_dense))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu: pip install -e '.[tpu]'")
+def test_a_step_is_compiled_for_a_slice_that_is_not_here():
+    """In a process of its own: the compiler for TPU and the simulated devices of these tests keep apart."""
+    arguments = ["plan", "--json", f"--config={ROOT / 'configs/shared_moe_50m.py'}", "--topology=v4:2x2x1"]
+    sizes = ["--config.train.batch_size=16", "--config.model.layers=2"]
+    words = [sys.executable, "-m", "moe_reduce", *arguments, *sizes]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | {"XLA_FLAGS": ""})
+    (found,) = json.loads(done.stdout).values()
+    assert found["fits"]
+    assert found["devices"] == 8
+    assert found["collectives"]["all-reduce"]["bytes"] > 0
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from moe_reduce.storage import manifest
 from moe_reduce.storage.hf_config import read_config
 from moe_reduce.storage.model import Model, load
 from moe_reduce.training import sharding, steps
+from moe_reduce.training.footprint import stored
 from moe_reduce.training.losses import collapse, evaluator, predict
 from moe_reduce.training.run import Job, begin, describe, finish, fit, machine, writing
 from moe_reduce.training.task import Task, every_leaf, never, nothing_else
@@ -96,10 +97,8 @@ def _trains(config: AdapterConfig, path: str) -> bool:
 def _resolved(run: AdaptConfig) -> tuple[AdaptConfig, ModelConfig]:
     """No `auto`, `train` or budget left, and the architecture of the base."""
     config, _ = read_config(Path(run.model))
-    chosen = run.adapter
-    if run.budget is not None and chosen is not None:
-        allowed = int(run.budget * planning.count(abstract_params(config)))
-        chosen = within_budget(chosen, config, allowed)
+    chosen, allowed = _sized(run, config)
+    if allowed is not None and chosen is not None:
         size = f"sketch_width={chosen.sketch_width}" if chosen.method == "skema" else f"rank={chosen.rank}"
         used = sum(parameters(chosen, target) for target in targets_of(chosen, config))
         print(
@@ -123,6 +122,24 @@ def _resolved(run: AdaptConfig) -> tuple[AdaptConfig, ModelConfig]:
         data=dataclasses.replace(run.data, tokenizer=tokenizer),
     )
     return resolved, config
+
+
+def _sized(run: AdaptConfig, config: ModelConfig) -> tuple[AdapterConfig | None, int | None]:
+    """(the adapter with its rank or width, the parameters that a budget allows it)."""
+    if run.budget is None or run.adapter is None:
+        return run.adapter, None
+    allowed = int(run.budget * planning.count(abstract_params(config)))
+    return within_budget(run.adapter, config, allowed), allowed
+
+
+def planned_job(run: AdaptConfig, config: ModelConfig, dtype: Any) -> Job:
+    """What an adaptation trains, on abstract leaves of a dtype. config: of the base; run.execution: resolved."""
+    sized = dataclasses.replace(run, adapter=_sized(run, config)[0], budget=None)
+    params = stored(config, dtype)
+    if sized.adapter is not None:
+        params[ADAPTER] = adapters.abstract(sized.adapter, config)
+        _check_tensor_axis(sized, config)
+    return Job(adapt_task(sized, config), config, params, run.execution, run.data, run.train)
 
 
 def _as_stored(params: Any, before: Any) -> dict[str, Any]:

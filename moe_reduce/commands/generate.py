@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of keys and values; auto: the compute dtype (default: %(default)s)",
     )
     model_arguments.add_compute_dtype(parser)
+    model_arguments.add_tensor(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
@@ -66,9 +67,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     tokenizer, prompts = _prompts(arguments)
     rows = [Continuation(tokenizer, prompt, arguments.stop) for prompt in prompts]
     _check(prompts, model_arguments.directory_config(arguments.model), arguments.max_tokens)
-    model = model_arguments.load_model(arguments)
+    mesh = model_arguments.tensor_mesh(arguments)
+    model = model_arguments.load_model(arguments, mesh)
     settings = _settings(arguments, end_ids(model, tokenizer))
-    model = ready(model)  # which may be a copy: what was loaded is not held any longer
+    model = ready(model, mesh)  # which may be a copy: what was loaded is not held any longer
     _print(model, rows, settings)
     if len(rows) == 1:
         return ""

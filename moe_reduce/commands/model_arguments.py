@@ -12,6 +12,8 @@ from moe_reduce.config import ModelConfig
 from moe_reduce.errors import UserError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from moe_reduce.config import DataConfig, ExecutionConfig
     from moe_reduce.storage.model import Model
 
@@ -79,11 +81,44 @@ def execution(arguments: argparse.Namespace) -> "ExecutionConfig":
     return wanted.resolve(jax.default_backend())
 
 
-def load_model(arguments: argparse.Namespace) -> "Model":
-    """--model, whole."""
+def load_model(arguments: argparse.Namespace, mesh: "Mesh | None" = None) -> "Model":
+    """--model, whole, or on a mesh, each device its own part."""
     from moe_reduce import load
 
-    return load(arguments.model, execution=execution(arguments))
+    if mesh is None:
+        return load(arguments.model, execution=execution(arguments))
+    from moe_reduce.models.decoder import abstract_params
+    from moe_reduce.training import sharding
+
+    places = sharding.shardings(mesh, abstract_params(directory_config(arguments.model)))
+    return load(arguments.model, execution=execution(arguments), shardings=places)
+
+
+def add_tensor(parser: argparse.ArgumentParser) -> None:
+    """--tensor; `tensor_mesh` takes it from there."""
+    shown = "devices that each matrix is split over; on a CPU so many cores, each a device (default: %(default)s)"
+    parser.add_argument("--tensor", type=int, default=1, help=shown)
+
+
+def tensor_mesh(arguments: argparse.Namespace) -> "Mesh | None":
+    """The mesh of --tensor devices, for a model that they divide; None for one device. Before anything asks jax."""
+    import contextlib
+
+    import jax
+
+    from moe_reduce import validation
+    from moe_reduce.config import MeshConfig
+    from moe_reduce.training import sharding
+
+    if arguments.tensor < 1:
+        raise UserError(f"--tensor must be positive, got {arguments.tensor}")
+    if arguments.tensor == 1:
+        return None
+    wanted = MeshConfig(data=1, tensor=arguments.tensor)
+    validation.check_mesh(wanted, directory_config(arguments.model))
+    with contextlib.suppress(RuntimeError):  # jax has looked at its devices already, and their number is fixed
+        jax.config.update("jax_num_cpu_devices", arguments.tensor)
+    return sharding.make_mesh(wanted)
 
 
 def batches(arguments: argparse.Namespace, vocab_size: int) -> Iterator[Any]:

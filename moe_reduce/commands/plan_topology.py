@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from moe_reduce.adapters import run as adapters
 from moe_reduce.commands import model_arguments
 from moe_reduce.config import AdaptConfig, ReduceConfig, RunConfig
 from moe_reduce.errors import UserError
@@ -33,10 +34,11 @@ def _jobs(run: RunConfig | ReduceConfig | AdaptConfig, stages: list[str] | None)
     if isinstance(run, RunConfig):
         yield "", pretraining(run)
         return
-    if isinstance(run, AdaptConfig):
-        raise UserError("--topology plans training and reductions, not adaptations")
-    first = run.architecture or model_arguments.directory_config(Path(run.model))
     dtype = "bfloat16" if run.dtype == "stored" else run.dtype
+    if isinstance(run, AdaptConfig):
+        yield "", adapters.planned_job(run, model_arguments.directory_config(Path(run.model)), dtype)
+        return
+    first = run.architecture or model_arguments.directory_config(Path(run.model))
     known = dict(planned_jobs(first, run, dtype))
     for name in stages or known:
         if name not in known:

@@ -3,8 +3,12 @@
 Prompts are read at once (prefill) and continued in a loop within jit (decode), each compiled once for each number of
 prompts and bucket of lengths. Rows are padded on the right, and each has its own positions: a pad is never seen. Its
 place lies behind all that a row has read, until the row's own next token takes that place.
+
+On a mesh every matrix is split along `tensor`, and the cache with its heads: each device reads its own part of the
+weights.
 """
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
@@ -15,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from moe_reduce import trees, validation
 from moe_reduce.config import DISPATCH_BY_PLATFORM, ExecutionConfig, GenerateConfig, ModelConfig
@@ -23,6 +28,7 @@ from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.models import cache, deltas
 from moe_reduce.models.decoder import Decoder, unstacked
 from moe_reduce.storage.model import Model
+from moe_reduce.training import sharding
 
 STEPS = 32  # tokens between two looks at what was made
 LEAST_BUCKET = 16
@@ -41,11 +47,16 @@ class Ready:
     config: ModelConfig
     execution: ExecutionConfig
     variables: dict[str, Any]
+    mesh: Mesh | None = None
 
     @property
     def stacked(self) -> bool:
         """Whether layers are computed in one scan."""
         return self.execution.platform != "cpu"
+
+    def place(self) -> contextlib.AbstractContextManager[Any]:
+        """In which its programs are compiled and run."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
 class Program(NamedTuple):
@@ -92,12 +103,14 @@ def chunks(
     """As `generate`, piece by piece: the first id of every row, then up to `steps` further ones at a time."""
     found, program, arguments, places = _arguments(model, prompts, settings)
     choice = _choice(settings)
-    state, first_B = _prefill(program, places, found.variables, *arguments, choice)
+    with found.place():
+        state, first_B = _prefill(program, places, found.variables, *arguments, choice)
     yield _rows(np.asarray(first_B)[:, None])
     made = 1
     while made < settings.max_tokens and not np.all(np.asarray(state.ended_B)):
         count = min(steps, STEPS, settings.max_tokens - made)
-        state, ids_BX = _decode(program, found.variables, state, choice, jnp.int32(count))
+        with found.place():
+            state, ids_BX = _decode(program, found.variables, state, choice, jnp.int32(count))
         yield _rows(np.asarray(ids_BX)[:, :count])
         made += count
 
@@ -106,25 +119,33 @@ def compile_for(model: Ready, prompts: Sequence[Sequence[int]], settings: Genera
     """What `chunks` would otherwise compile at its first use; runs nothing."""
     found, program, arguments, places = _arguments(model, prompts, settings)
     choice = _choice(settings)
-    prefill = _prefill.lower(program, places, found.variables, *arguments, choice)
-    prefill.compile()
-    state, _ = prefill.out_info
-    _decode.lower(program, found.variables, state, choice, jnp.int32(1)).compile()
+    with found.place():
+        prefill = _prefill.lower(program, places, found.variables, *arguments, choice)
+        prefill.compile()
+        state, _ = prefill.out_info
+        _decode.lower(program, found.variables, state, choice, jnp.int32(1)).compile()
 
 
-def ready(model: Model | Ready) -> Ready:
-    """The model with its matrices in the compute dtype and, on a CPU, its layers apart: a copy where it is neither."""
+def ready(model: Model | Ready, mesh: Mesh | None = None) -> Ready:
+    """The model with its matrices in the compute dtype and, on a CPU, its layers apart: a copy where it is neither.
+
+    mesh: with sizes of 1 but for `tensor`. Raises UserError when it does not divide the model.
+    """
     if isinstance(model, Ready):
         return model
     execution = dataclasses.replace(model.execution, remat="none", expert_gradients=False, attention="xla")
     if execution.dispatch == "capacity":  # what a token's experts are must not depend on the other rows
         execution = dataclasses.replace(execution, dispatch=DISPATCH_BY_PLATFORM[execution.platform])
-    params: Any = {name: tree for name, tree in model.params.items() if name != deltas.ADAPTER}
+    given = model.params
+    if mesh is not None:
+        execution = dataclasses.replace(execution, products="plain")  # a pinned operand would be gathered first
+        given = jax.tree.map(jax.device_put, given, sharding.shardings(mesh, given))
+    params: Any = {name: tree for name, tree in given.items() if name != deltas.ADAPTER}
     flat = {path: leaf for path, leaf in trees.flatten(params).items() if MATRIX.fullmatch(path)}
     params = trees.update(params, {path: jnp.asarray(leaf, execution.compute_dtype) for path, leaf in flat.items()})
-    adapter = {name: model.params[name] for name in model.params if name == deltas.ADAPTER}
+    adapter = {name: given[name] for name in given if name == deltas.ADAPTER}
     variables = deltas.variables(params | adapter)
-    found = Ready(model.config, execution, variables)
+    found = Ready(model.config, execution, variables, mesh)
     return found if found.stacked else dataclasses.replace(found, variables=unstacked(variables))
 
 
@@ -189,7 +210,7 @@ def _prefill(program: Program, places: int, variables: Any, tokens_BT, lengths_B
     filled = cache.of_prompts(sown[cache.KEYS_VALUES], places, quantised, program.stacked)
     ended_B = jnp.zeros(lengths_B.shape, bool)
     state = State(filled, lengths_B, lengths_B - 1, ended_B, jnp.int32(0))
-    return _next(program, state, logits_B1V, choice)
+    return _settled(program, *_next(program, state, logits_B1V, choice))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -217,7 +238,16 @@ def _decode(program: Program, variables: Any, state: State, choice: Choice, step
 
     ids_BX = jnp.full((state.last_B.shape[0], STEPS), NOTHING, jnp.int32)
     _, state, ids_BX = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, ids_BX))
-    return state, ids_BX
+    return _settled(program, state, ids_BX)
+
+
+def _settled(program: Program, state: State, ids: jax.Array) -> tuple[State, jax.Array]:
+    """As every call of a program leaves them on a mesh, so that the next needs no other one: a cache by its heads."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return state, ids
+    heads = PartitionSpec(*(None,) * (2 if program.stacked else 1), "tensor")
+    rest, ids = jax.lax.with_sharding_constraint((state._replace(cache={}), ids), PartitionSpec())
+    return rest._replace(cache=jax.lax.with_sharding_constraint(state.cache, heads)), ids
 
 
 def _next(program: Program, state: State, logits_B1V: jax.Array, choice: Choice) -> tuple[State, jax.Array]:

@@ -26,6 +26,7 @@ from moe_reduce.reduction.files import originals
 from moe_reduce.reduction.selection import Kept
 from moe_reduce.storage.model import Model
 from moe_reduce.training import sharding
+from moe_reduce.training.footprint import stored
 from moe_reduce.training.run import Job, fit
 from moe_reduce.training.task import TEACHER
 
@@ -191,28 +192,20 @@ def _reads_first(stage: TuneStage) -> bool:
     return stage.objective == "router" or stage.teacher_weight > 0
 
 
-def _stored(config: ModelConfig, dtype: Any) -> dict[str, Any]:
-    """Abstract leaves as a reduction holds them: routers in fp32, in which they are computed."""
-    full = trees.flatten(abstract_params(config))
-    return trees.map_with_path(
-        lambda path, leaf: full[path] if "router" in path else leaf, abstract_params(config, dtype)
-    )
-
-
 def planned_jobs(first: ModelConfig, run: ReduceConfig, dtype: Any) -> Iterator[tuple[str, Job]]:
     """(name, what it trains) of each tune stage, on abstract leaves of a dtype; run.execution: resolved."""
     for name, config in configurations(first, run):
         stage = run.stages[name]
         if not isinstance(stage, TuneStage):
             continue
-        params = _stored(config, dtype)
+        params = stored(config, dtype)
         if stage.adapter is not None:
             params[ADAPTER] = adapters.abstract(stage.adapter, config)
         foreign_NE = None
         if stage.bias_from is not None:
             home_E = np.arange(scores.moe_of(config).experts) * config.layers // scores.moe_of(config).experts
             foreign_NE = home_E[None] != np.arange(config.layers)[:, None]
-        others = {TEACHER: _stored(first, dtype)} if _reads_first(stage) else {}
+        others = {TEACHER: stored(first, dtype)} if _reads_first(stage) else {}
         task = tuning.tuning_task(config, first, stage, run.execution, run.balance, foreign_NE)
         yield name, Job(task, config, params, run.execution, run.data, stage.schedule(run.train), others)
 

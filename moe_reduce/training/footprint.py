@@ -9,11 +9,21 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from moe_reduce import trees
+from moe_reduce.config import ModelConfig
+from moe_reduce.models.decoder import abstract_params
 from moe_reduce.training import sharding, steps
 from moe_reduce.training.run import Job
 from moe_reduce.training.task import Params, join, partition
 
 Shape = jax.ShapeDtypeStruct
+
+
+def stored(config: ModelConfig, dtype: Any) -> Params:
+    """Abstract leaves of a model as a run holds it: routers in fp32, in which they are computed, the rest in dtype."""
+    full = trees.flatten(abstract_params(config))
+    return trees.map_with_path(
+        lambda path, leaf: full[path] if "router" in path else leaf, abstract_params(config, dtype)
+    )
 
 
 @dataclass(frozen=True)
