@@ -14,7 +14,7 @@ import ml_collections
 from moe_reduce import config as defaults
 
 BUDGETS = (0.0005, 0.002, 0.01)  # of the base's parameters; the first pays for no rank of LoRA
-RATES = (1e-2, 3e-2, 1e-1)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 FULL_RATES = (1e-3, 3e-3, 1e-2)
 
 

@@ -8,8 +8,8 @@ source launch/env.sh
 source launch/jobs.sh
 
 declare -A TITLES=(
-  [uuid]="UUIDs by heart: characters right of learned pairs (and of others), best of three learning rates"
-  [wikitext2]="WikiText-2: perplexity, best of three learning rates by validation"
+  [uuid]="UUIDs by heart: characters right of learned pairs (and of others), best of the learning rates"
+  [wikitext2]="WikiText-2: perplexity, best learning rate by validation"
 )
 read -ra seeds <<<"${SEEDS:-0 1 2}"
 

@@ -144,7 +144,8 @@ class Decoder(nn.Module):
         moe = self.config.moe
         shared = moe is not None and moe.placement == "shared"
         pool = _pool(ExpertPool(self.config, name="experts"), dtype, self.execution) if shared else (None, None, None)
-        router_DE = Router(self.config, name="router")() if moe and moe.router == "shared" else None
+        # gathered once, and not by every layer's call
+        router_DE = _whole(Router(self.config, name="router")()) if moe and moe.router == "shared" else None
         return pool, router_DE
 
     def _layers(self) -> nn.Module:
@@ -187,9 +188,16 @@ def _name(number: int) -> str:
 
 def shard_batch(x: jax.Array) -> jax.Array:
     """Keeps the batch split over the mesh in context; without a mesh, x."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+    return _constrained(x, PartitionSpec(BATCH_AXES))
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """On every device of the mesh in context."""
+    return _constrained(x, PartitionSpec())
+
+
+def _constrained(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
