@@ -22,9 +22,16 @@ adaptations() {
   done
 }
 
+# table TASK VARIANT...: of what has finished
 table() {
-  "$PYTHON" -m moe_reduce report --runs "runs/adapt_$1"/seed* --out="docs/results/adapt_$1" --overwrite \
-    --title="${TITLES[$1]}" --made-by="./launch/adapters.sh"
+  local task="$1" runs=() place
+  for place in "${@:2}"; do
+    for place in "runs/adapt_$task"/seed*/"$place"; do
+      if [[ -f "$place/summary.json" ]]; then runs+=("$place"); fi
+    done
+  done
+  "$PYTHON" -m moe_reduce report --runs "${runs[@]}" --out="docs/results/adapt_$task" --overwrite \
+    --title="${TITLES[$task]}" --made-by="./launch/adapters.sh"
 }
 
 best() { "$PYTHON" -c "import json, sys; print(*json.load(open(sys.argv[1]))['best'])" "docs/results/adapt_$1/summary.json"; }
@@ -32,10 +39,12 @@ best() { "$PYTHON" -c "import json, sys; print(*json.load(open(sys.argv[1]))['be
 queue small_qwen3_moe train --config=configs/small_qwen3_moe.py --workdir=runs/small_qwen3_moe --config.mesh.data=1
 run_queue
 for task in ${TASKS:-uuid wikitext2}; do
-  adaptations "$task" "${seeds[0]}" $(variants "configs/adapt_$task.py")
+  names="$(variants "configs/adapt_$task.py")"  # by itself, so that a failure ends the script
+  adaptations "$task" "${seeds[0]}" $names
   run_queue
-  table "$task"
-  for seed in "${seeds[@]:1}"; do adaptations "$task" "$seed" $(best "$task"); done
+  table "$task" $names
+  chosen="$(best "$task")"
+  for seed in "${seeds[@]:1}"; do adaptations "$task" "$seed" $chosen; done
   run_queue
-  table "$task"
+  table "$task" $names
 done

@@ -133,9 +133,14 @@ def _adaptations(groups: dict[str, list[Measured]], title: str, out: Path) -> di
     for runs in groups.values():
         first = runs[0].summary
         sizes.setdefault((first["method"], first["trained_parameters"]), []).append(runs)
-    asked = any(one.summary["measured"] for runs in groups.values() for one in runs)
+    asked = all(one.summary["measured"] for runs in groups.values() for one in runs)
+    if not asked and any(one.summary["measured"] for runs in groups.values() for one in runs):
+        raise UserError("--runs are of completions and of text: collect them apart")
     curves = {name: [_learning(one, asked) for one in runs] for name, runs in groups.items()}
     steps = [step for step, _ in next(iter(curves.values()))[0]]
+    for name, found in curves.items():
+        if not steps or any([step for step, _ in curve] != steps for curve in found):
+            raise UserError(f"{name} was not evaluated at steps {steps}, as the first of --runs: collect it apart")
     rows, best, names = [], {}, []
     for (method, trained), rates in sorted(sizes.items(), key=lambda item: item[0][1]):
         swept = set.intersection(*({one.summary["seed"] for one in runs} for runs in rates))
@@ -168,6 +173,8 @@ def _learning(one: Measured, asked: bool) -> list[list[float]]:
     """[step, recall of learned pairs, or validation loss] at each evaluation."""
     if "curve" in one.summary:  # an earlier result has no metrics any more
         return one.summary["curve"]
+    if not (one.source / "metrics.jsonl").is_file():
+        raise UserError(f"{one.source} has no metrics.jsonl: give the workdir of a finished run, or an earlier result")
     lines = [line for line in read(one.source / "metrics.jsonl") if line["split"] == "validation"]
     return [[line["step"], round(line["recall_train" if asked else "loss"], 5)] for line in lines]
 
@@ -178,8 +185,9 @@ def _recalls(runs: list[Measured], curves: list[list[list[float]]], steps: list[
 
 
 def _perplexities(runs: list[Measured]) -> list[str]:
-    tests = [one.summary["test"]["perplexity"] for one in runs if one.summary["test"]]
-    return [_spread([one.summary["validation"]["perplexity"] for one in runs], digits=2), _spread(tests, digits=2)]
+    tests = [one.summary["test"]["perplexity"] for one in runs if one.summary.get("test")]
+    shown = _spread(tests, digits=2) if len(tests) == len(runs) else ""  # of all seeds, or not at all
+    return [_spread([one.summary["validation"]["perplexity"] for one in runs], digits=2), shown]
 
 
 def _badness(runs: list[Measured]) -> float:

@@ -83,6 +83,10 @@ def check_adapt(run: "AdaptConfig") -> None:
         if getattr(run.adapter, name) is not None:
             raise UserError(f"budget decides adapter.{name}: leave one of them out")
     positive("", run, "recall_pairs")
+    if run.test_source is not None and (run.data.completion_field is not None or run.data.source.startswith("uuid")):
+        raise UserError("test_source is for text, and this run learns completions: leave it None")
+    if run.test_source == "":
+        raise UserError("test_source is empty: name a text, or leave it None")
     _check_sizes(run.mesh)
     _check_execution(run.execution)
     check_data(run.data)
@@ -195,8 +199,21 @@ def check_data(data: "DataConfig") -> None:
     _in_range("data", data, "validation_fraction", 0.0, 1.0)
     if not data.source:
         raise UserError("data.source is empty: give python-stdlib, a path or glob, hub:NAME, or a .npy file")
+    if data.validation_source is not None:
+        _check_text("data.validation_source", data.validation_source)
+        if data.completion_field is not None or not _is_text(data.source):
+            raise UserError("data.validation_source is for text: rows are divided by data.validation_fraction")
     if data.completion_field is not None and data.source.endswith(".npy"):
         raise UserError("data.completion_field is of rows of text, and data.source holds token ids: leave it None")
+
+
+def _is_text(source: str) -> bool:
+    return not source.endswith(".npy") and not source.startswith("uuid-pairs:")
+
+
+def _check_text(key: str, source: str) -> None:
+    if not source or not _is_text(source):
+        raise UserError(f"{key}={source!r} must name text, by a path or glob, python-stdlib or hub:NAME")
 
 
 def check_mesh(mesh: "MeshConfig", model: "ModelConfig") -> None:

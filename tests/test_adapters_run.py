@@ -132,11 +132,13 @@ def test_inspect_says_which_inputs_are_what_they_were(finished, tmp_path, capsys
     assert states() == f"{base}, {adapter}"
     assert states("--verify") == f"{base} (unchanged), {adapter} (unchanged)"
     (adapter / "adapter.safetensors").write_bytes((adapter / "adapter.safetensors").read_bytes() + b"x")
-    (base / "manifest.json").write_text((base / "manifest.json").read_text() + " ")
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes() + b"x")
     assert states("--verify") == f"{base} (changed since), {adapter} (changed since)"
     shutil.rmtree(base)
+    (adapter / "adapter.safetensors").unlink()
+    assert states("--verify") == f"{base} (not found from here), {adapter} (changed since)"
     (adapter / "adapter.json").unlink()
-    assert states("--verify") == f"{base} (not here any more), {adapter} (cannot be checked)"
+    assert states("--verify") == f"{base} (not found from here), {adapter} (cannot be checked)"
 
 
 def test_a_report_that_fails_stops_the_merge(finished, tmp_path, monkeypatch, capsys):
@@ -195,7 +197,7 @@ def test_the_whole_model_trains_without_an_adapter(finished, tmp_path):
     assert not (tmp_path / "run/adapter").exists()
 
 
-def test_another_text_is_measured_at_the_end(finished, tmp_path):
+def test_another_text_is_measured_at_the_end(finished, tmp_path, capsys):
     source = re.search(r"source='(.*?)'", (finished / "config.py").read_text())[1]
     more = [f"--config.test_source={source}", "--config.train.steps=2"]
     assert _adapt(finished / "config.py", tmp_path / "run", *more) == 0
@@ -204,7 +206,11 @@ def test_another_text_is_measured_at_the_end(finished, tmp_path):
     assert main(["evaluate", *arguments, f"--out={tmp_path / 'evaluated'}"]) == 0
     evaluated = json.loads((tmp_path / "evaluated/summary.json").read_text())
     assert found["tokens"] == evaluated["tokens"]
-    assert found["loss"] == pytest.approx(evaluated["loss"], rel=1e-6)
+    assert found["loss"] == pytest.approx(evaluated["loss"], rel=1e-5)
+    for value, part in (("nowhere.npy", "nowhere.npy"), ("", "test_source is empty")):
+        assert _adapt(finished / "config.py", tmp_path / "refused", f"--config.test_source={value}") == 2
+        assert part in capsys.readouterr().err
+    assert not (tmp_path / "refused/checkpoints").exists()
 
 
 def test_a_budget_decides_the_size(finished, tmp_path, capsys):

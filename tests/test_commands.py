@@ -160,7 +160,7 @@ def _adaptation(directory, rate, seed, recalls, method="lora"):
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_report_of_adaptations_chooses_the_rate_on_what_all_rates_have(tmp_path):
+def test_report_of_adaptations_chooses_the_rate_on_what_all_rates_have(tmp_path, capsys):
     _adaptation(tmp_path / "s0/slow", 1e-3, 0, (0.2, 0.5))
     _adaptation(tmp_path / "s0/fast", 1e-2, 0, (0.4, 0.6))
     _adaptation(tmp_path / "s1/fast", 1e-2, 1, (0.1, 0.2))  # the mean of `fast` is under that of `slow`, on more seeds
@@ -175,6 +175,15 @@ def test_report_of_adaptations_chooses_the_rate_on_what_all_rates_have(tmp_path)
     assert by_method["lora"] == ["r = 2", "0.01 of 2", "2", "25.0% ± 15.0%", "40.0% ± 20.0%", "6.0% ± 0.0%"]
     assert by_method["skema"] == ["k = 9", "0.01 of 1", "1", "50.0%", "90.0%", "6.0%"]
     assert results[1]["rows"] == results[0]["rows"]
+    assert results[0]["best"] == ["sketch", "fast"] or results[0]["best"] == ["fast", "sketch"]
+    for name, recalls in (("longer", (0.1, 0.2, 0.3)), ("none", ())):
+        _adaptation(tmp_path / name, 1e-2, 0, recalls or (0.1,))
+        if not recalls:
+            (tmp_path / name / "metrics.jsonl").unlink()
+        capsys.readouterr()
+        runs = [str(tmp_path / "s0"), str(tmp_path / name)]
+        assert main(["report", "--runs", *runs, *made, f"--out={tmp_path / 'x'}"]) == 2
+        assert name in capsys.readouterr().err
 
 
 def test_report_adds_seeds_to_an_earlier_result(tmp_path):

@@ -25,6 +25,7 @@ from moe_reduce.data.pieces import TRAIN, VALIDATION
 from moe_reduce.data.prepare import prepare
 from moe_reduce.data.tokenizer_training import train_tokenizer
 from moe_reduce.errors import UserError
+from moe_reduce.validation import check_data
 
 VOCABULARY = 500
 RUN = """
@@ -127,8 +128,11 @@ def test_text_of_its_own_validates(config, tmp_path):
     (tmp_path / "held.txt").write_text("another\n")
     again, _ = prepare(own, VOCABULARY)
     assert again.length(VALIDATION) < store.length(VALIDATION)
-    with pytest.raises(UserError, match="validation_source is for text"):
-        prepare(dataclasses.replace(own, source="uuid-pairs:4"), VOCABULARY)
+    with pytest.raises(UserError, match=r"data\.validation_source: nothing matches '/nowhere"):
+        prepare(dataclasses.replace(config, validation_source="/nowhere"), VOCABULARY)
+    for changes in ({"source": "uuid-pairs:4"}, {"validation_source": ""}, {"validation_source": "x.npy"}):
+        with pytest.raises(UserError, match="validation_source"):
+            check_data(dataclasses.replace(own, **changes))
 
 
 def test_the_second_call_finds_the_tokens_and_any_change_does_not(config, monkeypatch, caplog):

@@ -283,7 +283,7 @@ def test_help_describes_every_argument_and_its_default(name):
     importlib.import_module(f"moe_reduce.commands.{name.replace('-', '_')}").add_arguments(parser)
     for action in parser._actions:
         assert action.help, action.dest
-        if action.default not in (None, False, [], argparse.SUPPRESS):
+        if not any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS)) and action.default != []:
             assert "default:" in action.help, action.dest
 
 

@@ -1,5 +1,6 @@
 """Generation: the cache against the whole forward and transformers, batches, sampling, stopping, and the command."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -131,6 +132,15 @@ def test_unequal_prompts_are_continued_as_each_alone(kind, platform):
     assert together == [whole_greedy(model_of(kind, platform), prompt, 8) for prompt in PROMPTS]
 
 
+@contextlib.contextmanager
+def compilations():
+    """What jax says that it compiles."""
+    events, listening = [], [True]
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: listening and events.append(event))
+    yield events
+    listening.clear()
+
+
 @pytest.mark.parametrize(
     ("kind", "platform", "cache_dtype", "compute_dtype"),
     [
@@ -148,6 +158,12 @@ def test_two_devices_make_the_text_of_one_and_gather_no_weight(kind, platform, c
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(prepared.variables)} == {2}
     _, program, arguments, places = generation._arguments(prepared, PROMPTS, settings)
     choice = generation._choice(settings)
+    generation._prefill.clear_cache()
+    generation._decode.clear_cache()
+    compile_for(prepared, PROMPTS, settings)
+    with compilations() as events:
+        generate(prepared, PROMPTS, settings)
+    assert [event for event in events if "backend_compile" in event] == []
     with prepared.place():
         state, _ = generation._prefill(program, places, prepared.variables, *arguments, choice)
         text = generation._decode.lower(program, prepared.variables, state, choice, jnp.int32(1)).compile().as_text()
@@ -162,7 +178,7 @@ def test_the_command_splits_a_model(directory, capsys):
     whole = capsys.readouterr().out
     assert main([*arguments, "--tensor=2"]) == 0
     assert capsys.readouterr().out == whole
-    for value, part in (("0", "--tensor must be positive"), ("3", "must be a multiple of mesh.tensor (3)")):
+    for value, part in (("0", "--tensor must be positive"), ("3", "must be a multiple of --tensor (3)")):
         assert main([*arguments, f"--tensor={value}"]) == 2
         assert part in capsys.readouterr().err
 

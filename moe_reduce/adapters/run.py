@@ -1,6 +1,7 @@
 """One AdaptConfig -> a workdir: an adapter (or the whole base) trained, adapter/, model/ merged, and what shows it."""
 
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from moe_reduce.adapters.targets import parameters, targets_of, within_budget
 from moe_reduce.config import AdaptConfig, AdapterConfig, ModelConfig, to_dict
 from moe_reduce.data.batches import validation_batches
 from moe_reduce.data.completions import Completions
-from moe_reduce.data.prepare import prepare
+from moe_reduce.data.prepare import naming, prepare
 from moe_reduce.data.shards import TokenSource
 from moe_reduce.errors import UserError
-from moe_reduce.inference.evaluate import evaluate
+from moe_reduce.inference.evaluate import measure
 from moe_reduce.inference.recall import recall
 from moe_reduce.models.decoder import Decoder, abstract_params
 from moe_reduce.models.deltas import ADAPTER
@@ -49,6 +50,7 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     if done is not None:
         return done
     tokens, _ = prepare(run.data, config.vocab_size)
+    test = _test_batches(run, config, mesh)  # read before hours of training
     with writing(workdir):
         base = load(run.model, None if run.dtype == "stored" else run.dtype, run.execution, shardings)
         start = base if run.adapter is None else adapters.activate(base, adapters.init(run.adapter, base))
@@ -58,8 +60,25 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         for split in ("recall_train", "recall_validation"):
             if split in figures["measured"]:
                 print(f"{split}: {figures['measured'][split]:.1%}", flush=True)
+        figures["test"] = None
+        if test is not None:
+            finished = dataclasses.replace(start, params=params)
+            figures["test"] = measure(finished, (sharding.put_batch(mesh, batch) for batch in test), mesh)
+            figures["test"].pop("counts_NE", None)
         params = _as_stored(sharding.to_host(mesh, params), start.params)
         return _finish(run, workdir, name, dataclasses.replace(base, params=params), tokens, figures)
+
+
+def _test_batches(run: AdaptConfig, config: ModelConfig, mesh: jax.sharding.Mesh) -> list[Any] | None:
+    """This process's share of the whole of another text."""
+    if run.test_source is None:
+        return None
+    data = dataclasses.replace(
+        run.data, source=run.test_source, validation_source=None, validation_fraction=1.0, max_documents=None
+    )
+    with naming("test_source"):
+        tokens, _ = prepare(data, config.vocab_size)
+        return validation_batches(tokens, data, run.train.batch_size, sys.maxsize, *sharding.batch_share(mesh))
 
 
 def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None = None) -> Task:
@@ -175,7 +194,6 @@ def _finish(
         "trained_share": trained / total,
         "optimizer_bytes": 8 * trained,  # two moments in fp32
         **figures,
-        "test": _test(run, merged),
         **machine(),
     }
     step = manifest.Step(
@@ -188,16 +206,6 @@ def _finish(
     )
     finish(workdir, merged, step, summary, report)
     return summary
-
-
-def _test(run: AdaptConfig, merged: Model) -> dict[str, Any] | None:
-    """What the merged model makes of the whole of another text."""
-    if run.test_source is None:
-        return None
-    data = dataclasses.replace(
-        run.data, source=run.test_source, validation_source=None, validation_fraction=0.0, completion_field=None
-    )
-    return evaluate(merged, data, run.train.batch_size, None).figures()
 
 
 def _report(

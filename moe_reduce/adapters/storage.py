@@ -65,30 +65,31 @@ def load(directory: Path, model: ModelConfig, base: Input | None) -> Adapter:
     """
     if not (directory / DESCRIPTION).is_file():
         return peft.read(directory, model)
-    described = _described(directory)
-    if base is not None and described["base"]["sha256"] != base.sha256:
+    content = described(directory)
+    if base is not None and content["base"]["sha256"] != base.sha256:
         raise UserError(
-            f"{directory} is an adapter of {described['base']['path']}, and {base.path} is another model (its hash "
+            f"{directory} is an adapter of {content['base']['path']}, and {base.path} is another model (its hash "
             "differs): give its own base"
         )
-    config = build(AdapterConfig, described["config"], "config")
+    config = build(AdapterConfig, content["config"], "config")
     abstract(config, model)  # refuses what no adapter of this model can be
     files = TensorFiles(directory, WEIGHTS)
     leaves = {name: files.read(name).copy() for name in files.entries}
-    leaves |= _checked(directory, described, config, model, leaves)
+    leaves |= _checked(directory, content, config, model, leaves)
     adapter = Adapter(config, trees.unflatten({path: jnp.asarray(leaf) for path, leaf in leaves.items()}))
     check_fits(adapter, model)
-    if digest(adapter) != described["digest"]:
+    if digest(adapter) != content["digest"]:
         raise UserError(f"{directory / DESCRIPTION} describes another adapter than {WEIGHTS} holds: fetch both again")
     return adapter
 
 
-def _described(directory: Path) -> dict[str, Any]:
+def described(directory: Path) -> dict[str, Any]:
+    """The content of adapter.json; raises UserError when it, or a file that it describes, is not what was written."""
     file = directory / DESCRIPTION
     try:
-        described = json.loads(file.read_text())
-        names = dict(described["files"])
-        _ = described["config"], described["digest"], described["base"]["sha256"], described["projections"]["sha256"]
+        content = json.loads(file.read_text())
+        names = dict(content["files"])
+        _ = content["config"], content["digest"], content["base"]["sha256"], content["projections"]["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not what adapt writes ({error!r}): fetch it again") from None
     for name, expected in names.items():
@@ -96,18 +97,18 @@ def _described(directory: Path) -> dict[str, Any]:
             raise UserError(f"{directory / name} is missing: fetch it again")
         if manifest.sha256_of_file(directory / name) != expected:
             raise UserError(f"{directory / name} has changed: its SHA-256 is not the one in {DESCRIPTION}")
-    return described
+    return content
 
 
 def _checked(
-    directory: Path, described: dict[str, Any], config: AdapterConfig, model: ModelConfig, leaves: dict[str, Any]
+    directory: Path, content: dict[str, Any], config: AdapterConfig, model: ModelConfig, leaves: dict[str, Any]
 ) -> dict[str, np.ndarray]:
     """Projections, stored or made again, if they are those that the adapter was trained with."""
     remade = _projections(config, model)
     if not remade:
         return {}
     found = remade | {path: leaf for path, leaf in leaves.items() if path in remade}
-    if projections.digest(found) != described["projections"]["sha256"]:
+    if projections.digest(found) != content["projections"]["sha256"]:
         raise UserError(
             f"projections of {directory} do not have the hash in {DESCRIPTION}: they were changed, or this machine "
             "makes others from the same seed (train with adapter.stored_projections=True)"

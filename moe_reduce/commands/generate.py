@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=int, default=default.max_tokens, help="of each text (default: %(default)s)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=default.temperature, help="0: always the most probable token (the default)"
+        "--temperature", type=float, default=default.temperature, help="0: always the most probable token (default: 0)"
     )
     parser.add_argument("--top-k", type=int, help="draw from the k most probable tokens")
     parser.add_argument(

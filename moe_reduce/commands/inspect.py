@@ -1,7 +1,6 @@
 """moe-reduce inspect: what a model directory holds and how it came to be; headers only unless asked."""
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,18 +69,23 @@ def _link(step: "Step", verify: bool) -> str:
 
 def _state(entry: "Input") -> str:
     """Whether what a step read, a model directory, an adapter or a file, is still what it read."""
-    from moe_reduce.adapters.storage import DESCRIPTION
+    from moe_reduce.adapters.storage import DESCRIPTION, described
     from moe_reduce.storage import manifest
 
-    place = Path(entry.path)
-    if place.is_file():
-        found = manifest.sha256_of_file(place)
-    elif (place / DESCRIPTION).is_file():
-        described = json.loads((place / DESCRIPTION).read_text())
-        whole = all(manifest.sha256_of_file(place / name) == hashed for name, hashed in described["files"].items())
-        found = described["digest"] if whole else ""
-    elif (place / "config.json").is_file():
-        found = manifest.input_of(place).sha256
-    else:
-        return "not here any more" if not place.exists() else "cannot be checked"
-    return "unchanged" if found == entry.sha256 else "changed since"
+    place, sampled = Path(entry.path), False
+    try:
+        if place.is_file():
+            found = manifest.sha256_of_file(place)
+        elif (place / DESCRIPTION).is_file():
+            found = described(place)["digest"]
+        elif (place / "config.json").is_file():
+            sampled = not (place / manifest.MANIFEST_FILE).is_file()
+            whole = sampled or not manifest.verify(place)
+            found = manifest.input_of(place).sha256 if whole else ""
+        else:
+            return "not found from here" if not place.exists() else "cannot be checked"
+    except (UserError, OSError):
+        return "changed since"
+    if found != entry.sha256:
+        return "changed since"
+    return "unchanged, by samples" if sampled else "unchanged"

@@ -115,9 +115,14 @@ def tensor_mesh(arguments: argparse.Namespace) -> "Mesh | None":
     if arguments.tensor == 1:
         return None
     wanted = MeshConfig(data=1, tensor=arguments.tensor)
-    validation.check_mesh(wanted, directory_config(arguments.model))
+    try:
+        validation.check_mesh(wanted, directory_config(arguments.model))
+    except UserError as error:
+        raise UserError(str(error).replace("mesh.tensor", "--tensor")) from None
     with contextlib.suppress(RuntimeError):  # jax has looked at its devices already, and their number is fixed
         jax.config.update("jax_num_cpu_devices", arguments.tensor)
+    if len(jax.devices()) < arguments.tensor:
+        raise UserError(f"--tensor={arguments.tensor} needs as many devices, and there are {len(jax.devices())}")
     return sharding.make_mesh(wanted)
 
 

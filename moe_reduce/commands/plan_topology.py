@@ -1,6 +1,7 @@
 """moe-reduce plan --topology: the training step of a run on devices that are not here."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from moe_reduce.commands import model_arguments
 from moe_reduce.config import AdaptConfig, ReduceConfig, RunConfig
 from moe_reduce.errors import UserError
 from moe_reduce.reduction.stages import planned_jobs
+from moe_reduce.storage.tensors import TensorFiles
 from moe_reduce.training import compiled, footprint
 from moe_reduce.training.run import Job, pretraining
 from moe_reduce.training.topologies import Topology, topology
@@ -34,7 +36,7 @@ def _jobs(run: RunConfig | ReduceConfig | AdaptConfig, stages: list[str] | None)
     if isinstance(run, RunConfig):
         yield "", pretraining(run)
         return
-    dtype = "bfloat16" if run.dtype == "stored" else run.dtype
+    dtype = _stored_dtype(Path(run.model)) if run.dtype == "stored" else run.dtype
     if isinstance(run, AdaptConfig):
         yield "", adapters.planned_job(run, model_arguments.directory_config(Path(run.model)), dtype)
         return
@@ -44,6 +46,16 @@ def _jobs(run: RunConfig | ReduceConfig | AdaptConfig, stages: list[str] | None)
         if name not in known:
             raise UserError(f"--stage={name} trains nothing; stages that do: {', '.join(known)}")
         yield name, known[name]
+
+
+def _stored_dtype(directory: Path) -> Any:
+    """That of most bytes of a model directory; bfloat16, in which models are published, where it is not here."""
+    if not directory.is_dir():
+        return "bfloat16"
+    sizes: dict[Any, int] = {}
+    for entry in TensorFiles(directory).entries.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + math.prod(entry.shape) * entry.dtype.itemsize
+    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def _head(job: Job, place: Topology) -> dict[str, Any]:

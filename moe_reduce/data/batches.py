@@ -85,8 +85,7 @@ def validation_batches(
     if len(examples) == 0:
         raise UserError(
             f"the corpus has {source.describe(VALIDATION)} for validation, less than one sequence of "
-            f"{config.sequence_length}: give more text, raise data.validation_fraction "
-            f"({config.validation_fraction}) or lower data.sequence_length"
+            f"{config.sequence_length}: give more text, {_more_of_it(config)}or lower data.sequence_length"
         )
     count = min(len(examples), batch_size * batches)
     chosen = [number * len(examples) // count for number in range(count)]
@@ -95,6 +94,12 @@ def validation_batches(
         places = range(start + process_index, start + process_index + rows * process_count, process_count)
         found.append(_stack([_example_or_filler(examples, chosen, place) for place in places]))
     return found
+
+
+def _more_of_it(config: DataConfig) -> str:
+    if config.validation_source is not None or config.validation_fraction == 1.0:
+        return ""
+    return f"raise data.validation_fraction ({config.validation_fraction}) "
 
 
 class WholeSplit:

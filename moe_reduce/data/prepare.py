@@ -41,8 +41,6 @@ def prepare(config: DataConfig, vocab_size: int) -> tuple[TokenSource, Tokenizer
     Raises UserError for every mistake in the configuration or its files, and when the cache cannot be written.
     """
     of_rows = config.completion_field is not None or config.source.startswith(UUID_PAIRS)
-    if config.validation_source is not None and (of_rows or config.source.endswith(".npy")):
-        raise UserError("data.validation_source is for text: rows are divided by data.validation_fraction")
     if config.source.endswith(".npy"):
         return TokenRows(config, vocab_size), None
     if of_rows:
@@ -53,11 +51,21 @@ def prepare(config: DataConfig, vocab_size: int) -> tuple[TokenSource, Tokenizer
     given = None if config.tokenizer == TRAIN_A_TOKENIZER else _given_tokenizer(config.tokenizer, vocab_size)
     corpus = sources.corpus_hash(config)
     if config.validation_source is not None:
-        corpus += sources.corpus_hash(_held_out(config))
+        with naming("data.validation_source"):
+            corpus += sources.corpus_hash(_held_out(config))
     directory = _cache_directory(config, corpus, given.hash if given else f"{TRAIN_A_TOKENIZER} {vocab_size}")
     if not directory.exists():
         _make(config, vocab_size, given, corpus, directory)
     return _open(directory)
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """What is said within of data.source, is said of the key that the text was really named by."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("data.source", key)) from error
 
 
 def _given_tokenizer(path: str, vocab_size: int) -> Tokenizer:

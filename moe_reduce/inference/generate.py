@@ -27,6 +27,7 @@ from moe_reduce.errors import UserError
 from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.models import cache, deltas
 from moe_reduce.models.decoder import Decoder, unstacked
+from moe_reduce.models.experts import BATCH_AXES
 from moe_reduce.storage.model import Model
 from moe_reduce.training import sharding
 
@@ -121,8 +122,10 @@ def compile_for(model: Ready, prompts: Sequence[Sequence[int]], settings: Genera
     choice = _choice(settings)
     with found.place():
         prefill = _prefill.lower(program, places, found.variables, *arguments, choice)
-        prefill.compile()
+        compiled = prefill.compile()
         state, _ = prefill.out_info
+        if found.mesh is not None:  # on one device nothing says where it lies, as at the first use
+            state = sharding.placed(state, compiled.output_shardings[0])
         _decode.lower(program, found.variables, state, choice, jnp.int32(1)).compile()
 
 
@@ -242,10 +245,10 @@ def _decode(program: Program, variables: Any, state: State, choice: Choice, step
 
 
 def _settled(program: Program, state: State, ids: jax.Array) -> tuple[State, jax.Array]:
-    """As every call of a program leaves them on a mesh, so that the next needs no other one: a cache by its heads."""
+    """As every call leaves them on a mesh, so that the next needs no other program: a cache by its rows and heads."""
     if jax.sharding.get_abstract_mesh().empty:
         return state, ids
-    heads = PartitionSpec(*(None,) * (2 if program.stacked else 1), "tensor")
+    heads = PartitionSpec(*(None,) * program.stacked, BATCH_AXES, "tensor")
     rest, ids = jax.lax.with_sharding_constraint((state._replace(cache={}), ids), PartitionSpec())
     return rest._replace(cache=jax.lax.with_sharding_constraint(state.cache, heads)), ids
 
