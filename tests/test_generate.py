@@ -172,6 +172,16 @@ def test_two_devices_make_the_text_of_one_and_gather_no_weight(kind, platform, c
     assert moved.get("all-gather", {"bytes": 0})["bytes"] < model.config.width**2  # of one square matrix, at least 2
 
 
+def test_rows_keep_apart_within_the_mesh_of_a_training_run():
+    """As recall asks in the middle of training: each device holds the cache of its own rows."""
+    model, settings = ready(model_of("dense")), GenerateConfig(max_tokens=4)
+    _, program, arguments, places = generation._arguments(model, [[1, 2]] * 4, settings)
+    with jax.set_mesh(make_mesh(MeshConfig(data=4))):
+        state, _ = generation._prefill(program, places, model.variables, *arguments, generation._choice(settings))
+    for leaf in jax.tree.leaves(state.cache):
+        assert leaf.sharding.shard_shape(leaf.shape)[0] == 1
+
+
 def test_the_command_splits_a_model(directory, capsys):
     arguments = ["generate", f"--model={directory}", "--prompt=one two", "--max-tokens=5"]
     assert main(arguments) == 0
