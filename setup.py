@@ -47,7 +47,7 @@ setup(
             "basedpyright>=1.31",
             "peft>=0.17",
             "pytest>=8.3",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "ruff>=0.12",
             "torch==2.13.0",
             "transformers>=5.0",

@@ -8,6 +8,7 @@ source launch/env.sh
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/basedpyright --pythonpath .venv/bin/python
-# a process for each core; files stay whole, for what their tests share
+# a process for each core; files stay whole, for what their tests share, in the order of tests/conftest.py
 WORKERS="${WORKERS:-$(nproc)}"
-exec .venv/bin/python -m pytest -q --numprocesses="$((WORKERS < 8 ? WORKERS : 8))" --dist=loadfile "$@"
+exec .venv/bin/python -m pytest -q --numprocesses="$((WORKERS < 8 ? WORKERS : 8))" --dist=loadfile \
+  --no-loadscope-reorder "$@"

@@ -28,6 +28,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    # the longest first, so that no core waits for it in the end
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
     if config.getoption("--slow"):
         return
     for item in items:
