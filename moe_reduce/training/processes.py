@@ -45,8 +45,10 @@ def together() -> Iterator[None]:
     except Exception as error:
         over.set()
         if any(sign in f"{error} {error.__cause__ or ''}".lower() for sign in SIGNS):
+            _keep_the_store(client)
             raise PeerLost(_line("another one, whose log says why")) from error
         _say(client, FAILED)
+        _keep_the_store(client)
         raise
     over.set()
     _say(client, LEFT)
@@ -67,8 +69,16 @@ def _watch(client: Any, over: threading.Event) -> None:
             silent = value != LEFT and time.monotonic() - since > SILENCE_SECONDS
             if (value == FAILED or silent) and not over.is_set():
                 print(f"moe-reduce: {_line(f'process {process}, whose log says why')}", file=sys.stderr, flush=True)
+                _keep_the_store(client)
                 os._exit(PeerLost.status)  # the main thread is waiting for what will never come
         over.wait(PULSE_SECONDS)
+
+
+def _keep_the_store(client: Any) -> None:
+    """By the first process before it ends: without the store, the runtime aborts the others before they say a word."""
+    if jax.process_index() == 0:
+        _say(client, FAILED)
+        time.sleep(3 * PULSE_SECONDS)
 
 
 def _say(client: Any, value: str) -> None:
