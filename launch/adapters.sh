@@ -24,9 +24,9 @@ adaptations() {
 
 # table TASK VARIANT...: of what has finished
 table() {
-  local task="$1" runs=() place
-  for place in "${@:2}"; do
-    for place in "runs/adapt_$task"/seed*/"$place"; do
+  local task="$1" runs=() variant place
+  for variant in "${@:2}"; do
+    for place in "runs/adapt_$task"/seed*/"$variant"; do
       if [[ -f "$place/summary.json" ]]; then runs+=("$place"); fi
     done
   done

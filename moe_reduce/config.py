@@ -100,8 +100,8 @@ class DataConfig:
     completion_field: str | None = None  # behind it, and all that is learned: each row is a sequence of its own
     tokenizer: str = "train"  # train: SentencePiece on the corpus; or a tokenizer.model, tokenizer.json or directory
     sequence_length: int = 256
-    validation_source: str | None = None  # text of its own to validate on, instead of
-    validation_fraction: float = 0.01  # of the source
+    validation_source: str | None = None  # text of its own to validate on; None: a part of the source, this share of it
+    validation_fraction: float = 0.01
     document_mask: bool = False  # attention stays within a document
     max_documents: int | None = None
     cache: str = "runs/tokens"

@@ -129,10 +129,10 @@ def _adaptations(groups: dict[str, list[Measured]], title: str, out: Path) -> di
 
     The rate is chosen by what the seeds have in common, so that a sweep with one seed serves several.
     """
-    sizes: dict[tuple[str, int], list[list[Measured]]] = {}
-    for runs in groups.values():
+    sizes: dict[tuple[str, int], dict[str, list[Measured]]] = {}
+    for name, runs in groups.items():
         first = runs[0].summary
-        sizes.setdefault((first["method"], first["trained_parameters"]), []).append(runs)
+        sizes.setdefault((first["method"], first["trained_parameters"]), {})[name] = runs
     asked = all(one.summary["measured"] for runs in groups.values() for one in runs)
     if not asked and any(one.summary["measured"] for runs in groups.values() for one in runs):
         raise UserError("--runs are of completions and of text: collect them apart")
@@ -141,12 +141,15 @@ def _adaptations(groups: dict[str, list[Measured]], title: str, out: Path) -> di
     for name, found in curves.items():
         if not steps or any([step for step, _ in curve] != steps for curve in found):
             raise UserError(f"{name} was not evaluated at steps {steps}, as the first of --runs: collect it apart")
-    rows, best, names = [], {}, []
+    rows, best = [], {}
     for (method, trained), rates in sorted(sizes.items(), key=lambda item: item[0][1]):
-        swept = set.intersection(*({one.summary["seed"] for one in runs} for runs in rates))
-        runs = min(rates, key=lambda one: _badness([run for run in one if run.summary["seed"] in swept] or one))
-        names.append(next(name for name, found in groups.items() if found is runs))
-        best[f"{method} {trained:,}"] = curves[names[-1]][0]
+        swept = set.intersection(*({one.summary["seed"] for one in runs} for runs in rates.values()))
+        badness = {
+            name: _badness([one for one in runs if one.summary["seed"] in swept] or runs)
+            for name, runs in rates.items()
+        }
+        name = min(badness, key=lambda name: badness[name])
+        best[f"{method} {trained:,}"], runs = name, rates[name]
         rows.append(
             [
                 method,
@@ -155,18 +158,19 @@ def _adaptations(groups: dict[str, list[Measured]], title: str, out: Path) -> di
                 _size(runs[0].summary["adapter"]),
                 f"{runs[0].summary['learning_rate']:g} of {len(rates)}",
                 str(len(runs)),
-                *(_recalls(runs, curves[names[-1]], steps) if asked else _perplexities(runs)),
+                *(_recalls(runs, curves[name], steps) if asked else _perplexities(runs)),
             ]
         )
     out.mkdir(parents=True, exist_ok=True)
-    _adaptation_picture(best, title, "recall of learned pairs" if asked else "validation loss", out / "curves.png")
+    shown = {label: curves[name][0] for label, name in best.items()}
+    _adaptation_picture(shown, title, "recall of learned pairs" if asked else "validation loss", out / "curves.png")
     columns = ["method", "trained parameters", "of the base", "size", "learning rate", "seeds"]
     columns += [*(f"step {step}" for step in steps), "other pairs"] if asked else ["validation", "test"]
     kept = {
         name: [one.summary | {"curve": curve} for one, curve in zip(runs, curves[name], strict=True)]
         for name, runs in groups.items()
     }
-    return {"columns": columns, "rows": rows, "best": names, "runs": kept}
+    return {"columns": columns, "rows": rows, "best": list(best.values()), "runs": kept}
 
 
 def _learning(one: Measured, asked: bool) -> list[list[float]]:
@@ -209,10 +213,10 @@ def _size(adapter: dict[str, Any] | None) -> str:
     return f"k = {adapter['sketch_width']}" if adapter["method"] == "skema" else f"r = {adapter['rank']}"
 
 
-def _adaptation_picture(best: dict[str, list[list[float]]], title: str, label: str, file: Path) -> None:
+def _adaptation_picture(curves: dict[str, list[list[float]]], title: str, label: str, file: Path) -> None:
     """A line a method and size, of its first seed, against steps."""
     figure, [[axes]] = drawing.panels()
-    for name, curve in best.items():
+    for name, curve in curves.items():
         axes.plot(*zip(*curve, strict=True), "o-", label=name)
     axes.set(xlabel="step", ylabel=label)
     axes.set_title(title, fontsize=9)

@@ -83,7 +83,7 @@ def check_adapt(run: "AdaptConfig") -> None:
         if getattr(run.adapter, name) is not None:
             raise UserError(f"budget decides adapter.{name}: leave one of them out")
     positive("", run, "recall_pairs")
-    if run.test_source is not None and (run.data.completion_field is not None or run.data.source.startswith("uuid")):
+    if run.test_source is not None and _is_completions(run.data):
         raise UserError("test_source is for text, and this run learns completions: leave it None")
     if run.test_source == "":
         raise UserError("test_source is empty: name a text, or leave it None")
@@ -201,18 +201,18 @@ def check_data(data: "DataConfig") -> None:
         raise UserError("data.source is empty: give python-stdlib, a path or glob, hub:NAME, or a .npy file")
     if data.validation_source is not None:
         _check_text("data.validation_source", data.validation_source)
-        if data.completion_field is not None or not _is_text(data.source):
+        if _is_completions(data) or data.source.endswith(".npy"):
             raise UserError("data.validation_source is for text: rows are divided by data.validation_fraction")
     if data.completion_field is not None and data.source.endswith(".npy"):
         raise UserError("data.completion_field is of rows of text, and data.source holds token ids: leave it None")
 
 
-def _is_text(source: str) -> bool:
-    return not source.endswith(".npy") and not source.startswith("uuid-pairs:")
+def _is_completions(data: "DataConfig") -> bool:
+    return data.completion_field is not None or data.source.startswith("uuid-pairs:")
 
 
 def _check_text(key: str, source: str) -> None:
-    if not source or not _is_text(source):
+    if not source or source.endswith(".npy") or source.startswith("uuid-pairs:"):
         raise UserError(f"{key}={source!r} must name text, by a path or glob, python-stdlib or hub:NAME")
 
 

@@ -128,7 +128,7 @@ def test_text_of_its_own_validates(config, tmp_path):
     (tmp_path / "held.txt").write_text("another\n")
     again, _ = prepare(own, VOCABULARY)
     assert again.length(VALIDATION) < store.length(VALIDATION)
-    with pytest.raises(UserError, match=r"data\.validation_source: nothing matches '/nowhere"):
+    with pytest.raises(UserError, match="nothing matches '/nowhere"):
         prepare(dataclasses.replace(config, validation_source="/nowhere"), VOCABULARY)
     for changes in ({"source": "uuid-pairs:4"}, {"validation_source": ""}, {"validation_source": "x.npy"}):
         with pytest.raises(UserError, match="validation_source"):

@@ -16,7 +16,7 @@ from moe_reduce.adapters.targets import parameters, targets_of, within_budget
 from moe_reduce.config import AdaptConfig, AdapterConfig, ModelConfig, to_dict
 from moe_reduce.data.batches import validation_batches
 from moe_reduce.data.completions import Completions
-from moe_reduce.data.prepare import naming, prepare
+from moe_reduce.data.prepare import prepare
 from moe_reduce.data.shards import TokenSource
 from moe_reduce.errors import UserError
 from moe_reduce.inference.evaluate import measure
@@ -29,7 +29,7 @@ from moe_reduce.storage.model import Model, load
 from moe_reduce.training import sharding, steps
 from moe_reduce.training.footprint import stored
 from moe_reduce.training.losses import collapse, evaluator, predict
-from moe_reduce.training.run import Job, begin, describe, finish, fit, machine, writing
+from moe_reduce.training.run import Job, begin, describe, finish, fit, machine, quality, writing
 from moe_reduce.training.task import Task, every_leaf, never, nothing_else
 from moe_reduce.validation import check_mesh
 
@@ -63,8 +63,8 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         figures["test"] = None
         if test is not None:
             finished = dataclasses.replace(start, params=params)
-            figures["test"] = measure(finished, (sharding.put_batch(mesh, batch) for batch in test), mesh)
-            figures["test"].pop("counts_NE", None)
+            sums = measure(finished, (sharding.put_batch(mesh, batch) for batch in test), mesh)
+            figures["test"] = quality(sums)["validation"] | {"tokens": sums["tokens"]}
         params = _as_stored(sharding.to_host(mesh, params), start.params)
         return _finish(run, workdir, name, dataclasses.replace(base, params=params), tokens, figures)
 
@@ -76,9 +76,8 @@ def _test_batches(run: AdaptConfig, config: ModelConfig, mesh: jax.sharding.Mesh
     data = dataclasses.replace(
         run.data, source=run.test_source, validation_source=None, validation_fraction=1.0, max_documents=None
     )
-    with naming("test_source"):
-        tokens, _ = prepare(data, config.vocab_size)
-        return validation_batches(tokens, data, run.train.batch_size, sys.maxsize, *sharding.batch_share(mesh))
+    tokens, _ = prepare(data, config.vocab_size)
+    return validation_batches(tokens, data, run.train.batch_size, sys.maxsize, *sharding.batch_share(mesh))
 
 
 def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None = None) -> Task:

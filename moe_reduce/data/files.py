@@ -62,7 +62,7 @@ def _suffix(path: Path) -> str:
     for suffix in READERS:
         if path.name.lower().endswith(suffix):
             return suffix
-    raise UserError(f"{path} is none of {', '.join(READERS)}: convert it, or make the glob in data.source narrower")
+    raise UserError(f"{path} is none of {', '.join(READERS)}: convert it, or make the glob narrower")
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

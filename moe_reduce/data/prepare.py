@@ -40,10 +40,9 @@ def prepare(config: DataConfig, vocab_size: int) -> tuple[TokenSource, Tokenizer
     `vocab_size` is the model's: a tokenizer trained here has exactly that many pieces, a given one at most.
     Raises UserError for every mistake in the configuration or its files, and when the cache cannot be written.
     """
-    of_rows = config.completion_field is not None or config.source.startswith(UUID_PAIRS)
     if config.source.endswith(".npy"):
         return TokenRows(config, vocab_size), None
-    if of_rows:
+    if config.completion_field is not None or config.source.startswith(UUID_PAIRS):
         if config.tokenizer == TRAIN_A_TOKENIZER:
             raise UserError("completions are learned by a model that has a tokenizer: set data.tokenizer to it")
         tokenizer = _given_tokenizer(config.tokenizer, vocab_size)
@@ -51,21 +50,11 @@ def prepare(config: DataConfig, vocab_size: int) -> tuple[TokenSource, Tokenizer
     given = None if config.tokenizer == TRAIN_A_TOKENIZER else _given_tokenizer(config.tokenizer, vocab_size)
     corpus = sources.corpus_hash(config)
     if config.validation_source is not None:
-        with naming("data.validation_source"):
-            corpus += sources.corpus_hash(_held_out(config))
+        corpus += sources.corpus_hash(_held_out(config))
     directory = _cache_directory(config, corpus, given.hash if given else f"{TRAIN_A_TOKENIZER} {vocab_size}")
     if not directory.exists():
         _make(config, vocab_size, given, corpus, directory)
     return _open(directory)
-
-
-@contextlib.contextmanager
-def naming(key: str) -> Iterator[None]:
-    """What is said within of data.source, is said of the key that the text was really named by."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("data.source", key)) from error
 
 
 def _given_tokenizer(path: str, vocab_size: int) -> Tokenizer:
@@ -176,7 +165,7 @@ def _append_documents(
             bytes_of_text += size
             bar.update(size / 1e6)
     if not documents:
-        raise UserError(f"data.source={config.source!r} holds no text: give files that are not empty")
+        raise UserError(f"{config.source!r} holds no text: give files that are not empty")
     return documents, bytes_of_text
 
 

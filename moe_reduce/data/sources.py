@@ -82,7 +82,7 @@ def file_digest(path: Path) -> bytes:
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot read {path} ({error.strerror}): fix its permissions or data.source")
+    return UserError(f"cannot read {path} ({error.strerror}): fix its permissions or name another text")
 
 
 def source_files(source: str) -> list[Path]:
@@ -96,7 +96,7 @@ def _stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [path for path in root.rglob("*.py") if not NOT_LIBRARY & set(path.relative_to(root).parts)]
     if not paths:
-        raise UserError(f"data.source=python-stdlib finds no .py files below {root}: name text files instead")
+        raise UserError(f"python-stdlib finds no .py files below {root}: name text files instead")
     return sorted(paths)
 
 
@@ -110,7 +110,7 @@ def _matches(pattern: str) -> list[Path]:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
     if not found:
         raise UserError(
-            f"data.source: nothing matches {pattern!r} (looked in {Path.cwd()}); give python-stdlib, hub:OWNER/NAME, "
+            f"nothing matches {pattern!r} (looked in {Path.cwd()}); give python-stdlib, hub:OWNER/NAME, "
             f"or files ending in {', '.join(files.READERS)}"
         )
     return found
@@ -132,7 +132,7 @@ def parse_hub(source: str) -> HubName:
     name, _, rest = rest.partition(":")
     config, _, split = rest.partition(":")
     if not name:
-        raise UserError(f"data.source={source!r} names no data set: write hub:OWNER/NAME[:CONFIG[:SPLIT]][@COMMIT]")
+        raise UserError(f"{source!r} names no data set: write hub:OWNER/NAME[:CONFIG[:SPLIT]][@COMMIT]")
     return HubName(name, config or None, split or "train", revision or None)
 
 
@@ -151,6 +151,6 @@ def _hub_documents(config: DataConfig) -> Iterator[Iterable[str]]:
     except Exception as error:  # the hub's client raises many kinds; none of them is a defect of this package
         reason = str(error).strip() or type(error).__name__
         raise UserError(
-            f"data.source={config.source!r} cannot be read: {reason}; check the name, its config and the network, "
+            f"{config.source!r} cannot be read: {reason}; check the name, its config and the network, "
             "or use local files"
         ) from error

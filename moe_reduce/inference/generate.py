@@ -4,8 +4,8 @@ Prompts are read at once (prefill) and continued in a loop within jit (decode), 
 prompts and bucket of lengths. Rows are padded on the right, and each has its own positions: a pad is never seen. Its
 place lies behind all that a row has read, until the row's own next token takes that place.
 
-On a mesh every matrix is split along `tensor`, and the cache with its heads: each device reads its own part of the
-weights.
+On a mesh attention, feed-forward, experts and embedding are split along `tensor`, and the cache with its heads: each
+device reads its own part of the weights.
 """
 
 import contextlib
