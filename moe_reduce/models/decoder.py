@@ -1,5 +1,6 @@
 """One decoder for all models: embedding, N scanned blocks, norm, output logits."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -209,5 +210,10 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Shapes of the parameters as jax.ShapeDtypeStruct leaves; nothing is allocated."""
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _traced(config))
+
+
+@functools.cache
+def _traced(config: ModelConfig) -> dict[str, Any]:
+    """Tracing an initialisation takes a fifth of a second, and a command may ask several times."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

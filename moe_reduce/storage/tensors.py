@@ -239,49 +239,62 @@ def write_file(file: Path, items: Sequence[TensorItem]) -> str:
         position = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    digest = hashlib.sha256()
-    with open(file, "wb") as stream:
+    with open(file, "wb") as stream, ThreadPoolExecutor(1) as hasher:
+        hashed = _Hashed(stream, hasher)
         for data in (len(text).to_bytes(8, "little"), text):
-            stream.write(data)
-            digest.update(data)
+            hashed.write(data)
         for item in ordered:
-            _write_tensor(stream, digest, item)
-    return digest.hexdigest()
+            _write_tensor(hashed, item)
+        return hashed.hexdigest()
 
 
-def _write_tensor(stream: BinaryIO, digest: "hashlib._Hash", item: TensorItem) -> None:
+class _Hashed:
+    """Writes to a stream; what is written is hashed in a thread, since hashing takes as long as copying."""
+
+    def __init__(self, stream: BinaryIO, hasher: ThreadPoolExecutor):
+        self._stream, self._hasher = stream, hasher
+        self._digest, self._hashing = hashlib.sha256(), hasher.submit(lambda: None)
+        self._buffers = itertools.cycle([memoryview(bytearray(COPY_BYTES)) for _ in range(2)])
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Data must stay as they are until the next call."""
+        self._hashing.result()  # of what was written before, whose buffer is free again
+        self._hashing = self._hasher.submit(self._digest.update, data)
+        self._stream.write(data)
+
+    def copy(self, entry: Entry) -> None:
+        """Through buffers and not a memory map: mapped pages of a file count as this process's memory."""
+        with open(entry.file, "rb", buffering=0) as source:
+            source.seek(entry.start)
+            left = entry.stop - entry.start
+            while left:
+                buffer = next(self._buffers)[:left]
+                count = source.readinto(buffer)
+                if not count:
+                    raise UserError(f"{entry.file} ended while it was copied: fetch it again")
+                self.write(buffer[:count])
+                left -= count
+
+    def wait(self) -> None:
+        """Until all that was written is hashed, and none of it held any longer."""
+        self._hashing.result()
+
+    def hexdigest(self) -> str:
+        """SHA-256 of all that was written."""
+        self.wait()
+        return self._digest.hexdigest()
+
+
+def _write_tensor(hashed: _Hashed, item: TensorItem) -> None:
     """A function of its own, so that the tensor is gone before the next one is made."""
     name, shape, dtype, source = item
     if isinstance(source, Entry):
         if (source.shape, source.dtype) != (shape, dtype):
             raise ValueError(f"tensor {name} was announced as {shape} {dtype}, got {source.shape} {source.dtype}")
-        _copy(stream, digest, source)
+        hashed.copy(source)
         return
     array = source() if callable(source) else source
     if array.shape != shape or array.dtype != dtype:
         raise ValueError(f"tensor {name} was announced as {shape} {dtype}, got {array.shape} {array.dtype}")
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    stream.write(data)
-    digest.update(data)
-
-
-def _copy(stream: BinaryIO, digest: "hashlib._Hash", entry: Entry) -> None:
-    """Through buffers and not a memory map: mapped pages of a file count as this process's memory.
-
-    One buffer is hashed in a thread while the next is read and written, since hashing takes as long as copying.
-    """
-    size = min(COPY_BYTES, max(entry.stop - entry.start, 1))
-    buffers = itertools.cycle([memoryview(bytearray(size)), memoryview(bytearray(size))])
-    with open(entry.file, "rb", buffering=0) as source, ThreadPoolExecutor(1) as hasher:
-        source.seek(entry.start)
-        left, hashing = entry.stop - entry.start, hasher.submit(lambda: None)
-        while left:
-            buffer = next(buffers)
-            count = source.readinto(buffer[: min(left, size)])
-            if not count:
-                raise UserError(f"{entry.file} ended while it was copied: fetch it again")
-            hashing.result()  # of the other buffer, which is free again
-            hashing = hasher.submit(digest.update, buffer[:count])
-            stream.write(buffer[:count])
-            left -= count
-        hashing.result()
+    hashed.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    hashed.wait()
