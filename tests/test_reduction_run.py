@@ -285,6 +285,28 @@ def test_another_configuration_is_refused(finished, capsys):
     assert "stages.prune_50.keep" in line
 
 
+def test_another_model_in_the_same_place_is_refused(finished, tmp_path, capsys):
+    """Where a run is done as well as where it goes on: its figures are those of the model that it began with."""
+    model, aside, run = finished / "model", tmp_path / "aside", tmp_path / "run"
+    shutil.copytree(finished / "run", run)
+    changed = moe_reduce.load(model)
+    final_norm = {"final_norm": {"scale": changed.params["final_norm"]["scale"] * 2}}
+    model.rename(aside)
+    try:
+        moe_reduce.save(dataclasses.replace(changed, params=changed.params | final_norm), model)
+        for unfinished in (False, True):
+            if unfinished:
+                (run / "summary.json").unlink()
+            capsys.readouterr()
+            assert _reduce(finished / "config.py", run) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert f"model={model} is another one than --workdir={run} began with" in line
+    finally:
+        shutil.rmtree(model)
+        aside.rename(model)
+    assert _reduce(finished / "config.py", run) == 0
+
+
 def test_architectures_of_the_stages_are_those_of_the_models(finished):
     (run,) = config_file.read(str(finished / "config.py"), [], reduce_from_dict).values()
     first = moe_reduce.load(finished / "model").config

@@ -39,6 +39,7 @@ from moe_reduce.training.run import (
 from moe_reduce.validation import check_mesh
 
 FIRST = "original"
+MODEL_HASH = "model_sha256"  # of the first model, in its summary
 
 
 def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
@@ -52,6 +53,7 @@ def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         check_mesh(run.mesh, config)
         sharding.shardings(mesh, abstract_params(config))
     done = begin(workdir, run)
+    _check_first(run, workdir)
     if done is not None:
         return done
     tokens, _ = prepare(run.data, first_config.vocab_size)
@@ -102,13 +104,21 @@ def _load(run: ReduceConfig, mesh: jax.sharding.Mesh, directory: Path) -> Model:
     return load(directory, cast, run.execution, shardings)
 
 
+def _check_first(run: ReduceConfig, workdir: Path) -> None:
+    """Raises UserError when `model` holds other weights than those that the workdir began with."""
+    noted = finished(_stage_directory(workdir, 0, FIRST)) or {}
+    if noted.get(MODEL_HASH) not in (None, manifest.input_of(Path(run.model)).sha256):
+        raise UserError(f"model={run.model} is another one than --workdir={workdir} began with: choose another workdir")
+
+
 def _first(run: ReduceConfig, mesh: jax.sharding.Mesh, tokens: TokenSource, workdir: Path) -> dict[str, Any]:
     directory = _stage_directory(workdir, 0, FIRST)
     done = finished(directory)
     if done is not None:
         return done
     model = _load(run, mesh, Path(run.model))
-    summary = {"tokens": 0} | _summary(FIRST, "", model, run, mesh, tokens)
+    made_from = {MODEL_HASH: manifest.input_of(Path(run.model)).sha256}
+    summary = {"tokens": 0} | _summary(FIRST, "", model, run, mesh, tokens) | made_from
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         disk.write_json(directory / SUMMARY, summary)
