@@ -136,9 +136,21 @@ def test_inspect_says_which_inputs_are_what_they_were(finished, tmp_path, capsys
     assert states("--verify") == f"{base} (changed since), {adapter} (changed since)"
     shutil.rmtree(base)
     (adapter / "adapter.safetensors").unlink()
-    assert states("--verify") == f"{base} (not found from here), {adapter} (changed since)"
+    assert states("--verify") == f"{base} (not found), {adapter} (changed since)"
     (adapter / "adapter.json").unlink()
-    assert states("--verify") == f"{base} (not found from here), {adapter} (cannot be checked)"
+    assert states("--verify") == f"{base} (not found), {adapter} (cannot be checked)"
+
+
+def test_inspect_finds_relative_inputs_wherever_it_runs(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished / "base", tmp_path / "base")
+    shutil.copytree(finished / "run/adapter", tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", "--model=base", "--adapter=adapter", "--out=deep/merged"]) == 0
+    for place in (tmp_path, tmp_path / "deep", finished):
+        monkeypatch.chdir(place)
+        capsys.readouterr()
+        assert main(["inspect", f"--model={tmp_path / 'deep/merged'}", "--verify"]) == 0
+        assert "from base (unchanged), adapter (unchanged)" in capsys.readouterr().out
 
 
 def test_a_report_that_fails_stops_the_merge(finished, tmp_path, monkeypatch, capsys):

@@ -50,7 +50,7 @@ def describe(directory: Path, verify: bool) -> dict[str, Any]:
         "dtypes": sorted({str(entry.dtype) for entry in files.entries.values()}),
         "bytes": sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in files.entries.values()),
         "tensors": len(files.entries),
-        "chain": [_link(step, verify) for step in manifest.read_chain(directory)],
+        "chain": [_link(step, directory, verify) for step in manifest.read_chain(directory)],
     }
     if verify:
         problems = manifest.verify(directory)
@@ -60,19 +60,25 @@ def describe(directory: Path, verify: bool) -> dict[str, Any]:
     return content
 
 
-def _link(step: "Step", verify: bool) -> str:
+def _link(step: "Step", directory: Path, verify: bool) -> str:
     quality = "" if not step.quality else f", validation {step.quality}"
-    origins = ", ".join(f"{entry.path} ({_state(entry)})" if verify else entry.path for entry in step.inputs)
+    origins = ", ".join(f"{entry.path} ({_state(entry, directory)})" if verify else entry.path for entry in step.inputs)
     counts = f"{step.parameters_before:,} -> {step.parameters_after:,} parameters"
     return f"{step.command}: {counts}{quality}" + (f", from {origins}" if origins else "")
 
 
-def _state(entry: "Input") -> str:
+def _place(path: Path, directory: Path) -> Path:
+    """Where an input is: relative paths are from where a command ran, which may be here, or above the model it made."""
+    found = (above / path for above in directory.resolve().parents if (above / path).exists())
+    return path if path.exists() else next(found, path)
+
+
+def _state(entry: "Input", directory: Path) -> str:
     """Whether what a step read, a model directory, an adapter or a file, is still what it read."""
     from moe_reduce.adapters.storage import DESCRIPTION, described
     from moe_reduce.storage import manifest
 
-    place, sampled = Path(entry.path), False
+    place, sampled = _place(Path(entry.path), directory), False
     try:
         if place.is_file():
             found = manifest.sha256_of_file(place)
@@ -83,7 +89,7 @@ def _state(entry: "Input") -> str:
             whole = sampled or not manifest.verify(place)
             found = manifest.input_of(place).sha256 if whole else ""
         else:
-            return "not found from here" if not place.exists() else "cannot be checked"
+            return "not found" if not place.exists() else "cannot be checked"
     except (UserError, OSError):
         return "changed since"
     if found != entry.sha256:
