@@ -216,8 +216,8 @@ def _check_text(key: str, source: str) -> None:
         raise UserError(f"{key}={source!r} must name text, by a path or glob, python-stdlib or hub:NAME")
 
 
-def check_mesh(mesh: "MeshConfig", model: "ModelConfig") -> None:
-    """Raises UserError when the sizes of a model do not divide over a mesh."""
+def check_mesh(mesh: "MeshConfig", model: "ModelConfig", tensor: str = "mesh.tensor") -> None:
+    """Raises UserError when the sizes of a model do not divide over a mesh. tensor: what its user calls that size."""
     _check_sizes(mesh)
     if model.moe is not None and model.moe.experts % mesh.expert:
         raise UserError(f"model.moe.experts ({model.moe.experts}) must be a multiple of mesh.expert ({mesh.expert})")
@@ -226,7 +226,7 @@ def check_mesh(mesh: "MeshConfig", model: "ModelConfig") -> None:
     for name in ("query_heads", "key_value_heads", "feed_forward_width"):
         size = getattr(model, name)
         if size is not None and size % mesh.tensor:
-            raise UserError(f"model.{name} ({size}) must be a multiple of mesh.tensor ({mesh.tensor})")
+            raise UserError(f"model.{name} ({size}) must be a multiple of {tensor} ({mesh.tensor})")
     if model.width % (mesh.fsdp * mesh.expert):
         parts = f"mesh.fsdp · mesh.expert ({mesh.fsdp} · {mesh.expert})"
         raise UserError(f"model.width ({model.width}) must be a multiple of {parts}")

@@ -3,6 +3,7 @@
 import json
 import random
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers_models import written
 
 import moe_reduce
 from moe_reduce.__main__ import main
-from moe_reduce.config import ExecutionConfig
+from moe_reduce.config import ExecutionConfig, MeshConfig
 from moe_reduce.data.tokenizer_training import train_tokenizer
 from moe_reduce.data.tokenizers import load_tokenizer
 from moe_reduce.errors import UserError
@@ -22,6 +23,7 @@ from moe_reduce.inference import scoring
 from moe_reduce.inference.generate import ready
 from moe_reduce.inference.harness import Harness
 from moe_reduce.inference.retained import lost, retained
+from moe_reduce.training.sharding import make_mesh
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 CONTEXT = 96
@@ -49,9 +51,9 @@ def directory(tmp_path_factory):
     return of
 
 
-def ours(directory, batch_size=4) -> Harness:
+def ours(directory, batch_size=4, mesh=None) -> Harness:
     model = moe_reduce.load(directory, execution=ExecutionConfig().resolve("cpu"))
-    return Harness(model, load_tokenizer(directory), batch_size)
+    return Harness(model, load_tokenizer(directory), batch_size, mesh=mesh)
 
 
 def theirs(directory) -> HFLM:
@@ -179,6 +181,43 @@ def test_a_baseline_on_a_corpus(directory, corpus, tmp_path, capsys):
     assert loss["low"] < loss["difference"] < loss["high"]
 
 
+def test_two_devices_find_what_one_does(directory, corpus, tasks, tmp_path, capsys):
+    model, other = directory("llama"), directory("qwen3_moe")
+    beside = [f"--model={model}", f"--baseline={other}"]
+    text = ["--sequence-length=32", "--max-batches=3", f"--cache={tmp_path / 'tokens'}"]
+    for what in ([f"--data={corpus}/*.txt", *text], ["--tasks=local_choice", f"--task-path={tasks}"]):
+        whole = evaluated(tmp_path, capsys, *beside, *what)
+        split = evaluated(tmp_path, capsys, *beside, *what, "--tensor=2")
+        assert figures(split) == pytest.approx(figures(whole), rel=1e-5)
+    assert "must be a multiple of --tensor (3)" in evaluated(tmp_path, capsys, *beside, *what, "--tensor=3")
+
+
+def figures(found, path=()):
+    """Its numbers by path."""
+    if not isinstance(found, dict):
+        return {path: found} if isinstance(found, (int, float)) else {}
+    return {place: value for key in found for place, value in figures(found[key], (*path, key)).items()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_every_device_has_its_part_of_the_model_alone(directory, kind):
+    mesh = make_mesh(MeshConfig(data=1, tensor=2))
+    whole, split = ours(directory(kind)), ours(directory(kind), mesh=mesh)
+    pairs = [(context, " " + ending) for context in phrases(4, 2) for ending in phrases(2, 3)]
+    asked = requests("loglikelihood", pairs)
+    expected = whole.loglikelihood(asked, disable_tqdm=True)
+    found = split.loglikelihood(asked, disable_tqdm=True)
+    np.testing.assert_allclose([one for one, _ in found], [one for one, _ in expected], rtol=1e-5)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert held(split) < 0.6 * held(whole)  # norms and routers are whole on each
+
+
+def held(harness) -> int:
+    """Bytes of the first device."""
+    leaves = jax.tree.leaves(harness._ready.variables)
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+
+
 def test_intervals_hold_what_they_should():
     draw = np.random.default_rng(1)
     inside = 0
@@ -192,6 +231,8 @@ def test_intervals_hold_what_they_should():
     weights = np.arange(1.0, 401.0)
     shifted = lost(weights * 2.0, weights * 1.5, weights)
     assert shifted["difference"] == shifted["low"] == shifted["high"] == 0.5
+    none = retained(np.ones(9), np.zeros(9))
+    assert none == {"model": 1.0, "baseline": 0.0, "retained": None, "low": None, "high": None}
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,8 @@ def test_ours_and_ollamas_side_by_side(model, address, tmp_path, capsys):
     assert {look["name"] for look in looks} == {"a:8b", "b:8b", str(model)}
     assert (out / "monitor.png").read_bytes()[:4] == b"\x89PNG"
     assert main(["monitor", *arguments, f"--out={out}"]) == 2  # it exists
+    assert main(["monitor", *arguments, "--tensor=2", f"--out={out}", "--overwrite"]) == 0
+    assert [row["name"] for row in rows(out / "monitor.csv")] == ["a:8b", "b:8b", str(model)]
 
 
 def test_looks_come_at_their_pace_and_peaks_are_the_largest():
@@ -123,7 +125,11 @@ def test_no_server_is_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [([], "give --model=DIR or --ollama=NAME"), (["--ollama=a", "--pause=0"], "--pause must be positive")],
+    [
+        ([], "give --model=DIR or --ollama=NAME"),
+        (["--ollama=a", "--pause=0"], "--pause must be positive"),
+        (["--ollama=a", "--tensor=0"], "--tensor must be"),
+    ],
 )
 def test_mistakes_are_one_line(arguments, words, tmp_path, capsys):
     assert main(["monitor", *arguments, f"--out={tmp_path / 'out'}"]) == 2

@@ -3,11 +3,14 @@
 import argparse
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_reduce import disk
 from moe_reduce.commands import model_arguments
 from moe_reduce.errors import UserError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task-path", type=Path, help="a directory with tasks of your own (YAML files of lm-eval)")
     parser.add_argument("--few-shot", type=int, help="examples in front of each question (default: the task's own)")
     parser.add_argument("--limit", type=int, help="questions of each task (default: all)")
+    model_arguments.add_tensor(parser)
     model_arguments.add_out(parser, "runs/evaluation")
 
 
@@ -32,9 +36,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
     out = arguments.out
     model_arguments.check_out(out, arguments.overwrite)
+    mesh = model_arguments.tensor_mesh(arguments, *filter(None, (arguments.model, arguments.baseline)))
     from moe_reduce.training.run import SUMMARY
 
-    result = _on_tasks(arguments) if arguments.tasks else _on_corpus(arguments)
+    result = _on_tasks(arguments, mesh) if arguments.tasks else _on_corpus(arguments, mesh)
     print(model_arguments.show(result, as_json=False))
     asked = {name: str(value) for name in ("model", "baseline", "data", "tasks") if (value := getattr(arguments, name))}
     with disk.writing(out, "free some space or choose another path"):
@@ -43,15 +48,15 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     return out / SUMMARY
 
 
-def _on_corpus(arguments: argparse.Namespace) -> dict[str, Any]:
+def _on_corpus(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, Any]:
     from moe_reduce.inference.evaluate import evaluate
     from moe_reduce.inference.retained import lost, retained
 
     data = model_arguments.data_config(arguments)
 
     def rows(directory: Path) -> Any:
-        model = model_arguments.load_model(argparse.Namespace(**vars(arguments) | {"model": directory}))
-        return evaluate(model, data, arguments.batch_size, arguments.max_batches)
+        model = model_arguments.load_model(arguments, directory, mesh)
+        return evaluate(model, data, arguments.batch_size, arguments.max_batches, mesh)
 
     ours = rows(arguments.model)
     if arguments.baseline is None:
@@ -64,16 +69,16 @@ def _on_corpus(arguments: argparse.Namespace) -> dict[str, Any]:
     return ours.figures() | {"beside_baseline": compared}
 
 
-def _on_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
+def _on_tasks(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, Any]:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs the EleutherAI harness: pip install 'moe_reduce[evaluate]'")
     from moe_reduce.inference import tasks
 
     def found(directory: Path) -> Any:
-        model = model_arguments.load_model(argparse.Namespace(**vars(arguments) | {"model": directory}))
+        model = model_arguments.load_model(arguments, directory, mesh)
         return tasks.evaluate(
             model, directory, arguments.tasks.split(","), arguments.batch_size, arguments.task_path,
-            arguments.few_shot, arguments.limit,
+            arguments.few_shot, arguments.limit, mesh,
         )  # fmt: skip
 
     ours = found(arguments.model)

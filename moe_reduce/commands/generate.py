@@ -67,8 +67,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     tokenizer, prompts = _prompts(arguments)
     rows = [Continuation(tokenizer, prompt, arguments.stop) for prompt in prompts]
     _check(prompts, model_arguments.directory_config(arguments.model), arguments.max_tokens)
-    mesh = model_arguments.tensor_mesh(arguments)
-    model = model_arguments.load_model(arguments, mesh)
+    mesh = model_arguments.tensor_mesh(arguments, arguments.model)
+    model = model_arguments.load_model(arguments, mesh=mesh)
     settings = _settings(arguments, end_ids(model, tokenizer))
     model = ready(model, mesh)  # which may be a copy: what was loaded is not held any longer
     _print(model, rows, settings)

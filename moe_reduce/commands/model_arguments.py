@@ -81,17 +81,18 @@ def execution(arguments: argparse.Namespace) -> "ExecutionConfig":
     return wanted.resolve(jax.default_backend())
 
 
-def load_model(arguments: argparse.Namespace, mesh: "Mesh | None" = None) -> "Model":
-    """--model, whole, or on a mesh, each device its own part."""
+def load_model(arguments: argparse.Namespace, directory: Path | None = None, mesh: "Mesh | None" = None) -> "Model":
+    """--model, or another directory, whole, or on a mesh, each device its own part."""
     from moe_reduce import load
 
+    place: Path = directory or arguments.model
     if mesh is None:
-        return load(arguments.model, execution=execution(arguments))
+        return load(place, execution=execution(arguments))
     from moe_reduce.models.decoder import abstract_params
     from moe_reduce.training import sharding
 
-    places = sharding.shardings(mesh, abstract_params(directory_config(arguments.model)))
-    return load(arguments.model, execution=execution(arguments), shardings=places)
+    places = sharding.shardings(mesh, abstract_params(directory_config(place)))
+    return load(place, execution=execution(arguments), shardings=places)
 
 
 def add_tensor(parser: argparse.ArgumentParser) -> None:
@@ -100,8 +101,12 @@ def add_tensor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor", type=int, default=1, help=shown)
 
 
-def tensor_mesh(arguments: argparse.Namespace) -> "Mesh | None":
-    """The mesh of --tensor devices, for a model that they divide; None for one device. Before anything asks jax."""
+def tensor_mesh(arguments: argparse.Namespace, *models: Path) -> "Mesh | None":
+    """The mesh of --tensor devices, for models that they divide; None for one device. Before anything asks jax."""
+    if arguments.tensor < 1:
+        raise UserError(f"--tensor must be positive, got {arguments.tensor}")
+    if arguments.tensor == 1:
+        return None
     import contextlib
 
     import jax
@@ -110,15 +115,9 @@ def tensor_mesh(arguments: argparse.Namespace) -> "Mesh | None":
     from moe_reduce.config import MeshConfig
     from moe_reduce.training import sharding
 
-    if arguments.tensor < 1:
-        raise UserError(f"--tensor must be positive, got {arguments.tensor}")
-    if arguments.tensor == 1:
-        return None
     wanted = MeshConfig(data=1, tensor=arguments.tensor)
-    try:
-        validation.check_mesh(wanted, directory_config(arguments.model))
-    except UserError as error:
-        raise UserError(str(error).replace("mesh.tensor", "--tensor")) from None
+    for model in models:
+        validation.check_mesh(wanted, directory_config(model), tensor="--tensor")
     with contextlib.suppress(RuntimeError):  # jax has looked at its devices already, and their number is fixed
         jax.config.update("jax_num_cpu_devices", arguments.tensor)
     if len(jax.devices()) < arguments.tensor:

@@ -13,6 +13,8 @@ from moe_reduce.commands import model_arguments
 from moe_reduce.errors import UserError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from moe_reduce.inference.monitor import Monitor
 
 COLUMNS = (
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=128, help="tokens of each answer (default: 128)")
     parser.add_argument("--pause", type=float, default=0.5, help="seconds between two looks (default: 0.5)")
     model_arguments.add_compute_dtype(parser)
+    model_arguments.add_tensor(parser)
     model_arguments.add_out(parser, "runs/monitor")
 
 
@@ -47,13 +50,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         raise UserError("monitor needs psutil: pip install 'moe_reduce[monitor]'")
     out = arguments.out
     model_arguments.check_out(out, arguments.overwrite)
+    mesh = model_arguments.tensor_mesh(arguments, *arguments.model)
     rows, samples = [], []
     for name in _ollama_names(arguments):
         row, monitor = _ollama(arguments, name)
         rows.append(row)
         samples.append((name, monitor.samples))
     for directory in arguments.model:
-        row, monitor = _ours(arguments, directory)
+        row, monitor = _ours(arguments, directory, mesh)
         rows.append(row)
         samples.append((str(directory), monitor.samples))
     for row in rows:
@@ -101,20 +105,19 @@ def _ollama(arguments: argparse.Namespace, name: str) -> tuple[list[Any], "Monit
     return _row(described, monitor, *rates), monitor
 
 
-def _ours(arguments: argparse.Namespace, directory: Path) -> tuple[list[Any], "Monitor"]:
+def _ours(arguments: argparse.Namespace, directory: Path, mesh: "Mesh | None") -> tuple[list[Any], "Monitor"]:
     from moe_reduce import planning
     from moe_reduce.data.tokenizers import load_tokenizer
     from moe_reduce.inference import text
     from moe_reduce.inference.generate import GenerateConfig, compile_for, ready
     from moe_reduce.inference.monitor import Monitor
 
-    one = argparse.Namespace(model=directory, compute_dtype=arguments.compute_dtype)
-    model = model_arguments.load_model(one)
+    model = model_arguments.load_model(arguments, directory, mesh)
     tokenizer = load_tokenizer(directory)
     settings = GenerateConfig(max_tokens=arguments.max_tokens, end_ids=text.end_ids(model, tokenizer))
     row = text.Continuation(tokenizer, tokenizer.encode_prompt(arguments.prompt))
     described = (directory, _family(model), planning.count(model.params), _stored(model))
-    prepared = ready(model)
+    prepared = ready(model, mesh)
     compile_for(prepared, [row.prompt], settings)
     times = [time.perf_counter()]
     with Monitor(arguments.pause) as monitor:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from moe_reduce.config import DataConfig, ExecutionConfig, ModelConfig
+from moe_reduce.config import DataConfig
 from moe_reduce.data.batches import WholeSplit
 from moe_reduce.data.prepare import prepare
 from moe_reduce.models.decoder import Decoder
@@ -35,19 +35,21 @@ class RowSums(NamedTuple):
         return summarize(sums) | {"tokens": int(sums["weight"])}
 
 
-def evaluate(model: Model, data: DataConfig, batch_size: int, max_batches: int | None) -> RowSums:
-    """Sums by sequence over the whole corpus, or its first `max_batches` batches."""
+def evaluate(
+    model: Model, data: DataConfig, batch_size: int, max_batches: int | None, mesh: Mesh | None = None
+) -> RowSums:
+    """Sums by sequence over the whole corpus, or its first `max_batches` batches, on a mesh if one is given."""
     tokens, _ = prepare(data, model.config.vocab_size)
     batches = WholeSplit(tokens, data, batch_size)
     total_batches = len(batches) if max_batches is None else min(max_batches, len(batches))
     bar = tqdm(_first(batches, total_batches), total=total_batches, unit="batch", disable=not sys.stderr.isatty())
-    parts = [jax.device_get(_row_sums(model.config, model.execution, model.params, batch)) for batch in bar]
+    step = compiled(partial(_row_sums, Decoder(model.config, model.execution)), mesh)
+    parts = [jax.device_get(step(model.params, batch)) for batch in bar]
     return RowSums(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _row_sums(config: ModelConfig, execution: ExecutionConfig, params: Any, batch: Any) -> RowSums:
-    logits_BTV: Any = Decoder(config, execution).apply(variables(params), *decoder_inputs(batch))
+def _row_sums(decoder: Decoder, params: Any, batch: Any) -> RowSums:
+    logits_BTV: Any = decoder.apply(variables(params), *decoder_inputs(batch))
     nll_BT, correct_BT = token_losses(logits_BTV, batch)
     sums: Any = (jnp.sum(values * batch["weights"], axis=1) for values in (nll_BT, correct_BT, 1.0))
     return RowSums(*sums)

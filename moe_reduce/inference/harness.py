@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from jax.sharding import Mesh
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -24,9 +25,16 @@ MADE = 256  # tokens that a generation may have where its task does not say
 class Harness(TemplateLM):
     """loglikelihood, loglikelihood_rolling and generate_until, batched; `max_length` tokens of context at most."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, batch_size: int, max_length: int | None = None):
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        max_length: int | None = None,
+        mesh: Mesh | None = None,
+    ):
         super().__init__()
-        self._ready, self._tokenizer, self._batch_size = ready(model), tokenizer, batch_size
+        self._ready, self._tokenizer, self._batch_size = ready(model, mesh), tokenizer, batch_size
         self._ends = text.end_ids(model, tokenizer)
         self.max_length = max_length or model.config.max_positions
 

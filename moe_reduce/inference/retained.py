@@ -11,7 +11,8 @@ INTERVAL = (2.5, 97.5)  # percent: what 95 of 100 draws lie between
 def retained(ours_S: np.ndarray, theirs_S: np.ndarray, weights_S: np.ndarray | None = None) -> dict[str, Any]:
     """{model, baseline, retained, low, high}: means, their ratio, and its interval; S questions, drawn in pairs.
 
-    weights_S: what both are divided by, such as tokens; 1 each without.
+    weights_S: what both are divided by, such as tokens; 1 each without. Of a baseline of 0 nothing can be
+    retained: None.
     """
     weights_S = np.ones(len(ours_S)) if weights_S is None else weights_S
     return _compared(ours_S, theirs_S, weights_S, lambda ours, theirs: ours / theirs if theirs else float("nan"))
@@ -34,4 +35,5 @@ def _compared(ours_S: np.ndarray, theirs_S: np.ndarray, weights_S: np.ndarray, r
     ours, theirs, weight = (float(values.sum()) for values in arrays)
     low, high = np.nanpercentile(found, INTERVAL) if not np.all(np.isnan(found)) else (float("nan"),) * 2
     means = {"model": ours / weight, "baseline": theirs / weight}
-    return means | {"retained": relation(*means.values()), "low": float(low), "high": float(high)}
+    share = {"retained": relation(*means.values()), "low": float(low), "high": float(high)}
+    return means | {name: None if np.isnan(value) else value for name, value in share.items()}

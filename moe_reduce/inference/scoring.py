@@ -37,7 +37,8 @@ def score(model: Ready, pairs: Sequence[Pair], batch_size: int) -> Iterator[tupl
         places = bucket(max(len(context) for context in batch))
         # the last token of a context is the first that its continuations read
         tokens_BT, _ = _rows([context[:-1] for context in batch], batch_size, places)
-        read = _read(model.config, model.execution, model.stacked, places, model.variables, tokens_BT)
+        with model.place():
+            read = _read(model.config, model.execution, model.stacked, places, model.variables, tokens_BT)
         jobs = [
             (row, context, continuation, indices)
             for row, context in enumerate(batch)
@@ -69,10 +70,11 @@ def _continue(model: Ready, read: Any, jobs: Sequence[Any], batch_size: int) -> 
     rows_R, starts_R = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
     for number, (row, context, _, _) in enumerate(jobs):
         rows_R[number], starts_R[number] = row, len(context) - 1
-    found = _score(
-        model.config, model.execution, model.stacked, model.variables, read, rows_R, tokens_RX, starts_R, targets_RX,
-        counted_RX,
-    )  # fmt: skip
+    with model.place():
+        found = _score(
+            model.config, model.execution, model.stacked, model.variables, read, rows_R, tokens_RX, starts_R,
+            targets_RX, counted_RX,
+        )  # fmt: skip
     likelihood_R, greedy_R = jax.device_get(found)
     return [Scored(float(a), bool(b)) for a, b in zip(likelihood_R[: len(jobs)], greedy_R[: len(jobs)], strict=True)]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
@@ -31,8 +32,12 @@ def evaluate(
     path: Path | None = None,
     few_shot: int | None = None,
     limit: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Found:
-    """Runs the tasks. Raises UserError for a task that is unknown, or whose data cannot be read."""
+    """Runs the tasks, on a mesh if one is given.
+
+    Raises UserError for a task that is unknown, or whose data cannot be read.
+    """
     manager = TaskManager(include_path=str(path) if path else None)
     known = set(manager.all_tasks)
     for name in names:
@@ -41,7 +46,7 @@ def evaluate(
                 f"--tasks={name} is unknown to lm-eval: see its list of tasks, or give --task-path=DIRECTORY"
             )
     wanted: Any = names
-    wrapped = Harness(model, load_tokenizer(tokenizer), batch_size)
+    wrapped = Harness(model, load_tokenizer(tokenizer), batch_size, mesh=mesh)
     try:
         result: Any = simple_evaluate(
             model=wrapped, tasks=wanted, task_manager=manager, num_fewshot=few_shot, limit=limit, log_samples=True,
