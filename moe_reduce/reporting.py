@@ -78,6 +78,8 @@ def _measured(source: Path) -> list[Measured]:
 def _reductions(groups: dict[str, list[Measured]], title: str, out: Path) -> dict[str, Any]:
     """A row a reduction, a column a share of the experts: loss behind it, and the share of the accuracy that is left.
 
+    Losses compare where those of the first models do, which a column gives; shares are of each run's own first model.
+
     Several seeds: mean, and half of the range. Where a share was pruned and then recovered, the recovered model counts.
     """
     del title
@@ -88,13 +90,14 @@ def _reductions(groups: dict[str, list[Measured]], title: str, out: Path) -> dic
         tokens = sum(stage["tokens"] for stage in groups[name][0].summary["stages"])
         firsts = [one.summary["stages"][0] for one in groups[name]]
         cells = [_rung([run[share] for run in runs if share in run], firsts) for share in shares]
-        rows.append([name, f"{tokens / 1e6:.1f} M", str(len(runs)), *cells])
+        before = _spread([first["validation"]["loss"] for first in firsts], digits=3)
+        rows.append([name, f"{tokens / 1e6:.1f} M", str(len(runs)), before, *cells])
     sizes = [_sizes([run[share] for runs in ladders.values() for run in runs if share in run]) for share in shares]
     out.mkdir(parents=True, exist_ok=True)
     ladder_picture({name: runs[0].summary for name, runs in groups.items()}, out / "curves.png")
     return {
-        "columns": ["reduction", "training tokens", "seeds", *(f"{share} %" for share in shares)],
-        "rows": [["parameters", "", "", *sizes], *rows],
+        "columns": ["reduction", "training tokens", "seeds", "first model", *(f"{share} %" for share in shares)],
+        "rows": [["parameters", "", "", "", *sizes], *rows],
         "runs": {name: [_thin(one.summary) for one in runs] for name, runs in groups.items()},
     }
 

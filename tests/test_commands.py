@@ -130,11 +130,11 @@ def test_report_of_reductions_takes_the_recovered_model_and_pairs_seeds(tmp_path
     runs, made = [str(tmp_path / "s0"), str(tmp_path / "s1")], ["--title=Smaller", "--made-by=x"]
     assert main(["report", "--runs", *runs, *made, f"--out={tmp_path / 'both'}"]) == 0
     result = json.loads((tmp_path / "both/summary.json").read_text())
-    assert result["columns"] == ["reduction", "training tokens", "seeds", "100 %", "50 %"]
+    assert result["columns"] == ["reduction", "training tokens", "seeds", "first model", "100 %", "50 %"]
     by_name = {row[0]: row[1:] for row in result["rows"]}
-    assert by_name["parameters"] == ["", "", "800", "400"]
+    assert by_name["parameters"] == ["", "", "", "800", "400"]
     kept = (1 / 2.5 + 1 / 2.7) / 2 / (1 / 2.0)
-    assert by_name["pool"] == ["2.0 M", "2", "2.000 ± 0.000 (100.0%)", f"2.600 ± 0.100 ({kept:.1%})"]
+    assert by_name["pool"] == ["2.0 M", "2", "2.000 ± 0.000", "2.000 ± 0.000 (100.0%)", f"2.600 ± 0.100 ({kept:.1%})"]
     assert by_name["layers"][-1] == f"2.800 ({2.0 / 2.8:.1%})"
     assert (tmp_path / "both/curves.png").read_bytes().startswith(b"\x89PNG")
     # an earlier result counts as its runs
