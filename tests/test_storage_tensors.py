@@ -1,6 +1,8 @@
 """Safetensors files: what we write the library reads, and every fault is one line that names the file."""
 
+import hashlib
 import json
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -11,6 +13,7 @@ import safetensors.torch
 import torch
 
 from moe_reduce.errors import UserError
+from moe_reduce.storage import tensors
 from moe_reduce.storage.tensors import INDEX_FILE, SINGLE_FILE, TensorFiles, write_tensors
 
 ARRAYS = {
@@ -117,6 +120,31 @@ def test_shards_and_hashes(tmp_path: Path):
     files = TensorFiles(tmp_path)
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(files.read(name), array)
+
+
+def test_what_is_copied_is_hashed_before_its_buffer_is_used_again(tmp_path: Path, monkeypatch):
+    (tmp_path / "copied").mkdir()
+    x = np.arange(1000, dtype=np.float32)
+    write_tensors(tmp_path, [("x", x.shape, x.dtype, x)])
+    real = hashlib.sha256
+
+    class Slow:
+        def __init__(self):
+            self.found = real()
+
+        def update(self, data):
+            time.sleep(0.01)  # a buffer that is filled meanwhile would be hashed with what comes next
+            self.found.update(data)
+
+        def hexdigest(self):
+            return self.found.hexdigest()
+
+    monkeypatch.setattr(tensors, "COPY_BYTES", 512)
+    monkeypatch.setattr(tensors.hashlib, "sha256", Slow)
+    entry = TensorFiles(tmp_path).entries["x"]
+    hashes = write_tensors(tmp_path / "copied", [("x", x.shape, x.dtype, entry)])
+    assert hashes == {SINGLE_FILE: real((tmp_path / "copied" / SINGLE_FILE).read_bytes()).hexdigest()}
+    np.testing.assert_array_equal(TensorFiles(tmp_path / "copied").read("x"), x)
 
 
 def test_announced_shape_is_checked(tmp_path: Path):
