@@ -86,7 +86,7 @@ def _reductions(groups: dict[str, list[Measured]], title: str, out: Path) -> dic
     ladders = {name: [_ladder(one.summary) for one in runs] for name, runs in groups.items()}
     shares = sorted({share for runs in ladders.values() for run in runs for share in run}, reverse=True)
     rows = []
-    for name, runs in ladders.items():
+    for name, runs in sorted(ladders.items()):
         tokens = sum(stage["tokens"] for stage in groups[name][0].summary["stages"])
         firsts = [one.summary["stages"][0] for one in groups[name]]
         cells = [_rung([run[share] for run in runs if share in run], firsts) for share in shares]
