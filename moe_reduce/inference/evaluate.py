@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from moe_reduce.config import DataConfig
+from moe_reduce.config import DataConfig, ExecutionConfig, ModelConfig
 from moe_reduce.data.batches import WholeSplit
 from moe_reduce.data.prepare import prepare
 from moe_reduce.models.decoder import Decoder
@@ -43,9 +43,15 @@ def evaluate(
     batches = WholeSplit(tokens, data, batch_size)
     total_batches = len(batches) if max_batches is None else min(max_batches, len(batches))
     bar = tqdm(_first(batches, total_batches), total=total_batches, unit="batch", disable=not sys.stderr.isatty())
-    step = compiled(partial(_row_sums, Decoder(model.config, model.execution)), mesh)
+    step = _step(model.config, model.execution, mesh)
     parts = [jax.device_get(step(model.params, batch)) for batch in bar]
     return RowSums(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+
+
+@cache
+def _step(config: ModelConfig, execution: ExecutionConfig, mesh: Mesh | None) -> Any:
+    """One program for a model and a baseline of the same architecture."""
+    return compiled(partial(_row_sums, Decoder(config, execution)), mesh)
 
 
 def _row_sums(decoder: Decoder, params: Any, batch: Any) -> RowSums:
