@@ -137,6 +137,9 @@ def test_report_of_reductions_takes_the_recovered_model_and_pairs_seeds(tmp_path
     assert by_name["pool"] == ["2.0 M", "2", "2.000 ± 0.000", "2.000 ± 0.000 (100.0%)", f"2.600 ± 0.100 ({kept:.1%})"]
     assert by_name["layers"][-1] == f"2.800 ({2.0 / 2.8:.1%})"
     assert (tmp_path / "both/curves.png").read_bytes().startswith(b"\x89PNG")
+    # in the same order, whatever the order of the runs
+    assert main(["report", "--runs", *reversed(runs), *made, f"--out={tmp_path / 'reversed'}"]) == 0
+    assert json.loads((tmp_path / "reversed/summary.json").read_text())["rows"] == result["rows"]
     # an earlier result counts as its runs
     assert main(["report", "--runs", str(tmp_path / "both"), *made, f"--out={tmp_path / 'again'}"]) == 0
     assert json.loads((tmp_path / "again/summary.json").read_text())["rows"] == result["rows"]

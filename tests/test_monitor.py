@@ -13,6 +13,7 @@ from transformers_models import written
 from moe_reduce.__main__ import main
 from moe_reduce.data.tokenizer_training import train_tokenizer
 from moe_reduce.errors import UserError
+from moe_reduce.inference import generate as generation
 from moe_reduce.inference import monitor as machine
 from moe_reduce.inference import ollama
 
@@ -72,7 +73,7 @@ def rows(file):
     return list(csv.DictReader(file.read_text().splitlines()))
 
 
-def test_ours_and_ollamas_side_by_side(model, address, tmp_path, capsys):
+def test_ours_and_ollamas_side_by_side(model, address, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     arguments = [f"--model={model}", "--ollama=all", f"--address={address}", "--max-tokens=7", "--pause=0.01"]
     assert main(["monitor", *arguments, f"--out={out}"]) == 0
@@ -89,7 +90,10 @@ def test_ours_and_ollamas_side_by_side(model, address, tmp_path, capsys):
     assert {look["name"] for look in looks} == {"a:8b", "b:8b", str(model)}
     assert (out / "monitor.png").read_bytes()[:4] == b"\x89PNG"
     assert main(["monitor", *arguments, f"--out={out}"]) == 2  # it exists
+    split, whole = [], generation.ready
+    monkeypatch.setattr(generation, "ready", lambda *given: split.append(whole(*given)) or split[-1])
     assert main(["monitor", *arguments, "--tensor=2", f"--out={out}", "--overwrite"]) == 0
+    assert {made.mesh.shape["tensor"] for made in split} == {2}
     assert [row["name"] for row in rows(out / "monitor.csv")] == ["a:8b", "b:8b", str(model)]
 
 
