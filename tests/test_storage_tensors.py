@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 from moe_reduce.errors import UserError
 from moe_reduce.storage import tensors
-from moe_reduce.storage.tensors import INDEX_FILE, SINGLE_FILE, TensorFiles, write_tensors
+from moe_reduce.storage.tensors import INDEX_FILE, SINGLE_FILE, WRITERS, TensorFiles, write_tensors
 
 ARRAYS = {
     "a": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -92,26 +93,49 @@ def test_unaligned_data_is_read(tmp_path: Path):
     np.testing.assert_array_equal(TensorFiles(tmp_path).read("a"), ARRAYS["a"])
 
 
-def test_writing_holds_one_tensor_at_a_time(tmp_path: Path):
+@pytest.mark.parametrize(("shard_bytes", "files"), [(2000, 1), (200, WRITERS)])
+def test_writing_holds_one_tensor_of_each_file_at_work(tmp_path: Path, shard_bytes: int, files: int):
     alive = 0
     most = 0
+    lock = threading.Lock()
 
     class Counted(np.ndarray):
         def __del__(self):
             nonlocal alive
-            alive -= type(self) is Counted and self.base is None
+            with lock:
+                alive -= type(self) is Counted and self.base is None
 
     def make():
         nonlocal alive, most
-        alive += 1
-        most = max(most, alive)
+        with lock:
+            alive += 1
+            most = max(most, alive)
         array = Counted((4, 4), np.float32)
         array[:] = 1.0
         return array
 
-    write_tensors(tmp_path, [(f"t{i}", (4, 4), np.dtype(np.float32), make) for i in range(20)], shard_bytes=200)
-    assert most == 1
+    write_tensors(tmp_path, [(f"t{i}", (4, 4), np.dtype(np.float32), make) for i in range(20)], shard_bytes=shard_bytes)
+    assert 1 <= most <= files
     assert len(TensorFiles(tmp_path).entries) == 20
+
+
+def test_files_are_written_beside_each_other_and_none_begins_behind_a_failure(tmp_path: Path):
+    together = threading.Barrier(WRITERS)
+    begun = []
+
+    def make(number: int):
+        begun.append(number)
+        if number < WRITERS:
+            together.wait(timeout=30)
+        if number == 0:
+            raise OSError("the disk is full")
+        time.sleep(0.1)
+        return np.zeros((4,), np.float32)
+
+    described = [(f"t{i}", (4,), np.dtype(np.float32), lambda i=i: make(i)) for i in range(20 * WRITERS)]
+    with pytest.raises(OSError, match="disk is full"):
+        write_tensors(tmp_path, described, shard_bytes=16)
+    assert WRITERS <= len(begun) < 20 * WRITERS
 
 
 def test_shards_and_hashes(tmp_path: Path):

@@ -18,8 +18,9 @@ from moe_reduce.models.decoder import Decoder
 from moe_reduce.models.deltas import variables
 from moe_reduce.storage.model import Model
 from moe_reduce.training.loop import summarize
-from moe_reduce.training.losses import decoder_inputs, evaluator, token_losses
+from moe_reduce.training.losses import evaluator, token_losses
 from moe_reduce.training.sharding import compiled
+from moe_reduce.training.task import decoder_inputs
 
 
 class RowSums(NamedTuple):

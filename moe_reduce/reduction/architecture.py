@@ -20,8 +20,7 @@ from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder, abstract_params
 from moe_reduce.models.deltas import variables
 from moe_reduce.storage.model import Model
-from moe_reduce.training.losses import decoder_inputs
-from moe_reduce.training.task import Batch
+from moe_reduce.training.task import Batch, decoder_inputs
 
 FEED_FORWARD = r"(layers/)?(mlp|experts)/(gate|up|down)"
 MATRICES = rf"layers/attention/(query|key|value|output)|{FEED_FORWARD}"

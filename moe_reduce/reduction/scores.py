@@ -22,8 +22,8 @@ from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder
 from moe_reduce.models.deltas import variables
 from moe_reduce.storage.model import Model
-from moe_reduce.training.losses import decoder_inputs
 from moe_reduce.training.sharding import compiled
+from moe_reduce.training.task import decoder_inputs
 
 CRITERIA = (
     "reap",  # mean of g·‖f‖₂ over the tokens routed to the expert

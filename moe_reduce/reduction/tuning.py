@@ -18,8 +18,8 @@ from moe_reduce.config import BalanceConfig, ExecutionConfig, ModelConfig, TuneS
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder
 from moe_reduce.models.deltas import ADAPTER, variables
-from moe_reduce.training.losses import collapse, decoder_inputs, evaluator, predict
-from moe_reduce.training.task import TEACHER, Batch, Params, Task, never, no_change
+from moe_reduce.training.losses import collapse, evaluator, predict
+from moe_reduce.training.task import TEACHER, Batch, Params, Task, decoder_inputs, never, no_change
 
 BIAS = "layers/router_bias"
 

@@ -1,8 +1,8 @@
 """Safetensors files, read lazily and written as a stream.
 
 Reading opens only the headers; the data stay on disk behind a memory map until a slice of them is copied. Writing
-holds one tensor at a time, so models larger than memory pass through. The format is 8 bytes of little-endian header
-length, a JSON header `{name: {dtype, shape, data_offsets}}`, then the data
+holds one tensor of each file at work, so models larger than memory pass through. The format is 8 bytes of
+little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, then the data
 (https://huggingface.co/docs/safetensors). Own code for it, because the library's numpy reader has no bfloat16.
 """
 
@@ -23,7 +23,8 @@ from moe_reduce.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SHARD_BYTES = 5 * 1000**3  # most published models use this size
+SHARD_BYTES = 2 * 1000**3  # of a file at most; WRITERS of them are written at a time
+WRITERS = 2  # files: hashing one stream is slower than writing it
 ALIGNMENT = 8  # bytes; the format pads headers so that data can be mapped in place
 HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
 
@@ -187,19 +188,17 @@ def _check_extent(file: Path, entries: dict[str, Entry], base: int, size: int) -
 def write_tensors(directory: Path, items: Iterable[TensorItem], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
     """Writes tensors as one file, or as shards with an index.
 
-    A shard takes tensors in the order given until the next would exceed `shard_bytes`. Functions are called one at a
-    time, when their turn comes, and their result is dropped after writing; what lies in other files is copied a few
-    megabytes at a time. Returns the SHA-256 of each file by name.
+    A shard takes tensors in the order given until the next would exceed `shard_bytes`; WRITERS of them are written at
+    a time, each in a thread. There functions are called when their turn comes, and their result is dropped after
+    writing; what lies in other files is copied a few megabytes at a time. Returns the SHA-256 of each file by name.
     """
     shards = _split(list(items), shard_bytes)
     if len(shards) == 1:
         return {SINGLE_FILE: write_file(directory / SINGLE_FILE, shards[0])}
-    hashes: dict[str, str] = {}
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        hashes[file] = write_file(directory / file, shard)
-        weight_map |= {name: file for name, *_ in shard}
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    with ThreadPoolExecutor(WRITERS) as writers:  # its map begins no other file once one has failed
+        hashes = dict(zip(files, writers.map(write_file, [directory / file for file in files], shards), strict=True))
+    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name, *_ in shard}
     everything = [item for shard in shards for item in shard]
     metadata = {
         "total_parameters": sum(math.prod(shape) for _, shape, _, _ in everything),

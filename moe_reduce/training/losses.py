@@ -12,7 +12,7 @@ from moe_reduce import trees
 from moe_reduce.config import BalanceConfig, ExecutionConfig, ModelConfig
 from moe_reduce.models.decoder import Decoder
 from moe_reduce.models.deltas import variables
-from moe_reduce.training.task import Batch, Params, Sums, Task, never, no_change
+from moe_reduce.training.task import Batch, Params, Sums, Task, decoder_inputs, never, no_change
 
 
 def language_model_task(model: ModelConfig, execution: ExecutionConfig, balance: BalanceConfig) -> Task:
@@ -47,12 +47,6 @@ def predict(
     routing = sown["intermediates"]["layers"]["routing"]
     penalty, statistics = balance_terms(routing, balance, moe.placement == "shared")
     return logits_BTV, penalty, metrics | statistics
-
-
-def decoder_inputs(batch: Batch) -> tuple[Any, Any, Any]:
-    """The arguments of Decoder; segments and positions exist only where documents are masked."""
-    masked = "segments" in batch
-    return batch["tokens"], batch["segments"] if masked else None, batch["positions"] if masked else None
 
 
 def mean_nll(logits_BTV: jax.Array, batch: Batch) -> jax.Array:

@@ -14,6 +14,12 @@ Batch = dict[str, jax.Array]
 Sums = dict[str, Any]
 
 
+def decoder_inputs(batch: Batch) -> tuple[Any, Any, Any]:
+    """The arguments of Decoder; segments and positions exist only where documents are masked."""
+    masked = "segments" in batch
+    return batch["tokens"], batch["segments"] if masked else None, batch["positions"] if masked else None
+
+
 def no_change(params: Params, metrics: dict[str, jax.Array]) -> Params:
     """The `after_step` of a task in which everything is learned by gradients."""
     del metrics
