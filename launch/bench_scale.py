@@ -56,7 +56,7 @@ def layer(experts: int, tokens: int, hidden: int, repeats: int) -> dict[str, flo
         return jnp.sum(combine_rows(gather_rows(x_SD, order), routing.weights_SA, order)), balance
 
     def computed(rows_MD: jax.Array, counts_E: jax.Array, matrices: Any) -> jax.Array:
-        made: Any = blocks.grouped_swiglu(rows_MD, counts_E, matrices, (), 64, "plain")
+        made: Any = blocks.grouped_swiglu(rows_MD, counts_E, matrices, (), {}, 64, "plain")
         return jnp.sum(made[0])
 
     order = sort_by_expert(route(router_logits(x_SD, router_DE, None), None, moe).experts_SA, experts)

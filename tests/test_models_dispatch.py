@@ -80,6 +80,51 @@ def test_frozen_experts_leave_the_other_gradients_as_they_are(name):
     assert all(not np.any(matrix) for matrix in dpool)
 
 
+def _changes(keys):
+    """Of gate a LoRA of each expert, of down a core of each between sketches that all share, of up none."""
+    normal = jax.random.normal
+    return {
+        "gate": {"in": {"matrix": normal(keys[0], (E, D, 3))}, "out": {"matrix": normal(keys[1], (E, 3, F))}},
+        "down": {
+            "in": {"signs": jnp.ones(32), "rows": jnp.array([3, 8, 20, 31], jnp.int32)},
+            "core": normal(keys[2], (E, 4, 4)),
+            "out": {"matrix": normal(keys[3], (4, D))},
+        },
+    }
+
+
+@pytest.mark.parametrize("trained", ["what experts own", "what they share", "all, and the experts", "the scale alone"])
+@pytest.mark.parametrize("kind", ["one_expert_takes_all", "some_elsewhere"])
+def test_blocks_differentiate_an_adapter_as_the_reference_does(kind, trained):
+    keys = jax.random.split(jax.random.key(5), 8)
+    x_SD, target_SD = jax.random.normal(keys[4], (S, D)), jax.random.normal(keys[5], (S, D))
+    weights_SA, experts, changes = jax.nn.softmax(jax.random.normal(keys[6], (S, A))), _pool(keys[7]), _changes(keys)
+    own_down = {"core": changes["down"]["core"]}
+    shared_down = {"out": changes["down"]["out"], "scale": jnp.float32(0.7)}
+    frees = {
+        "what experts own": {"gate": changes["gate"], "down": own_down},
+        "what they share": {"down": shared_down},
+        "all, and the experts": {"gate": changes["gate"], "down": own_down | shared_down, "experts": experts},
+        "the scale alone": {"gate": {"scale": jnp.float32(0.3)}},
+    }
+
+    def loss(which, x_SD, weights_SA, free):
+        own = {name: {"scale": jnp.float32(0.5)} | change | free.get(name, {}) for name, change in changes.items()}
+        pool = Pool.of(free.get("experts", experts), x_SD.dtype, own)
+        execution = dataclasses.replace(EXECUTION, expert_gradients="experts" in free)
+        y_SD = DISPATCHES[which](x_SD, _chosen(kind), weights_SA, pool, execution).y_SD
+        return jnp.sum(y_SD * target_SD) / 100, y_SD
+
+    def both(which):
+        function = jax.value_and_grad(lambda *a: loss(which, *a), argnums=(0, 1, 2), has_aux=True)
+        (_, y_SD), gradients = jax.jit(function)(x_SD, weights_SA, frees[trained])
+        return jax.tree.leaves((y_SD, gradients))
+
+    for value, wanted in zip(both("blocks"), both("reference"), strict=True):
+        assert np.any(wanted)
+        np.testing.assert_allclose(value, wanted, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("block_rows", [1, 3, 16, 512])
 def test_blocks_of_any_size(block_rows):
     x_SD = jax.random.normal(jax.random.key(1), (S, D))

@@ -8,18 +8,21 @@ with a dynamic trip count cannot be differentiated in reverse, so the gradient i
 
 import itertools
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
-from moe_reduce.models.products import dot
+from moe_reduce.models import deltas
+from moe_reduce.models.products import dot, product, wide
 
 BLOCK_MULTIPLES = (1, 2, 3, 4)  # the sizes of blocks, in units of `block_rows`; each size is compiled by itself
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def grouped_swiglu(x_MD, counts_E, matrices, masters, block_rows: int, form: str):
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def grouped_swiglu(x_MD, counts_E, matrices, masters, changes, block_rows: int, form: str):
     """Row m, of the expert whose group of counts_E contains m, -> down(silu(gate·x) · up·x); and the masters.
 
     Args:
@@ -29,10 +32,11 @@ def grouped_swiglu(x_MD, counts_E, matrices, masters, block_rows: int, form: str
         masters: what the matrices were cast from. Not read: they are handed on, so that their gradient, coming back
             from whoever uses them next, is where this call adds its own, in place. (The gradient of a pool that all
             layers use would otherwise be made of zeros and added up once a layer.) Empty: experts are frozen.
+        changes: of an adapter, by `gate`, `up` and `down` (see models/deltas.py); empty without one.
         block_rows: rows of the smallest block.
         form: of the products (see models/products.py).
     """
-    return _forward(x_MD, counts_E, matrices, masters, block_rows, form)[0]
+    return _forward(x_MD, counts_E, matrices, masters, changes, block_rows, form)[0]
 
 
 def _slice(rows, start, size):
@@ -86,105 +90,126 @@ def _padded(rows: int, columns: int, block_rows: int, dtype) -> jax.Array:
     return _bits(jnp.zeros((rows + block_rows * BLOCK_MULTIPLES[-1], columns), dtype))
 
 
-def _forward(x_MD, counts_E, matrices, masters, block_rows: int, form: str):
+def _of_expert(changes, expert):
+    """An adapter's leaves, given as bits, for one expert: its own of those that each has, and those of all."""
+    return jax.tree.map(lambda leaf: _values(leaf[expert] if leaf.ndim == 3 else leaf), changes)
+
+
+def _linear(x, matrix, delta, form: str):
+    y = dot(x, matrix, 1, 0, form).astype(x.dtype)
+    return y if delta is None else y + _added(x, delta, y.shape[1], form)
+
+
+def _added(x, delta, outputs: int, form: str):
+    return deltas.added(x, delta, outputs, lambda x, matrix: product(x, matrix, form))
+
+
+@jax.tree_util.register_static
+class _Trained(frozenset):
+    """Numbers of the leaves of an adapter that a gradient is asked for; sketches, for one, are fixed."""
+
+
+def _marked_forward(x_MD, counts_E, matrices, masters, changes, block_rows: int, form: str):
+    trained = _Trained(number for number, leaf in enumerate(jax.tree.leaves(changes)) if leaf.perturbed)
+    values = jax.tree.map(lambda leaf: leaf.value, (x_MD, counts_E, matrices, masters, changes))
+    x_MD, counts_E, matrices, masters, changes = values
+    result, saved = _forward(x_MD, counts_E, matrices, masters, changes, block_rows, form)
+    return result, (*saved, trained)
+
+
+def _forward(x_MD, counts_E, matrices, masters, changes, block_rows: int, form: str):
     rows, width = x_MD.shape
     hidden, dtype = matrices[0].shape[2], x_MD.dtype
     x_MD = jnp.pad(x_MD, ((0, block_rows * BLOCK_MULTIPLES[-1]), (0, 0)))
+    bits = jax.tree.map(_bits, changes)
 
     def body(carry, expert, mine, size, start, left):
-        del expert
         y, gates, ups = carry
         gate_DF, up_DF, down_FD = mine
+        own = _of_expert(bits, expert)
         x = _slice(x_MD, start, size)
-        gate, up = dot(x, gate_DF, 1, 0, form).astype(dtype), dot(x, up_DF, 1, 0, form).astype(dtype)
+        gate, up = _linear(x, gate_DF, own.get("gate"), form), _linear(x, up_DF, own.get("up"), form)
         valid = (jnp.arange(size) < left)[:, None]
-        block = jnp.where(valid, dot(jax.nn.silu(gate) * up, down_FD, 1, 0, form).astype(dtype), 0)
+        block = jnp.where(valid, _linear(jax.nn.silu(gate) * up, down_FD, own.get("down"), form), 0)
         return _update(y, block, start), _update(gates, gate, start), _update(ups, up, start)
 
     empty = tuple(_padded(rows, columns, block_rows, dtype) for columns in (width, hidden, hidden))
     y, gates, ups = _for_each_block(counts_E, block_rows, body, matrices, empty)
-    return (_values(y[:rows]), masters), (x_MD, counts_E, matrices, gates, ups)
+    return (_values(y[:rows]), masters), (x_MD, counts_E, matrices, changes, gates, ups)
 
 
 def _backward(block_rows: int, form: str, saved, cotangents):
-    x_MD, counts_E, matrices, gates, ups = saved
-    dy_MD, dmasters = cotangents
+    x_MD, counts_E, matrices, changes, gates, ups, trained = saved
+    dy_MD, dmasters = jax.tree.map(_dense, cotangents)
     rows, dtype = dy_MD.shape[0], dy_MD.dtype
     dy_MD = jnp.pad(dy_MD, ((0, block_rows * BLOCK_MULTIPLES[-1]), (0, 0)))
+    bits = jax.tree.map(_bits, changes)
 
     def body(carry, expert, mine, size, start, left):
-        dx, dmasters = carry
+        dx, dmasters, dchanges = carry
         gate_DF, up_DF, down_FD = mine
+        own = _of_expert(bits, expert)
         valid = (jnp.arange(size) < left)[:, None]
         # rows of the next expert have a zero here, and so everywhere below
         dy = jnp.where(valid, _slice(dy_MD, start, size), 0)
         gate, up, x = _slice(gates, start, size), _slice(ups, start, size), _slice(x_MD, start, size)
         activation, silu_vjp = jax.vjp(jax.nn.silu, gate)
         dhidden = dot(dy, down_FD, 1, 1, form).astype(dtype)
+        more, dchanges = _change_vjp("down", own, activation * up, dy, dchanges, expert, form)
+        dhidden = dhidden + more
         (dgate,) = silu_vjp(dhidden * up)
         dup = dhidden * activation
-        dx = _update(dx, (dot(dgate, gate_DF, 1, 1, form) + dot(dup, up_DF, 1, 1, form)).astype(dtype), start)
-        if not dmasters:
-            return dx, ()
-        here = (dot(x, dgate, 0, 0, form), dot(x, dup, 0, 0, form), dot(activation * up, dy, 0, 0, form))
-        dmasters = tuple(
-            total.at[expert].add(part.astype(total.dtype)) for total, part in zip(dmasters, here, strict=True)
-        )
-        return dx, dmasters
+        dx_here = (dot(dgate, gate_DF, 1, 1, form) + dot(dup, up_DF, 1, 1, form)).astype(dtype)
+        for name, dinner in (("gate", dgate), ("up", dup)):
+            more, dchanges = _change_vjp(name, own, x, dinner, dchanges, expert, form)
+            dx_here = dx_here + more
+        dx = _update(dx, dx_here, start)
+        if dmasters:
+            here = (dot(x, dgate, 0, 0, form), dot(x, dup, 0, 0, form), dot(activation * up, dy, 0, 0, form))
+            dmasters = _add(dmasters, here, expert)
+        return dx, dmasters, dchanges
 
     empty = _padded(rows, x_MD.shape[1], block_rows, dtype)
-    dx, dmasters = _for_each_block(counts_E, block_rows, body, matrices, (empty, tuple(dmasters)))
-    return _values(dx[:rows]), None, None, dmasters
+    leaves, structure = jax.tree.flatten(changes)
+    nothing = structure.unflatten(
+        jnp.zeros(leaf.shape, wide(leaf.dtype)) if number in trained else None for number, leaf in enumerate(leaves)
+    )
+    dx, dmasters, dchanges = _for_each_block(counts_E, block_rows, body, matrices, (empty, tuple(dmasters), nothing))
+    dchanges = _where_trained(lambda total, leaf: total.astype(leaf.dtype), dchanges, changes)
+    return _values(dx[:rows]), None, None, dmasters, dchanges
 
 
-grouped_swiglu.defvjp(_forward, _backward)
+def _dense(cotangent: Any):
+    shape, dtype = cotangent.shape, cotangent.dtype
+    return jnp.zeros(shape, dtype) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def grouped_product(x_MI, counts_E, matrices_EIO, frozen: bool, block_rows: int, form: str):
-    """Row m · the matrix of the expert whose group contains m, [M, O] in the dtype of x; rows past the groups are 0.
+def _where_trained(function, totals, *others):
+    """function of the leaves that have a total; None, which is no gradient, stays."""
 
-    A part of what `grouped_swiglu` does at once, for experts that an adapter changes. frozen: the matrices get no
-    gradient, and it is not computed.
-    """
-    return _product_forward(x_MI, counts_E, matrices_EIO, frozen, block_rows, form)[0]
+    def apply(total, *leaves):
+        return None if total is None else function(total, *leaves)
 
-
-def _product_forward(x_MI, counts_E, matrices_EIO, frozen: bool, block_rows: int, form: str):
-    del frozen
-    y_MO = _each_product(x_MI, counts_E, matrices_EIO.astype(x_MI.dtype), 0, block_rows, form)
-    return y_MO, (x_MI, counts_E, matrices_EIO)
+    return jax.tree.map(apply, totals, *others, is_leaf=lambda leaf: leaf is None)
 
 
-def _each_product(x_MI, counts_E, matrices, axis: int, block_rows: int, form: str) -> jax.Array:
-    """Rows of x, contracted with this axis of their expert's matrix."""
-    rows, dtype = x_MI.shape[0], x_MI.dtype
-    x_MI = jnp.pad(x_MI, ((0, block_rows * BLOCK_MULTIPLES[-1]), (0, 0)))
-
-    def body(y, expert, mine, size, start, left):
-        del expert
-        valid = (jnp.arange(size) < left)[:, None]
-        block = dot(_slice(x_MI, start, size), mine[0], 1, axis, form).astype(dtype)
-        return _update(y, jnp.where(valid, block, 0), start)
-
-    empty = _padded(rows, matrices.shape[2 - axis], block_rows, dtype)
-    return _values(_for_each_block(counts_E, block_rows, body, (matrices,), empty)[:rows])
+def _change_vjp(name: str, own, x, dy, totals, expert, form: str):
+    """What an adapter's change of this name, if there is one, gives back to x; and the totals with its own gradient."""
+    if name not in own:
+        return 0, totals
+    _, vjp = jax.vjp(lambda x, delta: _added(x, delta, dy.shape[1], form), x, own[name])
+    dx, parts = vjp(dy)
+    return dx, totals | {name: _add(totals[name], parts, expert)}
 
 
-def _product_backward(frozen: bool, block_rows: int, form: str, saved, dy_MO):
-    x_MI, counts_E, matrices_EIO = saved
-    dx_MI = _each_product(dy_MO, counts_E, matrices_EIO.astype(dy_MO.dtype), 1, block_rows, form)
-    if frozen:
-        return dx_MI, None, None
-    pad = ((0, block_rows * BLOCK_MULTIPLES[-1]), (0, 0))
-    x_MI, dy_MO = jnp.pad(x_MI, pad), jnp.pad(dy_MO, pad)
+def _add(totals, parts, expert):
+    """One expert's parts, onto its own rows of the totals, or onto the totals of what all experts share."""
 
-    def body(total, expert, mine, size, start, left):
-        del mine
-        dy = jnp.where((jnp.arange(size) < left)[:, None], _slice(dy_MO, start, size), 0)
-        return total.at[expert].add(dot(_slice(x_MI, start, size), dy, 0, 0, form).astype(total.dtype))
+    def add(total, part):
+        part = part.astype(total.dtype)
+        return total.at[expert].add(part) if total.ndim == 3 else total + part
 
-    return dx_MI, None, _for_each_block(counts_E, block_rows, body, (), jnp.zeros_like(matrices_EIO))
+    return _where_trained(add, totals, parts)
 
 
-grouped_product.defvjp(_product_forward, _product_backward)
+grouped_swiglu.defvjp(_marked_forward, _backward, symbolic_zeros=True)

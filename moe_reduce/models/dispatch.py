@@ -179,26 +179,18 @@ def dispatch_blocks(x_SD, experts_SA, weights_SA, pool: Pool, execution: Executi
     """Exact and dropless: only routed rows are computed, block by block (see models/blocks.py)."""
     order = sort_by_expert(experts_SA, pool.computed.gate_EDF.shape[0])
     x_MD = gather_rows(x_SD, order)
-    if pool.changes:
-        return _adapted_blocks(x_MD, weights_SA, pool, order, execution)
     masters = tuple(pool.masters) if execution.expert_gradients else ()
     grouped: Any = blocks.grouped_swiglu(
-        x_MD, order.counts_E, tuple(pool.computed), masters, execution.block_rows, execution.products
+        x_MD,
+        order.counts_E,
+        tuple(pool.computed),
+        masters,
+        pool.changes or {},
+        execution.block_rows,
+        execution.products,
     )
     y_MD, masters = grouped
     return combined(y_MD, weights_SA, order, pool._replace(masters=Experts(*masters)) if masters else pool)
-
-
-def _adapted_blocks(x_MD, weights_SA, pool: Pool, order: Order, execution: ExecutionConfig) -> Result:
-    experts, pool = borrow(pool, execution)
-
-    def grouped(rows_MI: jax.Array, matrices_EIO: jax.Array) -> jax.Array:
-        frozen = not execution.expert_gradients and any(matrices_EIO is own for own in experts)
-        settings = (frozen, execution.block_rows, execution.products)
-        product: Any = blocks.grouped_product(rows_MI, order.counts_E, matrices_EIO, *settings)
-        return product
-
-    return combined(_swiglu(x_MD, pool, experts, grouped), weights_SA, order, pool)
 
 
 def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
