@@ -1,7 +1,8 @@
 """What adapting costs beside training everything: step, memory, state; and SkeMA's fast projection beside a dense one.
 
 All steps run in turn in one process (full, LoRA, SkeMA, full, …), on the dense model of experiment 1 with random
-weights, LoRA of rank 8 on queries and values and SkeMA of as many parameters. Peak memory is what XLA says of the
+weights, LoRA of rank 8 on queries and values and SkeMA of as many parameters; and on the mixture of experiment 2, LoRA
+of rank 2 on every expert. Peak memory is what XLA says of the
 compiled step: arguments and temporaries. The projection is S·x of an SRHT and of its dense matrix.
 
 Command: python launch/bench_adapters.py    (writes docs/results/adapters_cost/summary.json; --tiny for a quick check)
@@ -58,21 +59,46 @@ class Step:
         jax.block_until_ready(metrics["loss"])
 
 
-def adaptation(config: ModelConfig, rows: int, length: int, repeats: int) -> list[list[str]]:
-    """Rows of the table about training and merged inference."""
+def compared(model: Model, lora: AdapterConfig, batch: dict[str, jax.Array], repeats: int):
+    """Steps of full fine-tuning, of a LoRA and of a SkeMA of as many parameters, their seconds, and the SkeMA."""
+    allowed = adapters.count(adapters.init(lora, model))
+    skema = within_budget(AdapterConfig(method="skema", targets=lora.targets), model.config, allowed)
+    made = {"full": Step(model, None, batch), "lora": Step(model, lora, batch), "skema": Step(model, skema, batch)}
+    return made, medians(dict(made), repeats), skema
+
+
+def random_model(config: ModelConfig) -> Model:
+    """Of random weights."""
     execution = ExecutionConfig(scan_unroll=config.layers).resolve("cpu")
-    model = Model(config, jax.jit(partial(init_params, config))(jax.random.key(0)), execution)
+    return Model(config, jax.jit(partial(init_params, config))(jax.random.key(0)), execution)
+
+
+def random_batch(config: ModelConfig, rows: int, length: int) -> dict[str, jax.Array]:
+    """Of random tokens."""
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, length + 1), dtype=np.int32)
-    batch = {
+    return {
         "tokens": jnp.asarray(tokens[:, :-1]),
         "targets": jnp.asarray(tokens[:, 1:]),
         "weights": jnp.ones((rows, length)),
     }
-    lora = AdapterConfig(rank=8)
-    allowed = adapters.count(adapters.init(lora, model))
-    skema = within_budget(AdapterConfig(method="skema"), config, allowed)
-    made = {"full": Step(model, None, batch), "lora": Step(model, lora, batch), "skema": Step(model, skema, batch)}
-    seconds = medians(dict(made), repeats)
+
+
+def of_experts(config: ModelConfig, rows: int, length: int, repeats: int) -> list[list[str]]:
+    """Rows of the table about adapting every expert of a mixture."""
+    assert config.moe is not None
+    lora = AdapterConfig(targets="mlp", rank=2)
+    _, seconds, _ = compared(random_model(config), lora, random_batch(config, rows, length), repeats)
+    where = f"{config.moe.experts} experts of {planning.count(abstract_params(config)):,} parameters"
+    return [
+        [f"step of {name} on {where} / of full fine-tuning", f"{seconds[name] / seconds['full']:.2f}×", ""]
+        for name in ("lora", "skema")
+    ]
+
+
+def adaptation(config: ModelConfig, rows: int, length: int, repeats: int) -> list[list[str]]:
+    """Rows of the table about training and merged inference."""
+    model, batch = random_model(config), random_batch(config, rows, length)
+    made, seconds, skema = compared(model, AdapterConfig(rank=8), batch, repeats)
     adapter = adapters.init(dataclasses.replace(skema, core_std=0.1), model)
     merged = merging.merge(model, adapter)
     models = {"base": model, "merged": merged}
@@ -124,6 +150,12 @@ def projection(sizes: list[int], width: int, repeats: int) -> list[list[str]]:
     return found
 
 
+def read_model(name: str) -> ModelConfig:
+    """The architecture of a configuration of pretraining."""
+    (run,) = config_file.read(str(ROOT / f"configs/{name}.py"), []).values()
+    return run.model
+
+
 def _wait(function: Callable[..., Any], *arguments: Any) -> None:
     jax.block_until_ready(function(*arguments))
 
@@ -131,14 +163,19 @@ def _wait(function: Callable[..., Any], *arguments: Any) -> None:
 def main() -> None:
     """Measures, prints and writes the result."""
     given = options(__doc__, "adapters_cost", repeats=5)
-    (run,) = config_file.read(str(ROOT / "configs/dense_llama_125m.py"), []).values()
-    config = run.model
+    config, mixture = (read_model(name) for name in ("dense_llama_125m", "small_qwen3_moe"))
     if given.tiny:
-        config = dataclasses.replace(config, vocab_size=256, layers=2, width=64, query_heads=2, key_value_heads=2)
-        config = dataclasses.replace(config, head_width=32, feed_forward_width=128)
-        rows = adaptation(config, 2, 32, 2) + projection([64, 256], 32, 2)
+        config, mixture = (
+            dataclasses.replace(
+                one, vocab_size=256, layers=2, width=64, query_heads=2, key_value_heads=2, head_width=32
+            )
+            for one in (config, mixture)
+        )
+        config = dataclasses.replace(config, feed_forward_width=128)
+        rows = adaptation(config, 2, 32, 2) + of_experts(mixture, 2, 32, 2) + projection([64, 256], 32, 2)
     else:
-        rows = adaptation(config, 4, 256, given.repeats) + projection([1024, 4096, 16384], 1024, 15)
+        rows = adaptation(config, 4, 256, given.repeats) + of_experts(mixture, 16, 256, 3 * given.repeats)
+        rows += projection([1024, 4096, 16384], 1024, 15)
     total = planning.count(abstract_params(config))
     result = {
         "title": f"What adapting costs, on {total:,} parameters, fp32, CPU",
