@@ -191,19 +191,20 @@ def _retyped(header):
     header["model.layers.0.mlp.experts.3.gate_proj.weight"]["dtype"] = "I32"
 
 
-def _quantised(file):
-    """The same file with one tensor in 8 bits, which is no weight without its scale."""
-    files, eight = TensorFiles(file.parent), np.dtype(ml_dtypes.float8_e4m3fn)
+def _recast(file, dtype, wanted="model.layers.0.mlp.experts.3.gate_proj.weight"):
+    """The same file with one tensor in another dtype; 8 bits are no weight without their scale."""
+    files = TensorFiles(file.parent)
     arrays = {name: files.read(name).copy() for name in files.entries}
-    wanted = "model.layers.0.mlp.experts.3.gate_proj.weight"
-    arrays[wanted] = arrays[wanted].astype(eight)
+    arrays[wanted] = arrays[wanted].astype(np.dtype(dtype))
     write_tensors(file.parent, [(name, array.shape, array.dtype, array) for name, array in arrays.items()])
 
 
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
-        (_quantised, "experts.3.gate_proj"),
+        (lambda file: _recast(file, ml_dtypes.float8_e4m3fn), "experts.3.gate_proj"),
+        (lambda file: _recast(file, ml_dtypes.bfloat16), "layers/experts/gate"),
+        (lambda file: _recast(file, ml_dtypes.bfloat16, "model.layers.0.mlp.gate.weight"), "layers/router/weight"),
         (_truncate, "truncated"),
         (lambda file: _rewrite_header(file, _renamed), "experts.3.gate_proj"),
         (lambda file: _rewrite_header(file, _reshaped), "experts.3.gate_proj"),
@@ -213,11 +214,13 @@ def _quantised(file):
 def test_damaged_weights_are_refused(directory, tmp_path, capsys, damage, part):
     file = _score(directory)
     damage(directory / "model.safetensors")
-    capsys.readouterr()
-    assert main(["prune", f"--model={directory}", f"--scores={file}", "--keep=0.5", f"--out={tmp_path / 'out'}"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert part in line
-    assert not (tmp_path / "out").exists()
+    for scope in ("layer", "global"):
+        capsys.readouterr()
+        prune_it = ["prune", f"--model={directory}", f"--scores={file}", "--keep=0.5", f"--scope={scope}"]
+        assert main([*prune_it, f"--out={tmp_path / 'out'}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert part in line
+        assert not (tmp_path / "out").exists()
 
 
 def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(directory, tmp_path):

@@ -70,7 +70,7 @@ def test_every_criterion_equals_the_reference(tiny_layer_moe, normalize):
         wanted = {
             "reap": np.nan_to_num(weighted / count), "reap_total": weighted / tokens, "frequency": count,
             "ean_mean": np.nan_to_num(norm / count), "ean_sum": norm, "weighted_ean_sum": weighted,
-            "max_activation": maximum,
+            "max_activation": maximum, "reap_share": weighted / weighted.sum(axis=1, keepdims=True),
         }  # fmt: skip
     for name, values in wanted.items():
         np.testing.assert_allclose(scores.criterion(name, sums), values, rtol=1e-5, atol=0, err_msg=name)
@@ -92,11 +92,23 @@ def test_two_passes_agree_bit_for_bit_and_halves_add_up(tiny_layer_moe):
         np.testing.assert_array_equal(getattr(once, name), getattr(halves, name))
 
 
+def test_a_run_that_drops_tokens_is_scored_without_dropping(tiny_layer_moe):
+    model = _model(tiny_layer_moe)
+    dropping = dataclasses.replace(model.execution, dispatch="capacity", capacity_factor=0.5)
+    batches = _batches(model)
+    exact, found = (scores.collect(each, batches) for each in (model, dataclasses.replace(model, execution=dropping)))
+    for name in ("counts", "weighted_norm", "norm", "maximum"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(exact, name))
+
+
 def test_a_shared_pool_has_one_row_and_its_calls_beside(tiny_shared, tmp_path):
     model = _model(tiny_shared)
     sums = scores.collect(model, _batches(model))
-    found = scores.scores(model.config.moe, sums, ["reap", "frequency"])
+    found = scores.scores(model.config.moe, sums, ["reap", "frequency", "reap_share"])
     assert found.counts.shape == (1, 4)
+    shares = np.asarray(sums.weighted_norm, np.float64)
+    shares /= shares.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found.of("reap_share")[0], shares.max(axis=0), rtol=1e-5)
     np.testing.assert_array_equal(found.counts_by_layer.sum(axis=0), found.counts[0])
     scores.write(found, tmp_path / "scores.json")
     read = scores.read(tmp_path / "scores.json")

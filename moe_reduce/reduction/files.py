@@ -42,13 +42,18 @@ class Directory:
 
 
 def open_directory(path: Path) -> Directory:
-    """Reads config.json, headers and manifest; raises UserError when tensors are missing, unknown or mis-shaped."""
+    """Reads config.json, headers and manifest; raises UserError when tensors are missing, unknown or mis-shaped, or
+    those of one leaf differ in dtype."""
     config, raw = hf_config.read_config(path)
     files = TensorFiles(path)
     check_names(files, config)
     for name, entry in files.entries.items():
         if entry.dtype.kind not in "fV" or entry.dtype.itemsize < 2:  # ml_dtypes' bfloat16 is of kind V
             raise UserError(f"tensor {name} in {entry.file} is {entry.dtype}, not a floating-point weight: convert it")
+    for leaf in leaves(config):
+        dtypes = {str(files.entries[name].dtype) for name in leaf.names()}
+        if len(dtypes) > 1:
+            raise UserError(f"tensors of {leaf.path} in {path} differ in dtype {sorted(dtypes)}: convert them to one")
     return Directory(path, config, raw, files, manifest.read_chain(path))
 
 

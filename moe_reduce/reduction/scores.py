@@ -4,6 +4,7 @@ Letters: N layers, E experts a layer (or of the shared pool), S tokens. For an a
 g is the combine weight that the model really uses and f the raw output of the expert, before weighting.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_reduce.config import ExecutionConfig, ModelConfig, MoEConfig
+from moe_reduce.config import DISPATCH_BY_PLATFORM, ExecutionConfig, ModelConfig, MoEConfig
 from moe_reduce.disk import write_json
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder
@@ -28,6 +29,7 @@ from moe_reduce.training.task import decoder_inputs
 CRITERIA = (
     "reap",  # mean of g·‖f‖₂ over the tokens routed to the expert
     "reap_total",  # the same sum over ALL tokens: usage counts
+    "reap_share",  # the same sum as a share of its layer's; of a shared pool the largest share in any layer (ours)
     "frequency",  # number of tokens routed to the expert
     "ean_mean",  # mean of ‖f‖₂
     "ean_sum",  # sum of ‖f‖₂
@@ -35,6 +37,7 @@ CRITERIA = (
     "max_activation",  # largest |f|
     "random",  # for comparison
 )
+TINY = np.float32(1e-30)  # of a layer that adds nothing
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,16 @@ def sums_of(assignments: dict[str, jax.Array], weights_BT: jax.Array, experts: i
 
 
 def collect(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> Sums:
-    """Streams batches through the model, on a mesh if one is given.
+    """Streams batches through the model, on a mesh if one is given; no assignment is dropped, however the model runs.
 
     Raises UserError when the model has no experts or there is no batch."""
     moe = moe_of(model.config)
     if mesh is not None and mesh.shape["tensor"] > 1:
         raise UserError("experts are scored by their whole outputs, which mesh.tensor > 1 splits: set mesh.tensor=1")
-    step = _step(model.config, moe, model.execution, mesh)
+    execution = model.execution
+    if execution.dispatch == "capacity":  # what it drops has no output, and would count as an output of 0
+        execution = dataclasses.replace(execution, dispatch=DISPATCH_BY_PLATFORM[execution.platform])
+    step = _step(model.config, moe, execution, mesh)
     found: Sums | None = None
     for batch in batches:
         tokens, by_name = jax.device_get(step(model.params, batch))
@@ -135,6 +141,7 @@ def criterion(name: str, sums: Sums, seed: int = 0) -> np.ndarray:
     formulas = {
         "reap": lambda: sums.weighted_norm / counts,
         "reap_total": lambda: sums.weighted_norm / np.float32(sums.tokens),
+        "reap_share": lambda: sums.weighted_norm / np.maximum(np.sum(sums.weighted_norm, axis=1, keepdims=True), TINY),
         "frequency": lambda: sums.counts,
         "ean_mean": lambda: sums.norm / counts,
         "ean_sum": lambda: sums.norm,
@@ -167,6 +174,9 @@ def scores(moe: MoEConfig, sums: Sums, criteria: Iterable[str], seed: int = 0) -
     shared = moe.placement == "shared"
     rows = sums.pooled() if shared else sums
     by_name = {name: criterion(name, rows, seed) for name in criteria}
+    if shared and "reap_share" in by_name:
+        # Outputs grow with depth, so that sums over layers would strip the pool of what the first ones need.
+        by_name["reap_share"] = np.max(criterion("reap_share", sums), axis=0, keepdims=True)
     return Scores(sums.tokens, rows.counts, by_name, sums.counts if shared else None)
 
 
