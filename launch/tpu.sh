@@ -3,14 +3,15 @@
 #   NAME=moe ZONE=us-central2-b TYPE=v4-32 ./launch/tpu.sh create
 #   ./launch/tpu.sh sync                              the files that git knows to every worker, and the package installed
 #   ./launch/tpu.sh run train --config=… --workdir=…  on every worker, in the background; again: goes on
-#   ./launch/tpu.sh watch train --config=… --workdir=…   as run; a slice that is taken away is made again, and resumes
+#   ./launch/tpu.sh watch train --config=… --workdir=bucket/…   as run; a slice that is taken away is made again, and a
+#                                     run that was cut off goes on, up to RESTARTS times (3) after each slice
 #   ./launch/tpu.sh logs | status | stop | delete
 # --dry-run as the first word prints every command instead of running it. SPOT=1: a slice that may be taken away.
-# BUCKET=name: mounted as ~/bucket on every worker, where --workdir must then lie: what survives a slice.
+# BUCKET=name: mounted as bucket/ on every worker, where --workdir must lie to survive a slice.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 fail() { echo "tpu.sh: $1" >&2; exit 2; }
 DRY=""
 [[ "${1:-}" == --dry-run ]] && { DRY=1; shift; }
@@ -34,63 +35,75 @@ on() { tpu ssh --worker="$1" --command="$2"; }
 create() { tpu create --accelerator-type="$TYPE" --version="$VERSION" ${SPOT:+--spot}; }
 remove() { tpu delete --quiet; }
 
+# every step or none: `set -e` sleeps where a caller asks whether this worked
 sync_files() {
   local archive
   archive="$(mktemp -d)/moe_reduce.tar.gz"
-  do_it bash -c "git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -czf $archive"
-  do_it gcloud compute tpus tpu-vm scp "$archive" "$NAME:moe_reduce.tar.gz" --zone="$ZONE" ${PROJECT:+--project="$PROJECT"} --worker=all
-  on all "mkdir -p $REMOTE && tar -xzf moe_reduce.tar.gz -C $REMOTE && cd $REMOTE && python3 -m venv .venv && .venv/bin/pip install --quiet -e . 'jax[tpu]'"
+  do_it bash -c "git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -czf $archive" &&
+    do_it gcloud compute tpus tpu-vm scp "$archive" "$NAME:moe_reduce.tar.gz" --zone="$ZONE" ${PROJECT:+--project="$PROJECT"} --worker=all &&
+    on all "mkdir -p $REMOTE && tar -xzf moe_reduce.tar.gz -C $REMOTE && $REMOTE/launch/worker.sh install" || return
   if [[ -n "${BUCKET:-}" ]]; then
-    on all "mkdir -p bucket && (mountpoint -q bucket || gcsfuse --implicit-dirs $BUCKET bucket)"
+    on all "cd $REMOTE && mkdir -p bucket && (mountpoint -q bucket || gcsfuse --implicit-dirs $BUCKET bucket)"
   fi
 }
+
+# on_workers VERB words…: what worker.sh does with the run of this name, on every worker
+on_workers() { on all "$(printf '%q ' "$REMOTE/launch/worker.sh" "$1" "$NAME" "${@:2}")"; }
 
 run() {
   [[ $# -ge 1 ]] || fail "run what? Such as: run train --config=configs/shared_moe_50m.py --workdir=bucket/shared"
-  local words
-  words="$(printf '%q ' "$@")"
-  # every worker alike; what is running already goes on undisturbed
-  on all "cd $REMOTE && mkdir -p runs/logs && (pgrep -f '[m]oe_reduce $1' >/dev/null || nohup .venv/bin/python -m moe_reduce $words--distributed >>runs/logs/$NAME.log 2>&1 </dev/null &) ; sleep 1"
+  on_workers start "$@" --distributed
 }
 
-state() { gcloud compute tpus tpu-vm describe "$NAME" --zone="$ZONE" ${PROJECT:+--project="$PROJECT"} --format='value(state)' 2>/dev/null || echo MISSING; }
-
-# 0: some worker still runs it; 1: it ended well on all; 2: it ended otherwise
-progress() {
-  local found
-  found="$(tpu ssh --worker=0 --command="pgrep -f '[m]oe_reduce $1' >/dev/null && echo running || tail -n 1 $LOG")" || return 0
-  case "$found" in
-    *running*) return 0 ;;
-    *summary.json*) return 1 ;;
-    *) echo "$found" >&2; return 2 ;;
-  esac
+# of the slice: as Google says, MISSING where there is none, and UNKNOWN where the question failed
+state() {
+  local said
+  said="$(tpu describe --format='value(state)' 2>&1)" && { echo "${said##*$'\n'}"; return; }
+  case "$said" in *NOT_FOUND* | *"not found"*) echo MISSING ;; *) echo UNKNOWN ;; esac
 }
+
+remake() { remove || true; create && sync_files; }
 
 watch() {
+  [[ $# -ge 1 ]] || fail "watch what? The words of run"
+  [[ -n "${BUCKET:-}" && " $* " == *" --workdir=bucket/"* ]] || fail "watch needs BUCKET, and --workdir=bucket/…: what lies on a slice goes with it"
   if [[ -n "$DRY" ]]; then
-    echo "# every ${EVERY:-60} s: where the slice is gone"
-    remove; create; sync_files; run "$@"
+    tpu describe --format='value(state)'
+    on_workers state "$@" --distributed
+    echo "# where the slice is gone:"
+    remake
+    echo "# where the run is cut off:"
+    run "$@"
     return
   fi
-  run "$@"
+  local restarts=0 ready=1 found
+  says() { grep -qx "$1" <<<"$found"; }  # some worker
   while true; do
-    sleep "${EVERY:-60}"
     case "$(state)" in
       READY)
-        local ended=0
-        progress "$1" || ended=$?
-        [[ $ended == 1 ]] && { echo "done"; return; }
-        [[ $ended == 2 ]] && fail "the run has ended: read ./launch/tpu.sh logs"
+        if [[ -z "$ready" ]]; then
+          sync_files && ready=1
+        elif found="$(on_workers state "$@" --distributed)"; then
+          if says busy; then fail "another run lives on the slice: stop it first"; fi
+          if says "ended 2"; then fail "there is a mistake in the command: read ./launch/tpu.sh logs"; fi
+          if says running; then :; elif says absent || says "ended [1-9][0-9]*"; then
+            ((restarts <= ${RESTARTS:-3})) || fail "the run ends again and again: read ./launch/tpu.sh logs"
+            restarts=$((restarts + 1))
+            run "$@" || true
+          else
+            echo "done"
+            return
+          fi
+        fi
         ;;
-      CREATING | STARTING | RESTARTING | REPAIRING) ;;
-      *)
+      PREEMPTED | TERMINATED | STOPPED | MISSING)
         echo "$(date -u +%FT%TZ) the slice is gone: made again, and the run goes on from its last checkpoint"
-        remove || true
-        until create; do sleep "${EVERY:-60}"; done
-        sync_files
-        run "$@"
+        restarts=0 ready=""
+        remake && ready=1
         ;;
+      *) ;;  # being made or repaired, or the question failed: asked again
     esac
+    sleep "${EVERY:-60}"
   done
 }
 
@@ -98,10 +111,10 @@ case "$COMMAND" in
   create) create ;;
   sync) sync_files ;;
   run) run "$@" ;;
-  watch) [[ $# -ge 1 ]] || fail "watch what? The words of run"; watch "$@" ;;
+  watch) watch "$@" ;;
   logs) on 0 "tail -n ${LINES_SHOWN:-50} -f $LOG" ;;
   status) tpu describe --format='value(state)'; on 0 "tail -n 3 $LOG" ;;
-  stop) on all "pkill -INT -f '[m]oe_reduce' || true" ;;
+  stop) on_workers stop ;;
   delete) remove ;;
   *) usage ;;
 esac

@@ -128,22 +128,158 @@ def test_slurm_starts_one_process_a_host():
 
 
 SLICE = {"NAME": "moe", "ZONE": "us-central2-b", "TYPE": "v4-32"}
+# Google's command, of a slice of two workers, each a directory: what is run there is real.
+GCLOUD = """#!/bin/bash
+verb="$4" first="$5" worker="" command=""
+for word in "$@"; do case "$word" in --worker=*) worker="${word#*=}" ;; --command=*) command="${word#*=}" ;; esac; done
+echo "$verb" >>"$CLOUD/calls"
+case "$verb" in
+  describe)
+    [[ -f "$CLOUD/trouble" ]] && { rm "$CLOUD/trouble"; echo "ERROR: 503" >&2; exit 1; }
+    [[ -f "$CLOUD/state" ]] || { echo "ERROR: NOT_FOUND: no such node" >&2; exit 1; }
+    cat "$CLOUD/state" ;;
+  create) mkdir -p "$CLOUD/0" "$CLOUD/1"; echo READY >"$CLOUD/state" ;;
+  delete) rm -rf "$CLOUD/0" "$CLOUD/1" "$CLOUD/state" ;;
+  scp) for one in 0 1; do cp "$first" "$CLOUD/$one/moe_reduce.tar.gz"; done ;;
+  ssh)
+    command="${command//worker.sh install/worker.sh state none}"  # which takes minutes
+    for one in 0 1; do
+      if [[ "$worker" == all || "$worker" == "$one" ]]; then
+        (cd "$CLOUD/$one" && HOME="$PWD" bash -c "$command") || exit 1
+      fi
+    done ;;
+esac
+"""
+# In place of Python: it ends as the next line of `ends` says, with a status, or not by itself.
+PROGRAM = """#!/bin/bash
+(
+  flock 8
+  echo "$*" >>"$CLOUD/started"
+  head -n 1 "$CLOUD/ends" >"$CLOUD/end.$$"
+  sed -i 1d "$CLOUD/ends"
+) 8>"$CLOUD/turn"
+end="$(<"$CLOUD/end.$$")"
+[[ "$end" == never ]] && exec sleep 300
+exit "$end"
+"""
+
+
+class Cloud:
+    """launch/tpu.sh and a slice behind it, in a directory."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        for name, text in {"gcloud": GCLOUD, "program": PROGRAM, "gcsfuse": "#!/bin/bash\n"}.items():
+            (directory / name).write_text(text)
+            (directory / name).chmod(0o755)
+        (directory / "started").touch()
+        self.environment = SLICE | {
+            "PATH": f"{directory}:{os.environ['PATH']}",
+            "CLOUD": str(directory),
+            "PYTHON": str(directory / "program"),
+            "BUCKET": "mine",
+            "EVERY": "0.2",
+        }
+
+    def tpu(self, *words: str) -> subprocess.CompletedProcess:
+        """One command, to its end."""
+        command = ["bash", str(ROOT / "launch/tpu.sh"), *words]
+        # files and not pipes, which what goes on in the background would hold open
+        with open(self.directory / "out", "w+") as out, open(self.directory / "err", "w+") as err:
+            done = subprocess.run(
+                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, timeout=120
+            )
+        text = [(self.directory / name).read_text() for name in ("out", "err")]
+        return subprocess.CompletedProcess(command, done.returncode, *text)
+
+    def ends(self, *ends: str) -> None:
+        """How the programs that are started next end, in turn."""
+        (self.directory / "ends").write_text("".join(f"{end}\n" for end in ends))
+
+    def lines(self, name: str) -> list[str]:
+        """Of one of the files."""
+        return (self.directory / name).read_text().splitlines()
+
+
+@pytest.fixture
+def cloud(tmp_path: Path):
+    made = Cloud(tmp_path)
+    assert made.tpu("create").returncode == 0
+    assert made.tpu("sync").returncode == 0
+    yield made
+    if (tmp_path / "0").exists():
+        assert made.tpu("stop").returncode == 0
+
+
+RUN = ("train", "--config=a b.py", "--workdir=bucket/w")
+
+
+def test_a_run_lives_on_every_worker_until_it_is_stopped(cloud: Cloud):
+    cloud.ends("never", "never")
+    for _ in range(2):  # the second finds it running, and leaves it alone
+        done = cloud.tpu("run", *RUN)
+        assert done.returncode == 0, done.stderr
+        time.sleep(0.5)
+        assert cloud.lines("started") == [f"-m moe_reduce {' '.join(RUN)} --distributed"] * 2
+    other = cloud.tpu("run", "train", "--config=other.py")
+    assert other.returncode != 0
+    assert "stop that first" in other.stderr
+    assert cloud.tpu("stop").returncode == 0
+    cloud.ends("0", "0")
+    assert cloud.tpu("run", "train", "--config=other.py").returncode == 0
+    assert len(cloud.lines("started")) == 4
+
+
+def test_a_slice_that_is_taken_away_is_made_again_and_its_run_goes_on(cloud: Cloud):
+    cloud.ends("never", "never", "0", "0")
+    launcher = subprocess.Popen(["bash", ROOT / "launch/tpu.sh", "watch", *RUN], env=cloud.environment)
+    while len(cloud.lines("started")) < 2:
+        time.sleep(0.05)
+    (cloud.directory / "trouble").touch()  # one question that fails is no reason to delete anything
+    while (cloud.directory / "trouble").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    assert "delete" not in cloud.lines("calls")
+    assert cloud.tpu("stop").returncode == 0  # as a preemption does
+    (cloud.directory / "state").write_text("PREEMPTED\n")
+    assert launcher.wait(timeout=120) == 0
+    assert cloud.lines("calls").count("delete") == 1
+    assert len(cloud.lines("started")) == 4
+
+
+@pytest.mark.parametrize(
+    ("ends", "starts", "message"),
+    [
+        (["1", "3", "0", "0"], 4, ""),  # a process is lost: all begin again
+        (["2", "2"], 2, "mistake in the command"),
+        (["1"] * 20, 8, "again and again"),
+    ],
+)
+def test_a_run_that_ends_is_started_again_unless_that_is_useless(cloud: Cloud, ends, starts, message):
+    cloud.ends(*ends)
+    done = cloud.tpu("watch", *RUN)
+    assert len(cloud.lines("started")) == starts
+    assert done.returncode == (2 if message else 0)
+    assert message in done.stderr
+    assert "delete" not in cloud.lines("calls")
+
+
 TPU = {
     "create": ["create moe --zone=us-central2-b --accelerator-type=v4-32 --version=tpu-ubuntu2204-base --spot"],
     "sync": ["git ls-files", "scp", "--worker=all --command=mkdir -p moe_reduce"],
-    "run": ["ssh moe --zone=us-central2-b --worker=all", "moe_reduce train --config=c.py --distributed"],
-    "watch": ["delete moe", "create moe", "scp", "moe_reduce train --config=c.py --distributed"],
+    "run": ["ssh moe --zone=us-central2-b --worker=all", "worker.sh start moe train --workdir=bucket/w --distributed"],
+    "watch": ["describe", "delete moe", "create moe", "scp", "worker.sh start moe train"],
     "logs": ["--worker=0 --command=tail"],
     "status": ["describe moe", "--worker=0"],
-    "stop": ["pkill -INT"],
+    "stop": ["worker.sh stop moe"],
     "delete": ["delete moe --zone=us-central2-b --quiet"],
 }
 
 
 @pytest.mark.parametrize("command", TPU)
 def test_every_step_of_a_slice_can_be_read_first(command):
-    words = ["train", "--config=c.py"] if command in ("run", "watch") else []
-    done = printed("tpu.sh", "--dry-run", command, *words, **SLICE, SPOT="1")
+    words = ["train", "--workdir=bucket/w"] if command in ("run", "watch") else []
+    done = printed("tpu.sh", "--dry-run", command, *words, **SLICE, SPOT="1", BUCKET="mine")
     assert done.returncode == 0, done.stderr
     place = 0
     text = done.stdout.replace("\\", "")
@@ -158,6 +294,7 @@ def test_every_step_of_a_slice_can_be_read_first(command):
         ("tpu.sh", ["create"], {"NAME": "moe"}, "set ZONE"),
         ("tpu.sh", ["run"], SLICE, "run what?"),
         ("tpu.sh", ["watch"], SLICE, "watch what?"),
+        ("tpu.sh", ["watch", "train", "--workdir=w"], SLICE | {"BUCKET": "mine"}, "what lies on a slice goes with it"),
         ("tpu.sh", ["fly"], SLICE, "A TPU VM slice"),
         ("hosts.sh", ["train"], {}, "set HOSTS"),
         ("hosts.sh", [], {"HOSTS": "a"}, "what shall run?"),
