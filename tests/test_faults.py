@@ -85,6 +85,7 @@ KEYS = {
     "unknown argument": (["--wrkdir=x"], "--wrkdir=x"),
     "no value": (["--config.train.steps"], "config.train.steps"),
     "half of the processes": (["--coordinator=127.0.0.1:1"], "--coordinator", "--processes"),
+    "no port": (["--coordinator=here", "--processes=2", "--process=0"], "--coordinator=here", "HOST:PORT"),
     "nothing matches": (["--config.data.source=/nowhere/*.txt"], "/nowhere/*.txt"),
     "no such file": (["--config.data.source=/nowhere.npy"], "/nowhere.npy"),
     "no such tokenizer": (["--config.data.source=python-stdlib", "--config.data.tokenizer=/nowhere"], "/nowhere"),

@@ -103,6 +103,17 @@ def test_a_mistake_is_not_tried_again(tmp_path):
     assert errors.count("ended with status 2") == 1
 
 
+def test_processes_that_nobody_knows_are_a_mistake(tmp_path):
+    words = ["train", f"--config={ROOT}/configs/quickstart.py", f"--workdir={tmp_path}/w", "--distributed"]
+    plain = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_reduce", *words], env=plain, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert "no SLURM job" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def printed(script: str, *words: str, **variables: str) -> subprocess.CompletedProcess:
     """What a launcher says it would run."""
     plain = {"PATH": os.environ["PATH"], "HOME": "/nowhere"}
@@ -120,10 +131,12 @@ def test_every_host_gets_its_number():
         assert f"train --config=c.py --coordinator=a:7 --processes=2 --process={number}" in line
 
 
-def test_slurm_starts_one_process_a_host():
-    done = printed("slurm.sh", "train", "--config=c.py", DRY_RUN="1", SLURM_JOB_NUM_NODES="2", PYTHON="python3")
+def test_slurm_starts_one_process_a_host_with_all_its_cards():
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    done = printed("slurm.sh", "train", "--config=c.py", DRY_RUN="1", PYTHON="python3", **job)
     assert done.stdout.split() == [
-        "srun", "--kill-on-bad-exit=1", "python3", "-m", "moe_reduce", "train", "--config=c.py", "--distributed",
+        "JAX_LOCAL_DEVICE_IDS=0,1,2,3", "srun", "--kill-on-bad-exit=1", "--ntasks-per-node=1", "python3", "-m",
+        "moe_reduce", "train", "--config=c.py", "--distributed",
     ]  # fmt: skip
 
 

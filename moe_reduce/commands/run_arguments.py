@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,6 +84,8 @@ def _join_processes(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--process={arguments.process} must be from 0 to {arguments.processes - 1}, as --processes says"
         )
+    if all(given) and not re.fullmatch(r".+:\d+", arguments.coordinator):
+        raise UserError(f"--coordinator={arguments.coordinator} must be HOST:PORT")
     if arguments.distributed or all(given):
         from moe_reduce.training import processes
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the key-value store of the processes, which Orbax uses as well
 
-from moe_reduce.errors import PeerLost
+from moe_reduce.errors import PeerLost, UserError
 
 PULSE_SECONDS = 2.0
 SILENCE_SECONDS = 20.0  # after which a process counts as gone
@@ -26,9 +26,17 @@ SIGNS = ("closed by peer", "connection reset", "connection refused", "gloo", "nc
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Joins the other processes; without an address they are found through the platform (TPU metadata, SLURM)."""
+    """Joins the other processes; without an address they are found through the platform (TPU metadata, SLURM).
+
+    Raises UserError when they are not found.
+    """
     jax.config.update("jax_enable_recoverability", True)  # else the runtime aborts before we say a word
-    jax.distributed.initialize(coordinator, processes, process)
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (RuntimeError, ValueError) as error:
+        where = "no TPU metadata and no SLURM job says where they are" if coordinator is None else f"at {coordinator}"
+        said = str(error).splitlines()[0]
+        raise UserError(f"the other processes are not found, {where} ({said}): give --coordinator=HOST:PORT") from error
 
 
 @contextlib.contextmanager
