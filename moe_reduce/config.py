@@ -128,7 +128,7 @@ class BalanceConfig:
     bias_rate: float = 0.0  # step of the loss-free selection bias; needs model.moe.selection_bias
     bias_scope: Literal["pooled", "per_call"] = "pooled"  # which counts the loss-free bias evens out
     # Routing has collapsed, and training stops, when a logged step uses the experts less evenly than this.
-    entropy_floor: float = 0.0  # of the experts' use, as a share of the most even use's
+    entropy_floor: float = 0.0  # of the experts' use: 0 where every token chooses the same, 1 where it is even
     dead_share_limit: float = 1.0  # of experts that get under a tenth of the mean
 
 

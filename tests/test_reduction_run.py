@@ -217,6 +217,19 @@ def test_mistakes_are_one_line(tmp_path, capsys, override, part):
     assert part in line
 
 
+def test_routing_that_has_collapsed_stops_training(tmp_path, capsys):
+    """Routers of zeros choose the first experts for every token."""
+    file = write(tmp_path)
+    model = moe_reduce.load(tmp_path / "model")
+    routers = trees.select(model.params, "layers/router/weight", expect=1)
+    same = trees.update(model.params, {path: np.zeros_like(router) for path, router in routers.items()})
+    moe_reduce.save(dataclasses.replace(model, params=same), tmp_path / "model", overwrite=True)
+    more = ["--config.order=recover_50", "--config.balance.entropy_floor=0.1"]
+    assert _reduce(file, tmp_path / "run", *more) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "expert_entropy 0.000 is under balance.entropy_floor" in line
+
+
 @pytest.mark.parametrize("mesh", [(), ("data", "fsdp", "expert")], ids=["one", "eight"])
 def test_an_adapter_recovers_the_kept_experts(finished, tmp_path, mesh):
     """It trains beside frozen experts, and is merged into them behind the stage."""

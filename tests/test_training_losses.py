@@ -4,8 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_reduce.config import BalanceConfig
+from moe_reduce.config import BalanceConfig, MoEConfig
 from moe_reduce.training.losses import balance_terms, collapse, mean_nll, move_bias
+
+
+def moe(placement, active=2):
+    return MoEConfig(active=active, placement=placement)
 
 
 def routing(counts, probability):
@@ -15,7 +19,7 @@ def routing(counts, probability):
 
 def test_pooled_lets_layers_specialise_and_per_call_does_not():
     one_expert_a_layer = routing([[8.0, 0.0], [0.0, 8.0]], [[0.75, 0.25], [0.25, 0.75]])
-    _, metrics = balance_terms(one_expert_a_layer, BalanceConfig(), shared_pool=True)
+    _, metrics = balance_terms(one_expert_a_layer, BalanceConfig(), moe("shared", active=1))
     assert float(metrics["balance_pooled"]) == pytest.approx(2 * (0.5 * 0.5 + 0.5 * 0.5))
     assert float(metrics["balance_per_call"]) == pytest.approx(2 * 0.75)
 
@@ -23,7 +27,8 @@ def test_pooled_lets_layers_specialise_and_per_call_does_not():
 @pytest.mark.parametrize(("loss", "expected"), [("none", 0.0), ("pooled", 2 * 0.75), ("per_call", 2 * 0.75)])
 def test_penalty_is_weighted(loss, expected):
     collapsed = routing([[8.0, 0.0], [8.0, 0.0]], [[0.75, 0.25], [0.75, 0.25]])
-    penalty, _ = balance_terms(collapsed, BalanceConfig(loss=loss, weight=0.1, z_loss_weight=0.01), shared_pool=True)
+    balance = BalanceConfig(loss=loss, weight=0.1, z_loss_weight=0.01)
+    penalty, _ = balance_terms(collapsed, balance, moe("shared", active=1))
     assert float(penalty) == pytest.approx(0.1 * expected + 0.01 * 4.0)
 
 
@@ -33,12 +38,24 @@ def test_evenness_is_of_a_pool_as_a_whole_and_of_each_layers_own_experts():
     counts[0, :2] = counts[1, 2:4] = 200.0
     counts[0, 4] = 0.5
     both = routing(counts.tolist(), (np.ones((2, 40)) / 40).tolist())
-    _, pool = balance_terms(both, BalanceConfig(), shared_pool=True)
-    _, layers = balance_terms(both, BalanceConfig(), shared_pool=False)
-    assert float(pool["expert_entropy"]) == pytest.approx(np.log(4) / np.log(40), rel=1e-2)
-    assert float(layers["expert_entropy"]) == pytest.approx(np.log(2) / np.log(40), rel=1e-2)
+    _, pool = balance_terms(both, BalanceConfig(), moe("shared"))
+    _, layers = balance_terms(both, BalanceConfig(), moe("layer"))
+    assert float(pool["expert_entropy"]) == pytest.approx(np.log(4 / 2) / np.log(40 / 2), abs=1e-2)
+    assert float(layers["expert_entropy"]) == pytest.approx(0.0, abs=1e-2)
     assert float(pool["dead_expert_share"]) == pytest.approx(36 / 40)
     assert float(layers["dead_expert_share"]) == pytest.approx(38 / 40)
+
+
+@pytest.mark.parametrize("placement", ["layer", "shared"])
+def test_entropy_is_0_where_all_choose_the_same_and_1_where_all_are_used_evenly(placement):
+    counts = {"same": [[8.0, 8.0, 0.0, 0.0, 0.0]] * 2, "even": [[4.0] * 5] * 2, "all": [[8.0, 8.0]] * 2}
+    found = {
+        name: balance_terms(routing(rows, rows), BalanceConfig(), moe(placement))[1]["expert_entropy"]
+        for name, rows in counts.items()
+    }
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(
+        {"same": 0.0, "even": 1.0, "all": 1.0}, abs=1e-6
+    )
 
 
 def test_collapse_says_what_went_under_its_floor():

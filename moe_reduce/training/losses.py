@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from moe_reduce import trees
-from moe_reduce.config import BalanceConfig, ExecutionConfig, ModelConfig
+from moe_reduce.config import BalanceConfig, ExecutionConfig, ModelConfig, MoEConfig
 from moe_reduce.models.decoder import Decoder
 from moe_reduce.models.deltas import variables
 from moe_reduce.training.task import Batch, Params, Sums, Task, decoder_inputs, never, no_change
@@ -45,7 +45,7 @@ def predict(
     if moe is None:
         return logits_BTV, jnp.zeros(()), metrics
     routing = sown["intermediates"]["layers"]["routing"]
-    penalty, statistics = balance_terms(routing, balance, moe.placement == "shared")
+    penalty, statistics = balance_terms(routing, balance, moe)
     return logits_BTV, penalty, metrics | statistics
 
 
@@ -80,7 +80,7 @@ def evaluator(decoder: Decoder):
     return evaluate
 
 
-def balance_terms(routing: Any, balance: BalanceConfig, shared_pool: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+def balance_terms(routing: Any, balance: BalanceConfig, moe: MoEConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted penalty and its metrics; `routing` holds the statistics of all N layer calls, stacked.
 
     GShard/Switch form E · Σ_e f_e · P_e (arXiv:2006.16668, 2101.03961): 1 when balanced. `per_call`: of each call,
@@ -98,20 +98,25 @@ def balance_terms(routing: Any, balance: BalanceConfig, shared_pool: bool) -> tu
         "balance_per_call": per_call,
         "router_z": z,
         "dropped_share": jnp.mean(routing["dropped"]),
-        **_evenness(share_NE, shared_pool),
+        **_evenness(share_NE, moe),
         "counts_NE": counts_NE,
     }
     return balance.weight * chosen + balance.z_loss_weight * z, jax.lax.stop_gradient(metrics)
 
 
-def _evenness(share_NE: jax.Array, shared_pool: bool) -> dict[str, jax.Array]:
-    """Entropy of the experts' use, over that of the most even use; share of experts under a tenth of the mean use.
+def _evenness(share_NE: jax.Array, moe: MoEConfig) -> dict[str, jax.Array]:
+    """Entropy of the experts' use, 0 where every token chooses the same and 1 where all are used evenly; share of
+    experts under a tenth of the mean use.
 
     Of a shared pool as a whole, where a layer may specialise; of each layer's experts otherwise, averaged.
     """
-    rows = jnp.mean(share_NE, axis=0, keepdims=True) if shared_pool else share_NE
+    rows = jnp.mean(share_NE, axis=0, keepdims=True) if moe.placement == "shared" else share_NE
     experts = rows.shape[1]
-    entropy = jnp.mean(jnp.sum(jax.scipy.special.entr(rows), axis=1)) / np.log(max(experts, 2))
+    entropy = jnp.ones(())  # where all experts are active
+    if experts > moe.active:
+        # a token's experts differ, so that no entropy is below log A
+        least, most = np.log(moe.active), np.log(experts)
+        entropy = (jnp.mean(jnp.sum(jax.scipy.special.entr(rows), axis=1)) - least) / (most - least)
     return {"expert_entropy": entropy, "dead_expert_share": jnp.mean((rows < 0.1 / experts).astype(jnp.float32))}
 
 
