@@ -101,7 +101,7 @@ def test_capacity_is_of_the_mean_over_all_devices(way):
         crowded = jax.jit(partial(compute, execution))(*inputs("crowded"))
     assert 0 < spread[0][1] < 0.4
     # three experts of eight, all on one device of two, have places for three eighths of what they are asked for
-    np.testing.assert_allclose(crowded[0][1], (1 - 3 / 8) / 2, atol=0.05)
+    np.testing.assert_allclose(crowded[0][1], 1 - 3 / 8, atol=0.05)
 
 
 def test_auto_sends_less(monkeypatch):

@@ -52,7 +52,7 @@ class Result(NamedTuple):
 
     y_SD: jax.Array
     pool: Pool  # for whoever uses it next
-    dropped: jax.Array  # share of the assignments, a scalar
+    dropped: jax.Array  # assignments that found no room at their expert, a scalar; 0 if dropless
     norm_SA: jax.Array  # ‖f(x)‖₂ of each assignment, fp32; 0 where no expert ran
     maximum_SA: jax.Array  # max |f(x)|, likewise
 
@@ -227,8 +227,7 @@ def dispatch_capacity(x_SD, experts_SA, weights_SA, pool: Pool, execution: Execu
     buffer = jnp.zeros((count * capacity, x_SD.shape[1]), x_SD.dtype).at[slot_M].set(x_MD, mode="drop")
     y_ECD = _swiglu(buffer.reshape(count, capacity, -1), pool, experts, _each_expert)
     y_MD = y_ECD.reshape(count * capacity, -1).at[slot_M].get(mode="fill", fill_value=0)
-    here = expert_M < count
-    dropped = jnp.sum(here & (position_M >= capacity)) / jnp.maximum(jnp.sum(here), 1)
+    dropped = jnp.sum((expert_M < count) & (position_M >= capacity))
     return combined(y_MD, weights_SA, order, pool, dropped)
 
 

@@ -81,7 +81,7 @@ def _moe(config: ModelConfig) -> MoEConfig:
 
 
 def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig):
-    """(y_BTD, the pool to hand on, the dropped share, output norms_BTA and maxima_BTA).
+    """(y_BTD, the pool to hand on, the share of assignments dropped, output norms_BTA and maxima_BTA).
 
     On one device, or over the mesh in context: tokens are split along the batch axes, experts along `expert` and their
     hidden width along `tensor`, over which slices of F are summed. Norms and maxima are of whole outputs only where
@@ -90,7 +90,7 @@ def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: Executi
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         result = local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution)
-        return result.y_SD, result.pool, *result[2:]
+        return result.y_SD, result.pool, result.dropped / chosen_BTA.size, *result[3:]
     tokens = PartitionSpec(BATCH_AXES)
     inward, outward = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor")
     changes = {name: _delta_specs(name, delta) for name, delta in (pool.changes or {}).items()}
@@ -102,7 +102,7 @@ def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: Executi
     )
     experts, pool = borrow(pool, execution)
     y_BTD, dropped, norm_BTA, maximum_BTA = body(x_BTD, chosen_BTA, weights_BTA, tuple(experts), pool.changes or {})
-    return y_BTD, pool, dropped, norm_BTA, maximum_BTA
+    return y_BTD, pool, dropped / chosen_BTA.size, norm_BTA, maximum_BTA
 
 
 def _delta_specs(name: str, delta: deltas.Delta) -> Any:
@@ -125,7 +125,7 @@ def _sharded_experts(x_BTD, chosen_BTA, weights_BTA, matrices, changes, executio
     pool = Pool.of(Experts(*matrices), x_BTD.dtype, changes)
     result = by_rows(exchange, x_BTD, chosen_BTA, weights_BTA, pool, execution)
     y_BTD = jax.lax.psum(result.y_SD, "tensor")
-    dropped = jax.lax.pmean(result.dropped, (*BATCH_AXES, "tensor"))
+    dropped = jax.lax.psum(result.dropped, BATCH_AXES)
     norm_BTA = jax.lax.psum(jax.lax.stop_gradient(result.norm_SA), "tensor")
     return y_BTD, dropped, norm_BTA, jax.lax.pmax(jax.lax.stop_gradient(result.maximum_SA), "tensor")
 
