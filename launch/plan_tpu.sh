@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# The configurations for TPU, compiled for a v4-32 that is not here -> docs/results/tpu_memory. Minutes each; resumable.
+# The configurations for TPU, compiled for a v4-32 that is not here -> docs/results/tpu_memory. Minutes each; goes on
+# where it was cut off, while the commit is the same.
 # Needs libtpu, in an environment of its own: python3 -m venv .venv-tpu && .venv-tpu/bin/pip install -e '.[tpu]'
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 PYTHON="${PYTHON:-.venv-tpu/bin/python}"
 TOPOLOGY="${TOPOLOGY:-v4:2x2x4}"
-PLANS="${PLANS:-runs/plans}"
+COMMIT="$(git describe --always --dirty --exclude='*')"
+PLANS="${PLANS:-runs/plans}/$COMMIT-${TOPOLOGY//:/-}"
 
 plan() {
   local name="$1"; shift
-  [[ -s "$PLANS/$name.json" ]] && return
+  [[ -s "$PLANS/$name.json" && "$COMMIT" != *-dirty ]] && return
   "$PYTHON" -m moe_reduce plan --topology="$TOPOLOGY" --json "$@" >"$PLANS/$name.tmp"
   mv "$PLANS/$name.tmp" "$PLANS/$name.json"
 }

@@ -29,7 +29,7 @@ class Device:
     bandwidth: float
     flops: float
     kind: str | None = None  # as jax names it
-    programs: int = 1  # devices that jax sees in it: a v4 chip compiles as two cores, each with half of the memory
+    cores: str | None = None  # libtpu's word for a chip whose two cores are one device, as on a TPU VM
 
 
 DEVICES = {
@@ -42,7 +42,7 @@ DEVICES = {
         Device("h100", 80 * GIB, 3.35e12, 989e12, "NVIDIA H100 80GB HBM3"),
         Device("h200", 141 * GB, 4.8e12, 989e12, "NVIDIA H200"),
         Device("b200", 180 * GB, 7.7e12, 2250e12),
-        Device("v4", 32 * GIB, 1.228e12, 275e12, "TPU v4", programs=2),
+        Device("v4", 32 * GIB, 1.228e12, 275e12, "TPU v4", cores="megacore"),
         Device("v5e", 16 * GIB, 0.819e12, 197e12, "TPU v5 lite"),
         Device("v5p", 95 * GIB, 2.765e12, 459e12, "TPU v5"),
         Device("v6e", 32 * GIB, 1.64e12, 918e12, "TPU v6 lite"),

@@ -144,7 +144,7 @@ def test_gpu_benchmark_runs_on_a_cpu(tmp_path):
 def test_plans_become_a_table(tmp_path):
     held = {"trained_parameters": 10**9, "optimizer": 2 * 10**9, "frozen_parameters": 4 * 10**9}
     plan = {
-        "topology": "v4:2x2x4", "devices": 32, "memory_bytes": 2**34, "mesh": "data=32", "batch": "8 x 8",
+        "topology": "v4:2x2x4", "devices": 16, "memory_bytes": 2**35, "mesh": "data=16", "batch": "8 x 8",
         "held_bytes": held,
     }  # fmt: skip
     fits = plan | {

@@ -35,8 +35,8 @@ def topology(name: str, config: MeshConfig) -> Topology:
     if found.kind is not None and found.kind.startswith("TPU"):
         if not re.fullmatch(r"\d+(x\d+)+", size):
             raise UserError(f"--topology={name} must name a slice by its chips, such as {kind}:2x2x4")
-        mesh = sharding.make_mesh(config, _tpu_devices(name))
-        return Topology(name, found, "tpu", found.memory // found.programs, mesh)
+        mesh = sharding.make_mesh(config, _tpu_devices(name, found))
+        return Topology(name, found, "tpu", found.memory, mesh)
     if not size.isdigit() or int(size) == 0:
         raise UserError(f"--topology={name} must say how many cards, such as {kind}:8")
     shape = sharding.mesh_shape(config, int(size))
@@ -44,13 +44,14 @@ def topology(name: str, config: MeshConfig) -> Topology:
     return Topology(name, found, "gpu", found.memory, mesh)
 
 
-def _tpu_devices(name: str) -> list:
+def _tpu_devices(name: str, chip: Device) -> list:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology={name} needs TPU's compiler: pip install 'moe_reduce[tpu]' in an environment of its own"
         )
     os.environ.update(OFFLINE)
+    cores = {} if chip.cores is None else {"chip_config_name": chip.cores}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **cores).devices)
     except Exception as error:  # whatever libtpu says of a slice that it does not know
         raise UserError(f"--topology={name} is not known to libtpu: {str(error).splitlines()[0]}") from error
