@@ -132,6 +132,24 @@ def test_pool_then_score_then_prune_keeps_the_original_names(directory, tmp_path
     jax.tree.map(np.testing.assert_array_equal, small.params, prune(source, (tuple(best),)).params)
 
 
+def test_protection_of_a_pool_ends_with_the_first_layers(tmp_path, tiny_layer_moe):
+    """Of two experts that stand out the one of the last layer is not protected, wherever its experts lie."""
+    moe = dataclasses.replace(tiny_layer_moe.moe, experts=64, width=2)
+    config = dataclasses.replace(tiny_layer_moe, layers=4, moe=moe)
+    moe_reduce.save(Model(config, init_params(config, jax.random.key(0)), ExecutionConfig()), tmp_path / "layers")
+    assert main(["pool", f"--model={tmp_path / 'layers'}", f"--out={tmp_path / 'pool'}"]) == 0
+    maximum = np.ones((4, 64), np.float32)
+    maximum[1, 7], maximum[3, 5] = 50.0, 90.0
+    reap = np.where(maximum > 1, np.float32(0), np.float32(1))
+    for name, rows in (("layers", 4), ("pool", 1)):
+        values = {"reap": reap.reshape(rows, -1), "max_activation": maximum.reshape(rows, -1)}
+        scores.write(scores.Scores(1, np.ones_like(values["reap"]), values), tmp_path / "made_up.json")
+        prune_it = ["prune", f"--model={tmp_path / name}", f"--scores={tmp_path / 'made_up.json'}", "--keep=0.5"]
+        assert main([*prune_it, "--protect-super-experts", f"--out={tmp_path / name}-half"]) == 0
+        kept = moe_reduce.load(tmp_path / f"{name}-half").chain[-1].kept_experts
+        assert [pair for row in kept for pair in row if pair in ([1, 7], [3, 5])] == [[1, 7]]
+
+
 def test_pooling_what_was_pruned_keeps_the_original_names(directory, tmp_path):
     file, half, pooled = _score(directory), tmp_path / "half", tmp_path / "pooled"
     assert main(["prune", f"--model={directory}", f"--scores={file}", "--keep=0.5", f"--out={half}"]) == 0

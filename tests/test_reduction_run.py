@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ import moe_reduce
 from moe_reduce import trees
 from moe_reduce.__main__ import main
 from moe_reduce.commands import config_file
-from moe_reduce.config import ExecutionConfig, reduce_from_dict
+from moe_reduce.config import ExecutionConfig, PruneStage, reduce_from_dict
 from moe_reduce.models.decoder import init_params
 from moe_reduce.reduction import run as run_module
 from moe_reduce.reduction import stages
@@ -289,6 +291,60 @@ def test_variants_share_what_they_begin_with(finished, tmp_path, capsys):
         (tmp_path / name / "01-pool/model/manifest.json").write_text(json.dumps(rewritten))
     assert _reduce(file, tmp_path / "four", "--config.order=pool") == 0
     assert "is that of" not in capsys.readouterr().out
+
+
+def test_a_pool_knows_its_layers_when_some_were_dropped(tmp_path):
+    """Before pooling, or behind it; and where there is only one."""
+    config = dataclasses.replace(MODELS["layer"], layers=4)
+    moe_reduce.save(Model(config, init_params(config, jax.random.key(0)), ExecutionConfig()), tmp_path / "4")
+    for command, before, after, *more in (
+        ("drop-layers", "4", "3", "--layers=1"),
+        ("pool", "3", "3-pool"),
+        ("pool", "4", "4-pool"),
+        ("drop-layers", "4-pool", "4-pool-3", "--layers=1"),
+        ("drop-layers", "3", "1", "--layers=0,2"),
+        ("pool", "1", "1-pool"),
+    ):
+        assert main([command, f"--model={tmp_path / before}", f"--out={tmp_path / after}", *more]) == 0
+    own = np.eye(4, dtype=bool).repeat(4, axis=1)
+    for name, wanted in (
+        ("3-pool", np.eye(3, dtype=bool).repeat(4, axis=1)),
+        ("4-pool", own),
+        ("4-pool-3", own[[0, 2, 3]]),
+        ("1-pool", np.ones((1, 4), bool)),
+    ):
+        model = moe_reduce.load(tmp_path / name)
+        np.testing.assert_array_equal(~stages.foreign(model.config, model.chain), wanted, err_msg=name)
+
+
+def test_a_pool_of_unknown_origin_is_refused_before_anything_is_measured(tmp_path, capsys):
+    """A pool that was trained as one has no layer to favour: nothing to anneal."""
+    file = write(tmp_path)
+    made = Model(MODELS["pool"], init_params(MODELS["pool"], jax.random.key(0)), ExecutionConfig())
+    moe_reduce.save(made, tmp_path / "model", overwrite=True)
+    assert _reduce(file, tmp_path / "run", "--config.order=anneal") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "which layer each expert" in line
+    assert not (tmp_path / "run/00-original").exists()
+
+
+def test_protection_of_a_pool_ends_with_the_first_layers(tmp_path, monkeypatch):
+    """As `prune --protect-super-experts` does, in a stage."""
+    config = dataclasses.replace(MODELS["layer"], layers=4)
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=64, width=2))
+    moe_reduce.save(Model(config, init_params(config, jax.random.key(0)), ExecutionConfig()), tmp_path / "4")
+    assert main(["pool", f"--model={tmp_path / '4'}", f"--out={tmp_path / 'pool'}"]) == 0
+    maximum = np.ones((4, 256), np.float32)
+    maximum[:, 64 + 7], maximum[:, 3 * 64 + 5] = 50.0, 90.0
+    worth = np.where(maximum > 1, np.float32(0), np.float32(1))
+    found = stages.scores.Sums(1, np.ones((4, 256), np.float32), worth, worth, maximum)
+    monkeypatch.setattr(stages.scores, "collect", lambda *_: found)
+    monkeypatch.setattr(stages, "_calibration", lambda *_: None)
+    (run,) = config_file.read(str(write(tmp_path)), [], reduce_from_dict).values()
+    place: Any = SimpleNamespace(run=run, name="prune", mesh=None, first=config, directory=tmp_path)
+    stage = PruneStage(keep=0.5, protect_super_experts=True)
+    (kept,) = stages.run_stage(stage, moe_reduce.load(tmp_path / "pool"), place).kept_experts
+    assert [pair for pair in kept if pair in ([1, 7], [3, 5])] == [[1, 7]]
 
 
 def test_another_configuration_is_refused(finished, capsys):

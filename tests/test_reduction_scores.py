@@ -165,9 +165,12 @@ def test_choices_that_cannot_be():
 def test_super_experts_stand_out_or_are_an_error():
     maximum = np.full((8, 64), 1.0)
     maximum[2, 7], maximum[7, 0] = 50.0, 90.0  # the second is in the last quarter of the layers
-    assert selection.super_experts(maximum) == {(2, 7)}
+    home = np.repeat(np.arange(8)[:, None], 64, axis=1)
+    assert selection.super_experts(maximum, home, 8) == {(2, 7)}
+    assert selection.super_experts(maximum.reshape(1, -1), home.reshape(1, -1), 8) == {(0, 2 * 64 + 7)}
+    assert selection.super_experts(maximum.reshape(1, -1), None, 8) == {(0, 2 * 64 + 7), (0, 7 * 64)}
     with pytest.raises(UserError, match="none to protect"):
-        selection.super_experts(np.ones((8, 64)))
+        selection.super_experts(np.ones((8, 64)), home, 8)
 
 
 @pytest.mark.parametrize("kind", ["layer", "shared", "pooled"])

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
 
 
 def _choose(arguments: argparse.Namespace, directory, found):
-    from moe_reduce.reduction import selection
+    from moe_reduce.reduction import files, selection
 
     moe = directory.moe
     values = found.of(arguments.criterion)
@@ -73,7 +73,8 @@ def _choose(arguments: argparse.Namespace, directory, found):
         )
     protected: frozenset = frozenset()
     if arguments.protect_super_experts:
-        protected = selection.super_experts(found.of("max_activation"))
+        home_NE = files.home_layers(directory.config, directory.chain)
+        protected = selection.super_experts(found.of("max_activation"), home_NE, directory.config.layers)
     if arguments.scope == "layer":
         if arguments.floor is not None:
             raise UserError("--floor is for --scope=global; with --scope=layer every layer keeps the same number")

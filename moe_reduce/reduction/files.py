@@ -1,5 +1,6 @@
 """Pruning from file to file: the bytes of kept experts are copied, and no model need fit into memory."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -163,6 +164,28 @@ def originals(config: ModelConfig, chain: tuple[Step, ...]) -> list[list[list[in
     if moe.placement == "shared":
         return [[[0, index] for index in range(moe.experts)]]
     return [[[layer, index] for index in range(moe.experts)] for layer in range(config.layers)]
+
+
+def home_layers(config: ModelConfig, chain: tuple[Step, ...]) -> np.ndarray | None:
+    """For each row of experts, the layer of this model that each came from, [N, E], or [1, E] of a pool.
+
+    N where that layer was dropped since. None for a pool whose chain does not say, such as one that was trained as one.
+    """
+    moe = config.moe
+    assert moe is not None
+    if moe.placement == "layer":
+        return np.repeat(np.arange(config.layers)[:, None], moe.experts, axis=1)
+    # layers go by their original numbers, which are not the present ones: in one row for the first time, all are there
+    pooled = [*itertools.dropwhile(lambda step: step.kept_experts is None or len(step.kept_experts) > 1, chain)]
+    layers = [*dict.fromkeys(layer for layer, _ in pooled[0].kept_experts[0])] if pooled else []
+    for step in pooled[1:]:
+        if step.command == "drop-layers":
+            layers = [layer for place, layer in enumerate(layers) if place not in step.arguments["layers"]]
+    if len(layers) != config.layers:
+        return None
+    places = {layer: place for place, layer in enumerate(layers)}
+    (row,) = originals(config, chain)
+    return np.array([[places.get(layer, config.layers) for layer, _ in row]])
 
 
 def kept_originals(directory: Directory, kept: Kept) -> list[list[list[int]]]:

@@ -20,7 +20,7 @@ from moe_reduce.errors import UserError
 from moe_reduce.inference.evaluate import measure
 from moe_reduce.models.decoder import abstract_params
 from moe_reduce.reduction import pictures
-from moe_reduce.reduction.stages import Place, configurations, experts_of, run_stage
+from moe_reduce.reduction.stages import Place, check_origins, configurations, experts_of, run_stage
 from moe_reduce.storage import manifest
 from moe_reduce.storage.hf_config import read_config
 from moe_reduce.storage.model import Model, load
@@ -52,6 +52,7 @@ def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     for _, config in [("", first_config), *configurations(first_config, run)]:
         check_mesh(run.mesh, config)
         sharding.shardings(mesh, abstract_params(config))
+    check_origins(run, first_config, manifest.read_chain(Path(run.model)))
     done = begin(workdir, run)
     _check_first(run, workdir)
     if done is not None:

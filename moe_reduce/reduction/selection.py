@@ -68,16 +68,18 @@ def count_of(keep: float, experts: int) -> int:
     raise UserError(f"--keep={keep} must be a share in (0, 1] or a whole number of experts")
 
 
-def super_experts(maximum_NE: np.ndarray) -> frozenset[tuple[int, int]]:
-    """(layer, index) of experts whose largest activation exceeds both the 99.5th percentile and a tenth of the largest.
+def super_experts(maximum_NE: np.ndarray, home_NE: np.ndarray | None, layers: int) -> frozenset[tuple[int, int]]:
+    """(row, index) of experts whose largest activation exceeds both the 99.5th percentile and a tenth of the largest.
 
-    Only in the first 75 % of the layers. Raises UserError when there is none: protection that protects nothing.
+    Only of those whose home is in the first 75 % of the layers; home_NE: as `files.home_layers` gives it, None for a
+    pool of no layer's own. Raises UserError when there is none: protection that protects nothing.
     """
-    layers = math.ceil(SUPER_LAYERS * maximum_NE.shape[0])
     threshold = max(float(np.percentile(maximum_NE, SUPER_PERCENTILE)), SUPER_SHARE * float(np.max(maximum_NE)))
-    found = np.argwhere(maximum_NE[:layers] > threshold)
-    if not len(found):
+    stands_out = maximum_NE > threshold
+    if home_NE is not None:
+        stands_out &= home_NE < math.ceil(SUPER_LAYERS * layers)
+    if not stands_out.any():
         raise UserError(
             "no expert's largest activation stands out, so there is none to protect: leave the protection off"
         )
-    return frozenset((int(layer), int(index)) for layer, index in found)
+    return frozenset((int(row), int(index)) for row, index in np.argwhere(stands_out))

@@ -22,8 +22,9 @@ from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import abstract_params
 from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.reduction import pooling, pruning, scores, selection, tuning
-from moe_reduce.reduction.files import originals
+from moe_reduce.reduction.files import home_layers, originals
 from moe_reduce.reduction.selection import Kept
+from moe_reduce.storage.manifest import Step
 from moe_reduce.storage.model import Model
 from moe_reduce.training import sharding
 from moe_reduce.training.footprint import stored
@@ -136,7 +137,10 @@ def _prune(stage: PruneStage, model: Model, place: Place) -> Result:
     found = scores.scores(moe, sums, criteria, _seed(place, stage.seed))
     if jax.process_index() == 0:
         scores.write(found, place.directory / "scores.json")
-    protected = selection.super_experts(found.of("max_activation")) if stage.protect_super_experts else frozenset()
+    protected: frozenset = frozenset()
+    if stage.protect_super_experts:
+        home_NE = home_layers(model.config, model.chain)
+        protected = selection.super_experts(found.of("max_activation"), home_NE, model.config.layers)
     keep = _keep(stage, model.config, experts_of(place.first))
     kept: Kept = selection.keep_by_row(found.of(stage.criterion), keep, protected)
     home = originals(model.config, model.chain)
@@ -164,7 +168,7 @@ def _tune(stage: TuneStage, model: Model, place: Place) -> Result:
         model = adapters.activate(model, adapters.init(stage.adapter, model))
     params = model.params
     if stage.bias_from is not None:
-        foreign_NE = foreign(model)
+        foreign_NE = foreign(model.config, model.chain)
         params = tuning.start_annealing(params, stage, foreign_NE)
     first = place.first
     if _reads_first(stage):
@@ -214,10 +218,19 @@ def _is_canonical(stage: Stage) -> bool:
     return isinstance(stage, PoolStage) and stage.canonical
 
 
-def foreign(model: Model) -> np.ndarray:
+def check_origins(run: ReduceConfig, first: ModelConfig, chain: tuple[Step, ...]) -> None:
+    """Raises UserError when a stage anneals a pool that the reduction begins with, and whose chain knows no layers."""
+    anneals = any(isinstance(stage, TuneStage) and stage.bias_from is not None for stage in run.stages.values())
+    if anneals and scores.moe_of(first).placement == "shared":
+        foreign(first, chain)
+
+
+def foreign(config: ModelConfig, chain: tuple[Step, ...]) -> np.ndarray:
     """Where an expert of the pool is another layer's by origin, [N, E]."""
-    (row,) = originals(model.config, model.chain)
-    home_E = np.asarray([layer for layer, _ in row])
-    if home_E.max() >= model.config.layers or home_E.max() == 0:
-        raise UserError("the chain of this model does not say which layer each expert of the pool came from")
-    return home_E[None] != np.arange(model.config.layers)[:, None]
+    home_1E = home_layers(config, chain)
+    if home_1E is None:
+        raise UserError(
+            "the manifest of this pool does not say which layer each expert came from, which bias_from needs: "
+            "leave it out, or pool the model anew"
+        )
+    return home_1E != np.arange(config.layers)[:, None]
