@@ -99,6 +99,16 @@ def test_generated_texts_are_those_of_the_hf_model(directory):
     assert any(found)
 
 
+def test_sampled_texts_differ_between_batches(directory):
+    sampled = {"until": [], "max_gen_toks": 12, "temperature": 1.0}
+    for settings in (sampled, sampled | {"do_sample": True}):
+        asked = requests("generate_until", [(WORDS[0], settings)] * 4)
+        found = ours(directory("llama"), batch_size=2).generate_until(asked, disable_tqdm=True)
+        assert len(set(found)) == 4
+    greedy = requests("generate_until", [(WORDS[0], sampled | {"do_sample": False})] * 4)
+    assert len(set(ours(directory("llama"), batch_size=2).generate_until(greedy, disable_tqdm=True))) == 1
+
+
 def test_a_context_is_read_once(directory, monkeypatch):
     model = ready(moe_reduce.load(directory("llama"), execution=ExecutionConfig().resolve("cpu")))
     read = []
@@ -144,6 +154,17 @@ def tasks(tmp_path):
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }  # fmt: skip
     (place / "choice.yaml").write_text(yaml.safe_dump(common | choice))
+    filters = {
+        "whole": [{"function": "take_first"}],
+        "constant": [{"function": "regex", "regex_pattern": "(?!)", "fallback": "0"}, {"function": "take_first"}],
+    }
+    filtered = {
+        "task": "local_filters", "output_type": "generate_until", "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}", "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "filter_list": [{"name": name, "filter": steps} for name, steps in filters.items()],
+    }  # fmt: skip
+    (place / "filters.yaml").write_text(yaml.safe_dump(common | filtered))
     return place
 
 
@@ -167,6 +188,16 @@ def test_a_local_task_through_the_command(directory, tasks, tmp_path, capsys, li
     beside = found["beside_baseline"]["local_choice"]["acc"]
     assert beside["model"] == beside["baseline"] == pytest.approx(accuracy)
     assert beside["retained"] == beside["low"] == beside["high"] == 1.0
+
+
+def test_each_filter_of_a_task_has_figures_of_its_own(directory, tasks, tmp_path, capsys):
+    model = directory("llama")
+    arguments = [f"--model={model}", f"--baseline={model}", "--tasks=local_filters", f"--task-path={tasks}"]
+    found = evaluated(tmp_path, capsys, *arguments)
+    expected = {"exact_match,whole": 0.0, "exact_match,constant": pytest.approx(1 / 3)}  # answers are 0, 1, 2, 0, ...
+    assert found["tasks"]["local_filters"] == expected
+    beside = found["beside_baseline"]["local_filters"]
+    assert {metric: compared["model"] for metric, compared in beside.items()} == expected
 
 
 def test_a_baseline_on_a_corpus(directory, corpus, tmp_path, capsys):

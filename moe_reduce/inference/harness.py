@@ -114,7 +114,8 @@ class Harness(TemplateLM):
                 for start in range(0, len(numbers), self._batch_size):
                     part = numbers[start : start + self._batch_size]
                     rows = [text.Continuation(self._tokenizer, prompts[number][-room:], stop) for number in part]
-                    for _ in text.stream(self._ready, rows, settings):
+                    # rows draw by their place in a batch, and batches must not draw alike
+                    for _ in text.stream(self._ready, rows, dataclasses.replace(settings, seed=part[0])):
                         pass
                     for number, row in zip(part, rows, strict=True):
                         found[number] = row.text
@@ -123,7 +124,7 @@ class Harness(TemplateLM):
         return found
 
     def _settings(self, wanted: dict[str, Any]) -> tuple[GenerateConfig, list[str]]:
-        """(settings, stop strings) of a task's generation_kwargs; greedy unless it says do_sample."""
+        """(settings, stop strings) of a task's generation_kwargs; sampled where do_sample, or a temperature, says so."""
         known = {"until", "max_gen_toks", "max_tokens", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p"}
         for name in sorted(set(wanted) - known):
             raise UserError(f"a task sets {name}={wanted[name]!r} for generation, which generate does not have")
@@ -132,9 +133,10 @@ class Harness(TemplateLM):
             (wanted[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in wanted), MADE
         )
         settings = GenerateConfig(max_tokens=int(tokens), end_ids=self._ends)
-        if wanted.get("do_sample"):
-            names = ("temperature", "top_k", "top_p")
-            sampled: dict[str, Any] = {name: wanted[name] for name in names if wanted.get(name) is not None}
+        names = ("temperature", "top_k", "top_p")
+        sampled: dict[str, Any] = {name: wanted[name] for name in names if wanted.get(name) is not None}
+        draws = wanted.get("do_sample")
+        if draws or (draws is None and "temperature" in sampled):
             settings = dataclasses.replace(settings, **({"temperature": 1.0} | sampled))
         return settings, [string for string in stop if string]
 

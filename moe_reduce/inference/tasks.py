@@ -18,7 +18,10 @@ from moe_reduce.storage.model import Model
 
 @dataclass(frozen=True)
 class Found:
-    """figures: {task: {metric: value}}; answers: {task: {metric: its value for each question}}, where it has one."""
+    """figures: {task: {metric: value}}; answers: {task: {metric: its value for each question}}, where it has one.
+
+    A task that reads what was generated through several filters has `metric,filter` in place of each metric.
+    """
 
     figures: dict[str, dict[str, float]]
     answers: dict[str, dict[str, np.ndarray]]
@@ -56,15 +59,22 @@ def evaluate(
         raise UserError(f"the data of --tasks cannot be read ({str(error).splitlines()[0]})") from error
     figures, answers = {}, {}
     for name, metrics in result["results"].items():
-        numbers = {key.split(",")[0]: value for key, value in metrics.items() if _is_figure(key, value)}
-        figures[name] = numbers
-        samples = result["samples"].get(name, [])
-        answers[name] = {
-            metric: np.array([float(sample[metric]) for sample in samples])
-            for metric in numbers
-            if samples and all(isinstance(sample.get(metric), (int, float)) for sample in samples)
-        }
+        figures[name], answers[name] = _of_task(metrics, result["samples"].get(name, []))
     return Found(figures, answers)
+
+
+def _of_task(metrics: dict[str, Any], samples: list[Any]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """(figures, answers); metrics: by `metric,filter`. samples: every question, once for each filter."""
+    numbers = {tuple(key.split(",")): value for key, value in metrics.items() if _is_figure(key, value)}
+    several = len({kind for _, kind in numbers}) > 1
+    figures, answers = {}, {}
+    for (metric, kind), value in numbers.items():
+        name = f"{metric},{kind}" if several else metric
+        figures[name] = value
+        mine = [sample.get(metric) for sample in samples if sample["filter"] == kind]
+        if mine and all(isinstance(answer, (int, float)) for answer in mine):
+            answers[name] = np.array(mine, float)
+    return figures, answers
 
 
 def _is_figure(key: str, value: Any) -> bool:
