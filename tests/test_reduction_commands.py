@@ -61,6 +61,26 @@ def test_score_writes_json_arrays_and_pictures(directory):
         assert (file.parent / f"scores-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_scores_are_written_together_or_not_at_all(directory, monkeypatch, capsys):
+    file = _score(directory)
+    before = {each.name: each.read_bytes() for each in file.parent.glob("scores*")}
+    assert set(before) == {"scores.json", "scores.npz", "scores-histogram.png", "scores-map.png"}
+    again = ["score", f"--model={directory}", f"--data={file.parent / 'tokens.npy'}", "--sequence-length=16"]
+    for name in ("scores.json", "scores.npz"):  # what goes beside is as little overwritten unasked
+        capsys.readouterr()
+        assert main([*again, f"--out={file}"]) == 2
+        assert "--overwrite" in capsys.readouterr().err
+        (file.parent / name).unlink()
+        before.pop(name)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scores, "write", full)
+    assert main([*again, f"--out={file}", "--overwrite"]) == 2
+    assert {each.name: each.read_bytes() for each in file.parent.glob("*scores*")} == before
+
+
 def test_prune_by_layer_equals_the_transform_and_opens_in_transformers(directory, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -166,13 +186,17 @@ def test_mistakes_leave_nothing_behind(directory, tmp_path, capsys):
     again = ["score", f"--model={directory}", f"--data={tmp_path / 'tokens.npy'}"]
     for arguments, part in (
         ([*prune_it, "--keep=0"], "--keep"),
+        ([*prune_it, "--keep=inf"], "--keep"),
         ([*prune_it, "--keep=0.1"], "fewer than the 2 active"),
         ([*prune_it, "--keep=0.5", "--criterion=raep"], "raep"),
         ([*prune_it, "--keep=0.5", "--floor=3"], "--floor"),
         ([*prune_it, "--keep=0.5", "--scope=global", "--floor=1"], "--floor=1"),
         ([*prune_it, "--keep=0.5", f"--scores={directory / 'config.json'}"], "config.json"),
         ([*pool_it, "--start=best"], "--start"),
-        ([*again, "--criteria=reap,raep", f"--out={tmp_path / 'out'}"], "raep"),
+        ([*pool_it, "--offset=8"], "sigmoid scores"),
+        ([*again, "--criteria=reap,raep", f"--out={tmp_path / 'out.json'}"], "raep"),
+        ([*again, f"--out={tmp_path / 'out'}"], "--out"),
+        ([*again, f"--out={file.with_suffix('.npz')}", "--overwrite"], "--out"),
         ([*again, f"--out={file}"], "--overwrite"),
     ):
         capsys.readouterr()

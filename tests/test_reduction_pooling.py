@@ -94,6 +94,22 @@ def test_what_cannot_be_pooled(model, tiny_dense, tiny_shared):
         pooling.pool(dataclasses.replace(model, config=dataclasses.replace(model.config, moe=moe)))
 
 
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"bias": -1.0}, "bias=-1.0"),
+        ({"bias": float("nan")}, "bias=nan"),
+        ({"bias": float("inf")}, "bias=inf"),
+        ({"bias": 4.0, "start": "random"}, "lossless start"),
+        ({"offset": 8.0}, "sigmoid scores"),
+        ({"offset": float("nan"), "score_function": "sigmoid"}, "offset=nan"),
+    ],
+)
+def test_options_that_mean_nothing(model, options, part):
+    with pytest.raises(UserError, match=part):
+        pooling.pool(model, **options)
+
+
 def test_pooling_needs_shapes_only(model):
     abstract = jax.eval_shape(
         lambda params: pooling.pool(dataclasses.replace(model, params=params)).params, model.params

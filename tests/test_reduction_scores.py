@@ -151,7 +151,7 @@ def test_share_or_number(keep, number):
 
 
 def test_choices_that_cannot_be():
-    for bad in (0, -1, 1.5):
+    for bad in (0, -1, 1.5, float("inf"), float("nan")):
         with pytest.raises(UserError, match="--keep"):
             selection.count_of(bad, 8)
     with pytest.raises(UserError, match="5 experts cannot be kept of 4"):

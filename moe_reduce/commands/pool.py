@@ -32,11 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the pooled model and returns its path."""
-    model = transforming.read(arguments, overrides)
+    from moe_reduce.reduction.pooling import check_options
     from moe_reduce.reduction.stages import pool_experts
 
     names = ("start", "score_function", "router", "bias", "offset")
     stage = PoolStage(canonical=not arguments.no_canonical, **{name: getattr(arguments, name) for name in names})
+    check_options(stage.start, stage.score_function, stage.bias, stage.offset)
+    model = transforming.read(arguments, overrides)
     result = pool_experts(stage, model, arguments.seed)
     settings = to_dict(stage) | {"seed": arguments.seed}
     return transforming.write(arguments, model, result.model, settings, result.kept_experts)

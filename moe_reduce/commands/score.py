@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from moe_reduce import disk
 from moe_reduce.commands import model_arguments
+from moe_reduce.errors import UserError
 
 if TYPE_CHECKING:
     from moe_reduce.config import MoEConfig
@@ -27,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the scores as JSON, the sums as arrays beside it, and two pictures; returns the path of the JSON."""
     model_arguments.no_overrides(overrides)
-    model_arguments.check_out(arguments.out, arguments.overwrite)
+    written = _files(arguments.out)
+    for file in written:
+        model_arguments.check_out(file, arguments.overwrite)
     from moe_reduce.reduction import scores
     from moe_reduce.reduction.pictures import score_pictures
 
@@ -36,12 +39,21 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     model_arguments.data_config(arguments)
     sums, moe = _layer_wise(arguments) if arguments.layer_wise else _whole(arguments)
     found = scores.scores(moe, sums, wanted, arguments.seed)
-    with disk.writing(arguments.out, "free some space or choose another path"):
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        scores.write_arrays(sums, arguments.out.with_suffix(".npz"))
-        score_pictures(found, arguments.out.with_suffix(""))
-        scores.write(found, arguments.out)
+    remedy = "free some space or choose another path"
+    with disk.writing(arguments.out, remedy), disk.temporary_beside(arguments.out) as unfinished:
+        scores.write_arrays(sums, unfinished / f"{arguments.out.stem}.npz")
+        score_pictures(found, unfinished / arguments.out.stem)
+        scores.write(found, unfinished / arguments.out.name)
+        for file in written:
+            (unfinished / file.name).replace(file)
     return arguments.out
+
+
+def _files(out: Path) -> list[Path]:
+    """All that is written; the scores are the last, so that where they are the others are too."""
+    if out.suffix != ".json":
+        raise UserError(f"--out={out} must end in .json: arrays and pictures of the same name go beside it")
+    return [out.with_name(out.stem + end) for end in (".npz", "-histogram.png", "-map.png", ".json")]
 
 
 def _whole(arguments: argparse.Namespace) -> "tuple[Sums, MoEConfig]":

@@ -9,6 +9,7 @@ gates approach the softmax gates with a relative error of about e^(max z - t). T
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -88,7 +89,8 @@ def pool(
     sigmoid scores, added to each layer's own. Raises UserError when the model has no per-layer experts, or when its
     weights are not renormalised over the chosen, which no pool can reproduce.
     """
-    check_poolable(model.config, start, bias)
+    check_options(start, score_function, bias, offset)
+    check_poolable(model.config)
     flat = trees.flatten(model.params)
     trees.select(model.params, r"layers/(experts/(gate|up|down)|router/weight)", expect=4)
     layers, _, experts = flat["layers/router/weight"].shape
@@ -158,11 +160,21 @@ def _moe(config: ModelConfig) -> MoEConfig:
     return config.moe
 
 
-def check_poolable(config: ModelConfig, start: Start = "lossless", bias: float | None = None) -> None:
-    """Raises UserError when no pool computes what this model computes, or when nothing would read the bias."""
-    _check_layers(config)
+def check_options(start: Start, score_function: str, bias: float | None, offset: float) -> None:
+    """Raises UserError when nothing would read the bias or the offset, or when they are out of range."""
     if bias is not None and start != "lossless":
         raise UserError(f"a bias is for the lossless start, and this one is {start}: leave one of them out")
+    if bias is not None and not 0 <= bias < math.inf:
+        raise UserError(f"bias={bias} must be 0 or above: it holds other layers' experts back")
+    if offset != 0 and score_function != "sigmoid":
+        raise UserError(f"an offset is for sigmoid scores, and these are {score_function}: leave one of them out")
+    if not math.isfinite(offset):
+        raise UserError(f"offset={offset} must be a number of logits")
+
+
+def check_poolable(config: ModelConfig) -> None:
+    """Raises UserError when no pool computes what this model computes."""
+    _check_layers(config)
     if not _moe(config).normalize:
         raise UserError(
             "the weights of this model are not renormalised over the chosen experts (norm_topk_prob is false), which "

@@ -63,7 +63,7 @@ def count_of(keep: float, experts: int) -> int:
     """A share in (0, 1], or a whole number above 1, -> a number of experts; a share is rounded up."""
     if 0 < keep <= 1:
         return math.ceil(round(keep * experts, 6))
-    if keep > 1 and keep == int(keep):
+    if 1 < keep < math.inf and keep == int(keep):
         return int(keep)
     raise UserError(f"--keep={keep} must be a share in (0, 1] or a whole number of experts")
 

@@ -88,7 +88,8 @@ def experts_of(config: ModelConfig) -> int:
 def _after(stage: Stage, config: ModelConfig, total: int) -> ModelConfig:
     moe = scores.moe_of(config)
     if isinstance(stage, PoolStage):
-        pooling.check_poolable(config, stage.start, stage.bias)
+        pooling.check_options(stage.start, stage.score_function, stage.bias, stage.offset)
+        pooling.check_poolable(config)
         if stage.canonical:
             config = dataclasses.replace(config, moe=dataclasses.replace(moe, output_gain=True))
         return pooling.pooled_config(config, experts_of(config), stage.router, stage.score_function)
@@ -180,8 +181,6 @@ def _tune(stage: TuneStage, model: Model, place: Place) -> Result:
     schedule = dataclasses.replace(stage.schedule(run.train), seed=_seed(place))
     job = Job(task, model.config, params, run.execution, run.data, schedule, others)
     trained, figures = fit(job, place.mesh, place.tokens, place.directory)
-    # counted for training of everything, which this is not
-    figures = {name: value for name, value in figures.items() if name not in ("mfu", "train_flops_per_token")}
     dtypes = {path: leaf.dtype for path, leaf in trees.flatten(model.params).items()}
     # routers stay in fp32, in which they are computed; anything else returns to the dtype of its neighbours
     kept = trees.map_with_path(lambda path, leaf: leaf if "router" in path else leaf.astype(dtypes[path]), trained)
