@@ -110,12 +110,17 @@ def check_generate(settings: "GenerateConfig") -> None:
 def _check_stage(path: str, stage: "Stage", run: "ReduceConfig") -> None:
     if stage.kind == "prune":
         positive(path, stage, "keep", "calibration_batches")
+        if run.mesh.tensor > 1:
+            raise UserError(
+                f"{path} scores experts by their whole outputs, which mesh.tensor={run.mesh.tensor} splits: "
+                "set mesh.tensor=1"
+            )
     if stage.kind == "tune":
         _check_tune(path, stage, run)
 
 
 def _check_tune(path: str, stage: "TuneStage", run: "ReduceConfig") -> None:
-    _check_train(stage.schedule(run.train), path)
+    _check_schedule(path, stage)
     _in_range(path, stage, "anneal_share", 0.0, 1.0001)
     if not 0 <= stage.teacher_weight <= 1:
         raise UserError(f"{path}.teacher_weight must be from 0 to 1, got {stage.teacher_weight}")
