@@ -21,7 +21,7 @@ from moe_reduce.models.dispatch import Experts, Pool
 from moe_reduce.models.experts import local_experts
 from moe_reduce.models.routing import route, router_logits
 from moe_reduce.reduction.files import Directory
-from moe_reduce.reduction.scores import Sums, sums_of
+from moe_reduce.reduction.scores import Sums, fetched, sums_of
 from moe_reduce.storage.names import Leaf, leaves
 from moe_reduce.training.task import Batch
 
@@ -76,7 +76,7 @@ def _layer(directory: Directory, layer: int, states: list, weights: list, execut
     for (x_BTD, _, *routed), (y_BTD, *sizes), weights_BT in zip(before, parts, weights, strict=True):
         after.append(x_BTD + (y_BTD * gain_D[None, None]).astype(x_BTD.dtype))
         assignments = dict(zip(("expert", "weight", "norm", "maximum"), (*routed, *sizes), strict=True))
-        sums = jax.device_get(_sums(assignments, weights_BT, moe.experts))
+        sums = fetched(_sums(assignments, weights_BT, moe.experts))
         totals = sums if totals is None else _merge(totals, sums)
     return after, totals
 

@@ -42,7 +42,11 @@ TINY = np.float32(1e-30)  # of a layer that adds nothing
 
 @dataclass(frozen=True)
 class Sums:
-    """What one pass adds up, by layer call and expert: all fp32 arrays [N, E]."""
+    """What one pass adds up, by layer call and expert: arrays [N, E].
+
+    Each batch is summed in fp32, batches in float64: exact, and so the same however passes are split, while no batch
+    adds less than 2^-29 of an expert's total. Scores round to fp32.
+    """
 
     tokens: int
     counts: np.ndarray
@@ -100,12 +104,17 @@ def collect(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> S
     step = _step(model.config, moe, execution, mesh)
     found: Sums | None = None
     for batch in batches:
-        tokens, by_name = jax.device_get(step(model.params, batch))
-        part = Sums(int(tokens), **by_name)
+        tokens, by_name = step(model.params, batch)
+        part = Sums(int(tokens), **fetched(by_name))
         found = part if found is None else found + part
     if found is None:
         raise UserError("no tokens to score with: give a larger --data")
     return found
+
+
+def fetched(sums: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    """One batch's sums as Sums adds them."""
+    return {name: values.astype(np.float64) for name, values in jax.device_get(sums).items()}
 
 
 @cache  # compiled once for all passes over models of one shape
