@@ -29,16 +29,19 @@ from moe_reduce.storage.tensors import TensorFiles, TensorItem, write_file
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# What changes the computation in a way that no adapter of ours has, and the only values that are read.
+# The only values that are read of keys with more. Other starts than these change the base as well (PiSSA, OLoRA, ...).
 REQUIRED_VALUES = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "layer_replication": (None,),
-    "lora_bias": (False, None),
-    "target_parameters": (None, []),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
+# Read here, or without a part in the computation of a trained adapter. Any other key must be off: None, False or empty.
+KNOWN = {
+    *REQUIRED_VALUES, "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "task_type",
+    "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+}  # fmt: skip
 PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 EVERYTHING = AdapterConfig(targets="attention,mlp", rank=1)
 
@@ -239,6 +242,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     for key, accepted in REQUIRED_VALUES.items():
         if key in raw and raw[key] not in accepted:
             raise UserError(f"{file}: {key}={raw[key]!r} is not supported, only {accepted[0]!r}")
+    for key in sorted(set(raw) - KNOWN):
+        if raw[key]:
+            raise UserError(f"{file}: {key}={raw[key]!r} is not supported: merge the adapter with PEFT")
     numbers = [raw["lora_alpha"], *(raw["alpha_pattern"] or {}).values()]
     if not all(type(value) in (int, float) for value in numbers):
         raise UserError(f"{file}: lora_alpha and alpha_pattern must hold numbers, got {numbers}")
