@@ -169,9 +169,10 @@ def test_model_is_called_and_left_unchanged(model: moe_reduce.Model):
     assert logits_BTV.dtype == np.float32
     np.testing.assert_array_equal(model(tokens_BT.tolist()), logits_BTV)
     np.testing.assert_array_equal(model(jax.numpy.asarray(tokens_BT)), logits_BTV)
-    for wrong in ([[61]], [[-1]], [1, 2], [[0.5]], [[]]):
+    for wrong in ([[61]], [[-1]], [1, 2], [[0.5]], [[]], jax.numpy.array([[61]]), jax.numpy.array([[0.5]])):
         with pytest.raises(UserError, match="token"):
             model(wrong)
+    np.testing.assert_allclose(jax.jit(model)(tokens_BT), logits_BTV, atol=1e-5)
 
 
 def test_package_import_is_light():

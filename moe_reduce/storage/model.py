@@ -44,7 +44,7 @@ class Model:
 
     def __call__(self, tokens_BT: Any) -> jax.Array:
         """Token ids, integers [B, T] -> fp32 logits [B, T, V]. Compiled once for each shape."""
-        if not isinstance(tokens_BT, jax.Array):
+        if not isinstance(tokens_BT, jax.core.Tracer):
             tokens_BT = _checked(np.asarray(tokens_BT), self.config.vocab_size)
         return _logits(self.config, self.execution, self.params, jnp.asarray(tokens_BT, jnp.int32))
 
