@@ -79,10 +79,17 @@ class ExecutionConfig:
     scan_unroll: int = 1  # layers unrolled in the scan; the number of layers is fastest on CPU
 
     def resolve(self, default_platform: str) -> "ExecutionConfig":
-        """No `auto` left: commands call this once, so that no model code ever looks up a backend."""
+        """No `auto` left: commands call this once, so that no model code ever looks up a backend.
+
+        Raises UserError for what the platform does not have.
+        """
         platform = default_platform if self.platform == "auto" else self.platform
         if platform not in DISPATCH_BY_PLATFORM:
             raise UserError(f"no dispatch is known for platform {platform!r}: set execution.platform and .dispatch")
+        if self.attention == "cudnn" and (platform != "gpu" or self.compute_dtype != "bfloat16"):
+            raise UserError(
+                "execution.attention=cudnn is for GPUs and execution.compute_dtype=bfloat16: leave it at xla"
+            )
         dispatch = DISPATCH_BY_PLATFORM[platform] if self.dispatch == "auto" else self.dispatch
         bf16_on_cpu = platform == "cpu" and self.compute_dtype == "bfloat16"
         products = ("transposed" if bf16_on_cpu else "plain") if self.products == "auto" else self.products
@@ -311,16 +318,6 @@ def adapt_base() -> ml_collections.ConfigDict:
     return config
 
 
-def adapter_profile(name: Literal["light", "balanced", "quality"]) -> dict[str, Any]:
-    """The keys of a SkeMA adapter of a usual size: k = 128 on mlp, 256 on q, k, v and mlp, or 512 on everything."""
-    profiles = {
-        "light": AdapterConfig(method="skema", sketch_width=128, targets="mlp"),
-        "balanced": AdapterConfig(method="skema", sketch_width=256, targets="q,k,v,mlp"),
-        "quality": AdapterConfig(method="skema", sketch_width=512, targets="attention,mlp"),
-    }
-    return to_dict(profiles[name])
-
-
 def stage(kind: str, **changes: Any) -> dict[str, Any]:
     """The keys of a stage with their defaults, some of them changed."""
     return to_dict(STAGES[kind](**changes))
@@ -339,7 +336,7 @@ def moe_base() -> ml_collections.ConfigDict:
 def parse(config: ml_collections.ConfigDict, reader: Callable[[dict[str, Any]], T]) -> dict[str, T]:
     """The runs that a configuration describes: {"": run} or, with variants, one for each name.
 
-    reader: run_from_dict or reduce_from_dict.
+    reader: what makes one run of nested plain values, such as run_from_dict.
     """
     raw = config.to_dict()
     variants = raw.pop("variants", {})

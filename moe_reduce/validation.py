@@ -57,7 +57,7 @@ def check_reduce(run: "ReduceConfig") -> None:
     if not run.stages:
         raise UserError("stages is empty: nothing would be done to the model")
     _check_sizes(run.mesh)
-    positive("train", run.train, "batch_size", "accumulation", "evaluate_batches")
+    _check_shared(run.train)
     if run.architecture is not None:
         check_model(run.architecture)
     _check_execution(run.execution)
@@ -200,7 +200,7 @@ def _check_execution(execution: "ExecutionConfig") -> None:
 
 def check_data(data: "DataConfig") -> None:
     """Raises UserError at the first key that cannot work."""
-    positive("data", data, "sequence_length", "workers")
+    positive("data", data, "sequence_length", "workers", *(() if data.max_documents is None else ("max_documents",)))
     _in_range("data", data, "validation_fraction", 0.0, 1.0)
     if not data.source:
         raise UserError("data.source is empty: give python-stdlib, a path or glob, hub:NAME, or a .npy file")
@@ -243,21 +243,38 @@ def _check_sizes(mesh: "MeshConfig") -> None:
         positive("mesh", mesh, "data")
 
 
-def _check_train(train: "TrainConfig", path: str = "train") -> None:
+def _check_train(train: "TrainConfig") -> None:
+    _check_shared(train)
+    _check_schedule("train", train)
+    if train.final_learning_rate > train.learning_rate:
+        raise UserError(
+            f"train.final_learning_rate ({train.final_learning_rate}) must not exceed train.learning_rate "
+            f"({train.learning_rate}), from which it decays: set both"
+        )
+
+
+def _check_shared(train: "TrainConfig") -> None:
+    """All but the schedule, of which each stage of a reduction has its own."""
     positive(
-        path, train, "steps", "batch_size", "accumulation", "learning_rate", "epsilon", "clip_norm", "log_every",
-        "evaluate_every", "evaluate_batches", "checkpoint_every", "checkpoints_kept", "expert_learning_rate_scale",
+        "train", train, "batch_size", "accumulation", "epsilon", "clip_norm", "log_every", "evaluate_every",
+        "evaluate_batches", "checkpoint_every", "checkpoints_kept", "expert_learning_rate_scale",
     )  # fmt: skip
     for name in ("beta1", "beta2", "ema_decay"):
-        _in_range(path, train, name, 0.0, 1.0)
-    for name in ("final_learning_rate", "weight_decay", "warmup_steps", "seed"):
-        _in_range(path, train, name, 0.0, float("inf"))
+        _in_range("train", train, name, 0.0, 1.0)
+    for name in ("weight_decay", "seed"):
+        _in_range("train", train, name, 0.0, float("inf"))
     if train.batch_size % train.accumulation:
         raise UserError(
             f"train.batch_size ({train.batch_size}) must be a multiple of train.accumulation ({train.accumulation})"
         )
-    if train.warmup_steps >= train.steps:
-        raise UserError(f"{path}.warmup_steps ({train.warmup_steps}) must be below {path}.steps ({train.steps})")
+
+
+def _check_schedule(path: str, schedule: "TrainConfig | TuneStage") -> None:
+    positive(path, schedule, "steps", "learning_rate")
+    for name in ("final_learning_rate", "warmup_steps"):
+        _in_range(path, schedule, name, 0.0, float("inf"))
+    if schedule.warmup_steps >= schedule.steps:
+        raise UserError(f"{path}.warmup_steps ({schedule.warmup_steps}) must be below {path}.steps ({schedule.steps})")
 
 
 def _check_balance(balance: "BalanceConfig") -> None:

@@ -78,6 +78,11 @@ KEYS = {
     "batch in parts": (["--config.train.accumulation=3"], "train.batch_size (8)", "train.accumulation (3)"),
     "warm-up to the end": (["--config.train.warmup_steps=20"], "train.warmup_steps (20)", "train.steps (20)"),
     "rate that is no number": (["--config.train.learning_rate=nan"], "train.learning_rate must be positive"),
+    "rate that rises": (
+        ["--config.train.learning_rate=1e-4"],
+        "train.final_learning_rate (0.001)",
+        "train.learning_rate (0.0001)",
+    ),
     "endless clipping": (["--config.train.clip_norm=inf"], "train.clip_norm must be positive"),
     "bias that is not there": (["--config.balance.bias_rate=0.1"], "balance.bias_rate", "model.moe.selection_bias"),
     "average": (["--config.train.ema_decay=1.0"], "train.ema_decay"),
@@ -86,6 +91,8 @@ KEYS = {
     "no value": (["--config.train.steps"], "config.train.steps"),
     "half of the processes": (["--coordinator=127.0.0.1:1"], "--coordinator", "--processes"),
     "no port": (["--coordinator=here", "--processes=2", "--process=0"], "--coordinator=here", "HOST:PORT"),
+    "fewer than no documents": (["--config.data.max_documents=-1"], "data.max_documents must be positive, got -1"),
+    "attention of GPUs": (["--config.execution.attention=cudnn"], "execution.attention=cudnn is for GPUs"),
     "nothing matches": (["--config.data.source=/nowhere/*.txt"], "/nowhere/*.txt"),
     "no such file": (["--config.data.source=/nowhere.npy"], "/nowhere.npy"),
     "no such tokenizer": (["--config.data.source=python-stdlib", "--config.data.tokenizer=/nowhere"], "/nowhere"),
@@ -107,6 +114,25 @@ def test_wrong_key(refused, free, name):
     refused(arguments, *parts)
     if name != "it diverges":  # that one began, and its line says to take a new --workdir
         free()
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("train.evaluate_every", "train.evaluate_every must be positive, got 0"),
+        ("train.batch_size", "train.batch_size must be positive, got 0"),
+        ("stages.tune.steps", "stages.tune.steps must be positive, got 0"),
+        ("stages.tune.learning_rate", "stages.tune.learning_rate must be positive, got 0"),
+    ],
+)
+def test_a_reduction_names_keys_that_it_has(key, line):
+    described = reduce_base()
+    described.model = "somewhere"
+    described.update(in_order({"tune": stage("tune", steps=3)}))
+    described.train.batch_size = 2
+    described.update_from_flattened_dict({key: 0})
+    with pytest.raises(UserError, match=f"^{line}"):
+        parse(described, reduce_from_dict)
 
 
 FILES = {

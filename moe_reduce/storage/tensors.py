@@ -122,10 +122,6 @@ class TensorFiles:
         count = (entry.stop - entry.start) // entry.dtype.itemsize
         return np.fromfile(entry.file, entry.dtype, count, offset=entry.start).reshape(entry.shape)
 
-    def read_slice(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
-        """A copy of one slice of the tensor; only its pages are read."""
-        return self.read(name)[slices].copy()
-
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
