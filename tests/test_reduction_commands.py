@@ -170,6 +170,19 @@ def test_protection_of_a_pool_ends_with_the_first_layers(tmp_path, tiny_layer_mo
         assert [pair for row in kept for pair in row if pair in ([1, 7], [3, 5])] == [[1, 7]]
 
 
+def test_a_pool_of_bf16_weights_gives_the_same_logits(directory, tmp_path):
+    """Copied weights are; folded ones, which --canonical asks for, are rounded once more."""
+    model = moe_reduce.load(directory)
+    half = jax.tree.map(lambda leaf: leaf.astype(jax.numpy.bfloat16), model.params)
+    moe_reduce.save(dataclasses.replace(model, params=half), tmp_path / "half")
+    errors = []
+    for more in ([], ["--canonical"]):
+        assert main(["pool", f"--model={tmp_path / 'half'}", f"--out={tmp_path / 'pool'}", "--overwrite", *more]) == 0
+        before, after = (moe_reduce.load(tmp_path / name)(_tokens()) for name in ("half", "pool"))
+        errors.append(float(abs(after - before).max() / abs(before).max()))
+    assert errors[0] < 1e-5 < 1e-4 < errors[1]
+
+
 def test_pooling_what_was_pruned_keeps_the_original_names(directory, tmp_path):
     file, half, pooled = _score(directory), tmp_path / "half", tmp_path / "pooled"
     assert main(["prune", f"--model={directory}", f"--scores={file}", "--keep=0.5", f"--out={half}"]) == 0

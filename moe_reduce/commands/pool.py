@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bias", type=float, help="against other layers' experts, in logits (default: exact)")
     parser.add_argument("--offset", type=float, default=0.0, help="subtracted before sigmoid scores (default: 0)")
-    parser.add_argument("--no-canonical", action="store_true", help="leave norms and output sizes in the layers")
+    shown = "fold norms and output sizes out of the experts, which rounds them to their dtype once more"
+    parser.add_argument("--canonical", action="store_true", help=shown)
     parser.add_argument("--seed", type=int, default=0, help="of --start=random (default: 0)")
 
 
@@ -35,8 +36,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     from moe_reduce.reduction.pooling import check_options
     from moe_reduce.reduction.stages import pool_experts
 
-    names = ("start", "score_function", "router", "bias", "offset")
-    stage = PoolStage(canonical=not arguments.no_canonical, **{name: getattr(arguments, name) for name in names})
+    names = ("canonical", "start", "score_function", "router", "bias", "offset")
+    stage = PoolStage(**{name: getattr(arguments, name) for name in names})
     check_options(stage.start, stage.score_function, stage.bias, stage.offset)
     model = transforming.read(arguments, overrides)
     result = pool_experts(stage, model, arguments.seed)
