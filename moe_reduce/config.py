@@ -73,7 +73,7 @@ class ExecutionConfig:
     dispatch: Literal["auto", "blocks", "ragged", "capacity", "reference"] = "auto"  # auto: by platform
     exchange: Literal["auto", "gather", "all_to_all"] = "auto"  # over mesh.expert (models/exchange.py); auto: less sent
     capacity_factor: float = 2.0  # of the capacity dispatch only: rows per expert / mean rows per expert
-    block_rows: int = 64  # of the blocks dispatch only
+    block_rows: int = 64  # at most, of the blocks dispatch only
     expert_gradients: bool = True  # False: experts are frozen, and their gradient is not even computed (set by tuning)
     remat: Literal["none", "dots", "full"] = "none"
     scan_unroll: int = 1  # layers unrolled in the scan; the number of layers is fastest on CPU

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_reduce.config import ExecutionConfig, MoEConfig
+from moe_reduce.models import blocks
 from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool, sort_by_expert
 from moe_reduce.models.routing import route
 
@@ -134,6 +135,13 @@ def test_blocks_of_any_size(block_rows):
     y = DISPATCHES["blocks"](x_SD, chosen_SA, weights_SA, pool, execution).y_SD
     expected = DISPATCHES["reference"](x_SD, chosen_SA, weights_SA, pool, execution).y_SD
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_blocks_are_no_larger_than_what_an_expert_gets():
+    assert blocks.rows_of_a_block(64, rows=16_384, experts=16) == 64
+    assert blocks.rows_of_a_block(64, rows=16_384, experts=6144) == 4
+    assert blocks.rows_of_a_block(64, rows=8, experts=128) == 1
+    assert blocks.rows_of_a_block(3, rows=100, experts=2) == 3
 
 
 def test_capacity_reports_what_it_drops():

@@ -187,11 +187,6 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
             )
 
 
-def _few_rows(execution: ExecutionConfig, rows: int) -> ExecutionConfig:
-    """Blocks of experts' rows no larger than there are rows: a block is computed whole, however few it holds."""
-    return dataclasses.replace(execution, block_rows=min(execution.block_rows, 1 << (rows - 1).bit_length()))
-
-
 def _rows(ids_BX: np.ndarray) -> list[list[int]]:
     return [[int(identity) for identity in row if identity != NOTHING] for row in ids_BX]
 
@@ -219,8 +214,7 @@ def _prefill(program: Program, places: int, variables: Any, tokens_BT, lengths_B
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(program: Program, variables: Any, state: State, choice: Choice, steps: jax.Array):
     """Makes `steps` tokens of each row, fewer where all have ended: (state, ids [B, STEPS])."""
-    execution = _few_rows(program.execution, state.last_B.shape[0])
-    decoder = program._replace(execution=execution).decoder
+    decoder = program.decoder
 
     def unfinished(carry):
         index, state, _ = carry

@@ -21,6 +21,14 @@ from moe_reduce.models.products import dot, product, wide
 BLOCK_MULTIPLES = (1, 2, 3, 4)  # the sizes of blocks, in units of `block_rows`; each size is compiled by itself
 
 
+def rows_of_a_block(most: int, rows: int, experts: int) -> int:
+    """The size of the smallest block: as many rows as an expert gets on average, up to a power of two, `most` at most.
+
+    A block is computed whole, however few rows it holds.
+    """
+    return min(most, 1 << (-(-rows // experts) - 1).bit_length())
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def grouped_swiglu(x_MD, counts_E, matrices, masters, changes, block_rows: int, form: str):
     """Row m, of the expert whose group of counts_E contains m, -> down(silu(gate·x) · up·x); and the masters.

@@ -180,14 +180,10 @@ def dispatch_blocks(x_SD, experts_SA, weights_SA, pool: Pool, execution: Executi
     order = sort_by_expert(experts_SA, pool.computed.gate_EDF.shape[0])
     x_MD = gather_rows(x_SD, order)
     masters = tuple(pool.masters) if execution.expert_gradients else ()
+    block_rows = blocks.rows_of_a_block(execution.block_rows, x_MD.shape[0], order.counts_E.shape[0])
+    changes = pool.changes or {}
     grouped: Any = blocks.grouped_swiglu(
-        x_MD,
-        order.counts_E,
-        tuple(pool.computed),
-        masters,
-        pool.changes or {},
-        execution.block_rows,
-        execution.products,
+        x_MD, order.counts_E, tuple(pool.computed), masters, changes, block_rows, execution.products
     )
     y_MD, masters = grouped
     return combined(y_MD, weights_SA, order, pool._replace(masters=Experts(*masters)) if masters else pool)
