@@ -21,6 +21,7 @@ from moe_reduce.storage.manifest import verify
 from moe_reduce.storage.model import Model
 from moe_reduce.training import run as training_run
 from moe_reduce.training.checkpoints import Checkpoints
+from moe_reduce.training.metrics import read
 
 CONFIG = """
 from moe_reduce import config as defaults
@@ -74,6 +75,8 @@ def test_what_a_run_leaves(finished):
     summary = json.loads((work / "summary.json").read_text())
     assert summary["trained_parameters"] == 5 * 16
     assert summary["optimizer_bytes"] == 8 * 80
+    assert {line["mfu"] for line in read(work / "metrics.jsonl") if line["split"] == "train"} == {None}
+    assert (summary["mfu"], summary["train_flops_per_token"]) == (None, None)
     base, merged = moe_reduce.load(finished / "base"), moe_reduce.load(work / "model")
     old, new = trees.flatten(base.params), trees.flatten(merged.params)
     changed = {path for path in old if not np.array_equal(old[path], new[path])}

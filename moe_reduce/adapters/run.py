@@ -55,7 +55,9 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         base = load(run.model, None if run.dtype == "stored" else run.dtype, run.execution, shardings)
         start = base if run.adapter is None else adapters.activate(base, adapters.init(run.adapter, base))
         task = adapt_task(run, config, tokens)
-        job = Job(task, config, start.params, run.execution, run.data, run.train)
+        length = run.data.sequence_length
+        flops = None if run.adapter else planning.train_flops_per_token(config, length)
+        job = Job(task, config, start.params, run.execution, run.data, run.train, flops_per_token=flops)
         params, figures = fit(job, mesh, tokens, workdir)
         for split in ("recall_train", "recall_validation"):
             if split in figures["measured"]:
@@ -179,8 +181,6 @@ def _finish(
         if jax.process_index() == 0:
             _write_adapter(adapter, base, base_input, workdir)
         report = partial(_report, workdir, base_input, base, adapter, merged, tokens, run)
-        # counted for training of everything, which this is not
-        figures = {name: value for name, value in figures.items() if name not in ("mfu", "train_flops_per_token")}
     total = planning.count(merged.params)
     summary = {
         "name": name,

@@ -33,8 +33,12 @@ class Speed:
     """What turns seconds into tokens/s and MFU."""
 
     tokens_per_step: int
-    flops_per_token: float
+    flops_per_token: float | None  # None: not counted, and no MFU
     peak: Peak
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Share of the peak."""
+        return None if self.flops_per_token is None else tokens_per_second * self.flops_per_token / self.peak.flops
 
 
 @dataclass
@@ -179,7 +183,7 @@ class Fit:
             return {"tokens_per_second": None, "mfu": None}
         rate = (step - last_step) * self.speed.tokens_per_step / (seconds - last_seconds)
         self.intervals.append(rate)
-        return {"tokens_per_second": rate, "mfu": rate * self.speed.flops_per_token / self.speed.peak.flops}
+        return {"tokens_per_second": rate, "mfu": self.speed.mfu(rate)}
 
     def _stop_diverged(self, step: int, what: str) -> NoReturn:
         raise UserError(

@@ -46,6 +46,7 @@ class Job:
     data: DataConfig
     train: TrainConfig
     others: Params = field(default_factory=dict)  # frozen leaves that the task reads and the model does not have
+    flops_per_token: float | None = None  # None: not counted, as where a part of the model trains
 
 
 def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
@@ -79,7 +80,8 @@ def pretraining(run: RunConfig) -> Job:
     """Every leaf of a new model, on the next token. run.execution: resolved."""
     task = language_model_task(run.model, run.execution, run.balance)
     initial = partial(init_params, run.model, jax.random.key(run.train.seed))
-    return Job(task, run.model, initial, run.execution, run.data, run.train)
+    flops = planning.train_flops_per_token(run.model, run.data.sequence_length)
+    return Job(task, run.model, initial, run.execution, run.data, run.train, flops_per_token=flops)
 
 
 def fit(job: Job, mesh: Mesh, tokens: TokenSource, workdir: Path) -> tuple[Params, dict[str, Any]]:
@@ -89,8 +91,8 @@ def fit(job: Job, mesh: Mesh, tokens: TokenSource, workdir: Path) -> tuple[Param
     if not callable(trained):  # copies: the loop gives the buffers of its state away
         trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
     tokens_per_step = job.train.batch_size * job.data.sequence_length
-    flops = planning.train_flops_per_token(job.model, job.data.sequence_length)
     highest = peak(list(mesh.devices.flat), job.execution.compute_dtype)
+    speed = Speed(tokens_per_step, job.flops_per_token, highest)
     share = sharding.batch_share(mesh)
     outcome = Fit(
         task=job.task,
@@ -101,17 +103,17 @@ def fit(job: Job, mesh: Mesh, tokens: TokenSource, workdir: Path) -> tuple[Param
         batches=train_batches(tokens, job.data, job.train.batch_size, job.train.seed, *share),
         validation=validation_batches(tokens, job.data, job.train.batch_size, job.train.evaluate_batches, *share),
         workdir=workdir,
-        speed=Speed(tokens_per_step, flops, highest),
+        speed=speed,
     ).run()
     rate = outcome.tokens_per_second if outcome.intervals else None
     figures = {
-        "train_flops_per_token": flops,
+        "train_flops_per_token": job.flops_per_token,
         "tokens": job.train.steps * tokens_per_step,
         "steps": job.train.steps,
         **quality(outcome.validation),
         "measured": outcome.measured,
         "tokens_per_second": rate,
-        "mfu": None if rate is None else rate * flops / highest.flops,
+        "mfu": None if rate is None else speed.mfu(rate),
         "peak_flops": highest.flops,
         "peak_source": highest.source,
         "compile_seconds": outcome.compile_seconds,
