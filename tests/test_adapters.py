@@ -90,6 +90,27 @@ def test_parity_of_a_budget(width, parameters, sketch, rank):
 
 
 @pytest.mark.parametrize(
+    ("changes", "name", "size"),
+    [
+        ({}, "rank", 10),
+        ({"method": "skema"}, "sketch_width", 10),
+        ({"method": "skema", "projection": "srht"}, "sketch_width", 16),
+        ({"method": "skema", "projection": "gaussian"}, "sketch_width", 100),
+        ({"method": "skema", "projection": "gaussian", "core": "low_rank", "core_rank": 1}, "sketch_width", 625),
+    ],
+)
+def test_a_budget_buys_the_largest_size_that_there_is(changes, name, size):
+    """10,000 parameters for eight maps of at least 10; of one map where the projections have no end."""
+    layers = 1 if size == 100 else 8
+    model = ModelConfig(
+        vocab_size=32, layers=layers, width=12, query_heads=1, key_value_heads=1, head_width=10, feed_forward_width=8
+    )
+    chosen = targets.within_budget(AdapterConfig(targets="q", **changes), model, 10_000)
+    assert getattr(chosen, name) == size
+    assert adapters.abstract(chosen, model)
+
+
+@pytest.mark.parametrize(
     ("method", "kind"),
     [(method, "dense") for method in METHODS]
     + [(method, kind) for method in ("lora", "skema", "skema_srht") for kind in ("layer", "pool")]
@@ -218,6 +239,8 @@ def test_hadamard_is_the_matrix(size):
 )
 def test_mistakes_are_one_line(changes, part):
     with pytest.raises(UserError, match=part.replace("[", "\\[")):
+        adapters.abstract(AdapterConfig(**{"rank": 2} | changes), model_of("dense").config)
+    with pytest.raises(UserError, match=part.replace("[", "\\[")):
         adapters.init(AdapterConfig(**{"rank": 2} | changes), model_of("dense"))
 
 
@@ -231,6 +254,11 @@ def test_shapes_are_known_without_numbers(method, kind):
     shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in _flat(adapters.init(config, model)).items()}
     planned = trees.flatten(adapters.abstract(config, model.config))
     assert {path: (leaf.shape, leaf.dtype) for path, leaf in planned.items()} == shapes
+
+
+def test_experts_of_a_pool_belong_to_no_layer():
+    with pytest.raises(UserError, match="'up@1' names layers, and the pool belongs to all"):
+        adapters.init(AdapterConfig(rank=2, targets="q@1,up@1"), model_of("pool"))
 
 
 def test_experts_refuse_dora():

@@ -49,15 +49,12 @@ def init(config: AdapterConfig, model: Model) -> Adapter:
 
     Raises UserError when the config does not fit the model.
     """
-    _check(config, model.config)
+    planned = abstract(config, model.config)
     flat = trees.flatten(model.params)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in flat.values()):
-        return Adapter(config, abstract(config, model.config))
+        return Adapter(config, planned)
     leaves: dict[str, Any] = {}
     for target in targets_of(config, model.config):
-        smallest = min(target.inputs, target.outputs)
-        if config.rank is not None and config.rank > smallest:  # PEFT's own files may waste parameters
-            raise UserError(f"adapter.rank ({config.rank}) exceeds {smallest}, a size of {target.path}: lower it")
         for name, leaf in _start(config, target, flat[target.path]).items():
             leaves[f"{target.path}/{name}"] = leaf
     return Adapter(config, trees.unflatten(leaves))
@@ -87,7 +84,8 @@ def activate(model: Model, adapter: Adapter) -> Model:
 
 def check_fits(adapter: Adapter, model: ModelConfig) -> None:
     """Raises UserError at the first leaf that the adapter has and the model cannot use, or has another shape."""
-    wanted = trees.flatten(abstract(adapter.config, model))
+    check(adapter.config, model)
+    wanted = _leaves(adapter.config, model)
     found = trees.flatten(adapter.tree)
     for path in sorted(set(wanted) ^ set(found)):
         state = "is missing from the adapter" if path in wanted else "has no place in this model"
@@ -99,12 +97,21 @@ def check_fits(adapter: Adapter, model: ModelConfig) -> None:
 
 def abstract(config: AdapterConfig, model: ModelConfig) -> dict[str, Any]:
     """Shapes of an adapter's leaves, without making a projection; raises UserError as `init` does."""
-    _check(config, model)
-    leaves = {}
+    check(config, model)
     for target in targets_of(config, model):
-        for name, (shape, dtype) in _shapes(config, target).items():
-            leaves[f"{target.path}/{name}"] = jax.ShapeDtypeStruct(shape, dtype)
-    return trees.unflatten(leaves)
+        smallest = min(target.inputs, target.outputs)
+        if config.rank is not None and config.rank > smallest:  # PEFT's own files may waste parameters
+            raise UserError(f"adapter.rank ({config.rank}) exceeds {smallest}, a size of {target.path}: lower it")
+    return trees.unflatten(_leaves(config, model))
+
+
+def _leaves(config: AdapterConfig, model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """By path below params["adapter"]."""
+    return {
+        f"{target.path}/{name}": jax.ShapeDtypeStruct(shape, dtype)
+        for target in targets_of(config, model)
+        for name, (shape, dtype) in _shapes(config, target).items()
+    }
 
 
 def _shapes(config: AdapterConfig, target: Target) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -147,7 +154,8 @@ def scale_of(config: AdapterConfig) -> float:
     return config.alpha / (math.sqrt(rank) if config.method == "rslora" else rank)
 
 
-def _check(config: AdapterConfig, model: ModelConfig) -> None:
+def check(config: AdapterConfig, model: ModelConfig) -> None:
+    """Raises UserError for what no adapter of this model can be, made here or read from files."""
     skema = config.method == "skema"
     for name, wanted in (("rank", not skema), ("sketch_width", skema)):
         if getattr(config, name) is not None and not wanted:

@@ -1,6 +1,7 @@
 """The fixed projections of SkeMA: made from a seed, bit for bit the same each time, and known by their hash."""
 
 import hashlib
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -38,12 +39,17 @@ def padded_size(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def largest(method: str, size: int) -> float:
+    """The widest sketch of so many inputs or outputs; Gaussian ones have no end."""
+    return {"orthonormal": size, "gaussian": math.inf, "srht": padded_size(size)}[method]
+
+
 def check(method: str, width: int, size: int, name: str) -> None:
     """Raises UserError for a width that the method cannot have."""
-    largest = {"orthonormal": size, "gaussian": width, "srht": padded_size(size)}[method]
-    if width > largest:
+    widest = largest(method, size)
+    if width > widest:
         raise UserError(
-            f"adapter.sketch_width ({width}) exceeds {largest}, the {method} directions of {name}: lower it, or choose "
+            f"adapter.sketch_width ({width}) exceeds {widest}, the {method} directions of {name}: lower it, or choose "
             "adapter.projection=gaussian"
         )
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_reduce import trees
 from moe_reduce.adapters import peft, projections
-from moe_reduce.adapters.adapter import Adapter, abstract, check_fits, count, projected
+from moe_reduce.adapters.adapter import Adapter, check, check_fits, count, projected
 from moe_reduce.adapters.merging import digest
 from moe_reduce.adapters.targets import targets_of
 from moe_reduce.config import AdapterConfig, ModelConfig, to_dict
@@ -72,7 +72,7 @@ def load(directory: Path, model: ModelConfig, base: Input | None) -> Adapter:
             "differs): give its own base"
         )
     config = build(AdapterConfig, content["config"], "config")
-    abstract(config, model)  # refuses what no adapter of this model can be
+    check(config, model)
     files = TensorFiles(directory, WEIGHTS)
     leaves = {name: files.read(name).copy() for name in files.entries}
     leaves |= _checked(directory, content, config, model, leaves)

@@ -1,10 +1,11 @@
 """Which linear maps an adapter changes, and how many parameters that trains. I inputs, O outputs, R rank, k sketch."""
 
+import bisect
 import dataclasses
-import math
 from dataclasses import dataclass
 
 from moe_reduce import trees
+from moe_reduce.adapters import projections
 from moe_reduce.config import AdapterConfig, ModelConfig
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import abstract_params
@@ -35,7 +36,7 @@ def targets_of(config: AdapterConfig, model: ModelConfig) -> tuple[Target, ...]:
     shapes = {path: leaf.shape for path, leaf in trees.flatten(abstract_params(model)).items()}
     found: dict[str, Target] = {}
     for word in config.targets.split(","):
-        name, _, layers = word.strip().partition("@")
+        name, at, layers = word.strip().partition("@")
         for member in PRESETS.get(name, (name,)):
             path = _path(member, model)
             if path not in shapes and name in PRESETS:
@@ -45,6 +46,8 @@ def targets_of(config: AdapterConfig, model: ModelConfig) -> tuple[Target, ...]:
                 raise UserError(f"adapter.targets: the model has no {word!r}; known: {known}")
             if path in found:
                 raise UserError(f"adapter.targets={config.targets} names {member} twice: name it once")
+            if at and not path.startswith("layers/"):
+                raise UserError(f"adapter.targets: {word!r} names layers, and the pool belongs to all: write {name}")
             chosen = _layers(layers or config.layers, model.layers) if path.startswith("layers/") else None
             found[path] = _target(path, shapes[path], chosen)
     return tuple(found[path] for path in sorted(found))
@@ -87,14 +90,14 @@ def _layers(text: str, total: int) -> tuple[int, ...]:
 
 def parameters(config: AdapterConfig, target: Target) -> int:
     """Trained parameters of one target, exactly."""
-    projections = target.inputs + target.outputs
+    both = target.inputs + target.outputs
     shared = 1 if target.layers is None else len(target.layers)
     if config.method != "skema":
         magnitude = target.outputs if config.method == "dora" else 0
-        return target.maps * (rank_of(config) * projections + magnitude)
+        return target.maps * (rank_of(config) * both + magnitude)
     width = width_of(config)
     core = width**2 if config.core == "full" else 2 * width * (config.core_rank or 0)
-    return target.maps * core + (shared * width * projections if config.trainable_sketch else 0)
+    return target.maps * core + (shared * width * both if config.trainable_sketch else 0)
 
 
 def rank_of(config: AdapterConfig) -> int:
@@ -112,13 +115,14 @@ def width_of(config: AdapterConfig) -> int:
 
 
 def within_budget(config: AdapterConfig, model: ModelConfig, parameters_allowed: int) -> AdapterConfig:
-    """The config with the largest rank or sketch width that trains no more than so many parameters.
+    """The config with the largest rank or sketch width that the targets can have, within so many trained parameters.
 
     For maps d -> m: r = P/(d+m), k = √P. Raises UserError when even 1 is too much.
     """
     found = targets_of(config, model)
     name = "sketch_width" if config.method == "skema" else "rank"
-    largest = min(min(target.inputs, target.outputs) for target in found)
+    narrowest = min(min(target.inputs, target.outputs) for target in found)
+    largest = projections.largest(config.projection, narrowest) if config.method == "skema" else narrowest
 
     def cost(size: int) -> int:
         tried = dataclasses.replace(config, **{name: size})
@@ -126,8 +130,6 @@ def within_budget(config: AdapterConfig, model: ModelConfig, parameters_allowed:
 
     if cost(1) > parameters_allowed:
         raise UserError(f"budget: {parameters_allowed:,} parameters do not pay for {name}=1, which takes {cost(1):,}")
-    size = 1
-    limit = largest if name == "sketch_width" and config.projection == "orthonormal" else math.isqrt(parameters_allowed)
-    while size < limit and cost(size + 1) <= parameters_allowed:
-        size += 1
+    sizes = range(1, int(min(largest, parameters_allowed)) + 1)  # a size costs a parameter at least
+    size = bisect.bisect_right(sizes, parameters_allowed, key=cost)
     return dataclasses.replace(config, **{name: size})
