@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import jax
 import numpy as np
@@ -210,6 +211,19 @@ def test_a_baseline_on_a_corpus(directory, corpus, tmp_path, capsys):
     assert loss["baseline"] == pytest.approx(alone["loss"])
     assert loss["difference"] == pytest.approx(found["loss"] - alone["loss"])
     assert loss["low"] < loss["difference"] < loss["high"]
+
+
+def test_a_baseline_reads_the_same_tokens(directory, corpus, tmp_path, capsys):
+    model, other = directory("llama"), tmp_path / "other"
+    shutil.copytree(model, other)
+    train_tokenizer(iter([text(documents=40, seed=5)]), 300).save(other)
+    arguments = [f"--model={model}", f"--baseline={other}", f"--data={corpus}/*.txt", "--sequence-length=32"]
+    arguments += ["--max-batches=1", f"--cache={tmp_path / 'tokens'}"]
+    error = evaluated(tmp_path, capsys, *arguments)
+    assert "has another tokenizer than --model" in error
+    assert error.count("\n") == 1
+    found = evaluated(tmp_path, capsys, *arguments, f"--tokenizer={model}")
+    assert found["beside_baseline"]["loss"]["difference"] == 0
 
 
 def test_two_devices_find_what_one_does(directory, corpus, tasks, tmp_path, capsys):

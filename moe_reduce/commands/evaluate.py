@@ -53,6 +53,7 @@ def _on_corpus(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, 
     from moe_reduce.inference.retained import lost, retained
 
     data = model_arguments.data_config(arguments)
+    _check_tokenizers(arguments)
 
     def rows(directory: Path) -> Any:
         model = model_arguments.load_model(arguments, directory, mesh)
@@ -67,6 +68,19 @@ def _on_corpus(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, 
         "loss": lost(ours.nll, theirs.nll, ours.weight),
     }
     return ours.figures() | {"beside_baseline": compared}
+
+
+def _check_tokenizers(arguments: argparse.Namespace) -> None:
+    """Both models read the same token ids: raises UserError where they would mean another text to the baseline."""
+    if arguments.baseline is None or arguments.tokenizer is not None or arguments.data.endswith(".npy"):
+        return
+    from moe_reduce.data.tokenizers import load_tokenizer
+
+    if load_tokenizer(arguments.model).hash != load_tokenizer(arguments.baseline).hash:
+        raise UserError(
+            f"--baseline={arguments.baseline} has another tokenizer than --model, and losses of a token compare on the "
+            "same tokens only: give the one that both read, --tokenizer=PATH"
+        )
 
 
 def _on_tasks(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Harness(TemplateLM):
         return found
 
     def _settings(self, wanted: dict[str, Any]) -> tuple[GenerateConfig, list[str]]:
-        """(settings, stop strings) of a task's generation_kwargs; sampled where do_sample, or a temperature, says so."""
+        """(settings, stop strings) of a task's generation_kwargs; sampled where do_sample or a temperature says so."""
         known = {"until", "max_gen_toks", "max_tokens", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p"}
         for name in sorted(set(wanted) - known):
             raise UserError(f"a task sets {name}={wanted[name]!r} for generation, which generate does not have")
