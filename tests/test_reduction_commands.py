@@ -134,6 +134,26 @@ def test_prune_overall_gives_layers_pools_of_their_own_size(directory, tmp_path,
     np.testing.assert_allclose(small(_tokens()), hidden(_tokens()), rtol=1e-4, atol=1e-4)
 
 
+def test_prune_overall_again_knows_the_layers_of_the_pool_that_it_made(directory, tmp_path):
+    """Each layer still counts by its own mean and keeps its floor, though its experts are in one pool by now."""
+    sizes, first = (8, 6, 4), np.ones((3, 8), np.float32)
+    for layer, size in enumerate(sizes):
+        first[layer, size:] = 0
+    # two experts of each layer are worth 3 and the others 1, and outputs differ in size between layers
+    second = np.concatenate(
+        [scale * np.repeat([3, 1], [2, size - 2]) for scale, size in zip((100, 10, 1), sizes, strict=True)]
+    )
+    source = directory
+    for keep, values, out in ((18, first, "uneven"), (7, second[None].astype(np.float32), "small")):
+        scores.write(scores.Scores(1, np.ones_like(values), {"reap": values}), tmp_path / "made_up.json")
+        prune_it = ["prune", f"--model={source}", f"--scores={tmp_path / 'made_up.json'}", f"--keep={keep}"]
+        assert main([*prune_it, "--scope=global", f"--out={tmp_path / out}"]) == 0
+        source = tmp_path / out
+    (kept,) = moe_reduce.load(source).chain[-1].kept_experts
+    # of a layer's mean: 2 and 0.67, 1.8 and 0.6, 1.5 and 0.5
+    assert kept == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [2, 0], [2, 1]]
+
+
 def test_pool_then_score_then_prune_keeps_the_original_names(directory, tmp_path):
     pooled, out = tmp_path / "pooled", tmp_path / "small"
     data = ["--sequence-length=16", f"--data={tmp_path / 'tokens.npy'}"]

@@ -12,6 +12,7 @@ from moe_reduce import trees
 from moe_reduce.config import ExecutionConfig
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import init_params
+from moe_reduce.models.routing import route
 from moe_reduce.reduction import pooling
 from moe_reduce.storage.model import Model
 
@@ -55,6 +56,14 @@ def test_lossless_start(model, router, canonical):
     pooled = pooling.pool(start, router=router)
     assert pooled.config.moe.experts == 12
     assert _relative(pooled(_tokens(model)), model(_tokens(model))) < 1e-5
+
+
+def test_a_layer_short_of_experts_still_chooses_the_best_of_the_others(model):
+    """What the bias of the lossless start adds to their logits rounds away less than tells them apart."""
+    (bias_E, _) = jnp.asarray(pooling.foreign_bias((1, 2), pooling.LOSSLESS_BIAS))
+    moe = dataclasses.replace(model.config.moe, experts=3, active=2)
+    routing = route(jnp.array([[1.0, 20.0, 20.01], [-900.0, 900.0, 900.01]]), bias_E, moe)
+    np.testing.assert_array_equal(routing.experts_SA, [[0, 2], [0, 2]])
 
 
 def test_without_the_bias_other_layers_experts_compete(model):

@@ -82,4 +82,5 @@ def _choose(arguments: argparse.Namespace, directory, found):
     floor = moe.active if arguments.floor is None else arguments.floor
     if floor < moe.active:
         raise UserError(f"--floor={floor} is below the {moe.active} experts that are active for a token: raise it")
-    return selection.keep_overall(values, selection.count_of(arguments.keep, rows * moe.experts), floor, protected)
+    keep = selection.count_of(arguments.keep, rows * moe.experts)
+    return selection.keep_overall(values, keep, floor, protected, files.sole_callers(directory))

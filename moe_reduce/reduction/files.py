@@ -154,6 +154,18 @@ def _own_only(directory: Directory, kept: Kept, layer: int) -> Callable[[], np.n
     return make
 
 
+def sole_callers(directory: Directory) -> np.ndarray | None:
+    """The only layer that can choose each expert of a pool, [E]; None where layers share experts, or own them.
+
+    So it is behind an uneven pruning and the lossless start, until the bias is annealed.
+    """
+    if directory.moe.placement == "layer" or not directory.moe.selection_bias:
+        return None
+    names = [_stored_name("layers/router_bias", layer) for layer in range(directory.config.layers)]
+    callable_NE = np.stack([directory.files.read(name).astype(np.float32) for name in names]) > -LOSSLESS_BIAS / 2
+    return np.argmax(callable_NE, axis=0) if np.all(np.sum(callable_NE, axis=0) == 1) else None
+
+
 def originals(config: ModelConfig, chain: tuple[Step, ...]) -> list[list[list[int]]]:
     """For each row of experts, the original (layer, index) of each, as the chain of what was done says."""
     for step in reversed(chain):

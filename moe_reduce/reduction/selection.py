@@ -28,25 +28,33 @@ def keep_by_row(scores_NE: np.ndarray, keep: int, protected: frozenset[tuple[int
 
 
 def keep_overall(
-    scores_NE: np.ndarray, keep: int, floor: int, protected: frozenset[tuple[int, int]] = frozenset()
+    scores_NE: np.ndarray,
+    keep: int,
+    floor: int,
+    protected: frozenset[tuple[int, int]] = frozenset(),
+    caller_NE: np.ndarray | None = None,
 ) -> Kept:
-    """The `keep` best in one ranking, at least `floor` in each row.
+    """The `keep` best in one ranking, at least `floor` for each layer.
 
-    With several rows, scores are divided by the mean of their row first: layers differ in scale, not in worth.
+    Scores are divided by the mean of their layer first: layers differ in scale, not in worth. caller_NE: the only layer
+    that calls each expert; None: each row is for itself, a layer or a pool that layers share.
     """
     rows, experts = scores_NE.shape
     _check_keep(keep, rows * experts)
-    if floor > experts or floor * rows > keep:
+    caller_M = np.arange(rows).repeat(experts) if caller_NE is None else caller_NE.reshape(-1)
+    sizes = np.bincount(caller_M)
+    if floor > min(sizes) or floor * len(sizes) > keep:
         raise UserError(
-            f"a floor of {floor} experts in each of {rows} layers does not fit into {keep} kept of {experts}"
+            f"a floor of {floor} experts in each of {len(sizes)} layers does not fit into {keep} kept of {min(sizes)}"
         )
-    means = np.mean(scores_NE, axis=1, keepdims=True)
-    ranked = scores_NE / np.where(means > 0, means, 1) if rows > 1 else scores_NE
-    first = {(row, int(expert)) for row in range(rows) for expert in _best(ranked[row])[:floor]} | set(protected)
+    means = np.bincount(caller_M, scores_NE.reshape(-1)) / sizes
+    order = _best(scores_NE.reshape(-1) / np.where(means > 0, means, 1)[caller_M])
+    first = {int(place) for layer in range(len(sizes)) for place in order[caller_M[order] == layer][:floor]}
+    first |= {row * experts + index for row, index in protected}
     if len(first) > keep:
         raise UserError(f"{len(first)} experts are protected or under the floor, but only {keep} are to be kept")
-    order = [divmod(int(place), experts) for place in _best(ranked.reshape(-1))]
-    chosen = first | set([pair for pair in order if pair not in first][: keep - len(first)])
+    others = [int(place) for place in order if int(place) not in first]
+    chosen = [divmod(place, experts) for place in (*first, *others[: keep - len(first)])]
     return tuple(tuple(sorted(index for row, index in chosen if row == wanted)) for wanted in range(rows))
 
 
