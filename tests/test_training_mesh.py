@@ -136,12 +136,14 @@ def test_the_first_process_alone_writes(by_two_processes):
     assert "4 × cpu" in json.loads((workdir / "summary.json").read_text())["machine"]
 
 
-def test_one_process_goes_on_from_the_checkpoint_of_two(by_two_processes, on_one_device, tmp_path):
+@pytest.mark.parametrize("mesh", [{"data": 4}, {"data": 1, "fsdp": 2, "expert": 2}, {"data": 1}])
+def test_one_process_goes_on_over_another_mesh(by_two_processes, on_one_device, tmp_path, mesh, capsys):
     shutil.copytree(by_two_processes / "run/rows", tmp_path / "rows")
     for rest in ("summary.json", "model", "checkpoints/20"):
         path = tmp_path / "rows" / rest
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     variants = config_file.read(str(by_two_processes / "config.py"), [])
     assert variants["rows"] == config.run_from_dict(config.to_dict(variants["rows"]))
-    train(variants["rows"], tmp_path / "rows")
+    train(dataclasses.replace(variants["rows"], mesh=MeshConfig(**mesh)), tmp_path / "rows")
+    assert "goes on behind step 15" in capsys.readouterr().out
     assert_same_run(tmp_path / "rows", on_one_device("shared"))

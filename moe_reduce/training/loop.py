@@ -111,6 +111,8 @@ class Fit:
             return self._initial_state(), 0
         state, position = self.checkpoints.restore(latest, self._abstract)
         self.batches.set_state(position)
+        if jax.process_index() == 0:
+            print(f"{self.workdir} goes on behind step {latest}", flush=True)
         return state, latest
 
     def _compile(self, state: State) -> float:

@@ -164,20 +164,21 @@ def finished(workdir: Path) -> dict[str, Any] | None:
 def claim(workdir: Path, run: Any) -> None:
     """Makes the workdir this run's, by its resolved configuration; raises UserError when it is another's, or read-only.
 
-    run: a dataclass of moe_reduce.config. Keys that are newer than the workdir have their defaults there. A run that
-    ended before its first step, as for a missing corpus, may be corrected and started in the same place.
+    run: a dataclass of moe_reduce.config. Keys that are newer than the workdir have their defaults there. It may go on
+    over another mesh, onto which checkpoints are restored. A run that ended before its first step, as for a missing
+    corpus, may be corrected and started in the same place.
     """
     file, wanted = workdir / "config.json", to_dict(run)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         found = config_dict.completed(type(run), json.loads(file.read_text())) if file.exists() else wanted
-        difference = _first_difference(found, wanted)
+        difference = _first_difference(found | {"mesh": wanted["mesh"]}, wanted)
         began = any(child.is_dir() for child in workdir.iterdir()) or set(found) != set(wanted)
         if difference and began:
             raise UserError(
                 f"--workdir={workdir} belongs to another configuration ({difference}): choose another workdir"
             )
-        if difference or not file.exists():
+        if found != wanted or not file.exists():
             disk.write_json(file, wanted)
     except (OSError, ValueError) as error:
         raise UserError(f"--workdir={workdir} cannot be used ({error}): choose another one") from error
