@@ -15,7 +15,7 @@ from moe_reduce import drawing
 from moe_reduce.disk import write_json, write_text
 from moe_reduce.errors import UserError
 from moe_reduce.reduction.pictures import ladder_picture
-from moe_reduce.training.comparison import entropy
+from moe_reduce.training.comparison import entropy, is_baseline
 from moe_reduce.training.metrics import read
 from moe_reduce.training.run import SUMMARY
 
@@ -36,8 +36,8 @@ def collect(sources: Iterable[Path], title: str, command: str, out: Path) -> Non
     """
     found = {(one.name, one.summary["seed"]): one for source in sources for one in _measured(source)}
     groups: dict[str, list[Measured]] = {}
-    # the dense baseline, if there is one, is what gaps are measured to
-    for one in sorted(found.values(), key=lambda one: one.name != "dense"):
+    # the baseline, if there is one, is what gaps are measured to
+    for one in sorted(found.values(), key=lambda one: not is_baseline(one.name, one.summary)):
         groups.setdefault(one.name, []).append(one)
     kinds = {_kind(one.summary) for one in found.values()}
     if len(kinds) > 1:

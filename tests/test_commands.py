@@ -9,9 +9,11 @@ import pytest
 
 from moe_reduce import save
 from moe_reduce.__main__ import main
+from moe_reduce.adapters import comparison as adapters_comparison
 from moe_reduce.config import ExecutionConfig
 from moe_reduce.models.decoder import init_params
 from moe_reduce.storage.model import Model
+from moe_reduce.training import comparison
 
 
 @pytest.fixture
@@ -35,6 +37,9 @@ def test_inspect_counts_and_verifies(model_directory, capsys):
     capsys.readouterr()
     assert main(["inspect", f"--model={model_directory}", "--verify"]) == 2
     assert "model.safetensors" in capsys.readouterr().err
+    (model_directory / "manifest.json").unlink()
+    assert main(["inspect", f"--model={model_directory}", "--verify"]) == 2
+    assert "has no manifest.json to be checked against: leave out --verify" in capsys.readouterr().err
 
 
 def test_plan_of_a_config_and_of_a_directory(model_directory, capsys):
@@ -64,6 +69,9 @@ def test_evaluate_equals_by_hand(model_directory, tiny_shared, tmp_path, capsys)
     log_shares = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     nll = -np.take_along_axis(log_shares, tokens[:, 1:, None], -1).mean()
     assert found["tokens"] == 5 * 15
+    asked = {"baseline": None, "tokenizer": None, "sequence_length": 16, "batch_size": 4, "max_batches": None}
+    asked |= {"model": str(model_directory), "data": str(tmp_path / "tokens.npy"), "compute_dtype": "float32"}
+    assert asked == {name: found[name] for name in asked}
     assert math.isclose(found["loss"], nll, rel_tol=1e-5)
     assert math.isclose(found["perplexity"], math.exp(nll), rel_tol=1e-4)
     assert math.isclose(found["accuracy"], (logits.argmax(-1) == tokens[:, 1:]).mean(), rel_tol=1e-5)
@@ -189,6 +197,25 @@ def test_report_of_adaptations_chooses_the_rate_on_what_all_rates_have(tmp_path,
         assert name in capsys.readouterr().err
 
 
+def test_runs_are_compared_with_the_baseline_whatever_the_alphabet_says():
+    shared = {
+        "by_component": {}, "bytes": 4, "train_flops_per_token": 2e6, "tokens": 9, "tokens_per_second": 5.0, "mfu": 0.1,
+        "compile_seconds": 1.0, "expert_use": None, "trained_parameters": 8, "trained_share": 0.1, "test": None,
+        "optimizer_bytes": 64, "learning_rate": 0.1, "measured": {},
+    }  # fmt: skip
+    small, dense = (
+        shared | {"name": name, "parameters": size, "validation": {"loss": loss, "perplexity": 9.0, "accuracy": 0.5}}
+        for name, size, loss in (("branched", 50, 2.5), ("dense", 100, 2.0))
+    )
+    rows = [line.split() for line in comparison.table([small, dense]).splitlines()]
+    assert ["gap", "to", "dense", "+0.5000", "+0.0000"] in rows
+    assert ["share", "of", "dense", "50.0%", "100.0%"] in rows
+    assert ["gap", "to", "branched", "+0.0000"] in [x.split() for x in comparison.table([small]).splitlines()]
+    lora, full = small | {"name": "a", "method": "lora"}, dense | {"name": "b", "method": "full"}
+    times = adapters_comparison.table([lora | {"tokens_per_second": 10.0}, full]).splitlines()[-1]
+    assert times.split() == ["time", "of", "a", "step,", "b", "=", "1", "0.50", "1.00"]
+
+
 def test_report_adds_seeds_to_an_earlier_result(tmp_path):
     for seed in (0, 1):
         _finished_run(tmp_path / f"s{seed}" / "dense", "dense", seed, 3.0 + seed)
@@ -212,6 +239,24 @@ def test_report_adds_seeds_to_an_earlier_result(tmp_path):
         (["evaluate", "--model=x", "--data=x", "--max-batches=-1"], "--max-batches must be positive"),
         (["train", "--config=configs/quickstart.py", "--workdir=gs://bucket/run"], "--workdir="),
         (["report"], "--runs"),
+        *(
+            (["evaluate", "--model=x", "--tasks=a", f"{option}=9"], f"{option} does nothing with --tasks")
+            for option in ("--tokenizer", "--max-batches", "--sequence-length", "--cache")
+        ),
+        *(
+            (["evaluate", "--model=x", "--data=x", f"{option}=9"], f"{option} does nothing without --tasks")
+            for option in ("--limit", "--few-shot", "--task-path")
+        ),
+        (["merge", "--model=x", "--adapter=x", "--out=x", "--compute-dtype=float32"], "--compute-dtype"),
+        *(
+            (
+                ["plan", "--config=configs/quickstart.py", "--topology=h100:1", option],
+                f"{option.split('=')[0]} does nothing with --topology",
+            )
+            for option in ("--device=h100", "--context=9", "--batch=9", "--dtype=int8", "--cache-dtype=int8")
+        ),
+        (["plan", "--config=configs/quickstart.py", "--stage=x"], "--stage does nothing without --topology"),
+        (["plan", "--model=x", "--variant=x"], "--variant does nothing with --model"),
         (["plan", "--config=configs/quickstart.py", "--context=0"], "--context"),
         (["inspect", "--model=nowhere"], "nowhere"),
     ],

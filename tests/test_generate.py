@@ -369,6 +369,26 @@ def test_chat_follows_the_template_as_transformers_does(directory, tmp_path, cap
     assert f"prompt: {read} tokens" in capsys.readouterr().err
 
 
+EVERYTHING = """{% if bos_token is defined %}begins{% endif %}{% if tools is none %}{{ strftime_now('%Y') }}{% endif %}
+{% for message in messages %}{% generation %}{{ message | tojson }}{% endgeneration %}{% endfor %}"""
+
+
+def test_templates_have_what_transformers_gives_them(directory, tmp_path):
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": None}))
+    (tmp_path / "chat_template.jinja").write_text(EVERYTHING)
+    messages = [{"role": "user", "content": "<é>"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert "<é>" in expected
+    assert "begins" not in expected
+    assert chat_prompt(tmp_path, "<é>") == expected
+    file = f"--tokenizer={tmp_path / 'tokenizer.json'}"
+    assert main(["generate", f"--model={directory}", "--chat", "--prompt=a", "--max-tokens=2", file]) == 0
+
+
 def test_end_ids_are_those_of_all_files(directory, tmp_path):
     tokenizer = load_tokenizer(directory)
     model = dataclasses.replace(moe_reduce.load(directory), source=tmp_path, hf_config={"eos_token_id": 7})

@@ -188,6 +188,7 @@ def test_a_local_task_through_the_command(directory, tasks, tmp_path, capsys, li
     assert round(accuracy * (limit or 9), 6).is_integer()
     beside = found["beside_baseline"]["local_choice"]["acc"]
     assert beside["model"] == beside["baseline"] == pytest.approx(accuracy)
+    assert (found["limit"], found["few_shot"], found["task_path"]) == (limit, None, str(tasks))
     assert beside["retained"] == beside["low"] == beside["high"] == 1.0
 
 

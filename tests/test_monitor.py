@@ -85,6 +85,7 @@ def test_ours_and_ollamas_side_by_side(model, address, tmp_path, monkeypatch, ca
     assert own["family"] == "llama"
     assert own["quantisation"] == "float32"
     assert float(own["decode_tokens_per_second"]) > 0
+    assert (first["seconds_to_first_token"], 0 < float(own["seconds_to_first_token"]) < 60) == ("", True)
     assert 0 < float(own["peak_ram_percent"]) < 100
     looks = rows(out / "samples.csv")
     assert {look["name"] for look in looks} == {"a:8b", "b:8b", str(model)}

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from moe_reduce.training.comparison import align
+from moe_reduce.training.comparison import align, baseline
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
-    """One column an adaptation, one row a figure; speed is a ratio to the first."""
-    first = summaries[0]
+    """One column an adaptation, one row a figure; times are set against the baseline's."""
+    first = baseline(summaries)
     measured = sorted({name for summary in summaries for name in summary["measured"]})
     rows = [
         ("", [summary["name"] or summary["method"] for summary in summaries]),
@@ -19,7 +19,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
         ("validation perplexity", [f"{summary['validation']['perplexity']:.2f}" for summary in summaries]),
         ("test perplexity", [_test(summary) for summary in summaries]),
         *((name, [_share(summary["measured"], name) for summary in summaries]) for name in measured),
-        ("time of a step", [_ratio(first, summary) for summary in summaries]),
+        (f"time of a step, {first['name'] or first['method']} = 1", [_ratio(first, summary) for summary in summaries]),
     ]
     return align(rows)
 

@@ -12,12 +12,16 @@ from moe_reduce.errors import UserError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+CORPUS_ONLY = ("tokenizer", "sequence_length", "max_batches", "cache")
+TASKS_ONLY = ("task_path", "few_shot", "limit")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("--model", required=True, type=Path, help="a model directory of ours or of Hugging Face")
     parser.add_argument("--baseline", type=Path, help="another one: how much of its quality is kept, with intervals")
     model_arguments.add_data(parser, required=False, purpose="what to measure on")
+    parser.set_defaults(**dict.fromkeys(model_arguments.CORPUS_DEFAULTS))  # so that what is given is known
     parser.add_argument("--tasks", help="instead of --data: tasks of lm-eval, comma separated, such as arc_easy,gsm8k")
     parser.add_argument("--task-path", type=Path, help="a directory with tasks of your own (YAML files of lm-eval)")
     parser.add_argument("--few-shot", type=int, help="examples in front of each question (default: the task's own)")
@@ -31,9 +35,12 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     model_arguments.no_overrides(overrides)
     if bool(arguments.data) == bool(arguments.tasks):
         raise UserError("give either --data=CORPUS or --tasks=NAMES")
-    for name in ("limit", "batch_size"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
+    if arguments.tasks:
+        model_arguments.check_unused(arguments, "with --tasks", *CORPUS_ONLY)
+    else:
+        model_arguments.check_unused(arguments, "without --tasks", *TASKS_ONLY)
+        model_arguments.fill(arguments, model_arguments.CORPUS_DEFAULTS)
+    model_arguments.check_positive(arguments, "limit", "batch_size")
     out = arguments.out
     model_arguments.check_out(out, arguments.overwrite)
     mesh = model_arguments.tensor_mesh(arguments, *filter(None, (arguments.model, arguments.baseline)))
@@ -41,11 +48,20 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
 
     result = _on_tasks(arguments, mesh) if arguments.tasks else _on_corpus(arguments, mesh)
     print(model_arguments.show(result, as_json=False))
-    asked = {name: str(value) for name in ("model", "baseline", "data", "tasks") if (value := getattr(arguments, name))}
     with disk.writing(out, "free some space or choose another path"):
         out.mkdir(parents=True, exist_ok=True)
-        disk.write_json(out / SUMMARY, asked | result)
+        disk.write_json(out / SUMMARY, _asked(arguments) | result)
     return out / SUMMARY
+
+
+def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the figures are of."""
+    of_tasks = ("tasks", *TASKS_ONLY, "batch_size", "compute_dtype")
+    settings = {name: getattr(arguments, name) for name in of_tasks}
+    if not arguments.tasks:
+        settings = model_arguments.measured_on(arguments)
+    asked = {"model": arguments.model, "baseline": arguments.baseline} | settings
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asked.items()}
 
 
 def _on_corpus(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from moe_reduce.commands import model_arguments
-from moe_reduce.errors import UserError
 
 FORMATS = {"stablehlo": ("stablehlo",), "onnx": ("onnx",), "both": ("stablehlo", "onnx")}
 
@@ -24,10 +23,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the directory, prints how far its logits are from the model's, and returns its path."""
     model_arguments.no_overrides(overrides)
     model_arguments.check_out(arguments.out, arguments.overwrite)
-    for name in ("batch_size", "sequence_length"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    model_arguments.check_positive(arguments, "batch_size", "sequence_length")
     from moe_reduce import load
     from moe_reduce.storage import export, manifest
 

@@ -102,13 +102,14 @@ def _settings(arguments: argparse.Namespace, end_ids: tuple[int, ...]) -> Genera
 
 
 def _prompts(arguments: argparse.Namespace) -> tuple["Tokenizer", list[list[int]]]:
-    from moe_reduce.data.tokenizers import load_tokenizer
+    from moe_reduce.data.tokenizers import JSON_FILE, load_tokenizer
     from moe_reduce.inference.chat import chat_prompt, chat_tokenizer
 
     place = arguments.tokenizer or arguments.model
     if not arguments.chat:
         tokenizer = load_tokenizer(place)
         return tokenizer, [tokenizer.encode_prompt(prompt) for prompt in arguments.prompt]
+    place = place.parent if place.name == JSON_FILE else place  # its template lies beside it
     tokenizer = chat_tokenizer(place)
     return tokenizer, [tokenizer.encode(chat_prompt(place, prompt)) for prompt in arguments.prompt]
 

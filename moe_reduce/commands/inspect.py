@@ -53,6 +53,8 @@ def describe(directory: Path, verify: bool) -> dict[str, Any]:
         "chain": [_link(step, directory, verify) for step in manifest.read_chain(directory)],
     }
     if verify:
+        if not (directory / manifest.MANIFEST_FILE).is_file():
+            raise UserError(f"{directory} has no {manifest.MANIFEST_FILE} to be checked against: leave out --verify")
         problems = manifest.verify(directory)
         if problems:
             raise UserError(f"{directory} is not what its manifest says: {'; '.join(problems)}")

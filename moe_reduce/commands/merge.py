@@ -17,20 +17,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, help="the base: a directory of ours or of Hugging Face")
     parser.add_argument("--adapter", required=True, type=Path, help="a directory that adapt or PEFT wrote")
     model_arguments.add_out(parser, required=True, what="model directory")
-    model_arguments.add_data(parser, required=False, purpose="compare on it (default: random tokens)")
+    model_arguments.add_corpus(parser, required=False, purpose="compare on it (default: random tokens)")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the merged model with merge.json and equivalence.json in it, and returns its path."""
     model_arguments.no_overrides(overrides)
     model_arguments.check_out(arguments.out, arguments.overwrite)
+    from moe_reduce import load
     from moe_reduce.adapters import merging, package, storage
     from moe_reduce.storage import manifest
     from moe_reduce.storage.model import save
 
     if not arguments.adapter.is_dir():
         raise UserError(f"--adapter={arguments.adapter} is not a directory: give one that adapt or PEFT wrote")
-    base = model_arguments.load_model(arguments)
+    base = load(arguments.model)
     base_input = manifest.input_of(arguments.model)
     adapter = storage.load(arguments.adapter, base.config, base_input)
     merged = merging.merge(base, adapter)

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from moe_reduce.config import DataConfig, ExecutionConfig
     from moe_reduce.storage.model import Model
+
+CORPUS_DEFAULTS = {"sequence_length": 256, "cache": "runs/tokens"}
 
 
 def add_out(
@@ -35,15 +37,21 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 def add_data(parser: argparse.ArgumentParser, required: bool, purpose: str) -> None:
+    """--data, how it is read, and what is computed on it."""
+    add_corpus(parser, required, purpose)
+    add_compute_dtype(parser)
+
+
+def add_corpus(parser: argparse.ArgumentParser, required: bool, purpose: str) -> None:
     """--data and how it is read; `data_config` takes it from there."""
     kinds = "path, glob, hub:OWNER/NAME, python-stdlib, or token ids (.npy)"
     parser.add_argument("--data", required=required, help=f"{purpose}: {kinds}")
     parser.add_argument("--tokenizer", help="tokenizer.model, tokenizer.json or a directory (default: the model's own)")
-    parser.add_argument("--sequence-length", type=int, default=256, help="tokens a sequence (default: 256)")
+    length, cache = CORPUS_DEFAULTS["sequence_length"], CORPUS_DEFAULTS["cache"]
+    parser.add_argument("--sequence-length", type=int, default=length, help=f"tokens a sequence (default: {length})")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences a batch (default: 16)")
     parser.add_argument("--max-batches", type=int, help="stop after so many (default: the whole corpus)")
-    parser.add_argument("--cache", default="runs/tokens", help="where prepared tokens are kept (default: runs/tokens)")
-    add_compute_dtype(parser)
+    parser.add_argument("--cache", default=cache, help=f"where prepared tokens are kept (default: {cache})")
 
 
 def add_compute_dtype(parser: argparse.ArgumentParser) -> None:
@@ -57,9 +65,7 @@ def data_config(arguments: argparse.Namespace) -> "DataConfig":
     from moe_reduce import validation
     from moe_reduce.config import DataConfig
 
-    for name, value in (("--batch-size", arguments.batch_size), ("--max-batches", arguments.max_batches)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be positive, got {value}")
+    check_positive(arguments, "batch_size", "max_batches")
     data = DataConfig(
         source=arguments.data,
         tokenizer=arguments.tokenizer or str(arguments.model),
@@ -103,8 +109,7 @@ def add_tensor(parser: argparse.ArgumentParser) -> None:
 
 def tensor_mesh(arguments: argparse.Namespace, *models: Path) -> "Mesh | None":
     """The mesh of --tensor devices, for models that they divide; None for one device. Before anything asks jax."""
-    if arguments.tensor < 1:
-        raise UserError(f"--tensor must be positive, got {arguments.tensor}")
+    check_positive(arguments, "tensor")
     if arguments.tensor == 1:
         return None
     import contextlib
@@ -138,6 +143,38 @@ def batches(arguments: argparse.Namespace, vocab_size: int) -> Iterator[Any]:
     count = len(found) if arguments.max_batches is None else min(arguments.max_batches, len(found))
     for index in tqdm(range(count), unit="batch", disable=not sys.stderr.isatty()):
         yield found[index]
+
+
+def measured_on(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a loss on --data depends on, beside the model."""
+    names = ("data", "tokenizer", "sequence_length", "batch_size", "max_batches", "compute_dtype")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises UserError at the first of the named arguments that is given and not above zero."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{_option(name)} must be positive, got {value}")
+
+
+def check_unused(arguments: argparse.Namespace, where: str, *names: str) -> None:
+    """Raises UserError at the first of the named arguments that is given: nothing reads them there."""
+    for name in names:
+        if getattr(arguments, name) is not None:
+            raise UserError(f"{_option(name)} does nothing {where}: leave it out")
+
+
+def fill(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Puts defaults where an argument was not given, for commands that must know whether it was."""
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def no_overrides(overrides: list[str]) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "name", "family", "parameters", "quantisation", "peak_cpu_percent", "peak_ram_percent", "peak_gpu_percent",
-    "peak_vram_mb", "prompt_tokens_per_second", "decode_tokens_per_second",
+    "peak_vram_mb", "seconds_to_first_token", "prompt_tokens_per_second", "decode_tokens_per_second",
 )  # fmt: skip
 
 
@@ -43,9 +43,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     model_arguments.no_overrides(overrides)
     if not arguments.model and not arguments.ollama:
         raise UserError("give --model=DIR or --ollama=NAME, each as often as there are models")
-    for name in ("max_tokens", "pause"):
-        if getattr(arguments, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
+    model_arguments.check_positive(arguments, "max_tokens", "pause")
     if importlib.util.find_spec("psutil") is None:
         raise UserError("monitor needs psutil: pip install 'moe_reduce[monitor]'")
     out = arguments.out
@@ -82,9 +80,13 @@ def _csv(columns: tuple[str, ...], rows: list[Any]) -> str:
     return text.getvalue()
 
 
-def _row(described: tuple[Any, ...], monitor: "Monitor", prompt_rate: float, decode_rate: float) -> list[Any]:
-    peaks = [monitor.peak(name) for name in ("cpu_percent", "ram_percent", "gpu_percent", "vram_mb")]
-    return [*described, *("" if peak is None else peak for peak in peaks), round(prompt_rate, 1), round(decode_rate, 1)]
+def _row(
+    described: tuple[Any, ...], monitor: "Monitor", seconds: float | None, prompt_rate: float, decode_rate: float
+) -> list[Any]:
+    """seconds: to the first token; None where nobody says."""
+    found = [monitor.peak(name) for name in ("cpu_percent", "ram_percent", "gpu_percent", "vram_mb")]
+    found.append(None if seconds is None else round(seconds, 4))
+    return [*described, *("" if one is None else one for one in found), round(prompt_rate, 1), round(decode_rate, 1)]
 
 
 def _ollama_names(arguments: argparse.Namespace) -> list[str]:
@@ -102,7 +104,7 @@ def _ollama(arguments: argparse.Namespace, name: str) -> tuple[list[Any], "Monit
     described = ollama.describe(name, arguments.address)
     with Monitor(arguments.pause) as monitor:
         _, *rates = ollama.generate(name, arguments.prompt, arguments.max_tokens, arguments.address)
-    return _row(described, monitor, *rates), monitor
+    return _row(described, monitor, None, *rates), monitor
 
 
 def _ours(arguments: argparse.Namespace, directory: Path, mesh: "Mesh | None") -> tuple[list[Any], "Monitor"]:
@@ -124,7 +126,8 @@ def _ours(arguments: argparse.Namespace, directory: Path, mesh: "Mesh | None") -
         for _ in text.stream(prepared, [row], settings):
             times.append(time.perf_counter())
     decoded = (len(row.ids) - 1) / (times[-1] - times[1]) if len(row.ids) > 1 else float("nan")
-    return _row(described, monitor, len(row.prompt) / (times[1] - times[0]), decoded), monitor
+    first = times[1] - times[0]
+    return _row(described, monitor, first, len(row.prompt) / first, decoded), monitor
 
 
 def _family(model: Any) -> str:

@@ -9,19 +9,18 @@ from moe_reduce.config import AdaptConfig, ModelConfig, ReduceConfig, RunConfig,
 from moe_reduce.devices import BITS, CACHE_BITS, device
 from moe_reduce.errors import UserError
 
+SERVING_DEFAULTS = {"context": 1024, "batch": 1, "dtype": "bfloat16", "cache_dtype": "bfloat16"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     config_file.add_arguments(parser, required=False)
     parser.add_argument("--model", type=Path, help="a model directory instead of a configuration")
-    parser.add_argument("--context", type=int, default=1024, help="tokens of a text (default: 1024)")
-    parser.add_argument("--batch", type=int, default=1, help="texts that are answered at once (default: 1)")
-    parser.add_argument(
-        "--dtype", choices=tuple(BITS), default="bfloat16", help="of the weights that answer (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--cache-dtype", choices=tuple(CACHE_BITS), default="bfloat16", help="of the KV cache (default: %(default)s)"
-    )
+    shown = {name: f"(default: {value})" for name, value in SERVING_DEFAULTS.items()}
+    parser.add_argument("--context", type=int, help=f"tokens of a text {shown['context']}")
+    parser.add_argument("--batch", type=int, help=f"texts that are answered at once {shown['batch']}")
+    parser.add_argument("--dtype", choices=tuple(BITS), help=f"of the weights that answer {shown['dtype']}")
+    parser.add_argument("--cache-dtype", choices=tuple(CACHE_BITS), help=f"of the KV cache {shown['cache_dtype']}")
     parser.add_argument("--device", metavar="NAME", help="must it fit there? rtx5090, h100, v4 and others")
     parser.add_argument("--topology", metavar="NAME", help="compile for a slice, v4:2x2x4, or sum up for GPUs, h100:8")
     parser.add_argument("--variant", action="append", metavar="NAME", help="only this variant; may be repeated")
@@ -35,15 +34,19 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     """Returns the plan."""
     if bool(arguments.config) == bool(arguments.model):
         raise UserError("give either --config=FILE or --model=DIR")
-    for name in ("context", "batch"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be positive, got {getattr(arguments, name)}")
+    model_arguments.check_positive(arguments, "context", "batch")
     if arguments.device:
         device(arguments.device)
+    if arguments.topology:
+        model_arguments.check_unused(arguments, "with --topology", *SERVING_DEFAULTS, "device")
+    else:
+        model_arguments.check_unused(arguments, "without --topology", "stage")
+        model_arguments.fill(arguments, SERVING_DEFAULTS)
     if arguments.model:
         model_arguments.no_overrides(overrides)
         if arguments.topology:
             raise UserError("--topology plans a run: give --config, not --model")
+        model_arguments.check_unused(arguments, "with --model", "variant")
         models = {str(arguments.model): model_arguments.directory_config(arguments.model)}
         return model_arguments.show(_plans(models, arguments), arguments.json)
     runs = run_arguments.chosen(config_file.read(arguments.config, overrides, any_from_dict), arguments.variant)

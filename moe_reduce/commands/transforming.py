@@ -41,7 +41,7 @@ def write(
     cost = {"parameters": f"{sizes[0]:,} -> {sizes[1]:,}"}
     quality = None
     if arguments.data is not None:
-        settings = settings | _measured_on(arguments)
+        settings = settings | model_arguments.measured_on(arguments)
         earlier, quality = _evaluated(arguments, before), _evaluated(arguments, after)
         cost["loss"] = f"{earlier['loss']:.4f} -> {quality['loss']:.4f}"
         quality = quality | {"loss_before": earlier["loss"]}
@@ -57,11 +57,6 @@ def write(
     save(after, arguments.out, step, overwrite=arguments.overwrite)
     print(model_arguments.show(cost, as_json=False))
     return arguments.out
-
-
-def _measured_on(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("data", "tokenizer", "sequence_length", "batch_size", "max_batches", "compute_dtype")
-    return {name: getattr(arguments, name) for name in names}
 
 
 def _evaluated(arguments: argparse.Namespace, model: "Model") -> dict[str, Any]:

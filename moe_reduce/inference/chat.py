@@ -1,6 +1,9 @@
 """Prompts as turns of a conversation, in the form that a model's tokenizer directory prescribes (a Jinja template)."""
 
+import datetime
+import functools
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,18 +31,35 @@ def chat_prompt(directory: Path, message: str) -> str:
     if importlib.util.find_spec("jinja2") is None:
         raise UserError("--chat needs Jinja: pip install -e '.[chat]'")
     import jinja2
-    from jinja2 import sandbox
 
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
     tokens = {name: _content(value) for name, value in settings.items() if name.endswith("_token")}
-    tokens |= {"raise_exception": _refuse, "add_generation_prompt": True}
+    given: dict[str, Any] = {name: token for name, token in tokens.items() if isinstance(token, str)}
+    given |= {"messages": [{"role": "user", "content": message}], "add_generation_prompt": True}
+    given |= {"tools": None, "documents": None}
     try:
-        messages = [{"role": "user", "content": message}]
-        return environment.from_string(template).render(messages=messages, **tokens)
+        return _environment().from_string(template).render(given)
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template of {directory} does not take this prompt: {error}") from error
+
+
+def _environment() -> Any:
+    from jinja2 import ext, nodes, sandbox
+
+    class Generation(ext.Extension):
+        """{% generation %} marks what a model learns of a conversation, and is nothing where one is only read."""
+
+        tags = frozenset({"generation"})  # type: ignore[assignment]
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # Jinja's own is for HTML
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.datetime.now().strftime}
+    return environment
 
 
 def _refuse(message: str) -> NoReturn:

@@ -13,28 +13,39 @@ Summary = dict[str, Any]
 
 
 def table(summaries: list[Summary]) -> str:
-    """One column a model, one row a figure; the gap is to the first."""
+    """One column a model, one row a figure; gaps are to the baseline."""
     names = [summary["name"] or "model" for summary in summaries]
     components = sorted({name for summary in summaries for name in summary["by_component"]})
     rows = [("", names), ("parameters", [f"{s['parameters']:,}" for s in summaries])]
     for component in components:
         rows.append((f"  {component}", [f"{s['by_component'].get(component, 0):,}" for s in summaries]))
-    first = summaries[0]
+    first = baseline(summaries)
+    named = first["name"] or "model"
     rows += [
-        ("share of the first", [f"{s['parameters'] / first['parameters']:.1%}" for s in summaries]),
+        (f"share of {named}", [f"{s['parameters'] / first['parameters']:.1%}" for s in summaries]),
         ("bytes (fp32)", [f"{s['bytes'] / 1e6:,.2f} MB" for s in summaries]),
         ("training FLOPs a token", [f"{s['train_flops_per_token'] / 1e6:,.2f} M" for s in summaries]),
         ("tokens", [f"{s['tokens']:,}" for s in summaries]),
         ("validation loss (nats)", [f"{s['validation']['loss']:.4f}" for s in summaries]),
         ("validation perplexity", [f"{s['validation']['perplexity']:.2f}" for s in summaries]),
         ("next-token accuracy", [f"{s['validation']['accuracy']:.2%}" for s in summaries]),
-        ("gap", [f"{s['validation']['loss'] - first['validation']['loss']:+.4f}" for s in summaries]),
+        (f"gap to {named}", [f"{s['validation']['loss'] - first['validation']['loss']:+.4f}" for s in summaries]),
         ("tokens/s", [_or_dash(s["tokens_per_second"], "{:,.0f}") for s in summaries]),
         ("MFU", [_or_dash(s["mfu"], "{:.1%}") for s in summaries]),
         ("compile seconds", [f"{s['compile_seconds']:.1f}" for s in summaries]),
         ("expert use", [_use(s["expert_use"]) for s in summaries]),
     ]
     return align(rows)
+
+
+def baseline(summaries: list[Summary]) -> Summary:
+    """The run that others are set against: a dense model, or a base that trained whole; else the first."""
+    return next((summary for summary in summaries if is_baseline(summary["name"], summary)), summaries[0])
+
+
+def is_baseline(name: str, summary: Summary) -> bool:
+    """name: of the run, where its summary has none."""
+    return name == "dense" or ("method" in summary and summary["method"] == "full")
 
 
 def _or_dash(value: float | None, form: str) -> str:
