@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from moe_reduce import disk, trees
 from moe_reduce.config import ExecutionConfig, ModelConfig
@@ -44,7 +45,7 @@ class Model:
 
     def __call__(self, tokens_BT: Any) -> jax.Array:
         """Token ids, integers [B, T] -> fp32 logits [B, T, V]. Compiled once for each shape."""
-        if not isinstance(tokens_BT, jax.core.Tracer):
+        if not isinstance(tokens_BT, Tracer):
             tokens_BT = _checked(np.asarray(tokens_BT), self.config.vocab_size)
         return _logits(self.config, self.execution, self.params, jnp.asarray(tokens_BT, jnp.int32))
 

@@ -8,15 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Dense bf16 FLOP/s of one device, from the makers' data sheets.
-PUBLISHED_BF16 = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from moe_reduce.devices import DEVICES
+
+PUBLISHED_BF16 = {device.kind: device.flops for device in DEVICES.values() if device.kind}  # by jax's name
 
 
 @dataclass(frozen=True)
