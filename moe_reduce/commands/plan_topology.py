@@ -80,6 +80,6 @@ def _report(job: Job, place: Topology) -> dict[str, Any]:
         "bytes": total,
         "share_of_memory": round(total / place.memory, 4),
         "estimated_bytes": sizes,
-        "model_flops": compiled.model_flops(job) / place.mesh.size,
+        "model_flops": compiled.model_flops(job, place.mesh.size),
     }
     return report if report["fits"] else report | {"remedy": step.remedy(place.memory)}

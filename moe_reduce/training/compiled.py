@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from moe_reduce import planning
 from moe_reduce.training import footprint
 from moe_reduce.training.run import Job
 
@@ -43,17 +42,18 @@ def compile_step(job: Job, mesh: Mesh, memory: int) -> dict[str, Any]:
         "held_bytes": step.held(),
         "temporaries_bytes": sizes.temp_size_in_bytes,
         "program_bytes": sizes.generated_code_size_in_bytes,
-        "model_flops": model_flops(job) / mesh.size,
+        "model_flops": model_flops(job, mesh.size),
         "collectives": collectives(compiled.as_text()),
         "compile_seconds": round(time.perf_counter() - started, 1),
     }
     return report if report["fits"] else report | {"remedy": step.remedy(memory)}
 
 
-def model_flops(job: Job) -> float:
-    """Of a step that trains everything, on all devices: forward and backward, without what is computed again."""
-    tokens = job.train.batch_size * job.data.sequence_length
-    return tokens * planning.train_flops_per_token(job.model, job.data.sequence_length)
+def model_flops(job: Job, devices: int) -> float | None:
+    """Of a step on each device: forward and backward, without what is computed again; None as `Job` says."""
+    if job.flops_per_token is None:
+        return None
+    return job.train.batch_size * job.data.sequence_length * job.flops_per_token / devices
 
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
