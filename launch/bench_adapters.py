@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from side_by_side import medians, options, publish
+from side_by_side import check_learning, medians, options, publish
 
 from moe_reduce import planning
 from moe_reduce.adapters import adapter as adapters
@@ -41,7 +41,7 @@ class Step:
 
     def __init__(self, model: Model, chosen: AdapterConfig | None, batch: dict[str, jax.Array]):
         run = AdaptConfig(model="random", adapter=chosen, execution=model.execution)
-        train = TrainConfig(steps=1000, batch_size=batch["tokens"].shape[0])
+        train = TrainConfig(steps=1000, batch_size=batch["tokens"].shape[0], warmup_steps=0)
         start = model if chosen is None else adapters.activate(model, adapters.init(chosen, model))
         task = adapt_task(run, model.config)
         trained, self.frozen = partition(start.params, task.trainable)
@@ -53,10 +53,11 @@ class Step:
         memory = self.compiled.memory_analysis()
         self.bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         self.trained = planning.count(trained)
+        self.losses: list[float] = []
 
     def __call__(self) -> Any:
         self.state, metrics = self.compiled(self.state, self.frozen, self.batch)
-        jax.block_until_ready(metrics["loss"])
+        self.losses.append(float(metrics["loss"]))
 
 
 def compared(model: Model, lora: AdapterConfig, batch: dict[str, jax.Array], repeats: int):
@@ -64,7 +65,10 @@ def compared(model: Model, lora: AdapterConfig, batch: dict[str, jax.Array], rep
     allowed = adapters.count(adapters.init(lora, model))
     skema = within_budget(AdapterConfig(method="skema", targets=lora.targets), model.config, allowed)
     made = {"full": Step(model, None, batch), "lora": Step(model, lora, batch), "skema": Step(model, skema, batch)}
-    return made, medians(dict(made), repeats), skema
+    seconds = medians(dict(made), repeats)
+    for name, one in made.items():
+        check_learning(name, one.losses, model.config.vocab_size)
+    return made, seconds, skema
 
 
 def random_model(config: ModelConfig) -> Model:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_reduce.storage.hf_config import read_config
+from moe_reduce.storage.tensors import TensorFiles
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "moe_reduce"]
@@ -117,11 +118,26 @@ def prune(model: Path, scratch: Path, repeats: int) -> dict:
         seconds, memory = measured([*command, "--keep=0.5", f"--out={pruned}"])
         prunes.append(seconds)
         peak, kept = max(peak, memory), weights_bytes(pruned)
+        check_pruned(model, pruned)
         shutil.rmtree(pruned)
         copies.append(copy(model, scratch / "copied", kept))
         shutil.rmtree(scratch / "copied")
     ratio = float(np.median(prunes) / np.median(copies))
     return {"ratio": ratio, "peak_bytes": peak, "kept_bytes": kept, "seconds": prunes, "copy_seconds": copies}
+
+
+def check_pruned(model: Path, pruned: Path) -> None:
+    """Raises unless half of the experts are there, and the last of them has the bytes that its original has."""
+    before, after = (TensorFiles(directory) for directory in (model, pruned))
+    (before_moe, after_moe) = (read_config(directory)[0].moe for directory in (model, pruned))
+    assert before_moe is not None
+    assert after_moe is not None
+    assert 2 * after_moe.experts == before_moe.experts
+    step = json.loads((pruned / "manifest.json").read_text())["chain"][-1]
+    layer, expert = step["kept_experts"][-1][-1]
+    name = f"model.layers.{layer}.mlp.experts.{{}}.up_proj.weight"
+    kept = after.read_whole(name.format(after_moe.experts - 1))
+    assert kept.tobytes() == before.read_whole(name.format(expert)).tobytes()
 
 
 def score(model: Path, scratch: Path) -> dict:

@@ -210,16 +210,16 @@ def our_adapter(config: Any, tokens: np.ndarray) -> tuple[Run, int]:
     chosen = AdapterConfig(rank=8, targets="q,v")
     task = adapt_task(AdaptConfig(model="random", adapter=chosen, execution=execution), config)
     trained, frozen = partition(adapters.activate(model, adapters.init(chosen, model)).params, task.trainable)
-    train = TrainConfig(steps=1000, batch_size=tokens.shape[0], weight_decay=0.0)
+    train = TrainConfig(steps=1000, batch_size=tokens.shape[0], weight_decay=0.0, warmup_steps=0)
     tx = optimizer.build(train, trained)
     held = [steps.new_state(jax.tree.map(jnp.array, trained), train, tx)]
     step = jax.jit(partial(steps.train_step, task, train, tx), donate_argnums=0)
     ids = jnp.asarray(tokens)
     batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": jnp.ones(ids[:, 1:].shape, jnp.float32)}
 
-    def run() -> None:
+    def run() -> float:
         held[0], metrics = step(held[0], frozen, batch)
-        jax.block_until_ready(metrics["loss"])
+        return float(metrics["loss"])
 
     return run, count(trained)
 
@@ -237,11 +237,13 @@ def their_adapter(config: Any, tokens: np.ndarray) -> tuple[Run, int]:
     adam = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0.0, fused=True)
     ids = torch.from_numpy(tokens[:, :-1].astype(np.int64))
 
-    def run() -> None:
+    def run() -> float:
         adam.zero_grad(set_to_none=True)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         adam.step()
+        return float(loss)
 
     return run, sum(parameter.numel() for parameter in trained)
 
@@ -255,7 +257,8 @@ def adapter(tiny: bool, repeats: int) -> list[str]:
     if tiny:
         config, rows, length = dataclasses.replace(config, layers=2, vocab_size=512), 1, 32
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, length + 1)).astype(np.int32)
-    seconds, said = compare({"ours": (our_adapter, config, tokens), "peer": (their_adapter, config, tokens)}, repeats)
+    sides = {"ours": (our_adapter, config, tokens), "peer": (their_adapter, config, tokens)}
+    seconds, said = compare(sides, repeats, config.vocab_size)
     if said["ours"] != said["peer"]:
         raise AssertionError(f"the two sides train different numbers of parameters: {said}")
     shape = f"{rows} × {length} tokens, {said['ours']:,} trained parameters, fp32"

@@ -1,9 +1,12 @@
 """How cost grows: with experts, tokens, layers and devices; and what routing costs beside the experts themselves.
 
 Routing is the router's product, scores, top-k, sorting, and moving rows there and back; experts: the products of the
-sorted rows alone. Width is small (64), so that 6,144 experts of Qwen3's hidden width fit a CPU; the share that routing
-has of the FLOPs, E / (3 · A · F), does not depend on it. Times are medians, in turn, in one process. Bytes of a device
-are those of the compiled training step of configs/cpu_pair.py's shared mixture over 1, 2, 4 and 8 simulated devices.
+sorted rows alone. Width is small (64), so that 6,144 experts of Qwen3's hidden width fit a CPU; the share that the
+router's product has of the experts' FLOPs, E / (3 · A · F), does not depend on it. Routing is set beside what the
+experts take here, and beside what their FLOPs take at the rate of one large product, measured in the same run. Times
+are medians, in turn, in one process. Steps are those of configs/cpu_pair.py's shared mixture, one number of it changed
+at a time: real steps, and the bytes of a device as compiled. Simulated devices share the cores, so their tokens/s say
+what exchanging costs, and not what it gains.
 
 Command: python launch/bench_scale.py    (writes docs/results/scale; --tiny for a quick check)
 """
@@ -24,16 +27,26 @@ from side_by_side import medians, options, publish
 
 from moe_reduce import drawing
 from moe_reduce.commands import config_file
-from moe_reduce.config import MeshConfig, MoEConfig
+from moe_reduce.config import ExecutionConfig, MeshConfig, MoEConfig
 from moe_reduce.models import blocks
 from moe_reduce.models.dispatch import combine_rows, gather_rows, sort_by_expert
 from moe_reduce.models.routing import route, router_logits
-from moe_reduce.training import compiled, footprint, sharding, steps
+from moe_reduce.training import footprint, sharding, throughput
 from moe_reduce.training.run import pretraining
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ["what", "at", "measured", "aim"]
 ACTIVE, WIDTH, HIDDEN = 8, 64, 768  # of Qwen3-30B-A3B, but for the width
+# of training steps
+SIZES = {
+    "layers": (2, 4, 8, 16), "experts": (4, 16, 64, 256), "length": (128, 256, 512, 1024), "data": (1, 2, 4),
+    "expert": (1, 2, 4),
+}  # fmt: skip
+TINY_SIZES = {"layers": (2, 4), "expert": (1, 2)}
+# what grows, and how fast it must: attention is quadratic in a sequence
+LABELS = {
+    "layers": ("layers", "≤ n^1"), "experts": ("experts", "≤ n^1"), "length": ("tokens of a sequence", "≤ n^2"),
+}  # fmt: skip
 
 
 def _wait(function: Any, *arguments: Any) -> None:
@@ -55,8 +68,11 @@ def layer(experts: int, tokens: int, hidden: int, repeats: int) -> dict[str, flo
         balance = jnp.sum(routing.probability_E * jax.lax.stop_gradient(routing.counts_E))
         return jnp.sum(combine_rows(gather_rows(x_SD, order), routing.weights_SA, order)), balance
 
+    execution = ExecutionConfig()
+    block_rows = blocks.rows_of_a_block(execution.block_rows, tokens * ACTIVE, experts)
+
     def computed(rows_MD: jax.Array, counts_E: jax.Array, matrices: Any) -> jax.Array:
-        made: Any = blocks.grouped_swiglu(rows_MD, counts_E, matrices, (), {}, 64, "plain")
+        made: Any = blocks.grouped_swiglu(rows_MD, counts_E, matrices, (), {}, block_rows, "plain")
         return jnp.sum(made[0])
 
     order = sort_by_expert(route(router_logits(x_SD, router_DE, None), None, moe).experts_SA, experts)
@@ -68,37 +84,58 @@ def layer(experts: int, tokens: int, hidden: int, repeats: int) -> dict[str, flo
         "routing, gradients": partial(_wait, both, x_SD, router_DE),
         "experts, gradients": partial(_wait, jax.jit(jax.grad(computed)), rows_MD, order.counts_E, matrices),
     }
-    return medians(runs, repeats)
+    seconds = medians(runs, repeats)
+    flops = 6 * rows_MD.size * hidden  # three products; gradients go to the rows alone, and take as many again
+    peak = throughput.measure(jax.devices()[0], "float32")
+    return seconds | {"peak": flops / peak, "peak, gradients": 2 * flops / peak}
 
 
-def step_seconds(run: Any, layers: int, repeats: int) -> float:
-    """Seconds of a training step of the shared mixture with so many layers."""
+def changed(run: Any, **numbers: int) -> Any:
+    """The run with other numbers of layers, experts, tokens a sequence, or devices along an axis of the mesh."""
+    model, data = run.model, run.data
+    if "layers" in numbers:
+        model = dataclasses.replace(model, layers=numbers["layers"])
+    if "experts" in numbers:
+        model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, experts=numbers["experts"]))
+    if "length" in numbers:
+        data = dataclasses.replace(data, sequence_length=numbers["length"])
+    train = dataclasses.replace(run.train, warmup_steps=0)  # the first step learns
+    mesh = {axis: count for axis, count in numbers.items() if axis in sharding.AXES}
     execution = dataclasses.replace(run.execution, scan_unroll=1).resolve("cpu")
-    changed = dataclasses.replace(run, model=dataclasses.replace(run.model, layers=layers), execution=execution)
-    job = pretraining(changed)
-    mesh = sharding.make_mesh(MeshConfig(data=1))
-    program = steps.program(job.task, job.train, mesh, jax.eval_shape(job.initial))
+    mesh = MeshConfig(**{"data": 1} | mesh)
+    return dataclasses.replace(run, model=model, data=data, train=train, execution=execution, mesh=mesh)
+
+
+def step(run: Any, repeats: int) -> dict[str, float]:
+    """Seconds and tokens/s of the run's training step, and the bytes that it takes on a device."""
+    job, mesh = pretraining(run), sharding.make_mesh(run.mesh)
+    planned = footprint.of(job, mesh)
+    program = planned.program
+    with jax.set_mesh(mesh):
+        compiled = program.step.lower(program.state, planned.frozen, planned.batch).compile()
+    sizes: Any = compiled.memory_analysis()
     rows = (job.train.batch_size, job.data.sequence_length)
-    tokens = np.random.default_rng(0).integers(0, changed.model.vocab_size, rows, dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, rows, dtype=np.int32)
     batch = {"tokens": tokens, "targets": tokens, "weights": np.ones(rows, np.float32)}
-    placed = sharding.put_batch(mesh, batch)
-    state = jax.jit(lambda: program.new_state(job.initial()), out_shardings=program.places)()
-    held = [state]
+    losses = []
+    # not within the mesh: initialisation runs the model on one token, which a mesh could not divide
+    held = [jax.jit(lambda: program.new_state(job.initial()), out_shardings=program.places)()]
+    with jax.set_mesh(mesh):
+        placed = sharding.put_batch(mesh, batch)
 
-    def once() -> None:
-        held[0], metrics = program.step(held[0], {}, placed)
-        jax.block_until_ready(metrics["loss"])
+        def once() -> None:
+            held[0], metrics = compiled(held[0], {}, placed)
+            losses.append(float(metrics["loss"]))
 
-    return medians({"step": once}, repeats)["step"]
-
-
-def device_bytes(run: Any, axis: str, devices: int) -> dict[str, Any]:
-    """What the compiled step of the shared mixture takes on each of so many devices along one axis of the mesh."""
-    sizes = {"data": 1} | {axis: devices}
-    mesh = sharding.make_mesh(MeshConfig(**sizes))
-    job = pretraining(dataclasses.replace(run, execution=run.execution.resolve("cpu")))
-    found = compiled.compile_step(job, mesh, memory=2**34)
-    return found | {"held": sum(footprint.of(job, mesh).held().values())}
+        seconds = medians({"step": once}, repeats)["step"]
+    if not losses[-1] < losses[0]:
+        raise SystemExit(f"a step that does not learn is not worth measuring: losses {losses}")
+    return {
+        "seconds": seconds,
+        "tokens/s": tokens.size / seconds,
+        "held": sum(planned.held().values()),
+        "temporaries": sizes.temp_size_in_bytes,
+    }
 
 
 def growth(points: dict[int, float]) -> str:
@@ -115,40 +152,51 @@ def measure(tiny: bool, repeats: int) -> tuple[list[list[str]], dict[str, dict[s
     by_experts = {count: layer(count, tokens[-2], hidden, repeats) for count in experts}
     by_tokens = {count: layer(experts[1], count, hidden, repeats) for count in tokens}
     run = config_file.read(str(ROOT / "configs/cpu_pair.py"), [])["shared_moe"]
-    by_layers = {count: step_seconds(run, count, repeats) for count in ((2, 4) if tiny else (2, 4, 8, 16))}
-    axes = ("data", "expert")
-    by_devices = {axis: {count: device_bytes(run, axis, count) for count in (1, 2, 4)} for axis in axes}
+    sizes = TINY_SIZES if tiny else SIZES
+    by_step = {
+        name: {count: step(changed(run, **{name: count}), repeats) for count in counts}
+        for name, counts in sizes.items()
+    }
     rows = []
     for name in ("", ", gradients"):
         for count in (experts[0], experts[-1]):
-            share = by_experts[count][f"routing{name}"] / by_experts[count][f"experts{name}"]
+            one, at = by_experts[count], f"E = {count}, top-{ACTIVE}, {tokens[-2]} tokens"
             aim = "≤ 25 %" if count == experts[-1] else ""
-            what = f"routing, of the experts' time{name.replace(', gradients', ', with gradients')}"
-            rows.append([what, f"E = {count}, top-{ACTIVE}, {tokens[-2]} tokens", f"{share:.1%}", aim])
+            with_gradients = name.replace(", gradients", ", with gradients")
+            for beside, what in (("experts", "the experts' time"), ("peak", "their FLOPs at a product's rate")):
+                share = one[f"routing{name}"] / one[f"{beside}{name}"]
+                rows.append([f"routing, of {what}{with_gradients}", at, f"{share:.1%}", aim])
     whole = {count: one["routing"] + one["experts"] for count, one in by_experts.items()}
     rows.append(["layer with experts", f"E = {experts[-2]} → {experts[-1]}", growth(whole), "≤ n^1"])
     routing = {count: one["routing"] for count, one in by_experts.items()}
     rows.append(["routing with experts", f"E = {experts[-2]} → {experts[-1]}", growth(routing), "≤ n^1"])
     moved = {count: one["routing"] + one["experts"] for count, one in by_tokens.items()}
     rows.append(["layer with tokens", f"T = {tokens[-2]} → {tokens[-1]}", growth(moved), "≤ n^1"])
-    rows.append(
-        ["training step with layers", f"N = {[*by_layers][-2]} → {[*by_layers][-1]}", growth(by_layers), "≤ n^1"]
-    )
-    for axis in axes:
-        one, last = by_devices[axis][1], by_devices[axis][4]
-        for what in ("held", "temporaries_bytes"):
-            label = {"held": "parameters, optimiser and batch", "temporaries_bytes": "temporaries"}[what]
-            rows.append([f"{label} of a device", f"mesh.{axis} = 1 → 4", f"{last[what] / one[what]:.2f}×", ""])
+    for name, points in by_step.items():
+        counts = list(points)
+        if name in sharding.AXES:
+            for what, label in (("held", "parameters, optimiser and batch"), ("temporaries", "temporaries")):
+                ratio = points[counts[-1]][what] / points[counts[0]][what]
+                at = f"mesh.{name} = {counts[0]} → {counts[-1]}"
+                rows.append([f"{label} of a device", at, f"{ratio:.2f}×", ""])
+        else:
+            seconds = {count: one["seconds"] for count, one in points.items()}
+            what, aim = LABELS[name]
+            rows.append([f"training step with {what}", f"{name} = {counts[-2]} → {counts[-1]}", growth(seconds), aim])
     curves = {
-        "seconds, by experts": {
+        "seconds of a layer, by experts": {
             name: {n: one[name] for n, one in by_experts.items()} for name in by_experts[experts[0]]
         },
-        "seconds, by tokens": {name: {n: one[name] for n, one in by_tokens.items()} for name in by_tokens[tokens[0]]},
-        "seconds of a step, by layers": {"shared mixture": by_layers},
-        "bytes of a device, by devices": {
-            f"{what} ({axis})": {n: one[what] for n, one in by_devices[axis].items()}
-            for axis in axes
-            for what in ("held", "temporaries_bytes")
+        "seconds of a layer, by tokens": {
+            name: {n: one[name] for n, one in by_tokens.items()} for name in by_tokens[tokens[0]]
+        },
+        "tokens/s of a training step": {
+            name: {n: one["tokens/s"] for n, one in points.items()} for name, points in by_step.items()
+        },
+        "bytes of a device": {
+            f"{what}, by {name}": {n: one[what] for n, one in points.items()}
+            for name, points in by_step.items()
+            for what in ("held", "temporaries")
         },
     }
     return rows, curves
@@ -156,7 +204,7 @@ def measure(tiny: bool, repeats: int) -> tuple[list[list[str]], dict[str, dict[s
 
 def draw(curves: dict[str, dict[str, dict[int, float]]], file: Path) -> None:
     """Each group of curves by itself, on logarithmic axes."""
-    figure, panels = drawing.panels(2, 2, (11, 8))
+    figure, panels = drawing.panels(2, 2, (13, 10))
     for (title, lines), axes in zip(curves.items(), panels.flat, strict=True):
         for label, points in lines.items():
             axes.loglog(list(points), list(points.values()), marker="o", label=label)

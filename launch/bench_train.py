@@ -50,9 +50,9 @@ def our_step(run: RunConfig, tokens: np.ndarray) -> tuple[Run, float]:
     compile_seconds = time.perf_counter() - started
     holder = [state]
 
-    def go() -> None:
+    def go() -> float:
         holder[0], metrics = step(holder[0], {}, batch)
-        jax.block_until_ready(metrics["loss"])
+        return float(metrics["loss"])
 
     return go, compile_seconds
 
@@ -71,13 +71,14 @@ def their_step(run: RunConfig, tokens: np.ndarray) -> tuple[Run, float]:
     )  # fmt: skip
     ids = torch.from_numpy(tokens[:, :-1].astype(np.int64))
 
-    def go() -> None:
+    def go() -> float:
         adam.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
         adam.step()
+        return float(loss)
 
     return go, 0.0
 
@@ -102,7 +103,8 @@ def peer_config(model: ModelConfig) -> Any:
 def compare_steps(name: str, run: RunConfig, batch: int, length: int, repeats: int) -> dict[str, Any]:
     """Our training step against transformers'."""
     tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (batch, length + 1)).astype(np.int32)
-    result, said = compare({"ours": (our_step, run, tokens), "peer": (their_step, run, tokens)}, repeats)
+    sides = {"ours": (our_step, run, tokens), "peer": (their_step, run, tokens)}
+    result, said = compare(sides, repeats, run.model.vocab_size)
     flops = planning.train_flops_per_token(run.model, length) * batch * length
     precision = {"float32": "fp32", "bfloat16": "bf16 with fp32 masters"}[run.execution.compute_dtype]
     return {
@@ -187,7 +189,8 @@ def main() -> None:
         execution = ["--config.execution.platform=cpu", f"--config.execution.compute_dtype={dtype}"]
         overrides = [*execution, "--config.execution.remat=none", "--config.execution.scan_unroll=12", *small]
         (run,) = config_file.read(str(ROOT / "configs" / name), overrides).values()
-        return dataclasses.replace(run, execution=run.execution.resolve("cpu"))
+        train = dataclasses.replace(run.train, warmup_steps=0)  # as the peer, which shows that it learns
+        return dataclasses.replace(run, train=train, execution=run.execution.resolve("cpu"))
 
     peers = {
         "dense_llama_125m.py": "dense LLaMA 137.8M vs transformers LlamaForCausalLM",

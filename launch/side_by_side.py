@@ -16,7 +16,7 @@ import numpy as np
 
 RESULTS = Path(__file__).parent.parent / "docs/results"
 
-Run = Callable[[], Any]
+Run = Callable[[], Any]  # a training step returns its loss
 Build = Callable[..., tuple[Run, Any]]  # what is timed, and what it has to say of itself
 
 
@@ -33,11 +33,11 @@ def medians(runs: dict[str, Run], repeats: int) -> dict[str, float]:
 
 def _serve(connection: Any, build: Build, *arguments: Any) -> None:
     run, said = build(*arguments)
-    run()
-    connection.send(said)
+    first = run()
+    connection.send((said, first if isinstance(first, float) else None))
     while connection.recv():
-        run()
-        connection.send(None)
+        made = run()
+        connection.send(made if isinstance(made, float) else None)
 
 
 class Side:
@@ -49,12 +49,13 @@ class Side:
         self.process = context.Process(target=_serve, args=(theirs, build, *arguments))
         self.process.start()
         theirs.close()
-        self.said = self.connection.recv()
+        self.said, first = self.connection.recv()
+        self.losses = [first]
 
     def __call__(self) -> None:
         """Once, waited for."""
         self.connection.send(True)
-        self.connection.recv()
+        self.losses.append(self.connection.recv())
 
     def end(self) -> None:
         """Gives its memory back."""
@@ -62,13 +63,26 @@ class Side:
         self.process.join()
 
 
-def compare(builds: dict[str, tuple[Any, ...]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """(median seconds, what each says) of builds with their arguments, by name."""
+def compare(
+    builds: dict[str, tuple[Any, ...]], repeats: int, vocab_size: int | None = None
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """(median seconds, what each says) of builds with their arguments, by name.
+
+    vocab_size: of models that all of them train from random weights, which is then checked.
+    """
     sides = {name: Side(*build) for name, build in builds.items()}
     seconds = medians(dict(sides), repeats)
-    for side in sides.values():
+    for name, side in sides.items():
         side.end()
+        if vocab_size is not None:
+            check_learning(name, side.losses, vocab_size)
     return seconds, {name: side.said for name, side in sides.items()}
+
+
+def check_learning(name: str, losses: list[Any], vocab_size: int) -> None:
+    """Raises unless losses begin at ln V, as of random weights, and end lower: a step that does nothing is fast."""
+    if not (abs(losses[0] / np.log(vocab_size) - 1) < 0.1 and losses[-1] < losses[0]):
+        raise AssertionError(f"{name} does not train: losses {losses}, expected to begin near {np.log(vocab_size):.2f}")
 
 
 def options(description: str, name: str, repeats: int) -> argparse.Namespace:
