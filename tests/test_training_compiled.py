@@ -63,6 +63,12 @@ HLO = """HloModule step
   %x = bf16[4,8]{1,0:T(8,128)(2,1)} all-reduce(%y), channel_id=1, replica_groups={{0,1}}, to_apply=%add
   %start = (bf16[2,8]{1,0}, bf16[4,8]{1,0}) all-gather-start(%z), dimensions={0}
   %done = bf16[4,8]{1,0} all-gather-done(%start)
+  %fusion.1 = bf16[2,8]{1,0:T(8,128)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.2
+}
+
+%all-reduce-scatter.2 (p: bf16[4,8]) -> bf16[2,8] {
+  %summed = bf16[4,8]{1,0} all-reduce(%p), channel_id=2, replica_groups={{0,1}}, to_apply=%add
+  ROOT %mine = bf16[2,8]{1,0} dynamic-slice(%summed, %place, %zero), dynamic_slice_sizes={2,8}
 }
 
 %condition.1 (state: (s32[], bf16[4,8])) -> pred[] {
@@ -85,6 +91,7 @@ def test_collectives_of_a_program_by_hand():
     assert compiled.collectives(HLO) == {
         "all-gather": {"count": 12, "bytes": 12 * 4 * 8 * 2},
         "all-reduce": {"count": 12, "bytes": 12 * 4 * 8 * 2},
+        "reduce-scatter": {"count": 12, "bytes": 12 * 2 * 8 * 2},
         "all-to-all": {"count": 1, "bytes": 3 * 4 + 4},
     }
 

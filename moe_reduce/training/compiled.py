@@ -82,6 +82,10 @@ def _add_up(computations: dict[str, list[str]], lines: list[str], times: int, co
     for line in lines:
         operation = re.search(r"[\])}] ([a-z-]+)\(", line)
         name = operation[1].removesuffix("-start") if operation else ""
+        # on TPU a fusion of an all-reduce and the slice that a device keeps, which only that slice leaves
+        scatters = re.search(r"calls=%?all-reduce-scatter", line) is not None
+        if scatters:
+            name = "reduce-scatter"
         if name in COLLECTIVES:
             assert operation is not None
             arrays = [_bytes(*array) for array in ARRAY.findall(line[: operation.start() + 1])]
@@ -89,6 +93,8 @@ def _add_up(computations: dict[str, list[str]], lines: list[str], times: int, co
             size = max(arrays) if operation[1].endswith("-start") else sum(arrays)
             count[name] += times
             moved[name] += times * size
+        if scatters:
+            continue
         for called, repeats in _called(computations, line, name):
             _add_up(computations, computations[called], times * repeats, count, moved)
 
