@@ -184,7 +184,8 @@ def scores(moe: MoEConfig, sums: Sums, criteria: Iterable[str], seed: int = 0) -
     rows = sums.pooled() if shared else sums
     by_name = {name: criterion(name, rows, seed) for name in criteria}
     if shared and "reap_share" in by_name:
-        # Outputs grow with depth, so that sums over layers would strip the pool of what the first ones need.
+        # Outputs grow with depth, so that sums over layers strip a pool of experts that one of the first needs: worse
+        # while nothing recovers, better once it does (docs/reduction.md).
         by_name["reap_share"] = np.max(criterion("reap_share", sums), axis=0, keepdims=True)
     return Scores(sums.tokens, rows.counts, by_name, sums.counts if shared else None)
 
