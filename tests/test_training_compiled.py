@@ -147,7 +147,7 @@ def test_gpus_are_summed_up(capsys):
     status, plans = plan(capsys, "--config=configs/dense_llama_125m.py", "--topology=h100:8")
     assert status == 0
     (found,) = plans.values()
-    assert found["devices"] == 4  # chips, as jax sees them on a TPU VM
+    assert found["devices"] == 8
     assert found["estimated_bytes"]["trained_parameters"] == 4 * 137_841_408
     assert found["fits"]
 

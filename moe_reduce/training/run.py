@@ -172,7 +172,8 @@ def claim(workdir: Path, run: Any) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         found = config_dict.completed(type(run), json.loads(file.read_text())) if file.exists() else wanted
-        difference = _first_difference(found | {"mesh": wanted["mesh"]}, wanted)
+        moved = found | {"mesh": wanted["mesh"]} if isinstance(found, dict) else found
+        difference = _first_difference(moved, wanted)
         began = any(child.is_dir() for child in workdir.iterdir()) or set(found) != set(wanted)
         if difference and began:
             raise UserError(
