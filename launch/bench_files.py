@@ -1,7 +1,7 @@
 """A model larger than memory: time and peak resident memory of prune, layer-wise score, inspect and plan.
 
-Pruning is timed beside copying the kept bytes, in turn. inspect and plan read headers only; their time is quoted beyond
-that of the imports.
+Pruning is timed beside copying the kept bytes, in turn, each while the disk has nothing left to write from before.
+inspect and plan read headers only; their time is quoted beyond that of the imports.
 
 Command: python launch/bench_files.py [--model DIR] (default: a synthetic 7.7 GB Qwen3-MoE, written first and removed);
 writes docs/results/files/summary.json.
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/files/summary.json")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -115,11 +115,13 @@ def prune(model: Path, scratch: Path, repeats: int) -> dict:
     command = [*COMMAND, "prune", f"--model={model}", f"--scores={scratch / 'scores.json'}"]
     prunes, copies, peak, kept = [], [], 0, 0
     for _ in range(repeats):
+        os.sync()
         seconds, memory = measured([*command, "--keep=0.5", f"--out={pruned}"])
         prunes.append(seconds)
         peak, kept = max(peak, memory), weights_bytes(pruned)
         check_pruned(model, pruned)
         shutil.rmtree(pruned)
+        os.sync()
         copies.append(copy(model, scratch / "copied", kept))
         shutil.rmtree(scratch / "copied")
     ratio = float(np.median(prunes) / np.median(copies))

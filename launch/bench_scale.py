@@ -1,12 +1,12 @@
 """How cost grows: with experts, tokens, layers and devices; and what routing costs beside the experts themselves.
 
 Routing is the router's product, scores, top-k, sorting, and moving rows there and back; experts: the products of the
-sorted rows alone. Width is small (64), so that 6,144 experts of Qwen3's hidden width fit a CPU; the share that the
-router's product has of the experts' FLOPs, E / (3 · A · F), does not depend on it. Routing is set beside what the
-experts take here, and beside what their FLOPs take at the rate of one large product, measured in the same run. Times
-are medians, in turn, in one process. Steps are those of configs/cpu_pair.py's shared mixture, one number of it changed
-at a time: real steps, and the bytes of a device as compiled. Simulated devices share the cores, so their tokens/s say
-what exchanging costs, and not what it gains.
+sorted rows alone. Width is small (64) where experts are computed, so that 6,144 of Qwen3's hidden width fit a CPU. The
+same routing at Qwen3's own width is set beside the FLOPs of its experts at the rate of one large product, measured in
+the same run: of these the router's product alone is E / (3 · A · F), a third. Times are medians, in turn, in one
+process. Steps are those of configs/cpu_pair.py's shared mixture, one number of it changed at a time: real steps, and
+the bytes of a device as compiled. Simulated devices share the cores, so their tokens/s say what exchanging costs, and
+not what it gains.
 
 Command: python launch/bench_scale.py    (writes docs/results/scale; --tiny for a quick check)
 """
@@ -36,7 +36,8 @@ from moe_reduce.training.run import pretraining
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ["what", "at", "measured", "aim"]
-ACTIVE, WIDTH, HIDDEN = 8, 64, 768  # of Qwen3-30B-A3B, but for the width
+ACTIVE, FULL_WIDTH, HIDDEN = 8, 2048, 768  # of Qwen3-30B-A3B
+WIDTH = 64  # where experts are computed
 # of training steps
 SIZES = {
     "layers": (2, 4, 8, 16), "experts": (4, 16, 64, 256), "length": (128, 256, 512, 1024), "data": (1, 2, 4),
@@ -53,23 +54,49 @@ def _wait(function: Any, *arguments: Any) -> None:
     jax.block_until_ready(function(*arguments))
 
 
+def routed(moe: MoEConfig, x_SD: jax.Array, router_DE: jax.Array) -> jax.Array:
+    """All of routing, as a sum that has gradients; what moves there and back is the rows themselves."""
+    routing = route(router_logits(x_SD, router_DE, None), None, moe)
+    order = sort_by_expert(routing.experts_SA, moe.experts)
+    balance = jnp.sum(routing.probability_E * jax.lax.stop_gradient(routing.counts_E))
+    return jnp.sum(combine_rows(gather_rows(x_SD, order), routing.weights_SA, order)) + balance
+
+
+def routing_runs(moe: MoEConfig, x_SD: jax.Array, router_DE: jax.Array) -> dict[str, Any]:
+    """Routing forward, and with gradients."""
+    forward = partial(routed, moe)
+    both = jax.jit(jax.grad(forward, argnums=(0, 1)))
+    return {
+        "routing": partial(_wait, jax.jit(forward), x_SD, router_DE),
+        "routing, gradients": partial(_wait, both, x_SD, router_DE),
+    }
+
+
+def inputs(experts: int, tokens: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """x_SD and router_DE."""
+    keys = jax.random.split(jax.random.key(0))
+    return jax.random.normal(keys[0], (tokens, width)), jax.random.normal(keys[1], (width, experts)) * 0.1
+
+
+def beside_flops(experts: int, tokens: int, width: int, repeats: int) -> dict[str, float]:
+    """Routing as a share of the experts' FLOPs, forward, and with gradients for everything."""
+    moe = MoEConfig(experts=experts, active=ACTIVE, width=HIDDEN)
+    seconds = medians(routing_runs(moe, *inputs(experts, tokens, width)), repeats)
+    forward = 6 * tokens * ACTIVE * width * HIDDEN / throughput.measure(jax.devices()[0], "float32")
+    return {
+        "routing": seconds["routing"] / forward,
+        "routing, gradients": seconds["routing, gradients"] / (3 * forward),
+    }
+
+
 def layer(experts: int, tokens: int, hidden: int, repeats: int) -> dict[str, float]:
     """Seconds of routing, and of the experts, forward and with gradients, of one mixture."""
-    keys = jax.random.split(jax.random.key(0), 5)
+    keys = jax.random.split(jax.random.key(1), 3)
     moe = MoEConfig(experts=experts, active=ACTIVE, width=hidden)
-    x_SD = jax.random.normal(keys[0], (tokens, WIDTH))
-    router_DE = jax.random.normal(keys[1], (WIDTH, experts)) * 0.1
+    x_SD, router_DE = inputs(experts, tokens, WIDTH)
     sizes = ((experts, WIDTH, hidden), (experts, WIDTH, hidden), (experts, hidden, WIDTH))
-    matrices = tuple(jax.random.normal(key, size) * 0.05 for key, size in zip(keys[2:], sizes, strict=True))
-
-    def routed(x_SD: jax.Array, router_DE: jax.Array) -> tuple[jax.Array, jax.Array]:
-        routing = route(router_logits(x_SD, router_DE, None), None, moe)
-        order = sort_by_expert(routing.experts_SA, experts)
-        balance = jnp.sum(routing.probability_E * jax.lax.stop_gradient(routing.counts_E))
-        return jnp.sum(combine_rows(gather_rows(x_SD, order), routing.weights_SA, order)), balance
-
-    execution = ExecutionConfig()
-    block_rows = blocks.rows_of_a_block(execution.block_rows, tokens * ACTIVE, experts)
+    matrices = tuple(jax.random.normal(key, size) * 0.05 for key, size in zip(keys, sizes, strict=True))
+    block_rows = blocks.rows_of_a_block(ExecutionConfig().block_rows, tokens * ACTIVE, experts)
 
     def computed(rows_MD: jax.Array, counts_E: jax.Array, matrices: Any) -> jax.Array:
         made: Any = blocks.grouped_swiglu(rows_MD, counts_E, matrices, (), {}, block_rows, "plain")
@@ -77,17 +104,11 @@ def layer(experts: int, tokens: int, hidden: int, repeats: int) -> dict[str, flo
 
     order = sort_by_expert(route(router_logits(x_SD, router_DE, None), None, moe).experts_SA, experts)
     rows_MD = gather_rows(x_SD, order)
-    both = jax.jit(jax.grad(lambda *arguments: sum(routed(*arguments)), argnums=(0, 1)))
-    runs = {
-        "routing": partial(_wait, jax.jit(routed), x_SD, router_DE),
+    runs = routing_runs(moe, x_SD, router_DE) | {
         "experts": partial(_wait, jax.jit(computed), rows_MD, order.counts_E, matrices),
-        "routing, gradients": partial(_wait, both, x_SD, router_DE),
         "experts, gradients": partial(_wait, jax.jit(jax.grad(computed)), rows_MD, order.counts_E, matrices),
     }
-    seconds = medians(runs, repeats)
-    flops = 6 * rows_MD.size * hidden  # three products; gradients go to the rows alone, and take as many again
-    peak = throughput.measure(jax.devices()[0], "float32")
-    return seconds | {"peak": flops / peak, "peak, gradients": 2 * flops / peak}
+    return medians(runs, repeats)
 
 
 def changed(run: Any, **numbers: int) -> Any:
@@ -158,14 +179,16 @@ def measure(tiny: bool, repeats: int) -> tuple[list[list[str]], dict[str, dict[s
         for name, counts in sizes.items()
     }
     rows = []
-    for name in ("", ", gradients"):
-        for count in (experts[0], experts[-1]):
-            one, at = by_experts[count], f"E = {count}, top-{ACTIVE}, {tokens[-2]} tokens"
-            aim = "≤ 25 %" if count == experts[-1] else ""
-            with_gradients = name.replace(", gradients", ", with gradients")
-            for beside, what in (("experts", "the experts' time"), ("peak", "their FLOPs at a product's rate")):
-                share = one[f"routing{name}"] / one[f"{beside}{name}"]
-                rows.append([f"routing, of {what}{with_gradients}", at, f"{share:.1%}", aim])
+    many, width = experts[-1], WIDTH if tiny else FULL_WIDTH
+    share = beside_flops(many, tokens[-2], width, repeats)
+    for name, what in (("", ""), (", gradients", ", with gradients")):
+        for count in (experts[0], many):
+            beside = by_experts[count][f"routing{name}"] / by_experts[count][f"experts{name}"]
+            at, aim = f"E = {count}, top-{ACTIVE}, {tokens[-2]} tokens", "≤ 25 %" if count == many else ""
+            rows.append([f"routing, of the experts' time{what}", at, f"{beside:.1%}", aim])
+        at = f"E = {many}, top-{ACTIVE}, {tokens[-2]} tokens, D = {width}"
+        found = f"{share[f'routing{name}']:.1%}"
+        rows.append([f"routing, of the experts' FLOPs at a product's rate{what}", at, found, "≤ 25 %"])
     whole = {count: one["routing"] + one["experts"] for count, one in by_experts.items()}
     rows.append(["layer with experts", f"E = {experts[-2]} → {experts[-1]}", growth(whole), "≤ n^1"])
     routing = {count: one["routing"] for count, one in by_experts.items()}
