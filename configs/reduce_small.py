@@ -8,6 +8,8 @@ Command: ./launch/reduce_small.sh, or
 moe-reduce reduce --config=configs/reduce_small.py --config.model=runs/small_qwen3_moe/model --workdir=runs/reduce_small
 """
 
+from functools import partial
+
 import ml_collections
 
 from configs import small_qwen3_moe
@@ -34,8 +36,9 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
-def variants() -> dict:
-    """Reductions by name."""
+def variants(kept: tuple[int, ...] = KEPT) -> dict:
+    """Reductions by name, each through these numbers of experts."""
+    ladder = partial(_ladder, kept)
     annealed = {"pool": pool(), "anneal": tune(ANNEALING, bias_from=6.0)}
     found = {
         "pool": annealed | ladder("reap_total"),
@@ -60,7 +63,8 @@ def variants() -> dict:
     taught = {"components": f"{gains},experts", "teacher_weight": 0.5}
     found["pool_gains_experts_taught"] = canonical | ladder("reap_total", **taught)
     for name in ("layers_experts_taught", "pool_experts_taught"):
-        found[f"{name}_long"] = longer(found[name])
+        if LONG_AT in kept:
+            found[f"{name}_long"] = longer(found[name])
     return found
 
 
@@ -107,10 +111,10 @@ def tune(steps: int, **changes) -> dict:
     return defaults.stage("tune", steps=steps, **(rates | changes))
 
 
-def ladder(criterion: str, recover: bool = True, **changes) -> dict:
+def _ladder(kept: tuple[int, ...], criterion: str, recover: bool = True, **changes) -> dict:
     """Pruned to each number in turn, recovering in between."""
     stages = {}
-    for keep in KEPT:
+    for keep in kept:
         stages[f"prune_{keep}"] = defaults.stage("prune", keep=float(keep), criterion=criterion)
         if recover:
             stages[f"recover_{keep}"] = tune(STEPS, **changes)

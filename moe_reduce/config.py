@@ -16,7 +16,7 @@ from moe_reduce.errors import UserError
 
 T = TypeVar("T")
 REQUIRED_INT = 0  # the default of sizes that have no sensible default; validation refuses it by name
-DISPATCH_BY_PLATFORM = {"cpu": "blocks", "gpu": "ragged", "tpu": "ragged"}
+DISPATCH_BY_PLATFORM = {"cpu": "blocks", "gpu": "grouped", "tpu": "ragged"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ExecutionConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["xla", "cudnn"] = "xla"
     products: Literal["auto", "plain", "transposed"] = "auto"  # auto: transposed for bf16 on CPU (models/products.py)
-    dispatch: Literal["auto", "blocks", "ragged", "capacity", "reference"] = "auto"  # auto: by platform
+    dispatch: Literal["auto", "blocks", "ragged", "grouped", "capacity", "reference"] = "auto"  # auto: by platform
     exchange: Literal["auto", "gather", "all_to_all"] = "auto"  # over mesh.expert (models/exchange.py); auto: less sent
     capacity_factor: float = 2.0  # of the capacity dispatch only: rows per expert / mean rows per expert
     block_rows: int = 64  # at most, of the blocks dispatch only

@@ -10,7 +10,7 @@ import pytest
 from moe_reduce.config import ExecutionConfig, MoEConfig
 from moe_reduce.models import blocks
 from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool, sort_by_expert
-from moe_reduce.models.routing import route
+from moe_reduce.models.routing import route, top_experts
 
 S, D, F, E, A = 96, 16, 24, 5, 2
 EXECUTION = ExecutionConfig(block_rows=4, capacity_factor=float(E))
@@ -35,7 +35,7 @@ def _chosen(kind):
 
 
 @pytest.mark.parametrize("kind", ["random", "one_expert_takes_all", "some_elsewhere"])
-@pytest.mark.parametrize("name", ["blocks", "ragged", "capacity"])
+@pytest.mark.parametrize("name", ["blocks", "ragged", "grouped", "capacity"])
 def test_equals_reference(name, kind):
     x_SD = jax.random.normal(jax.random.key(1), (S, D))
     weights_SA = jax.nn.softmax(jax.random.normal(jax.random.key(2), (S, A)))
@@ -62,7 +62,7 @@ def test_equals_reference(name, kind):
         np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["blocks", "ragged", "capacity", "reference"])
+@pytest.mark.parametrize("name", ["blocks", "ragged", "grouped", "capacity", "reference"])
 def test_frozen_experts_leave_the_other_gradients_as_they_are(name):
     x_SD = jax.random.normal(jax.random.key(1), (S, D))
     weights_SA = jax.nn.softmax(jax.random.normal(jax.random.key(2), (S, A)))
@@ -200,3 +200,17 @@ def test_bias_chooses_but_does_not_weigh(score_function):
     np.testing.assert_allclose(biased.weights_SA[:, 0], score, rtol=1e-5)
     assert not jnp.array_equal(free.experts_SA, biased.experts_SA)
     assert jnp.all(jax.grad(lambda b: jnp.sum(route(logits, b, moe).weights_SA))(bias) == 0)
+
+
+@pytest.mark.parametrize(("experts", "active"), [(512, 8), (1208, 8), (6144, 8), (515, 4), (512, 64)])
+def test_top_of_many_experts_are_those_of_top_k(experts, active):
+    ranking_SE = jax.random.normal(jax.random.key(0), (40, experts))
+    found = jax.jit(top_experts, static_argnums=1)(ranking_SE, active)
+    np.testing.assert_array_equal(found, jax.lax.top_k(ranking_SE, active)[1])
+
+
+@pytest.mark.parametrize("experts", [64, 65])
+def test_assignments_are_counted_for_few_experts_and_for_many(experts):
+    routing = route(jax.random.normal(jax.random.key(0), (S, experts)), None, _moe(experts=experts))
+    counts = np.bincount(np.asarray(routing.experts_SA).reshape(-1), minlength=experts)
+    np.testing.assert_array_equal(routing.counts_E, counts)

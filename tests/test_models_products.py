@@ -48,6 +48,17 @@ def test_logits_in_bf16_for_a_table_that_lies_either_way(turned):
     np.testing.assert_allclose(dx_SD.astype("float32"), dlogits @ table, rtol=2e-2, atol=0.2)
 
 
+def test_three_passes_in_bf16_are_as_true_as_fp32():
+    x_SI, matrix_IO, dy_SO = _normal(0, 64, 256, dtype="bfloat16"), _normal(1, 256, 32), _normal(2, 64, 32)
+    y_SO, vjp = jax.jit(lambda *a: jax.vjp(products.exact, *a))(x_SI, matrix_IO)
+    dx_SI, dmatrix_IO = vjp(dy_SO)
+    x, dy = np.asarray(x_SI, np.float64), np.asarray(dy_SO.astype("bfloat16"), np.float64)
+    matrix = np.asarray(matrix_IO, np.float64)
+    assert np.max(np.abs(y_SO - x @ matrix)) < 2e-6 * np.max(np.abs(y_SO))
+    np.testing.assert_allclose(dx_SI.astype("float32"), dy @ matrix.T, rtol=2e-2, atol=0.1)
+    np.testing.assert_allclose(dmatrix_IO, x.T @ dy, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
 def test_attention_and_its_gradient_are_the_softmax_formula(heads, groups):
     batch, time, width = 2, 9, 6
@@ -67,7 +78,7 @@ def test_attention_and_its_gradient_are_the_softmax_formula(heads, groups):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
 
 
-@pytest.mark.parametrize("dispatch", ["blocks", "ragged"])
+@pytest.mark.parametrize("dispatch", ["blocks", "ragged", "grouped"])
 def test_a_bf16_pool_adds_up_its_gradient_in_fp32(dispatch):
     """Each of many calls adds less than bf16 could resolve beside the total."""
     execution = ExecutionConfig(dispatch=dispatch, products="transposed", compute_dtype="bfloat16", block_rows=4)

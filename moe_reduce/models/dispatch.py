@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_reduce.config import ExecutionConfig
-from moe_reduce.models import blocks, deltas, products
+from moe_reduce.models import blocks, deltas, grouped, products
 
 Changes = dict[str, deltas.Delta]  # of an adapter, by `gate`, `up` and `down` (see models/deltas.py)
 
@@ -99,7 +99,9 @@ def sort_by_expert(experts_SA: jax.Array, experts: int) -> Order:
     positions_M = jnp.arange(flat_M.size, dtype=jnp.int32)
     rank_M = jnp.zeros_like(order_M).at[order_M].set(positions_M, unique_indices=True)
     # counts from the sorted ids: a search is cheaper than a scatter when there are thousands of experts
-    bounds = jnp.searchsorted(flat_M[order_M], jnp.arange(experts + 1, dtype=flat_M.dtype)).astype(jnp.int32)
+    bounds = jnp.searchsorted(
+        flat_M[order_M], jnp.arange(experts + 1, dtype=flat_M.dtype), method="scan_unrolled"
+    ).astype(jnp.int32)
     return Order(order_M, rank_M.reshape(experts_SA.shape), jnp.diff(bounds))
 
 
@@ -194,14 +196,37 @@ def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: Executi
     experts, pool = borrow(pool, execution)
     order = sort_by_expert(experts_SA, experts.gate_EDF.shape[0])
     x_MD = gather_rows(x_SD, order)
-    # rows of experts elsewhere lie past the groups, where a kernel may leave anything
-    here_M1 = (jnp.arange(x_MD.shape[0]) < jnp.sum(order.counts_E))[:, None]
 
-    def grouped(rows_MI, matrices_EIO):
+    def product(rows_MI, matrices_EIO):
         y_MO = jax.lax.ragged_dot(rows_MI, matrices_EIO.astype(rows_MI.dtype), order.counts_E)
-        return jnp.where(here_M1, checkpoint_name(y_MO, products.KEPT), 0)
+        return _of_experts_here(checkpoint_name(y_MO, products.KEPT), order)
 
-    return combined(_swiglu(x_MD, pool, experts, grouped), weights_SA, order, pool)
+    return combined(_swiglu(x_MD, pool, experts, product), weights_SA, order, pool)
+
+
+def _of_experts_here(y_MO: jax.Array, order: Order) -> jax.Array:
+    """Rows of experts elsewhere lie past the groups, where a kernel may leave anything: they become 0."""
+    return jnp.where((jnp.arange(y_MO.shape[0]) < jnp.sum(order.counts_E))[:, None], y_MO, 0)
+
+
+def dispatch_grouped(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
+    """Exact and dropless: kernels over the sorted rows (see models/grouped.py). An adapter's changes are not fused."""
+    order = sort_by_expert(experts_SA, pool.computed.gate_EDF.shape[0])
+    groups, interpret = grouped.groups_of(order.counts_E, experts_SA.size), execution.platform != "gpu"
+    if not pool.changes:
+        masters = tuple(pool.masters) if execution.expert_gradients else ()
+        token_M = order.order_M // experts_SA.shape[1]
+        results: Any = grouped.swiglu(x_SD, token_M, order.rank_SA, groups, tuple(pool.computed), masters, interpret)
+        y_MD, masters = results
+        pool = pool._replace(masters=Experts(*masters)) if masters else pool
+        return combined(_of_experts_here(y_MD, order), weights_SA, order, pool)
+    experts, pool = borrow(pool, execution)
+
+    def product(rows_MI, matrices_EIO):
+        y_MO: Any = grouped.product(rows_MI, matrices_EIO.astype(rows_MI.dtype), groups, interpret)
+        return _of_experts_here(checkpoint_name(y_MO, products.KEPT), order)
+
+    return combined(_swiglu(gather_rows(x_SD, order), pool, experts, product), weights_SA, order, pool)
 
 
 def _each_expert(rows_EXI: jax.Array, matrices_EIO: jax.Array) -> jax.Array:
@@ -242,6 +267,7 @@ def dispatch_reference(x_SD, experts_SA, weights_SA, pool: Pool, execution: Exec
 DISPATCHES: dict[str, Dispatch] = {
     "blocks": dispatch_blocks,
     "ragged": dispatch_ragged,
+    "grouped": dispatch_grouped,
     "capacity": dispatch_capacity,
     "reference": dispatch_reference,
 }

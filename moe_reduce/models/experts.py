@@ -61,7 +61,7 @@ def mixture_of_experts(x_BTD, pool: Pool, router_DE, bias_E, offset, moe: MoECon
     """
     batch, time, width = x_BTD.shape
     x_SD = x_BTD.reshape(batch * time, width)
-    routing = route(router_logits(x_SD, router_DE, offset), bias_E, moe)
+    routing = route(router_logits(x_SD, router_DE, offset, execution.products), bias_E, moe)
     chosen_BTA = routing.experts_SA.reshape(batch, time, moe.active)
     weights_BTA = routing.weights_SA.reshape(batch, time, moe.active)
     y_BTD, pool, dropped, norm_BTA, maximum_BTA = apply_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution)

@@ -82,6 +82,34 @@ def _logits_backward(form, saved, dlogits_SV):
 logits.defvjp(_logits_forward, _logits_backward)
 
 
+@jax.custom_vjp
+def exact(x_SI: jax.Array, matrix_IO: jax.Array) -> jax.Array:
+    """x in bf16 · a matrix in fp32 as true as with fp32 products, [S, O] in fp32, in three passes of the matrix units.
+
+    An fp32 number is the sum of three in bf16, and a product of two in bf16 is exact. As one product, so that the sums
+    are not written in between. Its gradient is that of `product`.
+    """
+    parts, rest = [], matrix_IO.astype(jnp.float32)
+    for _ in range(3):
+        # not a cast there and back, which XLA may leave out
+        part = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        rest = rest - part
+    smallest_first = jnp.concatenate(parts[::-1])
+    return dot(jnp.concatenate([x_SI] * 3, axis=1), smallest_first, 1, 0, "plain")
+
+
+def _exact_forward(x_SI, matrix_IO):
+    return exact(x_SI, matrix_IO), (x_SI, matrix_IO)
+
+
+def _exact_backward(saved, dy_SO):
+    return _product_backward("plain", saved, dy_SO.astype(jnp.bfloat16))
+
+
+exact.defvjp(_exact_forward, _exact_backward)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attention(q_BGQC, k_BGSC, v_BGSC, allowed_B1QS, form: str = "plain") -> jax.Array:
     """softmax(q·kᵀ/√C over the allowed)·v for G groups, [B, G, Q, C]; scores and softmax in fp32.

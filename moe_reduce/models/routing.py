@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from moe_reduce.config import MoEConfig
+from moe_reduce.models import products
+
+MANY = 512  # experts, from which on ranking them by groups is faster
 
 
 class Routing(NamedTuple):
@@ -18,13 +21,17 @@ class Routing(NamedTuple):
     z: jax.Array  # mean squared logsumexp of the logits (ST-MoE, arXiv:2202.08906)
 
 
-def router_logits(x_SD: jax.Array, router_DE: jax.Array, offset: jax.Array | None) -> jax.Array:
+def router_logits(x_SD: jax.Array, router_DE: jax.Array, offset: jax.Array | None, form: str = "plain") -> jax.Array:
     """Logits [S, E], less the layer's offset (a scalar).
 
-    In true fp32, not the bf16 passes that are a TPU's default: else experts tie and swap.
+    In true fp32, not the passes in bf16 or tf32 that are a default: else experts tie and swap. Of inputs in bf16 three
+    such passes are as true (models/products.py), except on a CPU, form=transposed, where fp32 is faster.
     """
-    x_SD, router_DE = x_SD.astype(jnp.float32), router_DE.astype(jnp.float32)
-    logits_SE = jnp.matmul(x_SD, router_DE, precision=jax.lax.Precision.HIGHEST)
+    if x_SD.dtype == jnp.bfloat16 and form == "plain":
+        logits_SE: jax.Array = products.exact(x_SD, router_DE)
+    else:
+        x_SD, router_DE = x_SD.astype(jnp.float32), router_DE.astype(jnp.float32)
+        logits_SE = jnp.matmul(x_SD, router_DE, precision=jax.lax.Precision.HIGHEST)
     return logits_SE if offset is None else logits_SE - offset
 
 
@@ -37,7 +44,7 @@ def route(logits_SE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> 
     ranking_SE = (
         logits_SE if bias_E is None else logits_SE + jax.lax.stop_gradient(bias_E)[None, :].astype(logits_SE.dtype)
     )
-    _, experts_SA = jax.lax.top_k(jax.lax.stop_gradient(ranking_SE), config.active)
+    experts_SA = top_experts(jax.lax.stop_gradient(ranking_SE), config.active)
     # with thousands of experts each pass over [S, E] costs as much as top_k, so scores are formed for the chosen only
     largest_S1 = jax.lax.stop_gradient(jnp.max(logits_SE, axis=1, keepdims=True))
     shifted_SE = logits_SE - largest_S1
@@ -53,7 +60,32 @@ def route(logits_SE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> 
     return Routing(
         experts_SA=experts_SA,
         weights_SA=weights_SA,
-        counts_E=jnp.zeros(config.experts).at[experts_SA.reshape(-1)].add(1.0),
+        counts_E=_counts(experts_SA, config.experts),
         probability_E=jnp.mean(probability_SE, axis=0),
         z=jnp.mean(jnp.square(largest_S1 + total_S1)),
     )
+
+
+def top_experts(ranking_SE: jax.Array, active: int) -> jax.Array:
+    """[S, A] int32: the highest of each row, highest first, as jax.lax.top_k gives them where no two are equal.
+
+    Of thousands, only those in the A groups with the highest maxima are ranked, which hold all that can be chosen:
+    a third of the time on a CPU, less on a GPU.
+    """
+    tokens, experts = ranking_SE.shape
+    group = next((size for size in (32, 16, 8) if experts % size == 0), experts)
+    if experts < MANY or experts // group < active:
+        return jax.lax.top_k(ranking_SE, active)[1]
+    ranking_SGE = ranking_SE.reshape(tokens, -1, group)
+    groups_SA = jnp.sort(jax.lax.top_k(jnp.max(ranking_SGE, axis=2), active)[1], axis=1)
+    candidates = jnp.take_along_axis(ranking_SGE, groups_SA[:, :, None], axis=1).reshape(tokens, -1)
+    _, places_SA = jax.lax.top_k(candidates, active)
+    return jnp.take_along_axis(groups_SA, places_SA // group, axis=1) * group + places_SA % group
+
+
+def _counts(experts_SA: jax.Array, experts: int) -> jax.Array:
+    """Of assignments by expert. Few experts by comparisons: additions onto few places wait for each other on a GPU."""
+    if experts > 64:
+        return jnp.zeros(experts).at[experts_SA.reshape(-1)].add(1.0)
+    numbers_E = jnp.arange(experts, dtype=experts_SA.dtype)
+    return jnp.sum((experts_SA[:, :, None] == numbers_E[None, None, :]).astype(jnp.float32), axis=(0, 1))

@@ -98,7 +98,9 @@ def _attend(config: ModelConfig, execution: ExecutionConfig, half, router_DE, bi
     applied: Any = AttentionHalf(config, execution).apply({"params": half}, x_BTD, positions_BT)
     x_BTD, normed_BTD = applied
     assert config.moe is not None
-    routing = route(router_logits(normed_BTD.reshape(-1, width), router_DE, offset), bias_E, config.moe)
+    routing = route(
+        router_logits(normed_BTD.reshape(-1, width), router_DE, offset, execution.products), bias_E, config.moe
+    )
     shape = (batch, time, config.moe.active)
     return x_BTD, normed_BTD, routing.experts_SA.reshape(shape), routing.weights_SA.reshape(shape)
 

@@ -1,0 +1,41 @@
+"""configs/medium_qwen3_moe.py as one pool, pruned step by step to a fifth of its experts, beside per-layer pruning.
+
+What configs/reduce_small.py asks, at eight times the parameters and with twice the experts, on one GPU.
+Cost: two to four minutes a variant on an H100, several side by side. Expected: docs/reduction.md.
+Command: ./launch/reduce_medium.sh
+"""
+
+import ml_collections
+
+from configs import medium_qwen3_moe, reduce_small
+from moe_reduce import config as defaults
+
+KEPT = (384, 256, 152, 104)  # 75, 50, 30, 20 % of 512; fewer than 64 would leave a layer without its 8 active
+RATES = {"learning_rate": 3e-3, "final_learning_rate": 3e-4}
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The pool, what it is compared with, and two recoveries."""
+    base = medium_qwen3_moe.get_config()
+    config = reduce_small.get_config()
+    config.model = "runs/medium_qwen3_moe/model"
+    for section in ("data", "train", "execution"):
+        config[section] = base[section]
+    config.execution.scan_unroll = 1  # a program for each number of experts: compiling is most of the time
+    config.train.update(evaluate_every=200, checkpoint_every=1000)
+    config.variants = ml_collections.ConfigDict(
+        {name: defaults.in_order(stages) for name, stages in variants().items()}
+    )
+    return config
+
+
+def variants() -> dict:
+    """Those of configs/reduce_small.py that name the criteria, and its recoveries of norms and of experts."""
+    chosen = ("layers_reap", "layers_frequency", "layers_random", "pool")
+    names = [f"{name}_no_recovery" for name in chosen]
+    names += [f"{scope}{rung}" for rung in ("_norms", "_experts") for scope in ("layers", "pool")]
+    known = reduce_small.variants(KEPT)
+    return {
+        name: {key: stage | (RATES if stage["kind"] == "tune" else {}) for key, stage in known[name].items()}
+        for name in names
+    }
