@@ -2,8 +2,8 @@
 
 Everything is stated against a bf16 matmul measured in the same run. Training steps are those of the configurations, at
 METHODS' batch for each of 32 devices (16 sequences of 1,024 tokens), with the loop's own program and its layers
-unrolled. All programs are compiled first, side by side. A step that does not fit is a row that says so; anything else
-that fails is an error, and that no step fits. Needs jax for the device, flax, optax and ml-collections, nothing else.
+unrolled. A step that does not fit is a row that says so; anything else that fails is an error, and that no step fits.
+Needs jax for the device, flax, optax and ml-collections, nothing else.
 
 Command: ./launch/gpu_bench.sh    (writes docs/results/gpu/summary.json; --tiny checks the script on a CPU)
 """
@@ -41,6 +41,7 @@ COLUMNS = ["what", "shape", "measured", "of the matmul peak", "aim"]
 CONFIGS = {"dense 137.8M": "dense_llama_125m.py", "shared MoE 49.6M": "shared_moe_50m.py"}
 AIMS = {"dense 137.8M": "≥ 50 %", "shared MoE 49.6M": "≥ 35 %"}
 PRECISIONS = {"logits": "largest difference, of the largest logit", "gradients": "norm of the difference, of the norm"}
+STEP = {"remat": "none", "scan_unroll": 12}  # fastest where memory allows
 SLOW = "reference"  # every expert on every token
 
 
@@ -119,7 +120,7 @@ def read(file: str, tiny: bool, **execution: Any) -> RunConfig:
     """A configuration for this platform."""
     small = ["--config.model.layers=2", "--config.model.vocab_size=512"] if tiny else []
     (run,) = config_file.read(str(ROOT / "configs" / file), small).values()
-    wanted = dataclasses.replace(run.execution, platform="auto", scan_unroll=run.model.layers, **execution)
+    wanted = dataclasses.replace(run.execution, platform="auto", **execution)
     return dataclasses.replace(run, execution=wanted.resolve(jax.default_backend()))
 
 
@@ -158,7 +159,7 @@ class Training:
         return {"tokens_per_second": self.tokens / seconds, "flops": self.flops / seconds}
 
 
-def expert_layer(layer: Layer, name: str) -> dict[str, Run]:
+def expert_layer(layer: Layer, name: str, gradients: bool = True) -> dict[str, Run]:
     """The expert layer in bf16 under one dispatch, forward and with gradients; tokens choose evenly at random."""
     experts, width, hidden = layer.experts, layer.width, layer.hidden
     keys = jax.random.split(jax.random.key(0), 5)
@@ -168,17 +169,20 @@ def expert_layer(layer: Layer, name: str) -> dict[str, Run]:
     weights_SA, chosen_SA = jax.lax.top_k(jax.random.uniform(keys[4], (layer.tokens, experts)), layer.active)
     execution = read(CONFIGS["shared MoE 49.6M"], tiny=False, dispatch=name, compute_dtype="bfloat16").execution
 
-    def apply(x_SD: jax.Array, matrices: dispatch.Experts, chosen_SA: jax.Array, weights_SA: jax.Array) -> jax.Array:
-        pool = dispatch.Pool.of(matrices, jnp.dtype("bfloat16"))
+    def apply(x_SD: jax.Array, masters: dispatch.Experts, weights_SA: jax.Array, computed, chosen_SA) -> jax.Array:
+        pool = dispatch.Pool(computed, masters)
         return dispatch.DISPATCHES[name](x_SD, chosen_SA, weights_SA, pool, execution).y_SD
 
-    def both(x_SD: jax.Array, matrices: dispatch.Experts, chosen_SA: jax.Array, weights_SA: jax.Array) -> Any:
-        return with_gradient(lambda x, matrices, weights: apply(x, matrices, chosen_SA, weights))(
-            x_SD, matrices, weights_SA
-        )
+    def both(x_SD, masters, weights_SA, computed, chosen_SA) -> Any:
+        given = with_gradient(partial(apply, computed=computed, chosen_SA=chosen_SA))
+        return given(x_SD, masters, weights_SA)
 
-    arguments = (x_SD, dispatch.Experts(*drawn), chosen_SA.astype(jnp.int32), weights_SA)
-    return {"forward": compiled(apply, *arguments), "forward and backward": compiled(both, *arguments)}
+    # a step casts a pool once, for all layers
+    masters = dispatch.Experts(*drawn)
+    computed = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), masters)
+    arguments = (x_SD, masters, weights_SA, computed, chosen_SA.astype(jnp.int32))
+    programs = {"forward": compiled(apply, *arguments)}
+    return programs | ({"forward and backward": compiled(both, *arguments)} if gradients else {})
 
 
 def attention(run: RunConfig, way: str, rows: int, length: int) -> dict[str, Run]:
@@ -246,117 +250,177 @@ def decoding(run: RunConfig, tokens: int) -> Run:
     return write
 
 
-def measure(tiny: bool, repeats: int) -> dict[str, Any]:
-    """Everything, as rows of a table and as numbers."""
-    rows, length, size, text = (2, 64, 256, 8) if tiny else (16, 1024, 8192, 128)
-    layers = dict.fromkeys(LAYERS, TINY) if tiny else LAYERS
-    pool, narrow = (TINY, TINY) if tiny else (POOL, NARROW_POOL)
-    ways = {"xla": ("none",), "cudnn": ("none", "dots")} if jax.default_backend() == "gpu" else {"xla": ("none",)}
-    best = list(ways)[-1]
-    usual = read(CONFIGS["shared MoE 49.6M"], tiny).execution.dispatch
-    dispatches = [name for name in dispatch.DISPATCHES if name != SLOW]
+class Bench:
+    """The parts, in turn: each compiles its programs side by side and then measures them, one by one.
 
-    builds: dict[tuple[str, ...], Callable[[], Any]] = {("matmul",): partial(matmul, size)}
-    for name, file in CONFIGS.items():
-        for way, kept in ways.items():
-            for remat in kept:
-                run = read(file, tiny, attention=way, remat=remat)
-                builds["training", name, way, remat] = partial(if_it_fits, Training, run, rows, length)
-            run = read(file, tiny)
-            builds["precision", name, way] = partial(precision, run, way, 64 if tiny else 512)
-        builds["decoding", name] = partial(decoding, read(file, tiny), text)
-    for shape, layer in layers.items():
-        for name in dispatches if shape == next(iter(layers)) else [usual]:
-            builds["layer", shape, name] = partial(expert_layer, layer, name)
-    for way in ways:
-        builds["attention", way] = partial(attention, read(CONFIGS["dense 137.8M"], tiny), way, rows, length)
-    builds["routing", "wide"] = partial(routing, pool)
-    builds["routing", "narrow"] = partial(routing, narrow)
-    builds["layer", "narrow", usual] = partial(expert_layer, narrow, usual)
-    failed: list[str] = []
+    `result` holds what is known so far; what failed is a line of it, and the other parts go on.
+    """
 
-    def attempt(what: Any, function: Callable[[], T]) -> T | None:
-        """What one part gives, or None and a line for the end: the others are still worth having."""
+    def __init__(self, tiny: bool, repeats: int):
+        self.tiny, self.repeats = tiny, repeats
+        self.rows, self.length = (2, 64) if tiny else (16, 1024)
+        self.ways = ("cudnn", "xla") if jax.default_backend() == "gpu" else ("xla",)
+        self.usual = read(CONFIGS["shared MoE 49.6M"], tiny).execution.dispatch
+        self.result: dict[str, Any] = {"rows": [], "failed": []}
+        self.peak = float("nan")
+
+    def attempt(self, what: str, function: Callable[[], T]) -> T | None:
+        """What one part gives, or None and a line on what went wrong."""
         try:
             return function()
         except Exception as error:
-            failed.append(f"{what}: {type(error).__name__}: {error}")
-            print(failed[-1], file=sys.stderr, flush=True)
+            line = f"{what}: {type(error).__name__}: {error}"
+            self.result["failed"].append(line)
+            print(line, file=sys.stderr, flush=True)
             return None
 
-    with ThreadPoolExecutor() as threads:
-        futures = {key: threads.submit(attempt, key, build) for key, build in builds.items()}
-        built = {key: future.result() for key, future in futures.items()}
-    of_kind = {kind: {} for kind, *_ in built}
-    for (kind, *rest), one in built.items():
-        of_kind[kind][tuple(rest)] = one
+    def built(self, builds: dict[Any, Callable[[], T]]) -> dict[Any, T]:
+        """What each build gives, without those that failed."""
+        with ThreadPoolExecutor() as threads:
+            futures = {key: threads.submit(self.attempt, str(key), build) for key, build in builds.items()}
+            made = {key: future.result() for key, future in futures.items()}
+        return {key: one for key, one in made.items() if one is not None}
 
-    table: list[list[str]] = []
+    def measured(self, builds: dict[Any, Callable[[], dict[str, Run]]]) -> dict[Any, dict[str, float]]:
+        """Seconds of the programs that each build gives by name."""
+        return {
+            key: {part: seconds_of(run, self.repeats) for part, run in runs.items()}
+            for key, runs in self.built(builds).items()
+        }
 
-    def row(*cells: str) -> None:
-        table.append(list(cells))
-        print(*cells, sep="  ", file=sys.stderr, flush=True)  # a run that breaks off has shown something
+    def row(self, *cells: str) -> None:
+        """One more, shown at once."""
+        self.result["rows"].append(list(cells))
+        print(*cells, sep="  ", file=sys.stderr, flush=True)
 
-    def seconds(run: Run | None) -> float:
-        return float("nan") if run is None else attempt(run, partial(seconds_of, run, repeats)) or float("nan")
+    def rate(self, what: str, shape: str, flops: float, aim: str = "") -> float:
+        """A row of FLOP/s."""
+        self.row(what, shape, f"{flops / 1e12:.2f} TFLOP/s", f"{flops / self.peak:.1%}", aim)
+        return flops
 
-    peak = 20 * size**3 / seconds(built["matmul",])
+    def matmul(self) -> None:
+        """The peak that all else is stated against."""
+        size = 256 if self.tiny else 8192
+        self.peak = self.result["matmul_peak"] = 20 * size**3 / seconds_of(matmul(size), self.repeats)
+        self.rate("matmul", f"{size}²", self.peak)
 
-    def add(what: str, shape: str, flops: float, aim: str = "") -> None:
-        row(what, shape, f"{flops / 1e12:.2f} TFLOP/s", f"{flops / peak:.1%}", aim)
+    def training(self) -> None:
+        """Steps of both models under each attention."""
+        wanted = [(name, way) for name in CONFIGS for way in self.ways]
+        builds = {
+            (name, way): partial(
+                if_it_fits,
+                Training,
+                read(CONFIGS[name], self.tiny, **(STEP | {"attention": way})),
+                self.rows,
+                self.length,
+            )
+            for name, way in wanted
+        }
+        programs = self.built(builds)
+        self.result["training"] = {}
+        for name, way in wanted:
+            what, shape = f"training step, {name}, {way} attention", f"{self.rows} × {self.length} tokens"
+            program = programs.get((name, way))
+            one = None if program is None else self.attempt(what, partial(if_it_fits, program.measure, self.repeats))
+            if one is None:
+                self.row(what, shape, "does not fit or fails", "", AIMS[name])
+            else:
+                self.result["training"][what] = one
+                self.rate(what, shape, one["flops"], AIMS[name] if way == self.ways[0] else "")
+        if not self.result["training"]:
+            self.result["failed"].append("no training step fits this device")
 
-    add("matmul", f"{size}²", peak)
-    found: dict[str, Any] = {"matmul_peak": peak, "training": {}, "layer": {}, "attention": {}, "decoding": {}}
-    for (name, way, remat), program in of_kind["training"].items():
-        what, shape = f"training step, {name}, {way} attention, remat={remat}", f"{rows} × {length} tokens"
-        one = None if program is None else attempt(what, partial(if_it_fits, program.measure, repeats))
-        if one is None:
-            row(what, shape, "does not fit", "", AIMS[name])
-        else:
-            found["training"][what] = one
-            add(what, shape, one["flops"], AIMS[name] if way == best else "")
-    for (shape, name), parts in of_kind["layer"].items():
-        for part, run in (parts or {}).items() if shape in layers else ():
-            flops = layers[shape].flops() * (1 if part == "forward" else 3) / seconds(run)
-            found["layer"][f"{shape}, {name}, {part}"] = flops
-            add(f"expert layer, {name}, {part}", str(layers[shape]), flops, "≥ 60 %" if name == usual else "")
-    model = read(CONFIGS["dense 137.8M"], tiny).model
-    causal = 2.0 * rows * length**2 * model.query_heads * model.head_width
-    for (way,), parts in of_kind["attention"].items():
-        for part, run in (parts or {}).items():
-            flops = found["attention"][f"{way}, {part}"] = causal * (1 if part == "forward" else 3) / seconds(run)
-            add(f"attention, {way}, {part}", f"{rows} × {length} tokens, 12 heads of 64", flops)
-    wide_seconds, narrow_seconds = (seconds(of_kind["routing"][which,]) for which in ("wide", "narrow"))
-    experts_seconds = seconds((of_kind["layer"]["narrow", usual] or {}).get("forward"))
-    found["routing"] = {
-        "wide_seconds": wide_seconds, "of_flops_at_peak": wide_seconds * peak / pool.flops(),
-        "narrow_seconds": narrow_seconds, "of_measured": narrow_seconds / experts_seconds,
-    }  # fmt: skip
-    share = f"{found['routing']['of_measured']:.0%} of the experts"
-    row("routing", str(narrow), f"{narrow_seconds * 1e3:.2f} ms", share, "≤ 25 %")
-    share = f"{found['routing']['of_flops_at_peak']:.0%} of the experts' FLOPs at the peak"
-    row("routing", str(pool), f"{wide_seconds * 1e3:.2f} ms", share, "")
-    found["precision"] = {", ".join(key): one for key, one in of_kind["precision"].items() if one is not None}
-    for key, one in found["precision"].items():
-        for what, difference in one.items():
-            row(f"bf16 beside fp32, {key}", PRECISIONS[what], f"{difference:.1e}", "", "")
-    for (name,), write in of_kind["decoding"].items():
-        rate = found["decoding"][name] = text / seconds(write)
-        row(f"decoding, {name}", "one text, greedy", f"{rate:.0f} tokens/s", "", "")
-    if not found["training"]:
-        failed.append("no training step fits this device")
-    return found | {"rows": table, "failed": failed}
+    def layers(self) -> None:
+        """The expert layer of the shared mixture under each dispatch, and Qwen3's under the usual one."""
+        shapes = dict.fromkeys(LAYERS, TINY) if self.tiny else LAYERS
+        first = next(iter(shapes))
+        builds = {
+            (shape, name): partial(expert_layer, layer, name)
+            for shape, layer in shapes.items()
+            for name in ([name for name in dispatch.DISPATCHES if name != SLOW] if shape == first else [self.usual])
+        }
+        self.result["layer"] = {}
+        for (shape, name), parts in self.measured(builds).items():
+            for part, seconds in parts.items():
+                flops = shapes[shape].flops() * (1 if part == "forward" else 3) / seconds
+                aim = "≥ 60 %" if name == self.usual else ""
+                self.result["layer"][f"{shape}, {name}, {part}"] = flops
+                self.rate(f"expert layer, {name}, {part}", str(shapes[shape]), flops, aim)
+
+    def attention(self) -> None:
+        """One layer's, of the half of the products that is causal."""
+        run = read(CONFIGS["dense 137.8M"], self.tiny)
+        flops = 2.0 * self.rows * self.length**2 * run.model.query_heads * run.model.head_width
+        builds = {way: partial(attention, run, way, self.rows, self.length) for way in self.ways}
+        shape = f"{self.rows} × {self.length} tokens, 12 heads of 64"
+        self.result["attention"] = {
+            f"{way}, {part}": self.rate(
+                f"attention, {way}, {part}", shape, flops * (1 if part == "forward" else 3) / seconds
+            )
+            for way, parts in self.measured(builds).items()
+            for part, seconds in parts.items()
+        }
+
+    def routing(self) -> None:
+        """Over thousands of experts, beside their time at a width at which they fit, and beside their FLOPs."""
+        wide, narrow = (TINY, TINY) if self.tiny else (POOL, NARROW_POOL)
+        found = self.measured(
+            {
+                "wide": lambda: {"routing": routing(wide)},
+                "narrow": lambda: {"routing": routing(narrow)},
+                "experts": partial(expert_layer, narrow, self.usual, gradients=False),
+            }
+        )
+        seconds, at = found["narrow"]["routing"], found["wide"]["routing"]
+        beside = {"measured": seconds / found["experts"]["forward"], "flops_at_peak": at * self.peak / wide.flops()}
+        self.result["routing"] = {"seconds": seconds, "wide_seconds": at} | beside
+        self.row(
+            "routing", str(narrow), f"{seconds * 1e3:.2f} ms", f"{beside['measured']:.0%} of the experts", "≤ 25 %"
+        )
+        share = f"{beside['flops_at_peak']:.0%} of the experts' FLOPs at the peak"
+        self.row("routing", str(wide), f"{at * 1e3:.2f} ms", share, "")
+
+    def precision(self) -> None:
+        """bf16 beside fp32."""
+        builds = {
+            f"{name}, {way}": partial(precision, read(file, self.tiny), way, 64 if self.tiny else 512)
+            for name, file in CONFIGS.items()
+            for way in self.ways
+        }
+        self.result["precision"] = self.built(builds)
+        for key, one in self.result["precision"].items():
+            for what, difference in one.items():
+                self.row(f"bf16 beside fp32, {key}", PRECISIONS[what], f"{difference:.1e}", "", "")
+
+    def decoding(self) -> None:
+        """One text at a time."""
+        tokens = 8 if self.tiny else 128
+        self.result["decoding"] = {}
+        for name, write in self.built(
+            {name: partial(decoding, read(file, self.tiny), tokens) for name, file in CONFIGS.items()}
+        ).items():
+            rate = self.result["decoding"][name] = tokens / seconds_of(write, 2)
+            self.row(f"decoding, {name}", "one text, greedy", f"{rate:.0f} tokens/s", "", "")
+
+
+PARTS = (Bench.matmul, Bench.training, Bench.layers, Bench.routing, Bench.attention, Bench.precision, Bench.decoding)
 
 
 def main() -> None:
-    """Measures, prints and writes the result, which says what failed; if anything did, that is an error."""
+    """Measures, prints and writes the result, also when it is stopped or something failed, which is an error."""
     given = options(__doc__, "gpu", repeats=10)
     device = jax.devices()[0].device_kind
+    bench = Bench(given.tiny, given.repeats)
+    try:
+        for part in PARTS:
+            bench.attempt(part.__name__, partial(part, bench))
+    except KeyboardInterrupt:
+        bench.result["failed"].append("stopped")
     head = {"title": f"One {device}, bf16", "command": "./launch/gpu_bench.sh", "columns": COLUMNS}
-    found = measure(given.tiny, given.repeats)
-    publish(given.out, head | found | {"machine": device, "jax": jax.__version__})
-    if found["failed"]:
-        raise SystemExit("these failed: " + "; ".join(found["failed"]))
+    publish(given.out, head | bench.result | {"machine": device, "jax": jax.__version__})
+    if bench.result["failed"]:
+        raise SystemExit("these failed: " + "; ".join(bench.result["failed"]))
 
 
 if __name__ == "__main__":

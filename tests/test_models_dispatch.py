@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from moe_reduce.config import ExecutionConfig, MoEConfig
-from moe_reduce.models import blocks
+from moe_reduce.models import blocks, grouped
 from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool, sort_by_expert
 from moe_reduce.models.routing import route, top_experts
 
@@ -162,6 +163,28 @@ def test_sort_is_stable_and_inverse():
     np.testing.assert_array_equal(order.order_M, np.argsort(flat, stable=True))
     np.testing.assert_array_equal(np.asarray(order.rank_SA).reshape(-1)[np.asarray(order.order_M)], np.arange(S * A))
     np.testing.assert_array_equal(order.counts_E, np.bincount(flat, minlength=E))
+
+
+def test_kernels_are_compiled_for_a_gpu_that_is_not_here():
+    """As far as Triton's own code, where most of what an interpreter lets pass is refused."""
+    gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    experts = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), tuple(_pool(jax.random.key(0))))
+    x_SD, chosen_SA = jnp.ones((S, D), jnp.bfloat16), _chosen("random")
+    order = sort_by_expert(chosen_SA, E)
+
+    def step(x_SD, masters, experts):
+        groups = grouped.groups_of(order.counts_E, order.order_M.size)
+
+        def layer(x_SD, masters):
+            return grouped.swiglu(x_SD, order.order_M // A, order.rank_SA, groups, experts, masters, False)
+
+        results, vjp = jax.vjp(layer, x_SD, masters)
+        return vjp(results)
+
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
+        traced = jax.jit(step).trace(x_SD, tuple(_pool(jax.random.key(0))), experts)
+        code = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert code.count("triton") >= 6
 
 
 def _moe(**changes):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import sys
 from functools import lru_cache, partial
 from pathlib import Path
@@ -167,7 +168,7 @@ def write_config(directory: Path, data: DataConfig, **changes: Any) -> Path:
 
 def environment(devices: int, cache: Path | None) -> dict[str, str]:
     """Of a process of the command line, which keeps what it compiles in `cache`, if any, for the next."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false"
+    flags = re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])
     kept = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return os.environ | {"XLA_FLAGS": flags} | (kept if cache else {})
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import importlib.metadata
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -99,7 +98,7 @@ def write_reports(
             "adapter": merging.digest(adapter),
             "merged": {name: digest for name, digest in files.items() if name.endswith(".safetensors")},
             "equivalence": manifest.sha256_of_file(directory / EQUIVALENCE),
-            "versions": {name: importlib.metadata.version(name) for name in manifest.PACKAGES},
+            "versions": manifest.versions(),
             "commit": manifest.commit(),
         },
     )

@@ -4,7 +4,6 @@ Projections of SkeMA are made again from seed and method and must have the hash 
 stored. adapter.json names the base by its hash, and each file by its SHA-256; nothing that differs is used.
 """
 
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def save(adapter: Adapter, model: ModelConfig, base: Input, directory: Path) -> 
                 "stored": not remade,
             },
             "files": files,
-            "versions": {name: importlib.metadata.version(name) for name in manifest.PACKAGES},
+            "versions": manifest.versions(),
             "commit": manifest.commit(),
         },
     )

@@ -1,7 +1,8 @@
-"""Moving tokens to their experts and back: four ways to compute the same sum over the chosen experts.
+"""Moving tokens to their experts and back: five ways to compute the same sum over the chosen experts.
 
     blocks     exact and dropless; loops over blocks of sorted rows, so that only routed rows are computed. For CPU.
-    ragged     exact and dropless; jax.lax.ragged_dot over the sorted rows. For TPU (and GPU).
+    grouped    exact and dropless; kernels over the sorted rows, so that only routed rows are computed. For GPU.
+    ragged     exact and dropless; jax.lax.ragged_dot over the sorted rows. For TPU; on GPU XLA computes every expert.
     capacity   a fixed number of rows for each expert; what does not fit is dropped and the share reported.
     reference  every expert on every token. Slow and plain, for tests.
 

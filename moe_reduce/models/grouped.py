@@ -34,8 +34,10 @@ class Tile(NamedTuple):
     stages: int
 
     def of(self, dtype: jnp.dtype) -> "Tile":
-        """For operands of this dtype: as many bytes of shared memory."""
-        return self._replace(inner=max(16, 2 * self.inner // jnp.dtype(dtype).itemsize))
+        """For operands of this dtype: true fp32 has no matrix units, and its sums must fit the registers."""
+        if jnp.dtype(dtype).itemsize <= 2:
+            return self
+        return self._replace(columns=min(self.columns, 64), inner=32)
 
 
 # the fastest of five to eight each, measured on an H100 with the shapes of configs/shared_moe_50m.py

@@ -8,7 +8,6 @@ Read back with jax alone, on CPU, CUDA or TPU, or with onnxruntime alone:
 of token ids int32 [B, T]; the weights are inside, in fp32, as are the logits [B, T, V].
 """
 
-import importlib.metadata
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,8 +84,7 @@ def _batches(traced: Traced) -> list[np.ndarray]:
 def _described(model: "Model", traced: Traced, formats: Sequence[str]) -> dict[str, Any]:
     packages = [*manifest.PACKAGES, *(name for item in formats for name in export_formats.PACKAGES[item])]
     return {
-        "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"python": platform.python_version()},
+        "versions": manifest.versions(packages) | {"python": platform.python_version()},
         "commit": manifest.commit(),
         "inputs": [{"name": export_formats.TOKENS, "shape": list(traced.shape), "dtype": "int32"}],
         "outputs": [{"name": export_formats.LOGITS, "shape": [*traced.shape, traced.vocab_size], "dtype": "float32"}],

@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,7 @@ def write(directory: Path, params: Mapping[str, Any], chain: tuple[Step, ...], h
     names = sorted(file.name for file in directory.iterdir() if file.is_file() and file.name != MANIFEST_FILE)
     components = counts_by_component(params)
     content = {
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
+        "versions": versions() | {"python": platform.python_version()},
         "commit": commit(),
         "files": {name: hashes[name] if name in hashes else sha256_of_file(directory / name) for name in names},
         "parameters": components | {"total": sum(components.values())},
@@ -129,6 +128,17 @@ def verify(directory: Path) -> list[str]:
     return problems + [
         f"{directory / name} is not in {MANIFEST_FILE}" for name in sorted(weights - {*content["files"]})
     ]
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:
+    """Of installed packages; None for what runs without, such as this one from a checkout on PYTHONPATH."""
+    found: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def commit() -> str | None:
