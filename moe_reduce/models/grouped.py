@@ -216,7 +216,6 @@ def _matrices_kernel(first_E, end_E, *refs, gathered, tile):
     inputs, outputs = left_ref.shape[1], right_refs[0].shape[1]
     input_R, output_C = pl.program_id(1) * rows + jnp.arange(rows), pl.program_id(0) * columns + jnp.arange(columns)
     in_rows, in_columns = input_R < inputs, output_C < outputs
-
     inside_R, inside_C = in_rows if inputs % rows else None, in_columns if outputs % columns else None
 
     def add(index, sums):
@@ -310,16 +309,22 @@ def swiglu(x_SD, token_M, rank_SA, groups, matrices, masters, interpret: bool):
         masters: what these were cast from, handed on for their gradient (see models/blocks.py); empty if frozen.
         interpret: off a GPU.
     """
-    return _swiglu_forward(x_SD, token_M, rank_SA, groups, matrices, masters, interpret)[0]
+    del rank_SA  # for the way back
+    (hidden_MF,) = _inward(x_SD, token_M, groups, matrices, interpret, results=1)
+    return by_rows((hidden_MF,), matrices[2:], groups, interpret)[0], masters
+
+
+def _inward(x_SD, token_M, groups, matrices, interpret, results: int):
+    """The first so many of hidden, gate and up, [M, F]."""
+    return by_rows(
+        (x_SD,), matrices[:2], groups, interpret, terms=(Term(0, 0, 0), Term(0, 1, 1)), token_M=token_M,
+        finish=lambda *values: _activate(*values)[:results], results=results, tile=TWO_MATRICES,
+    )  # fmt: skip
 
 
 def _swiglu_forward(x_SD, token_M, rank_SA, groups, matrices, masters, interpret):
-    gate_EDF, up_EDF, down_EFD = matrices
-    hidden_MF, gate_MF, up_MF = by_rows(
-        (x_SD,), (gate_EDF, up_EDF), groups, interpret, terms=(Term(0, 0, 0), Term(0, 1, 1)), token_M=token_M,
-        finish=_activate, results=3, tile=TWO_MATRICES,
-    )  # fmt: skip
-    (y_MD,) = by_rows((hidden_MF,), (down_EFD,), groups, interpret)
+    hidden_MF, gate_MF, up_MF = _inward(x_SD, token_M, groups, matrices, interpret, results=3)
+    (y_MD,) = by_rows((hidden_MF,), matrices[2:], groups, interpret)
     hidden_MF, gate_MF, up_MF, y_MD = (checkpoint_name(kept, KEPT) for kept in (hidden_MF, gate_MF, up_MF, y_MD))
     return (y_MD, masters), (x_SD, token_M, rank_SA, groups, matrices, hidden_MF, gate_MF, up_MF)
 
