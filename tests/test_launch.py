@@ -44,7 +44,8 @@ def _models(run):
     """Every architecture that a run makes, and a schedule that trains it."""
     if isinstance(run, RunConfig):
         return [(run.model, run.train)]
-    (trained,) = config_file.read(str(ROOT / "configs/small_qwen3_moe.py"), []).values()
+    named = ROOT / f"configs/{Path(run.model).parent.name}.py"  # runs/NAME/model
+    (trained,) = config_file.read(str(named if named.exists() else ROOT / "configs/small_qwen3_moe.py"), []).values()
     if isinstance(run, AdaptConfig):  # of the same base
         chosen = run.adapter
         if chosen is not None and run.budget is not None:
@@ -52,7 +53,7 @@ def _models(run):
             chosen = within_budget(chosen, trained.model, allowed)
             assert planning.count({"adapter": abstract(chosen, trained.model)}) > 0
         return [(trained.model, run.train)]
-    first = run.architecture or trained.model  # of configs/reduce_small.py, which reduces what that one trains
+    first = run.architecture or trained.model
     schedules = [stage.schedule(run.train) for stage in run.stages.values() if isinstance(stage, TuneStage)]
     train = (schedules or [trained.train])[0]
     return [(config, train) for config in [first, *(config for _, config in configurations(first, run))]]

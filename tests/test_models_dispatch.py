@@ -165,6 +165,7 @@ def test_sort_is_stable_and_inverse():
     np.testing.assert_array_equal(order.counts_E, np.bincount(flat, minlength=E))
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
 def test_kernels_are_compiled_for_a_gpu_that_is_not_here():
     """As far as Triton's own code, where most of what an interpreter lets pass is refused."""
     gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")

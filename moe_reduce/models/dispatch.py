@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_reduce.config import ExecutionConfig
-from moe_reduce.models import blocks, deltas, grouped, products
+from moe_reduce.models import blocks, deltas, products
 
 Changes = dict[str, deltas.Delta]  # of an adapter, by `gate`, `up` and `down` (see models/deltas.py)
 
@@ -212,6 +212,8 @@ def _of_experts_here(y_MO: jax.Array, order: Order) -> jax.Array:
 
 def dispatch_grouped(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
     """Exact and dropless: kernels over the sorted rows (see models/grouped.py). An adapter's changes are not fused."""
+    from moe_reduce.models import grouped  # only where it is used: a later jax may be without Pallas' Triton
+
     order = sort_by_expert(experts_SA, pool.computed.gate_EDF.shape[0])
     groups, interpret = grouped.groups_of(order.counts_E, experts_SA.size), execution.platform != "gpu"
     if not pool.changes:
