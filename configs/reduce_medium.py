@@ -1,7 +1,7 @@
 """configs/medium_qwen3_moe.py as one pool, pruned step by step to a fifth of its experts, beside per-layer pruning.
 
-What configs/reduce_small.py asks, at eight times the parameters and with twice the experts, on one GPU.
-Cost: two to four minutes a variant on an H100, several side by side. Expected: docs/reduction.md.
+What configs/reduce_small.py asks, at 16 times the parameters and with twice the experts, on one GPU.
+Cost: reckoned, two to four minutes on an H100, all side by side. Expected: docs/scale.md; not run to its end yet.
 Command: ./launch/reduce_medium.sh
 """
 

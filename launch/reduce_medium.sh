@@ -4,16 +4,19 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/env.sh
-PYTHON="${PYTHON:-.venv/bin/python}"
+source launch/jobs.sh # for `variants`
 export XLA_PYTHON_CLIENT_PREALLOCATE=false # several processes share the card
 WORKDIR="runs/reduce_medium/seed${SEED:=0}"
-
-"$PYTHON" -m moe_reduce train --config=configs/medium_qwen3_moe.py --workdir=runs/medium_qwen3_moe "$@"
 mkdir -p "$WORKDIR"
+
+"$PYTHON" -m moe_reduce train --config=configs/medium_qwen3_moe.py --workdir=runs/medium_qwen3_moe \
+  --config.mesh.data=1 "$@"
+names="$(variants configs/reduce_medium.py)"
 jobs=()
-for variant in $("$PYTHON" -c 'from configs.reduce_medium import variants; print(*variants())'); do
+trap 'kill "${jobs[@]%%:*}" 2>/dev/null; exit 130' INT TERM
+for variant in $names; do
   "$PYTHON" -m moe_reduce reduce --config=configs/reduce_medium.py --workdir="$WORKDIR" --variant="$variant" \
-    --config.train.seed="$SEED" "$@" >"$WORKDIR/$variant.log" 2>&1 </dev/null &
+    --config.train.seed="$SEED" --config.mesh.data=1 "$@" >"$WORKDIR/$variant.log" 2>&1 </dev/null &
   jobs+=("$!:$variant")
 done
 failed=()

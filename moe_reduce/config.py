@@ -76,7 +76,7 @@ class ExecutionConfig:
     block_rows: int = 64  # at most, of the blocks dispatch only
     expert_gradients: bool = True  # False: experts are frozen, and their gradient is not even computed (set by tuning)
     remat: Literal["none", "dots", "full"] = "none"
-    scan_unroll: int = 1  # layers unrolled in the scan; the number of layers is fastest on CPU
+    scan_unroll: int = 1  # layers unrolled in the scan; their number is fastest on CPU and GPU, and longest to compile
 
     def resolve(self, default_platform: str) -> "ExecutionConfig":
         """No `auto` left: commands call this once, so that no model code ever looks up a backend.
@@ -91,6 +91,8 @@ class ExecutionConfig:
                 "execution.attention=cudnn is for GPUs and execution.compute_dtype=bfloat16: leave it at xla"
             )
         dispatch = DISPATCH_BY_PLATFORM[platform] if self.dispatch == "auto" else self.dispatch
+        if dispatch == "grouped" and default_platform != "gpu":
+            raise UserError(f"experts on a GPU (execution.dispatch=grouped), but jax sees {default_platform} alone")
         bf16_on_cpu = platform == "cpu" and self.compute_dtype == "bfloat16"
         products = ("transposed" if bf16_on_cpu else "plain") if self.products == "auto" else self.products
         return dataclasses.replace(self, platform=platform, dispatch=dispatch, products=products)

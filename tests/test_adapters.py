@@ -144,7 +144,7 @@ def test_merged_is_active(method, kind):
     assert merging.unmerge(active).params == model.params
 
 
-@pytest.mark.parametrize("dispatch", ["ragged", "capacity", "reference"])
+@pytest.mark.parametrize("dispatch", ["ragged", "grouped", "capacity", "reference"])
 @pytest.mark.parametrize("method", ["lora", "skema"])
 def test_every_dispatch_adapts_experts(dispatch, method):
     config = dataclasses.replace(METHODS[method], targets="mlp")

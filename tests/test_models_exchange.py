@@ -76,7 +76,7 @@ def test_a_mesh_gives_what_one_device_gives(way, mesh, chosen):
     check(way, MESHES[mesh], chosen, "blocks")
 
 
-@pytest.mark.parametrize("dispatch", ["ragged", "reference", "capacity"])
+@pytest.mark.parametrize("dispatch", ["ragged", "grouped", "reference", "capacity"])
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 def test_every_dispatch_behind_every_exchange(way, dispatch):
     check(way, MESHES["two"], "spread", dispatch)

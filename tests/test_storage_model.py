@@ -186,3 +186,7 @@ def test_config_json_is_sorted(tmp_path: Path, model: moe_reduce.Model):
     moe_reduce.save(model, tmp_path / "one")
     content = json.loads((tmp_path / "one/config.json").read_text())
     assert list(content) == sorted(content)
+
+
+def test_a_package_that_is_not_installed_has_no_version():
+    assert manifest.versions(["numpy", "never-installed"]) == {"numpy": np.__version__, "never-installed": None}

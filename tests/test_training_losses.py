@@ -1,11 +1,15 @@
 """Balancing on cases small enough to compute by hand."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from moe_reduce.config import BalanceConfig, MoEConfig
-from moe_reduce.training.losses import balance_terms, collapse, mean_nll, move_bias
+from moe_reduce.training.losses import balance_terms, collapse, mean_nll, move_bias, negative_log_likelihood
 
 
 def moe(placement, active=2):
@@ -83,3 +87,14 @@ def test_only_counted_targets_count():
     assert float(mean_nll(logits_BTV, batch)) == pytest.approx(-np.log(0.5 * 0.75) / 2)
     nothing = batch | {"weights": jnp.zeros((1, 3))}
     assert float(mean_nll(logits_BTV, nothing)) == 0.0
+
+
+def test_the_gradient_of_the_likelihood_is_that_of_its_formula():
+    logits_BTV, targets_BT = jax.random.normal(jax.random.key(0), (3, 5, 7)) * 4, jnp.arange(15).reshape(3, 5) % 7
+    weights_BT = (jnp.arange(15).reshape(3, 5) % 3).astype(jnp.float32)  # some of them 0
+
+    def total(nll):
+        return jax.value_and_grad(lambda logits: jnp.sum(nll(logits, targets_BT) * weights_BT))(logits_BTV)
+
+    found, wanted = total(negative_log_likelihood), total(optax.softmax_cross_entropy_with_integer_labels)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, wanted)

@@ -25,7 +25,8 @@ def router_logits(x_SD: jax.Array, router_DE: jax.Array, offset: jax.Array | Non
     """Logits [S, E], less the layer's offset (a scalar).
 
     In true fp32, not the passes in bf16 or tf32 that are a default: else experts tie and swap. Of inputs in bf16 three
-    such passes are as true (models/products.py), except on a CPU, form=transposed, where fp32 is faster.
+    such passes are as true (models/products.py), except on a CPU, form=transposed, where fp32 is faster; their gradient
+    is that of any product in bf16.
     """
     if x_SD.dtype == jnp.bfloat16 and form == "plain":
         logits_SE: jax.Array = products.exact(x_SD, router_DE)
@@ -67,7 +68,7 @@ def route(logits_SE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> 
 
 
 def top_experts(ranking_SE: jax.Array, active: int) -> jax.Array:
-    """[S, A] int32: the highest of each row, highest first, as jax.lax.top_k gives them where no two are equal.
+    """[S, A] int32: the highest of each row, highest first, of equal ones the first, as jax.lax.top_k gives them.
 
     Of thousands, only those in the A groups with the highest maxima are ranked, which hold all that can be chosen:
     a third of the time on a CPU, less on a GPU.
@@ -79,8 +80,10 @@ def top_experts(ranking_SE: jax.Array, active: int) -> jax.Array:
     ranking_SGE = ranking_SE.reshape(tokens, -1, group)
     groups_SA = jnp.sort(jax.lax.top_k(jnp.max(ranking_SGE, axis=2), active)[1], axis=1)
     candidates = jnp.take_along_axis(ranking_SGE, groups_SA[:, :, None], axis=1).reshape(tokens, -1)
-    _, places_SA = jax.lax.top_k(candidates, active)
-    return jnp.take_along_axis(groups_SA, places_SA // group, axis=1) * group + places_SA % group
+    numbers = (groups_SA[:, :, None] * group + jnp.arange(group, dtype=groups_SA.dtype)[None, None, :]).reshape(
+        tokens, -1
+    )
+    return jnp.take_along_axis(numbers, jax.lax.top_k(candidates, active)[1], axis=1)
 
 
 def _counts(experts_SA: jax.Array, experts: int) -> jax.Array:
