@@ -16,6 +16,7 @@ import moe_reduce
 from moe_reduce.__main__ import main
 from moe_reduce.config import ExecutionConfig
 from moe_reduce.models.decoder import init_params
+from moe_reduce.models.routing import MANY
 from moe_reduce.storage import export, export_formats, manifest
 
 RELOAD = """
@@ -94,6 +95,15 @@ def test_other_runtimes_give_the_same_logits_at_any_size(request, tmp_path, name
     ):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_pool_of_many_experts_is_exported_at_any_size(tiny_shared, tmp_path):
+    """Of as many as are ranked by groups."""
+    moe = dataclasses.replace(tiny_shared.moe, experts=MANY, active=2, width=4)
+    model = saved(dataclasses.replace(tiny_shared, layers=1, moe=moe), tmp_path / "model")
+    tokens_BT = tokens_of((2, 5))
+    found = by_onnxruntime(exported(model, "--format=onnx") / "model.onnx", tokens_BT)
+    np.testing.assert_allclose(found, moe_reduce.load(model)(tokens_BT), rtol=1e-3, atol=1e-3)
 
 
 def test_what_export_json_says(dense, capsys, caplog):
