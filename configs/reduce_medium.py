@@ -16,16 +16,10 @@ RATES = {"learning_rate": 3e-3, "final_learning_rate": 3e-4}
 
 def get_config() -> ml_collections.ConfigDict:
     """The pool, what it is compared with, and two recoveries."""
-    base = medium_qwen3_moe.get_config()
-    config = reduce_small.get_config()
-    config.model = "runs/medium_qwen3_moe/model"
-    for section in ("data", "train", "execution"):
-        config[section] = base[section]
+    found = {name: defaults.in_order(stages) for name, stages in variants().items()}
+    config = reduce_small.reducing(medium_qwen3_moe.get_config(), "runs/medium_qwen3_moe/model", found)
     config.execution.scan_unroll = 1  # a program for each number of experts: compiling is most of the time
     config.train.update(evaluate_every=200, checkpoint_every=1000)
-    config.variants = ml_collections.ConfigDict(
-        {name: defaults.in_order(stages) for name, stages in variants().items()}
-    )
     return config
 
 

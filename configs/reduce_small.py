@@ -23,16 +23,20 @@ ANNEALING = 400  # steps in which other layers' experts enter the competition
 
 def get_config() -> ml_collections.ConfigDict:
     """The pool, what it is compared with, and the recoveries."""
-    base = small_qwen3_moe.get_config()
+    found = {name: defaults.in_order(stages) for name, stages in (variants() | long()).items()} | free()
+    config = reducing(small_qwen3_moe.get_config(), "runs/small_qwen3_moe/model", found)
+    config.train.update(evaluate_every=100, checkpoint_every=300)
+    return config
+
+
+def reducing(base: ml_collections.ConfigDict, model: str, stages: dict) -> ml_collections.ConfigDict:
+    """Reductions of a model, in this directory, that was trained as `base` says, on the same text."""
     config = defaults.reduce_base()
-    config.model = "runs/small_qwen3_moe/model"
+    config.model = model
     for section in ("data", "train", "execution"):
         config[section] = base[section]
     config.balance.update(loss="pooled", weight=0.01, entropy_floor=0.2)
-    config.train.update(evaluate_every=100, checkpoint_every=300)
-    config.variants = ml_collections.ConfigDict(
-        {name: defaults.in_order(stages) for name, stages in variants().items()} | free()
-    )
+    config.variants = ml_collections.ConfigDict(stages)
     return config
 
 
@@ -62,17 +66,18 @@ def variants(kept: tuple[int, ...] = KEPT) -> dict:
     canonical = {"pool": pool() | {"canonical": True}, "anneal": tune(ANNEALING, bias_from=6.0, components=gains)}
     taught = {"components": f"{gains},experts", "teacher_weight": 0.5}
     found["pool_gains_experts_taught"] = canonical | ladder("reap_total", **taught)
-    for name in ("layers_experts_taught", "pool_experts_taught"):
-        if LONG_AT in kept:
-            found[f"{name}_long"] = longer(found[name])
     return found
+
+
+def long() -> dict:
+    """Two with a long recovery where pruning ends."""
+    return {f"{name}_long": longer(variants()[name]) for name in ("layers_experts_taught", "pool_experts_taught")}
 
 
 def free() -> dict:
     """The longest recoveries once more: all that recovers trains from the first stage on, and nothing balances it."""
     found = {}
-    for name in ("layers_experts_taught_long", "pool_experts_taught_long"):
-        stages = variants()[name]
+    for name, stages in long().items():
         last = stages[f"recover_{LONG_AT}_long"]
         recovering = {key: last[key] for key in ("components", "teacher_weight")}
         stages = {key: stage | recovering if stage["kind"] == "tune" else stage for key, stage in stages.items()}

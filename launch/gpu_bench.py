@@ -41,6 +41,7 @@ COLUMNS = ["what", "shape", "measured", "of the matmul peak", "aim"]
 CONFIGS = {"dense 137.8M": "dense_llama_125m.py", "shared MoE 49.6M": "shared_moe_50m.py"}
 AIMS = {"dense 137.8M": "≥ 50 %", "shared MoE 49.6M": "≥ 35 %"}
 PRECISIONS = {"logits": "largest difference, of the largest logit", "gradients": "norm of the difference, of the norm"}
+FAILED = object()  # in place of what a part gives
 STEP = {"remat": "none", "scan_unroll": 12}  # fastest where memory allows
 
 
@@ -263,22 +264,22 @@ class Bench:
         self.result: dict[str, Any] = {"rows": [], "failed": []}
         self.peak = float("nan")
 
-    def attempt(self, what: str, function: Callable[[], T]) -> T | None:
-        """What one part gives, or None and a line on what went wrong."""
+    def attempt(self, what: str, function: Callable[[], Any]) -> Any:
+        """What one part gives, or FAILED and a line on what went wrong."""
         try:
             return function()
         except Exception as error:
             line = f"{what}: {type(error).__name__}: {error}"
             self.result["failed"].append(line)
             print(line, file=sys.stderr, flush=True)
-            return None
+            return FAILED
 
-    def built(self, builds: dict[Any, Callable[[], T]]) -> dict[Any, T]:
+    def built(self, builds: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
         """What each build gives, without those that failed."""
         with ThreadPoolExecutor() as threads:
             futures = {key: threads.submit(self.attempt, str(key), build) for key, build in builds.items()}
             made = {key: future.result() for key, future in futures.items()}
-        return {key: one for key, one in made.items() if one is not None}
+        return {key: one for key, one in made.items() if one is not FAILED}
 
     def measured(self, builds: dict[Any, Callable[[], dict[str, Run]]]) -> dict[Any, dict[str, float]]:
         """Seconds of the programs that each build gives by name."""
@@ -317,16 +318,14 @@ class Bench:
             for name, way in wanted
         }
         programs = self.built(builds)
-        broken = {key for key in wanted if any(line.startswith(str(key)) for line in self.result["failed"])}
         self.result["training"] = {}
         for name, way in wanted:
             what, shape = f"training step, {name}, {way} attention", f"{self.rows} × {self.length} tokens"
-            failures = len(self.result["failed"])
-            program = programs.get((name, way))
-            one = None if program is None else self.attempt(what, partial(if_it_fits, program.measure, self.repeats))
-            if one is None:
-                failed = (name, way) in broken or len(self.result["failed"]) > failures
-                self.row(what, shape, "failed" if failed else "does not fit", "", AIMS[name])
+            one = programs.get((name, way), FAILED)
+            if isinstance(one, Training):
+                one = self.attempt(what, partial(if_it_fits, one.measure, self.repeats))
+            if one is None or one is FAILED:
+                self.row(what, shape, "failed" if one is FAILED else "does not fit", "", AIMS[name])
             else:
                 self.result["training"][what] = one
                 self.rate(what, shape, one["flops"], AIMS[name] if way == self.ways[0] else "")

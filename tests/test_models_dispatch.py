@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from moe_reduce.config import ExecutionConfig, MoEConfig
 from moe_reduce.models import blocks, grouped
 from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool, sort_by_expert
-from moe_reduce.models.routing import route, top_experts
+from moe_reduce.models.routing import MANY, route, top_experts
 
 S, D, F, E, A = 96, 16, 24, 5, 2
 EXECUTION = ExecutionConfig(block_rows=4, capacity_factor=float(E))
@@ -199,7 +199,7 @@ def test_kernels_are_compiled_for_a_gpu_that_is_not_here(dtype):
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
         traced = jax.jit(step).trace(x_SD, tuple(_pool(jax.random.key(0))), experts)
         code = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert code.count("triton") >= 9  # two and four of the layer, one and two of a product
+    assert code.count("__gpu$xla.gpu.triton") == 9  # two and four of the layer, one and two of a product
 
 
 def _moe(**changes):
@@ -240,7 +240,7 @@ def test_bias_chooses_but_does_not_weigh(score_function):
     assert jnp.all(jax.grad(lambda b: jnp.sum(route(logits, b, moe).weights_SA))(bias) == 0)
 
 
-@pytest.mark.parametrize(("experts", "active"), [(512, 8), (1208, 8), (6144, 8), (515, 4), (512, 64)])
+@pytest.mark.parametrize(("experts", "active"), [(MANY, 8), (2072, 8), (6144, 8), (2051, 4), (MANY, 65)])
 def test_top_of_many_experts_are_those_of_top_k(experts, active):
     ranking_SE = jax.random.normal(jax.random.key(0), (40, experts))
     found = jax.jit(top_experts, static_argnums=1)(ranking_SE, active)

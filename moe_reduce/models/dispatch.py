@@ -11,6 +11,7 @@ returns a Result.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -194,20 +195,9 @@ def dispatch_blocks(x_SD, experts_SA, weights_SA, pool: Pool, execution: Executi
 
 def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
     """Exact and dropless: jax.lax.ragged_dot over the sorted rows."""
-    experts, pool = borrow(pool, execution)
-    order = sort_by_expert(experts_SA, experts.gate_EDF.shape[0])
-    x_MD = gather_rows(x_SD, order)
-
-    def product(rows_MI, matrices_EIO):
-        y_MO = jax.lax.ragged_dot(rows_MI, matrices_EIO.astype(rows_MI.dtype), order.counts_E)
-        return _of_experts_here(checkpoint_name(y_MO, products.KEPT), order)
-
-    return combined(_swiglu(x_MD, pool, experts, product), weights_SA, order, pool)
-
-
-def _of_experts_here(y_MO: jax.Array, order: Order) -> jax.Array:
-    """Rows of experts elsewhere lie past the groups, where a kernel may leave anything: they become 0."""
-    return jnp.where((jnp.arange(y_MO.shape[0]) < jnp.sum(order.counts_E))[:, None], y_MO, 0)
+    order = sort_by_expert(experts_SA, pool.computed.gate_EDF.shape[0])
+    product = partial(jax.lax.ragged_dot, group_sizes=order.counts_E)
+    return _sorted_rows(x_SD, weights_SA, order, pool, execution, product)
 
 
 def dispatch_grouped(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
@@ -216,20 +206,32 @@ def dispatch_grouped(x_SD, experts_SA, weights_SA, pool: Pool, execution: Execut
 
     order = sort_by_expert(experts_SA, pool.computed.gate_EDF.shape[0])
     groups, interpret = grouped.groups_of(order.counts_E, experts_SA.size), execution.platform != "gpu"
-    if not pool.changes:
-        masters = tuple(pool.masters) if execution.expert_gradients else ()
-        token_M = order.order_M // experts_SA.shape[1]
-        results: Any = grouped.swiglu(x_SD, token_M, order.rank_SA, groups, tuple(pool.computed), masters, interpret)
-        y_MD, masters = results
-        pool = pool._replace(masters=Experts(*masters)) if masters else pool
-        return combined(_of_experts_here(y_MD, order), weights_SA, order, pool)
+    if pool.changes:
+        product = partial(grouped.product, groups=groups, interpret=interpret)
+        return _sorted_rows(x_SD, weights_SA, order, pool, execution, product)
+    masters = tuple(pool.masters) if execution.expert_gradients else ()
+    token_M = order.order_M // experts_SA.shape[1]
+    results: Any = grouped.swiglu(x_SD, token_M, order.rank_SA, groups, tuple(pool.computed), masters, interpret)
+    y_MD, masters = results
+    pool = pool._replace(masters=Experts(*masters)) if masters else pool
+    return combined(_of_experts_here(y_MD, order), weights_SA, order, pool)
+
+
+def _sorted_rows(x_SD, weights_SA, order: Order, pool: Pool, execution: ExecutionConfig, product: Grouped) -> Result:
+    """The experts as products of sorted rows with one matrix for each expert."""
     experts, pool = borrow(pool, execution)
 
-    def product(rows_MI, matrices_EIO):
-        y_MO: Any = grouped.product(rows_MI, matrices_EIO.astype(rows_MI.dtype), groups, interpret)
+    def multiply(rows_MI, matrices_EIO):
+        # of the rows too, for what comes back to them
+        y_MO = product(_of_experts_here(rows_MI, order), matrices_EIO.astype(rows_MI.dtype))
         return _of_experts_here(checkpoint_name(y_MO, products.KEPT), order)
 
-    return combined(_swiglu(gather_rows(x_SD, order), pool, experts, product), weights_SA, order, pool)
+    return combined(_swiglu(gather_rows(x_SD, order), pool, experts, multiply), weights_SA, order, pool)
+
+
+def _of_experts_here(rows_MI: jax.Array, order: Order) -> jax.Array:
+    """Rows of experts elsewhere lie past the groups, where a kernel may leave anything: they become 0."""
+    return jnp.where((jnp.arange(rows_MI.shape[0]) < jnp.sum(order.counts_E))[:, None], rows_MI, 0)
 
 
 def _each_expert(rows_EXI: jax.Array, matrices_EIO: jax.Array) -> jax.Array:

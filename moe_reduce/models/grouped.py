@@ -267,7 +267,8 @@ def by_matrices(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def product(x_MI: jax.Array, matrices_EIO: jax.Array, groups: Groups, interpret: bool) -> jax.Array:
-    """Row m times the matrix of its expert, [M, O] in the dtype of x; undefined for rows of no expert."""
+    """Row m times the matrix of its expert, [M, O] in the dtype of x; undefined for rows of no expert, and so
+    is what comes back to them."""
     return by_rows((x_MI,), (matrices_EIO,), groups, interpret)[0]
 
 
@@ -278,8 +279,6 @@ def _product_forward(x_MI, matrices_EIO, groups, interpret):
 def _product_backward(interpret, saved, dy_MO):
     x_MI, matrices_EIO, groups = saved
     (dx_MI,) = by_rows((dy_MO,), (matrices_EIO,), groups, interpret, transposed=True)
-    # whoever is before may add up all rows
-    dx_MI = jnp.where((jnp.arange(dx_MI.shape[0]) < groups.end_E[-1])[:, None], dx_MI, 0)
     nothing = jnp.zeros(matrices_EIO.shape, jnp.float32)
     (dmatrices_EIO,) = by_matrices(x_MI, (dy_MO,), (nothing,), groups, interpret)
     return dx_MI, dmatrices_EIO.astype(matrices_EIO.dtype), None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from moe_reduce.config import MoEConfig
 from moe_reduce.models import products
 
-MANY = 512  # experts, from which on ranking them by groups is faster
+MANY = 2048  # experts, from which on ranking them by groups is faster
 
 
 class Routing(NamedTuple):
@@ -70,8 +70,7 @@ def route(logits_SE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> 
 def top_experts(ranking_SE: jax.Array, active: int) -> jax.Array:
     """[S, A] int32: the highest of each row, highest first, of equal ones the first, as jax.lax.top_k gives them.
 
-    Of thousands, only those in the A groups with the highest maxima are ranked, which hold all that can be chosen:
-    a third of the time on a CPU, less on a GPU.
+    Of thousands, only those in the A groups with the highest maxima are ranked, which hold all that can be chosen.
     """
     tokens, experts = ranking_SE.shape
     group = next((size for size in (32, 16, 8) if experts % size == 0), experts)
