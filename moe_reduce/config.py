@@ -68,7 +68,7 @@ class ExecutionConfig:
 
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # auto: resolved once, when a command starts
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["xla", "cudnn"] = "xla"
+    attention: Literal["auto", "xla", "blocks", "cudnn"] = "auto"  # auto: blocks of queries on CPU, else xla
     products: Literal["auto", "plain", "transposed"] = "auto"  # auto: transposed for bf16 on CPU (models/products.py)
     dispatch: Literal["auto", "blocks", "ragged", "grouped", "capacity", "reference"] = "auto"  # auto: by platform
     exchange: Literal["auto", "gather", "all_to_all"] = "auto"  # over mesh.expert (models/exchange.py); auto: less sent
@@ -95,7 +95,9 @@ class ExecutionConfig:
             raise UserError(f"experts on a GPU (execution.dispatch=grouped), but jax sees {default_platform} alone")
         bf16_on_cpu = platform == "cpu" and self.compute_dtype == "bfloat16"
         products = ("transposed" if bf16_on_cpu else "plain") if self.products == "auto" else self.products
-        return dataclasses.replace(self, platform=platform, dispatch=dispatch, products=products)
+        attention = ("blocks" if platform == "cpu" else "xla") if self.attention == "auto" else self.attention
+        resolved = {"platform": platform, "attention": attention, "products": products, "dispatch": dispatch}
+        return dataclasses.replace(self, **resolved)
 
 
 @dataclass(frozen=True)

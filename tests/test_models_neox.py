@@ -9,7 +9,7 @@ from moe_reduce import trees
 from moe_reduce.config import ExecutionConfig
 from moe_reduce.models.decoder import AttentionHalf, Decoder, init_params
 from moe_reduce.models.deltas import ADAPTER
-from moe_reduce.models.layers import LayerNorm, rotate
+from moe_reduce.models.layers import LayerNorm, rotate, turns
 
 EXECUTION = ExecutionConfig().resolve("cpu")
 RANK = 3
@@ -89,7 +89,7 @@ def test_gradients_of_biases_are_sums_in_fp32(tiny_neox, params):
 def test_only_the_start_of_a_head_turns():
     x = jax.random.normal(jax.random.key(0), (1, 5, 2, 16))
     positions = jnp.arange(5)[None] + 3
-    turned = rotate(x, positions, 1e4, 0.25)
+    turned = rotate(x, turns(positions, 4, 1e4))
     np.testing.assert_array_equal(turned[..., 4:], x[..., 4:])
-    np.testing.assert_array_equal(turned[..., :4], rotate(x[..., :4], positions, 1e4))
+    np.testing.assert_array_equal(turned[..., :4], rotate(x[..., :4], turns(positions, 4, 1e4)))
     assert jnp.abs(turned[..., :4] - x[..., :4]).max() > 0.1

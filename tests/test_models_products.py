@@ -1,14 +1,15 @@
 """Products in the compute dtype: sums and the gradients of matrices are fp32's, in both forms and for odd shapes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_reduce.config import ExecutionConfig
-from moe_reduce.models import products
+from moe_reduce.config import ExecutionConfig, ModelConfig
+from moe_reduce.models import layers, products
 from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool
-from moe_reduce.models.layers import causal_attention
 
 
 def _normal(seed, *shape, dtype="float32"):
@@ -59,8 +60,10 @@ def test_three_passes_in_bf16_are_as_true_as_fp32():
     np.testing.assert_allclose(dmatrix_IO, x.T @ dy, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("blocks", [1, 4])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
-def test_attention_and_its_gradient_are_the_softmax_formula(heads, groups):
+def test_attention_and_its_gradient_are_the_softmax_formula(heads, groups, blocks, monkeypatch):
+    monkeypatch.setattr(layers, "SMALLEST_BLOCK", 2)  # blocks of 3, 3 and 3, whose first ones leave out keys
     batch, time, width = 2, 9, 6
     q, k, v = _normal(0, batch, time, heads, width), *(_normal(i, batch, time, groups, width) for i in (1, 2))
     mask_B1TT = jnp.broadcast_to(jnp.arange(time)[:, None] - jnp.arange(time)[None, :] < 5, (batch, 1, time, time))
@@ -73,9 +76,27 @@ def test_attention_and_its_gradient_are_the_softmax_formula(heads, groups):
         shares = jax.nn.softmax(jnp.where(allowed, scores, jnp.float32(-jnp.inf)), axis=-1)
         return jnp.sum(jnp.einsum("BHTS,BSHC->BTHC", shares, v) * weight)
 
-    found = jax.value_and_grad(lambda *a: jnp.sum(causal_attention(*a, mask_B1TT) * weight), argnums=(0, 1, 2))(q, k, v)
+    def ours(q, k, v):
+        return jnp.sum(layers.causal_attention(q, k, v, mask_B1TT, blocks=blocks) * weight)
+
+    found = jax.value_and_grad(ours, argnums=(0, 1, 2))(q, k, v)
     wanted = jax.value_and_grad(formula, argnums=(0, 1, 2))(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
+
+
+def test_blocks_of_queries_leave_out_most_of_what_the_mask_would():
+    """And the angles of the rotary embedding are computed once, not in each loop that turns a head."""
+    config = ModelConfig(vocab_size=8, layers=1, width=64, query_heads=2, key_value_heads=1, head_width=32)
+    x_BTD, positions_BT = _normal(0, 1, 512, 64), jnp.arange(512, dtype=jnp.int32)[None]
+    flops = {}
+    for attention in ("xla", "blocks"):
+        attend = layers.Attention(config, ExecutionConfig(attention=attention))
+        variables = attend.init(jax.random.key(0), x_BTD, positions_BT, None)
+        compiled = jax.jit(attend.apply).lower(variables, x_BTD, positions_BT, None).compile()
+        flops[attention] = compiled.cost_analysis()["flops"]
+    projections = 2 * 512 * 64 * (2 * 64 + 2 * 32)
+    assert flops["blocks"] - projections < 0.7 * (flops["xla"] - projections)
+    assert len(re.findall(r" sine\(", compiled.as_text())) == 1
 
 
 @pytest.mark.parametrize("dispatch", ["blocks", "ragged", "grouped"])

@@ -35,12 +35,20 @@ def dot(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, form
         return jax.lax.dot_general(left, right, numbers, preferred_element_type=sums)
     if left_axis == 0:
         left, numbers = jnp.swapaxes(left, -1, -2), (((batch + 1,), (batch + right_axis,)), (axes, axes))
-    return _pin(jax.lax.dot_general(_pin(left), _pin(right), numbers, preferred_element_type=sums))
+    return pinned(jax.lax.dot_general(pinned(left), pinned(right), numbers, preferred_element_type=sums))
 
 
-def _pin(x: jax.Array) -> jax.Array:
-    """x with its axes in memory in their order; XLA can neither swap the operands nor fold a transposition away."""
+def pinned(x: jax.Array) -> jax.Array:
+    """x written to memory with its axes in their order; XLA can neither swap the operands of a product nor fold a
+    transposition away, nor compute x again where it is read. A mesh gathers it first.
+    """
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def on_one_device() -> bool:
+    """Whether no mesh in context splits anything."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
