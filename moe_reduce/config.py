@@ -88,7 +88,7 @@ class ExecutionConfig:
             raise UserError(f"no dispatch is known for platform {platform!r}: set execution.platform and .dispatch")
         if self.attention == "cudnn" and (platform != "gpu" or self.compute_dtype != "bfloat16"):
             raise UserError(
-                "execution.attention=cudnn is for GPUs and execution.compute_dtype=bfloat16: leave it at xla"
+                "execution.attention=cudnn is for GPUs and execution.compute_dtype=bfloat16: leave it at auto"
             )
         dispatch = DISPATCH_BY_PLATFORM[platform] if self.dispatch == "auto" else self.dispatch
         if dispatch == "grouped" and default_platform != "gpu":
