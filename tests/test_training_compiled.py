@@ -112,6 +112,15 @@ def test_bytes_are_those_that_a_run_holds(kind, tmp_path):
     assert alone["optimizer"] == pytest.approx(2 * alone["trained_parameters"], abs=64)
 
 
+def test_a_bf16_step_on_cpus_gathers_nothing(tmp_path):
+    """Neither rows nor matrices, which products pin in memory where no mesh splits them."""
+    run = run_config("dense", token_data(tmp_path))
+    execution = dataclasses.replace(run.execution, compute_dtype="bfloat16").resolve("cpu")
+    job = pretraining(dataclasses.replace(run, execution=execution))
+    found = compiled.compile_step(job, sharding.make_mesh(MeshConfig(data=2, tensor=2)), memory=10**9)
+    assert list(found["collectives"]) == ["all-reduce"]
+
+
 def test_activations_follow_rows_and_rematerialisation(tmp_path):
     mesh = sharding.make_mesh(MeshConfig(data=1))
     kept = {}

@@ -86,7 +86,7 @@ def test_eight_devices_compute_what_one_does(on_one_device, tmp_path, kind, shap
     ("kind", "mesh"), [("dense", {"fsdp": 2, "tensor": 2}), ("shared", {"expert": 2, "tensor": 2})]
 )
 def test_bf16_products_go_over_a_mesh(tmp_path, kind, mesh):
-    """Their operands are pinned in memory, which the partitioner has to follow."""
+    """Where nothing pins their operands in memory, as on one device."""
     single = run_config(kind, token_data(tmp_path), steps=4)
     half = dataclasses.replace(single, execution=dataclasses.replace(single.execution, compute_dtype="bfloat16"))
     train(half, tmp_path / "one")

@@ -141,7 +141,6 @@ def ready(model: Model | Ready, mesh: Mesh | None = None) -> Ready:
         execution = dataclasses.replace(execution, dispatch=DISPATCH_BY_PLATFORM[execution.platform])
     given = model.params
     if mesh is not None:
-        execution = dataclasses.replace(execution, products="plain")  # a pinned operand would be gathered first
         given = jax.tree.map(jax.device_put, given, sharding.shardings(mesh, given))
     params: Any = {name: tree for name, tree in given.items() if name != deltas.ADAPTER}
     flat = {path: leaf for path, leaf in trees.flatten(params).items() if MATRIX.fullmatch(path)}

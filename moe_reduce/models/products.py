@@ -14,6 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType
 
 KEPT = "product"  # checkpoint_name of what remat=dots keeps: outputs of matrices, and rows from other devices
 
@@ -39,16 +40,16 @@ def dot(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, form
 
 
 def pinned(x: jax.Array) -> jax.Array:
-    """x written to memory with its axes in their order; XLA can neither swap the operands of a product nor fold a
-    transposition away, nor compute x again where it is read. A mesh gathers it first.
+    """x written to memory with its axes in their order: XLA can neither swap the operands of a product, nor fold a
+    transposition away, nor compute x again wherever it is read.
+
+    As it is where the mesh in context splits arrays: the partitioner would gather x on every device first.
     """
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-
-
-def on_one_device() -> bool:
-    """Whether no mesh in context splits anything."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    if any(size > 1 and kind != AxisType.Manual for size, kind in axes):
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
