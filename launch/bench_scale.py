@@ -3,10 +3,10 @@
 Routing is the router's product, scores, top-k, sorting, and moving rows there and back; experts: the products of the
 sorted rows alone. Width is small (64) where experts are computed, so that 6,144 of Qwen3's hidden width fit a CPU. The
 same routing at Qwen3's own width is set beside the FLOPs of its experts at the rate of one large product, measured in
-the same run: of these the router's product alone is E / (3 · A · F), a third. Times are medians, in turn, in one
-process. Steps are those of configs/cpu_pair.py's shared mixture, one number of it changed at a time: real steps, and
-the bytes of a device as compiled. Simulated devices share the cores, so their tokens/s say what exchanging costs, and
-not what it gains.
+the same run: of these the router's product alone is E / (3 · A · F), a third. Times are medians, in turn, each size in
+a process of its own. Steps are those of configs/cpu_pair.py's shared mixture, one number of it changed at a time: real
+steps, and the bytes of a device as compiled. Simulated devices share the cores, so their tokens/s say what exchanging
+costs, and not what it gains.
 
 Command: python launch/bench_scale.py    (writes docs/results/scale; --tiny for a quick check)
 """
@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from side_by_side import medians, options, publish
+from side_by_side import apart, medians, options, publish
 
 from moe_reduce import drawing
 from moe_reduce.commands import config_file
@@ -170,17 +170,17 @@ def measure(tiny: bool, repeats: int) -> tuple[list[list[str]], dict[str, dict[s
     experts = (16, 64) if tiny else (16, 64, 256, 1024, 6144)
     tokens = (128, 256) if tiny else (512, 1024, 2048, 4096)
     hidden = 32 if tiny else HIDDEN
-    by_experts = {count: layer(count, tokens[-2], hidden, repeats) for count in experts}
-    by_tokens = {count: layer(experts[1], count, hidden, repeats) for count in tokens}
+    by_experts = {count: apart(layer, count, tokens[-2], hidden, repeats) for count in experts}
+    by_tokens = {count: apart(layer, experts[1], count, hidden, repeats) for count in tokens}
     run = config_file.read(str(ROOT / "configs/cpu_pair.py"), [])["shared_moe"]
     sizes = TINY_SIZES if tiny else SIZES
     by_step = {
-        name: {count: step(changed(run, **{name: count}), repeats) for count in counts}
+        name: {count: apart(step, changed(run, **{name: count}), repeats) for count in counts}
         for name, counts in sizes.items()
     }
     rows = []
     many, width = experts[-1], WIDTH if tiny else FULL_WIDTH
-    share = beside_flops(many, tokens[-2], width, repeats)
+    share = apart(beside_flops, many, tokens[-2], width, repeats)
     for name, what in (("", ""), (", gradients", ", with gradients")):
         for count in (experts[0], many):
             beside = by_experts[count][f"routing{name}"] / by_experts[count][f"experts{name}"]

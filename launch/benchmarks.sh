@@ -8,8 +8,6 @@ source launch/env.sh
 PYTHON="${PYTHON:-.venv/bin/python}"
 for name in ${ONLY:-train generate peers adapters scale files}; do
   echo "== $name"
-  settings=()
-  [[ "$name" == scale ]] && settings=(-u GLIBC_TUNABLES) # many sizes in one process: kept memory of all takes 22 GB
-  env "${settings[@]}" "$PYTHON" "launch/bench_$name.py"
+  "$PYTHON" "launch/bench_$name.py"
 done
 "$PYTHON" -m moe_reduce report --document README.md docs/*.md
