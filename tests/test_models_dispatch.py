@@ -9,12 +9,24 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from moe_reduce.config import ExecutionConfig, MoEConfig
-from moe_reduce.models import blocks, grouped
+from moe_reduce.models import blocks, grouped, parts
 from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool, sort_by_expert
 from moe_reduce.models.routing import MANY, route, top_experts
 
 S, D, F, E, A = 96, 16, 24, 5, 2
 EXECUTION = ExecutionConfig(block_rows=4, capacity_factor=float(E))
+
+
+def run(name, x_SD, chosen_SA, weights_SA, pool, execution):
+    """The dispatch of this name; `parts` is ragged where a tenth of the assignments is expected, of 192 some 30."""
+    if name == "parts":
+        return DISPATCHES["ragged"](x_SD, chosen_SA, weights_SA, pool, execution, 0.1)
+    return DISPATCHES[name](x_SD, chosen_SA, weights_SA, pool, execution)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(parts, "MULTIPLE", 8)
 
 
 def _pool(key):
@@ -36,15 +48,57 @@ def _chosen(kind):
 
 
 @pytest.mark.parametrize("kind", ["random", "one_expert_takes_all", "some_elsewhere"])
-@pytest.mark.parametrize("name", ["blocks", "ragged", "grouped", "capacity"])
+@pytest.mark.parametrize("name", ["blocks", "ragged", "parts", "grouped", "capacity"])
 def test_equals_reference(name, kind):
+    check(name, kind)
+
+
+@pytest.mark.parametrize("name", ["ragged", "parts"])
+def test_rows_past_the_groups_may_hold_anything(name, monkeypatch):
+    """TPU's kernel visits tiles that hold rows, and leaves the others as they were, on the way back too."""
+    ragged_dot = jax.lax.ragged_dot
+
+    @jax.custom_vjp
+    def leaving(rows, matrices, group_sizes):
+        return spoilt(ragged_dot(rows, matrices, group_sizes), group_sizes)
+
+    def spoilt(rows, group_sizes):
+        return jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None], rows, jnp.nan)
+
+    def forward(rows, matrices, group_sizes):
+        return leaving(rows, matrices, group_sizes), (rows, matrices, group_sizes)
+
+    def backward(saved, dy):
+        rows, matrices, group_sizes = saved
+        drows, dmatrices = jax.vjp(lambda *both: ragged_dot(*both, group_sizes), rows, matrices)[1](dy)
+        return spoilt(drows, group_sizes), dmatrices, None
+
+    leaving.defvjp(forward, backward)
+    monkeypatch.setattr(jax.lax, "ragged_dot", leaving)
+    check(name, "some_elsewhere")
+
+
+@pytest.mark.parametrize("name", ["blocks", "ragged"])
+def test_sums_as_on_a_tpu(name, monkeypatch):
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, **forms: forms["tpu"](*arrays))
+    check(name, "random")
+
+
+def test_parts_follow_what_is_expected():
+    assert parts.rows_of_a_part(262_144, 1 / 8) == 49_152
+    assert parts.rows_of_a_part(1000, 1 / 8) == 192
+    assert parts.rows_of_a_part(1000, 0.7) == 1000
+    assert parts.rows_of_a_part(3, 1 / 8) == 3
+
+
+def check(name, kind):
     x_SD = jax.random.normal(jax.random.key(1), (S, D))
     weights_SA = jax.nn.softmax(jax.random.normal(jax.random.key(2), (S, A)))
     pool, chosen_SA = _pool(jax.random.key(0)), _chosen(kind)
     target_SD = jax.random.normal(jax.random.key(4), (S, D))
 
     def loss(which, x_SD, weights_SA, pool):
-        result = DISPATCHES[which](x_SD, chosen_SA, weights_SA, Pool.of(pool, x_SD.dtype), EXECUTION)
+        result = run(which, x_SD, chosen_SA, weights_SA, Pool.of(pool, x_SD.dtype), EXECUTION)
         # what the next user of the pool adds to the gradient must come through
         return jnp.sum(result.y_SD * target_SD) + sum(jnp.sum(matrix**2) for matrix in result.pool.masters), result
 
@@ -63,14 +117,14 @@ def test_equals_reference(name, kind):
         np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["blocks", "ragged", "grouped", "capacity", "reference"])
+@pytest.mark.parametrize("name", ["blocks", "ragged", "parts", "grouped", "capacity", "reference"])
 def test_frozen_experts_leave_the_other_gradients_as_they_are(name):
     x_SD = jax.random.normal(jax.random.key(1), (S, D))
     weights_SA = jax.nn.softmax(jax.random.normal(jax.random.key(2), (S, A)))
 
     def gradients(which, execution):
         def loss(x_SD, weights_SA, pool):
-            result = DISPATCHES[which](x_SD, _chosen("random"), weights_SA, Pool.of(pool, x_SD.dtype), execution)
+            result = run(which, x_SD, _chosen("random"), weights_SA, Pool.of(pool, x_SD.dtype), execution)
             return jnp.sum(result.y_SD * jax.random.normal(jax.random.key(4), (S, D)))
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x_SD, weights_SA, _pool(jax.random.key(0)))
@@ -97,7 +151,7 @@ def _changes(keys):
 
 @pytest.mark.parametrize("trained", ["what experts own", "what they share", "all, and the experts", "the scale alone"])
 @pytest.mark.parametrize("kind", ["one_expert_takes_all", "some_elsewhere"])
-@pytest.mark.parametrize("name", ["blocks", "grouped"])
+@pytest.mark.parametrize("name", ["blocks", "parts", "grouped"])
 def test_adapters_are_differentiated_as_by_the_reference(name, kind, trained):
     keys = jax.random.split(jax.random.key(5), 8)
     x_SD, target_SD = jax.random.normal(keys[4], (S, D)), jax.random.normal(keys[5], (S, D))
@@ -115,7 +169,7 @@ def test_adapters_are_differentiated_as_by_the_reference(name, kind, trained):
         own = {name: {"scale": jnp.float32(0.5)} | change | free.get(name, {}) for name, change in changes.items()}
         pool = Pool.of(free.get("experts", experts), x_SD.dtype, own)
         execution = dataclasses.replace(EXECUTION, expert_gradients="experts" in free)
-        y_SD = DISPATCHES[which](x_SD, _chosen(kind), weights_SA, pool, execution).y_SD
+        y_SD = run(which, x_SD, _chosen(kind), weights_SA, pool, execution).y_SD
         return jnp.sum(y_SD * target_SD) / 100, y_SD
 
     def both(which):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_reduce.config import ExecutionConfig, MeshConfig
-from moe_reduce.models import exchange
+from moe_reduce.models import exchange, parts
 from moe_reduce.models.dispatch import Experts, Pool
 from moe_reduce.models.experts import apply_experts
 from moe_reduce.training import sharding
@@ -80,6 +80,18 @@ def test_a_mesh_gives_what_one_device_gives(way, mesh, chosen):
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 def test_every_dispatch_behind_every_exchange(way, dispatch):
     check(way, MESHES["two"], "spread", dispatch)
+
+
+@pytest.mark.parametrize("chosen", ["spread", "crowded"])
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+def test_rows_in_parts(way, chosen, monkeypatch):
+    """An eighth of 144 assignments is expected on each device; a third comes to each of three when it is crowded."""
+    monkeypatch.setattr(parts, "MULTIPLE", 4)
+    taken = []
+    in_parts = parts.in_parts
+    monkeypatch.setattr(parts, "in_parts", lambda *arguments: taken.append(arguments[1]) or in_parts(*arguments))
+    check(way, MESHES["eight"], chosen, "ragged")
+    assert taken == [28]
 
 
 def check(way, mesh, chosen, dispatch):

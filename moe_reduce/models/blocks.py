@@ -8,15 +8,14 @@ with a dynamic trip count cannot be differentiated in reverse, so the gradient i
 
 import itertools
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from moe_reduce.models import deltas
-from moe_reduce.models.products import dot, product, wide
+from moe_reduce.models.gradients import Trained, as_leaves, dense, values, where_trained
+from moe_reduce.models.products import dot, product
 
 BLOCK_MULTIPLES = (1, 2, 3, 4)  # the sizes of blocks, in units of `block_rows`; each size is compiled by itself
 
@@ -112,15 +111,9 @@ def _added(x, delta, outputs: int, form: str):
     return deltas.added(x, delta, outputs, lambda x, matrix: product(x, matrix, form))
 
 
-@jax.tree_util.register_static
-class _Trained(frozenset):
-    """Numbers of the leaves of an adapter that a gradient is asked for; sketches, for one, are fixed."""
-
-
 def _marked_forward(x_MD, counts_E, matrices, masters, changes, block_rows: int, form: str):
-    trained = _Trained(number for number, leaf in enumerate(jax.tree.leaves(changes)) if leaf.perturbed)
-    values = jax.tree.map(lambda leaf: leaf.value, (x_MD, counts_E, matrices, masters, changes))
-    x_MD, counts_E, matrices, masters, changes = values
+    trained = Trained.among(changes)
+    x_MD, counts_E, matrices, masters, changes = values((x_MD, counts_E, matrices, masters, changes))
     result, saved = _forward(x_MD, counts_E, matrices, masters, changes, block_rows, form)
     return result, (*saved, trained)
 
@@ -148,7 +141,7 @@ def _forward(x_MD, counts_E, matrices, masters, changes, block_rows: int, form: 
 
 def _backward(block_rows: int, form: str, saved, cotangents):
     x_MD, counts_E, matrices, changes, gates, ups, trained = saved
-    dy_MD, dmasters = jax.tree.map(_dense, cotangents)
+    dy_MD, dmasters = jax.tree.map(dense, cotangents)
     rows, dtype = dy_MD.shape[0], dy_MD.dtype
     dy_MD = jnp.pad(dy_MD, ((0, block_rows * BLOCK_MULTIPLES[-1]), (0, 0)))
     bits = jax.tree.map(_bits, changes)
@@ -178,27 +171,9 @@ def _backward(block_rows: int, form: str, saved, cotangents):
         return dx, dmasters, dchanges
 
     empty = _padded(rows, x_MD.shape[1], block_rows, dtype)
-    leaves, structure = jax.tree.flatten(changes)
-    nothing = structure.unflatten(
-        jnp.zeros(leaf.shape, wide(leaf.dtype)) if number in trained else None for number, leaf in enumerate(leaves)
-    )
+    nothing = trained.totals(changes)
     dx, dmasters, dchanges = _for_each_block(counts_E, block_rows, body, matrices, (empty, tuple(dmasters), nothing))
-    dchanges = _where_trained(lambda total, leaf: total.astype(leaf.dtype), dchanges, changes)
-    return _values(dx[:rows]), None, None, dmasters, dchanges
-
-
-def _dense(cotangent: Any):
-    shape, dtype = cotangent.shape, cotangent.dtype
-    return jnp.zeros(shape, dtype) if isinstance(cotangent, SymbolicZero) else cotangent
-
-
-def _where_trained(function, totals, *others):
-    """function of the leaves that have a total; None, which is no gradient, stays."""
-
-    def apply(total, *leaves):
-        return None if total is None else function(total, *leaves)
-
-    return jax.tree.map(apply, totals, *others, is_leaf=lambda leaf: leaf is None)
+    return _values(dx[:rows]), None, None, dmasters, as_leaves(dchanges, changes)
 
 
 def _change_vjp(name: str, own, x, dy, totals, expert, form: str):
@@ -217,7 +192,7 @@ def _add(totals, parts, expert):
         part = part.astype(total.dtype)
         return total.at[expert].add(part) if total.ndim == 3 else total + part
 
-    return _where_trained(add, totals, parts)
+    return where_trained(add, totals, parts)
 
 
 grouped_swiglu.defvjp(_marked_forward, _backward, symbolic_zeros=True)

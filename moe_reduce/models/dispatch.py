@@ -6,8 +6,9 @@
     capacity   a fixed number of rows for each expert; what does not fit is dropped and the share reported.
     reference  every expert on every token. Slow and plain, for tests.
 
-Each takes rows x_SD, experts_SA (int32; E means "no expert here": the row adds nothing), weights_SA and the pool, and
-returns a Result.
+Each takes rows x_SD, experts_SA (int32; E means "no expert here": the row adds nothing), weights_SA, the pool, and the
+share of the assignments that is expected to be of experts here: 1 unless there are others elsewhere. It returns a
+Result.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_reduce.config import ExecutionConfig
-from moe_reduce.models import blocks, deltas, products
+from moe_reduce.models import blocks, deltas, parts, products
+from moe_reduce.models.products import wide
 
 Changes = dict[str, deltas.Delta]  # of an adapter, by `gate`, `up` and `down` (see models/deltas.py)
 
@@ -60,7 +62,7 @@ class Result(NamedTuple):
 
 
 Grouped = Callable[[jax.Array, jax.Array], jax.Array]
-Dispatch = Callable[[jax.Array, jax.Array, jax.Array, Pool, ExecutionConfig], Result]
+Dispatch = Callable[..., Result]
 
 
 def borrow(pool: Pool, execution: ExecutionConfig) -> tuple[Experts, Pool]:
@@ -86,6 +88,9 @@ def _borrow_backward(_, cotangents):
 _borrow.defvjp(_borrow_forward, _borrow_backward)
 
 
+# Rows of a token's experts are summed one expert after the other on TPU, whose tiles would fill an axis of A up to 8.
+
+
 class Order(NamedTuple):
     """Assignments sorted by expert: row m of the sorted buffer is assignment order_M[m]; rank_SA is the inverse."""
 
@@ -107,6 +112,34 @@ def sort_by_expert(experts_SA: jax.Array, experts: int) -> Order:
     return Order(order_M, rank_M.reshape(experts_SA.shape), jnp.diff(bounds))
 
 
+def _sums(rows_MD: jax.Array, weights_SA: jax.Array, rank_SA: jax.Array) -> jax.Array:
+    """Σ_a weight · row, [S, D]."""
+
+    def at_once(rows_MD, weights_SA, rank_SA):
+        return jnp.sum(rows_MD[rank_SA] * weights_SA[:, :, None], axis=1)
+
+    def in_turn(rows_MD, weights_SA, rank_SA):
+        weighted = (
+            rows_MD[rank_S] * weight_S[:, None] for rank_S, weight_S in zip(rank_SA.T, weights_SA.T, strict=True)
+        )
+        total: Any = sum(row_SD.astype(wide(row_SD.dtype)) for row_SD in weighted)
+        return total.astype(rows_MD.dtype)
+
+    return jax.lax.platform_dependent(rows_MD, weights_SA, rank_SA, tpu=in_turn, default=at_once)
+
+
+def _dots(rows_MD: jax.Array, y_SD: jax.Array, rank_SA: jax.Array) -> jax.Array:
+    """row · y, fp32 [S, A]."""
+
+    def at_once(rows_MD, y_SD, rank_SA):
+        return jnp.sum(y_SD[:, None].astype(jnp.float32) * rows_MD[rank_SA].astype(jnp.float32), axis=-1)
+
+    def in_turn(rows_MD, y_SD, rank_SA):
+        return jnp.concatenate([at_once(rows_MD, y_SD, rank_S[:, None]) for rank_S in rank_SA.T], axis=1)
+
+    return jax.lax.platform_dependent(rows_MD, y_SD, rank_SA, tpu=in_turn, default=at_once)
+
+
 @jax.custom_vjp
 def gather_rows(x_SD: jax.Array, order: Order) -> jax.Array:
     """x_SD -> x_MD, the sorted rows. Its gradient is a gather too: a scatter-add would run serially on CPU."""
@@ -118,7 +151,7 @@ def _gather_forward(x_SD: jax.Array, order: Order) -> tuple[jax.Array, Order]:
 
 
 def _gather_backward(order: Order, dx_MD: jax.Array) -> tuple[jax.Array, None]:
-    return jnp.sum(dx_MD[order.rank_SA], axis=1), None
+    return _sums(dx_MD, jnp.ones(order.rank_SA.shape, dx_MD.dtype), order.rank_SA), None
 
 
 gather_rows.defvjp(_gather_forward, _gather_backward)
@@ -127,7 +160,7 @@ gather_rows.defvjp(_gather_forward, _gather_backward)
 @jax.custom_vjp
 def combine_rows(y_MD: jax.Array, weights_SA: jax.Array, order: Order) -> jax.Array:
     """Sorted expert outputs -> y_SD = Σ_a weight · output."""
-    return jnp.sum(y_MD[order.rank_SA] * weights_SA[:, :, None].astype(y_MD.dtype), axis=1)
+    return _sums(y_MD, weights_SA.astype(y_MD.dtype), order.rank_SA)
 
 
 def _combine_forward(y_MD: jax.Array, weights_SA: jax.Array, order: Order):
@@ -138,8 +171,7 @@ def _combine_backward(saved: tuple[jax.Array, jax.Array, Order], dy_SD: jax.Arra
     y_MD, weights_SA, order = saved
     weights_M = weights_SA.reshape(-1)[order.order_M].astype(dy_SD.dtype)
     dy_MD = dy_SD[order.order_M // weights_SA.shape[1]] * weights_M[:, None]
-    dweights_SA = jnp.sum(dy_SD[:, None].astype(jnp.float32) * y_MD[order.rank_SA].astype(jnp.float32), axis=-1)
-    return dy_MD, dweights_SA.astype(weights_SA.dtype), None
+    return dy_MD, _dots(y_MD, dy_SD, order.rank_SA).astype(weights_SA.dtype), None
 
 
 combine_rows.defvjp(_combine_forward, _combine_backward)
@@ -157,13 +189,13 @@ def combined(y_MD: jax.Array, weights_SA: jax.Array, order: Order, pool: Pool, d
     )
 
 
-def _swiglu(rows: jax.Array, pool: Pool, experts: Experts, grouped: Grouped) -> jax.Array:
+def _swiglu(rows: jax.Array, experts: Experts, changes: Changes | None, grouped: Grouped) -> jax.Array:
     """down(silu(gate·x) · up·x) of each row's expert, with an adapter's changes.
 
     grouped(rows, matrices) multiplies each row with the matrix of its expert.
     """
 
-    changes = pool.changes or {}
+    changes = changes or {}
 
     def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
         if matrix.ndim == 3:
@@ -179,7 +211,7 @@ def _swiglu(rows: jax.Array, pool: Pool, experts: Experts, grouped: Grouped) -> 
     return linear(hidden, "down", experts.down_EFD)
 
 
-def dispatch_blocks(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
+def dispatch_blocks(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig, _share=1.0) -> Result:
     """Exact and dropless: only routed rows are computed, block by block (see models/blocks.py)."""
     order = sort_by_expert(experts_SA, pool.computed.gate_EDF.shape[0])
     x_MD = gather_rows(x_SD, order)
@@ -193,14 +225,27 @@ def dispatch_blocks(x_SD, experts_SA, weights_SA, pool: Pool, execution: Executi
     return combined(y_MD, weights_SA, order, pool._replace(masters=Experts(*masters)) if masters else pool)
 
 
-def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
-    """Exact and dropless: jax.lax.ragged_dot over the sorted rows."""
+def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig, share=1.0) -> Result:
+    """Exact and dropless: jax.lax.ragged_dot over the sorted rows, a part at a time where most are elsewhere."""
     order = sort_by_expert(experts_SA, pool.computed.gate_EDF.shape[0])
-    product = partial(jax.lax.ragged_dot, group_sizes=order.counts_E)
-    return _sorted_rows(x_SD, weights_SA, order, pool, execution, product)
+    rows = parts.rows_of_a_part(experts_SA.size, share)
+    if rows == experts_SA.size:
+        product = partial(jax.lax.ragged_dot, group_sizes=order.counts_E)
+        return _sorted_rows(x_SD, weights_SA, order, pool, execution, product)
+    experts, pool = borrow(pool, execution)
+    found: Any = parts.in_parts(
+        _ragged_rows, rows, x_SD, weights_SA, order.order_M, order.counts_E, (experts, pool.changes)
+    )
+    y_SD, norm_SA, maximum_SA = found
+    return Result(y_SD, pool, jnp.zeros(()), norm_SA, maximum_SA)
 
 
-def dispatch_grouped(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
+def _ragged_rows(rows_RD, counts_E, parameters) -> jax.Array:
+    experts, changes = parameters
+    return _rows(rows_RD, counts_E, experts, changes, partial(jax.lax.ragged_dot, group_sizes=counts_E))
+
+
+def dispatch_grouped(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig, _share=1.0) -> Result:
     """Exact and dropless: kernels over the sorted rows (see models/grouped.py). An adapter's changes are not fused."""
     from moe_reduce.models import grouped  # only where it is used: a later jax may be without Pallas' Triton
 
@@ -214,54 +259,58 @@ def dispatch_grouped(x_SD, experts_SA, weights_SA, pool: Pool, execution: Execut
     results: Any = grouped.swiglu(x_SD, token_M, order.rank_SA, groups, tuple(pool.computed), masters, interpret)
     y_MD, masters = results
     pool = pool._replace(masters=Experts(*masters)) if masters else pool
-    return combined(_of_experts_here(y_MD, order), weights_SA, order, pool)
+    return combined(_of_experts_here(y_MD, order.counts_E), weights_SA, order, pool)
 
 
 def _sorted_rows(x_SD, weights_SA, order: Order, pool: Pool, execution: ExecutionConfig, product: Grouped) -> Result:
     """The experts as products of sorted rows with one matrix for each expert."""
     experts, pool = borrow(pool, execution)
+    y_MD = _rows(gather_rows(x_SD, order), order.counts_E, experts, pool.changes, product)
+    return combined(y_MD, weights_SA, order, pool)
 
+
+def _rows(rows_MD, counts_E, experts: Experts, changes: Changes | None, product: Grouped) -> jax.Array:
     def multiply(rows_MI, matrices_EIO):
         # of the rows too, for what comes back to them
-        y_MO = product(_of_experts_here(rows_MI, order), matrices_EIO.astype(rows_MI.dtype))
-        return _of_experts_here(checkpoint_name(y_MO, products.KEPT), order)
+        y_MO = product(_of_experts_here(rows_MI, counts_E), matrices_EIO.astype(rows_MI.dtype))
+        return _of_experts_here(checkpoint_name(y_MO, products.KEPT), counts_E)
 
-    return combined(_swiglu(gather_rows(x_SD, order), pool, experts, multiply), weights_SA, order, pool)
+    return _swiglu(rows_MD, experts, changes, multiply)
 
 
-def _of_experts_here(rows_MI: jax.Array, order: Order) -> jax.Array:
+def _of_experts_here(rows_MI: jax.Array, counts_E: jax.Array) -> jax.Array:
     """Rows of experts elsewhere lie past the groups, where a kernel may leave anything: they become 0."""
-    return jnp.where((jnp.arange(rows_MI.shape[0]) < jnp.sum(order.counts_E))[:, None], rows_MI, 0)
+    return jnp.where((jnp.arange(rows_MI.shape[0]) < jnp.sum(counts_E))[:, None], rows_MI, 0)
 
 
 def _each_expert(rows_EXI: jax.Array, matrices_EIO: jax.Array) -> jax.Array:
     return jnp.einsum("EXI,EIO->EXO", rows_EXI, matrices_EIO.astype(rows_EXI.dtype))
 
 
-def dispatch_capacity(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
+def dispatch_capacity(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig, share=1.0) -> Result:
     """At most capacity_factor · mean rows for each expert, in sorted order; what does not fit is dropped."""
     experts, pool = borrow(pool, execution)
     count = experts.gate_EDF.shape[0]
     order = sort_by_expert(experts_SA, count)
     assignments = experts_SA.size
-    capacity = min(assignments, -(-int(assignments * execution.capacity_factor) // count))
+    capacity = min(assignments, -(-int(assignments * execution.capacity_factor * share) // count))
     starts_E = jnp.cumsum(order.counts_E) - order.counts_E
     expert_M = experts_SA.reshape(-1)[order.order_M]
     position_M = jnp.arange(assignments, dtype=jnp.int32) - starts_E[jnp.minimum(expert_M, count - 1)]
     slot_M = jnp.where(position_M < capacity, expert_M * capacity + position_M, count * capacity)
     x_MD = gather_rows(x_SD, order)
     buffer = jnp.zeros((count * capacity, x_SD.shape[1]), x_SD.dtype).at[slot_M].set(x_MD, mode="drop")
-    y_ECD = _swiglu(buffer.reshape(count, capacity, -1), pool, experts, _each_expert)
+    y_ECD = _swiglu(buffer.reshape(count, capacity, -1), experts, pool.changes, _each_expert)
     y_MD = y_ECD.reshape(count * capacity, -1).at[slot_M].get(mode="fill", fill_value=0)
     dropped = jnp.sum((expert_M < count) & (position_M >= capacity))
     return combined(y_MD, weights_SA, order, pool, dropped)
 
 
-def dispatch_reference(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
+def dispatch_reference(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig, _share=1.0) -> Result:
     """Every expert on every token, for tests: memory grows as E · S · F."""
     experts, pool = borrow(pool, execution)
     count = experts.gate_EDF.shape[0]
-    y_ESD = _swiglu(jnp.broadcast_to(x_SD[None], (count, *x_SD.shape)), pool, experts, _each_expert)
+    y_ESD = _swiglu(jnp.broadcast_to(x_SD[None], (count, *x_SD.shape)), experts, pool.changes, _each_expert)
     chosen_SAE = jax.nn.one_hot(experts_SA, count, dtype=x_SD.dtype)
     y_SAD = jnp.einsum("SAE,ESD->SAD", chosen_SAE, y_ESD)
     y_SD = jnp.einsum("SA,SAD->SD", weights_SA.astype(x_SD.dtype), y_SAD)

@@ -7,7 +7,6 @@ Both are exact and dropless. Of P devices a row goes to P - 1 with the first, to
 Each takes what a Dispatch takes, with experts numbered over all devices, and returns its Result for the own tokens.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -41,9 +40,8 @@ def _gather(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig
     every = partial(jax.lax.all_gather, axis_name=AXIS, axis=0, tiled=True)
     here_SA = every(experts_SA) - jax.lax.axis_index(AXIS) * count
     here_SA = jnp.where((here_SA >= 0) & (here_SA < count), here_SA, count)
-    # capacity is a multiple of the mean over all experts, of which only a part is here
-    execution = _with_capacity(execution, 1.0 / jax.lax.axis_size(AXIS))
-    result = DISPATCHES[execution.dispatch](every(x_SD), here_SA, every(weights_SA), pool, execution)
+    share = 1.0 / jax.lax.axis_size(AXIS)
+    result = DISPATCHES[execution.dispatch](every(x_SD), here_SA, every(weights_SA), pool, execution, share)
     total = partial(jax.lax.psum_scatter, axis_name=AXIS, scatter_dimension=0, tiled=True)
     sizes = (jax.lax.stop_gradient(size) for size in (result.norm_SA, result.maximum_SA))
     # an assignment's expert is on one device; on the others its norm and maximum are 0
@@ -59,16 +57,11 @@ def _all_to_all(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionCo
     numbers_M1 = (experts_SA.reshape(-1)[order.order_M] % count)[:, None]
     arrived_R1 = outward(numbers_M1, count)
     arrived_RD = checkpoint_name(outward(gather_rows(x_SD, order), 0), products.KEPT)
-    # capacity is a multiple of the mean over what all devices can send, of which places for more are here
-    execution = _with_capacity(execution, active / (devices * min(active, count)))
+    share = active / (devices * min(active, count))  # of the places, which are as many as may come
     ones_R1 = jnp.ones(arrived_R1.shape, weights_SA.dtype)
-    result = DISPATCHES[execution.dispatch](arrived_RD, arrived_R1, ones_R1, pool, execution)
+    result = DISPATCHES[execution.dispatch](arrived_RD, arrived_R1, ones_R1, pool, execution, share)
     y_MD = checkpoint_name(homeward(result.y_SD), products.KEPT)
     return combined(y_MD, weights_SA, order, result.pool, result.dropped)
-
-
-def _with_capacity(execution: ExecutionConfig, share: float) -> ExecutionConfig:
-    return dataclasses.replace(execution, capacity_factor=execution.capacity_factor * share)
 
 
 class Ways(NamedTuple):
