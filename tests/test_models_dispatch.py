@@ -18,9 +18,9 @@ EXECUTION = ExecutionConfig(block_rows=4, capacity_factor=float(E))
 
 
 def run(name, x_SD, chosen_SA, weights_SA, pool, execution):
-    """The dispatch of this name; `parts` is ragged where a tenth of the assignments is expected, of 192 some 30."""
+    """The dispatch of this name; `parts` is ragged in parts of 40 rows, of which 192 is no multiple."""
     if name == "parts":
-        return DISPATCHES["ragged"](x_SD, chosen_SA, weights_SA, pool, execution, 0.1)
+        return DISPATCHES["ragged"](x_SD, chosen_SA, weights_SA, pool, execution, 0.13)
     return DISPATCHES[name](x_SD, chosen_SA, weights_SA, pool, execution)
 
 
