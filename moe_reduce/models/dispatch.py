@@ -13,7 +13,7 @@ Result.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,21 @@ class Result(NamedTuple):
 
 
 Grouped = Callable[[jax.Array, jax.Array], jax.Array]
-Dispatch = Callable[..., Result]
+
+
+class Dispatch(Protocol):
+    """One of the ways; `share` matters to those whose buffers it sizes."""
+
+    def __call__(
+        self,
+        x_SD: jax.Array,
+        experts_SA: jax.Array,
+        weights_SA: jax.Array,
+        pool: Pool,
+        execution: ExecutionConfig,
+        share: float = 1.0,
+        /,
+    ) -> Result: ...
 
 
 def borrow(pool: Pool, execution: ExecutionConfig) -> tuple[Experts, Pool]:
@@ -88,9 +102,6 @@ def _borrow_backward(_, cotangents):
 _borrow.defvjp(_borrow_forward, _borrow_backward)
 
 
-# Rows of a token's experts are summed one expert after the other on TPU, whose tiles would fill an axis of A up to 8.
-
-
 class Order(NamedTuple):
     """Assignments sorted by expert: row m of the sorted buffer is assignment order_M[m]; rank_SA is the inverse."""
 
@@ -113,7 +124,7 @@ def sort_by_expert(experts_SA: jax.Array, experts: int) -> Order:
 
 
 def _sums(rows_MD: jax.Array, weights_SA: jax.Array, rank_SA: jax.Array) -> jax.Array:
-    """Σ_a weight · row, [S, D]."""
+    """Σ_a weight · row, [S, D]. In turn on TPU, whose tiles would fill an axis of A up to 8."""
 
     def at_once(rows_MD, weights_SA, rank_SA):
         return jnp.sum(rows_MD[rank_SA] * weights_SA[:, :, None], axis=1)
@@ -129,7 +140,7 @@ def _sums(rows_MD: jax.Array, weights_SA: jax.Array, rank_SA: jax.Array) -> jax.
 
 
 def _dots(rows_MD: jax.Array, y_SD: jax.Array, rank_SA: jax.Array) -> jax.Array:
-    """row · y, fp32 [S, A]."""
+    """row · y, fp32 [S, A]. In turn on TPU, as `_sums`."""
 
     def at_once(rows_MD, y_SD, rank_SA):
         return jnp.sum(y_SD[:, None].astype(jnp.float32) * rows_MD[rank_SA].astype(jnp.float32), axis=-1)
@@ -242,7 +253,7 @@ def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: Executi
 
 def _ragged_rows(rows_RD, counts_E, parameters) -> jax.Array:
     experts, changes = parameters
-    return _rows(rows_RD, counts_E, experts, changes, partial(jax.lax.ragged_dot, group_sizes=counts_E))
+    return _experts_of_rows(rows_RD, counts_E, experts, changes, partial(jax.lax.ragged_dot, group_sizes=counts_E))
 
 
 def dispatch_grouped(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig, _share=1.0) -> Result:
@@ -265,11 +276,13 @@ def dispatch_grouped(x_SD, experts_SA, weights_SA, pool: Pool, execution: Execut
 def _sorted_rows(x_SD, weights_SA, order: Order, pool: Pool, execution: ExecutionConfig, product: Grouped) -> Result:
     """The experts as products of sorted rows with one matrix for each expert."""
     experts, pool = borrow(pool, execution)
-    y_MD = _rows(gather_rows(x_SD, order), order.counts_E, experts, pool.changes, product)
+    y_MD = _experts_of_rows(gather_rows(x_SD, order), order.counts_E, experts, pool.changes, product)
     return combined(y_MD, weights_SA, order, pool)
 
 
-def _rows(rows_MD, counts_E, experts: Experts, changes: Changes | None, product: Grouped) -> jax.Array:
+def _experts_of_rows(rows_MD, counts_E, experts: Experts, changes: Changes | None, product: Grouped) -> jax.Array:
+    """Sorted rows, of which counts_E are of each expert, -> what the experts make of them; 0 past the counts."""
+
     def multiply(rows_MI, matrices_EIO):
         # of the rows too, for what comes back to them
         y_MO = product(_of_experts_here(rows_MI, counts_E), matrices_EIO.astype(rows_MI.dtype))

@@ -4,6 +4,7 @@ A layer that owns its experts and a layer that calls the shared pool run the sam
 parameters live, so router and pool hand out arrays and the computation takes them.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,12 +15,13 @@ from jax.sharding import PartitionSpec
 
 from moe_reduce.config import ExecutionConfig, ModelConfig, MoEConfig
 from moe_reduce.models import deltas
-from moe_reduce.models.dispatch import DISPATCHES, Changes, Dispatch, Experts, Pool, Result, borrow
+from moe_reduce.models.dispatch import DISPATCHES, Changes, Experts, Pool, Result, borrow
 from moe_reduce.models.exchange import exchange
 from moe_reduce.models.layers import normal_init, residual_std
 from moe_reduce.models.routing import route, router_logits
 
 BATCH_AXES = ("data", "fsdp", "expert")
+Route = Callable[[jax.Array, jax.Array, jax.Array, Pool, ExecutionConfig], Result]  # rows through their experts
 
 
 class ExpertPool(nn.Module):
@@ -138,8 +140,8 @@ def local_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: Executi
     return by_rows(DISPATCHES[execution.dispatch], x_BTD, chosen_BTA, weights_BTA, pool, execution)
 
 
-def by_rows(dispatch: Dispatch, x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig) -> Result:
-    """A dispatch of batch and time as one axis: a Result whose rows are split again."""
+def by_rows(dispatch: Route, x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig) -> Result:
+    """A dispatch or an exchange, of batch and time as one axis: a Result whose rows are split again."""
     x_SD, chosen_SA, weights_SA = (array.reshape(-1, array.shape[-1]) for array in (x_BTD, chosen_BTA, weights_BTA))
     result = dispatch(x_SD, chosen_SA, weights_SA, pool, execution)
     norm_BTA, maximum_BTA = (size.reshape(chosen_BTA.shape) for size in (result.norm_SA, result.maximum_SA))

@@ -22,7 +22,7 @@ SLACK = 1.5  # rows of a part, over those expected
 MULTIPLE = 128  # of rows in a part, which matrix units ask for
 
 # (rows_RD sorted by expert, counts_E, weights of the experts: a tree) -> outputs_RD; rows past the counts are not read
-Experts = Callable[[jax.Array, jax.Array, Any], jax.Array]
+Compute = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
 def rows_of_a_part(assignments: int, share: float) -> int:
@@ -31,19 +31,21 @@ def rows_of_a_part(assignments: int, share: float) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def in_parts(experts: Experts, rows: int, x_SD, weights_SA, order_M, counts_E, parameters):
+def in_parts(compute: Compute, rows: int, x_SD, weights_SA, order_M, counts_E, parameters):
     """(y_SD = Σ_a weight · output of the experts here, their outputs' norms [S, A] and maxima [S, A], fp32).
 
+    Norms and maxima are for scoring: no gradient flows through them.
+
     Args:
-        experts: what rows of a part become.
+        compute: what the experts make of rows of a part.
         rows: R, of a part.
         x_SD: tokens.
         weights_SA: of each assignment.
         order_M: assignments sorted by expert, those of experts elsewhere behind.
         counts_E: rows of each expert here, int32.
-        parameters: handed to `experts`; a gradient is formed of those leaves that are differentiated.
+        parameters: handed to `compute`; a gradient is formed of those leaves that are differentiated.
     """
-    return _forward(experts, rows, x_SD, weights_SA, order_M, counts_E, parameters)[0]
+    return _forward(compute, rows, x_SD, weights_SA, order_M, counts_E, parameters)[0]
 
 
 class Part(NamedTuple):
@@ -75,12 +77,12 @@ def _taken(array: jax.Array, numbers_R: jax.Array) -> jax.Array:
     return array.at[numbers_R].get(mode="fill", fill_value=0)
 
 
-def _forward(experts: Experts, rows: int, x_SD, weights_SA, order_M, counts_E, parameters):
+def _forward(compute: Compute, rows: int, x_SD, weights_SA, order_M, counts_E, parameters):
     weights_M = weights_SA.reshape(-1)
 
     def body(part: Part, carry):
         y_SD, norm_M, maximum_M = carry
-        out_RD = experts(_taken(x_SD, part.token_R), part.counts_E, parameters)
+        out_RD = compute(_taken(x_SD, part.token_R), part.counts_E, parameters)
         float_RD = out_RD.astype(jnp.float32)
         weighted_RD = out_RD * _taken(weights_M, part.assignment_R)[:, None].astype(out_RD.dtype)
         # what lies past the last row falls away, whatever it is
@@ -98,19 +100,19 @@ def _forward(experts: Experts, rows: int, x_SD, weights_SA, order_M, counts_E, p
     return results, (x_SD, weights_SA, order_M, counts_E, parameters)
 
 
-def _marked_forward(experts: Experts, rows: int, *marked):
-    results, saved = _forward(experts, rows, *values(marked))
+def _marked_forward(compute: Compute, rows: int, *marked):
+    results, saved = _forward(compute, rows, *values(marked))
     return results, (*saved, Trained.among(marked[-1]))
 
 
-def _backward(experts: Experts, rows: int, saved, cotangents):
+def _backward(compute: Compute, rows: int, saved, cotangents):
     x_SD, weights_SA, order_M, counts_E, parameters, trained = saved
     dy_SD, weights_M = dense(cotangents[0]), weights_SA.reshape(-1)
 
     def body(part: Part, carry):
         dx_SD, dweights_M, dparameters = carry
         out_RD, vjp = jax.vjp(
-            lambda x_RD, parameters: experts(x_RD, part.counts_E, parameters), _taken(x_SD, part.token_R), parameters
+            lambda x_RD, parameters: compute(x_RD, part.counts_E, parameters), _taken(x_SD, part.token_R), parameters
         )
         dy_RD = _taken(dy_SD, part.token_R)
         dx_RD, more = vjp(dy_RD * _taken(weights_M, part.assignment_R)[:, None].astype(dy_RD.dtype))
