@@ -17,6 +17,7 @@ from moe_reduce.errors import UserError
 T = TypeVar("T")
 REQUIRED_INT = 0  # the default of sizes that have no sensible default; validation refuses it by name
 DISPATCH_BY_PLATFORM = {"cpu": "blocks", "gpu": "grouped", "tpu": "ragged"}
+ATTENTION_BY_PLATFORM = {"cpu": "blocks", "gpu": "xla", "tpu": "splash"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class ExecutionConfig:
 
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # auto: resolved once, when a command starts
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["auto", "xla", "blocks", "cudnn"] = "auto"  # auto: blocks of queries on CPU, else xla
+    attention: Literal["auto", "xla", "blocks", "cudnn", "splash"] = "auto"  # auto: by platform
     products: Literal["auto", "plain", "transposed"] = "auto"  # auto: transposed for bf16 on CPU (models/products.py)
     dispatch: Literal["auto", "blocks", "ragged", "grouped", "capacity", "reference"] = "auto"  # auto: by platform
     exchange: Literal["auto", "gather", "all_to_all"] = "auto"  # over mesh.expert (models/exchange.py); auto: less sent
@@ -86,18 +87,16 @@ class ExecutionConfig:
         platform = default_platform if self.platform == "auto" else self.platform
         if platform not in DISPATCH_BY_PLATFORM:
             raise UserError(f"no dispatch is known for platform {platform!r}: set execution.platform and .dispatch")
-        if self.attention == "cudnn" and (platform != "gpu" or self.compute_dtype != "bfloat16"):
-            raise UserError(
-                "execution.attention=cudnn is for GPUs and execution.compute_dtype=bfloat16: leave it at auto"
-            )
         dispatch = DISPATCH_BY_PLATFORM[platform] if self.dispatch == "auto" else self.dispatch
-        if dispatch == "grouped" and default_platform != "gpu":
-            raise UserError(f"experts on a GPU (execution.dispatch=grouped), but jax sees {default_platform} alone")
         bf16_on_cpu = platform == "cpu" and self.compute_dtype == "bfloat16"
         products = ("transposed" if bf16_on_cpu else "plain") if self.products == "auto" else self.products
-        attention = ("blocks" if platform == "cpu" else "xla") if self.attention == "auto" else self.attention
-        resolved = {"platform": platform, "attention": attention, "products": products, "dispatch": dispatch}
-        return dataclasses.replace(self, **resolved)
+        attention = self.attention
+        if attention == "auto":  # a kernel of a TPU needs one
+            attention = "xla" if platform == "tpu" != default_platform else ATTENTION_BY_PLATFORM[platform]
+        found = {"platform": platform, "attention": attention, "products": products, "dispatch": dispatch}
+        resolved = dataclasses.replace(self, **found)
+        validation.check_kernels(resolved, default_platform)
+        return resolved
 
 
 @dataclass(frozen=True)

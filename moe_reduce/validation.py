@@ -198,6 +198,16 @@ def _check_execution(execution: "ExecutionConfig") -> None:
     positive("execution", execution, "capacity_factor", "block_rows", "scan_unroll")
 
 
+def check_kernels(execution: "ExecutionConfig", default_platform: str) -> None:
+    """Raises UserError for a resolved way to compute that the devices which jax sees do not have."""
+    if execution.attention == "cudnn" and (execution.platform != "gpu" or execution.compute_dtype != "bfloat16"):
+        raise UserError("execution.attention=cudnn is for GPUs and execution.compute_dtype=bfloat16: leave it at auto")
+    if execution.attention == "splash" and default_platform != "tpu":
+        raise UserError(f"execution.attention=splash is for TPUs, but jax sees {default_platform} alone")
+    if execution.dispatch == "grouped" and default_platform != "gpu":
+        raise UserError(f"experts on a GPU (execution.dispatch=grouped), but jax sees {default_platform} alone")
+
+
 def check_data(data: "DataConfig") -> None:
     """Raises UserError at the first key that cannot work."""
     positive("data", data, "sequence_length", "workers", *(() if data.max_documents is None else ("max_documents",)))

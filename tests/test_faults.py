@@ -93,6 +93,7 @@ KEYS = {
     "no port": (["--coordinator=here", "--processes=2", "--process=0"], "--coordinator=here", "HOST:PORT"),
     "fewer than no documents": (["--config.data.max_documents=-1"], "data.max_documents must be positive, got -1"),
     "attention of GPUs": (["--config.execution.attention=cudnn"], "execution.attention=cudnn is for GPUs"),
+    "attention of TPUs": (["--config.execution.attention=splash"], "execution.attention=splash", "jax sees cpu"),
     "experts of GPUs": (["--config.execution.dispatch=grouped"], "execution.dispatch=grouped", "jax sees cpu"),
     "nothing matches": (["--config.data.source=/nowhere/*.txt"], "/nowhere/*.txt"),
     "no such file": (["--config.data.source=/nowhere.npy"], "/nowhere.npy"),

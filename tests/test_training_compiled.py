@@ -64,6 +64,11 @@ HLO = """HloModule step
   %start = (bf16[2,8]{1,0}, bf16[4,8]{1,0}) all-gather-start(%z), dimensions={0}
   %done = bf16[4,8]{1,0} all-gather-done(%start)
   %fusion.1 = bf16[2,8]{1,0:T(8,128)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.2
+  %once = bf16[4]{0} fusion(%x), calls=%inner.2, metadata={op_name="x/add"}, backend_config={"estimated_cycles":"1847"}
+}
+
+%inner.2 (p: bf16[4]) -> bf16[4] {
+  ROOT %twice = bf16[4]{0} add(%p, %p)
 }
 
 %all-reduce-scatter.2 (p: bf16[4,8]) -> bf16[2,8] {
@@ -83,6 +88,8 @@ HLO = """HloModule step
 ENTRY %main (p: f32[3]) -> f32[3] {
   %loop = (s32[], bf16[4,8]) while(%start), condition=%condition.1, body=%body.1
   %called = f32[3]{0} fusion(%p), kind=kCustom, calls=%inner
+  %copied = f32[3]{0} copy(%p), backend_config={"estimated_cycles":"22995"}
+  %added = f32[3]{0} add(%p, %p), metadata={op_name="x/add"}, backend_config={"estimated_cycles":"3"}
 }
 """
 
@@ -94,6 +101,12 @@ def test_collectives_of_a_program_by_hand():
         "reduce-scatter": {"count": 12, "bytes": 12 * 2 * 8 * 2},
         "all-to-all": {"count": 1, "bytes": 3 * 4 + 4},
     }
+
+
+def test_estimated_cycles_of_a_program_by_hand():
+    """By their source, the most first; those of a loop as often as it turns."""
+    found = compiled.estimated_cycles(HLO)
+    assert list(found.items()) == [("copy", 22995), ("x/add", 12 * 1847 + 3)]
 
 
 @pytest.mark.parametrize("kind", ["dense", "shared"])
@@ -201,6 +214,7 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_here():
     assert found["fits"]
     assert found["devices"] == 4  # chips, as jax sees them on a TPU VM
     assert found["collectives"]["all-reduce"]["bytes"] > 0
+    assert found["estimated_cycles"]["total"] >= sum(found["estimated_cycles"]["most"].values()) > 0
 
 
 @pytest.mark.parametrize(

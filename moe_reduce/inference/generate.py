@@ -27,7 +27,7 @@ from moe_reduce.errors import UserError
 from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.models import cache, deltas
 from moe_reduce.models.decoder import Decoder, unstacked
-from moe_reduce.models.experts import BATCH_AXES
+from moe_reduce.models.placement import BATCH_AXES
 from moe_reduce.storage.model import Model
 from moe_reduce.training import sharding
 

@@ -11,7 +11,7 @@ from moe_reduce.data.completions import Completions
 from moe_reduce.data.pieces import SPLITS
 from moe_reduce.data.tokenizers import Tokenizer
 from moe_reduce.inference.generate import generate, ready
-from moe_reduce.models.experts import BATCH_AXES
+from moe_reduce.models.placement import BATCH_AXES
 from moe_reduce.storage.model import Model
 
 

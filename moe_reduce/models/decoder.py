@@ -8,15 +8,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.initializers import ones, zeros
-from jax.sharding import PartitionSpec
 
 from moe_reduce.config import ExecutionConfig, ModelConfig
 from moe_reduce.models import products
 from moe_reduce.models.cache import CACHE, KEYS_VALUES
 from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.models.dispatch import Experts, Pool
-from moe_reduce.models.experts import BATCH_AXES, ExpertPool, Router, mixture_of_experts
+from moe_reduce.models.experts import ExpertPool, Router, mixture_of_experts
 from moe_reduce.models.layers import Attention, Embedding, FeedForward, Unembedding, residual_norm
+from moe_reduce.models.placement import shard_batch, whole
 
 REMAT_POLICIES = {
     # by name: a policy that looks for products does not see into those with gradients of our own
@@ -47,12 +47,12 @@ class Block(nn.Module):
     execution: ExecutionConfig
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, Experts | None], positions_BT, mask_B1TT, shared, router_DE):
+    def __call__(self, carry: tuple[jax.Array, Experts | None], positions_BT, segments_BT, shared, router_DE):
         config, execution = self.config, self.execution
         x_BTD, masters = carry
         computed, changes = shared
         _sow(self, "hidden", "block_input", x_BTD)
-        x_BTD, normed_BTD = _attend(config, execution, x_BTD, positions_BT, mask_B1TT)
+        x_BTD, normed_BTD = _attend(config, execution, x_BTD, positions_BT, segments_BT)
         if config.moe is None:
             y_BTD = FeedForward(config, execution, name="mlp")(normed_BTD)
         else:
@@ -82,10 +82,10 @@ def _pool(experts: ExpertPool, dtype: jnp.dtype, execution: ExecutionConfig) -> 
     return Pool.of(masters if execution.expert_gradients else jax.lax.stop_gradient(masters), dtype, changes)
 
 
-def _attend(config: ModelConfig, execution: ExecutionConfig, x_BTD, positions_BT, mask_B1TT):
+def _attend(config: ModelConfig, execution: ExecutionConfig, x_BTD, positions_BT, segments_BT):
     """The first half of a block, as submodules of whoever calls: (x after attention, what the second half reads)."""
     normed_BTD = residual_norm(config, "attention_norm")(x_BTD)
-    attended_BTD = x_BTD + Attention(config, execution, name="attention")(normed_BTD, positions_BT, mask_B1TT)
+    attended_BTD = x_BTD + Attention(config, execution, name="attention")(normed_BTD, positions_BT, segments_BT)
     read_BTD = x_BTD if config.parallel_residual else attended_BTD
     return attended_BTD, residual_norm(config, "mlp_norm")(read_BTD)
 
@@ -97,8 +97,8 @@ class AttentionHalf(nn.Module):
     execution: ExecutionConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, mask_B1TT: jax.Array | None = None):
-        return _attend(self.config, self.execution, x_BTD, positions_BT, mask_B1TT)
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None = None):
+        return _attend(self.config, self.execution, x_BTD, positions_BT, segments_BT)
 
 
 def _sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
@@ -130,10 +130,9 @@ class Decoder(nn.Module):
         x_BTD = shard_batch(embedding.encode(tokens_BT))
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :], tokens_BT.shape)
-        mask_B1TT = None if segments_BT is None else (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
         (computed, masters, changes), router_DE = self._shared(x_BTD.dtype)
         layers = self._layers() if self.stacked else self._one_by_one
-        (x_BTD, _), _ = layers((x_BTD, masters), positions_BT, mask_B1TT, (computed, changes), router_DE)
+        (x_BTD, _), _ = layers((x_BTD, masters), positions_BT, segments_BT, (computed, changes), router_DE)
         if last_B is not None:
             x_BTD = x_BTD[jnp.arange(x_BTD.shape[0]), last_B][:, None]
         x_BTD = residual_norm(config, "final_norm")(x_BTD)
@@ -146,7 +145,7 @@ class Decoder(nn.Module):
         shared = moe is not None and moe.placement == "shared"
         pool = _pool(ExpertPool(self.config, name="experts"), dtype, self.execution) if shared else (None, None, None)
         # gathered once, and not by every layer's call
-        router_DE = _whole(Router(self.config, name="router")()) if moe and moe.router == "shared" else None
+        router_DE = whole(Router(self.config, name="router")()) if moe and moe.router == "shared" else None
         return pool, router_DE
 
     def _layers(self) -> nn.Module:
@@ -185,20 +184,6 @@ def _unstacked(collection: Mapping[str, Any]) -> dict[str, Any]:
 
 def _name(number: int) -> str:
     return f"layers_{number}"
-
-
-def shard_batch(x: jax.Array) -> jax.Array:
-    """Keeps the batch split over the mesh in context; without a mesh, x."""
-    return _constrained(x, PartitionSpec(BATCH_AXES))
-
-
-def _whole(x: jax.Array) -> jax.Array:
-    """On every device of the mesh in context."""
-    return _constrained(x, PartitionSpec())
-
-
-def _constrained(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

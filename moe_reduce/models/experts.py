@@ -18,9 +18,9 @@ from moe_reduce.models import deltas
 from moe_reduce.models.dispatch import DISPATCHES, Changes, Experts, Pool, Result, borrow
 from moe_reduce.models.exchange import exchange
 from moe_reduce.models.layers import normal_init, residual_std
+from moe_reduce.models.placement import BATCH_AXES, on_one_device
 from moe_reduce.models.routing import route, router_logits
 
-BATCH_AXES = ("data", "fsdp", "expert")
 Route = Callable[[jax.Array, jax.Array, jax.Array, Pool, ExecutionConfig], Result]  # rows through their experts
 
 
@@ -89,8 +89,7 @@ def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: Executi
     hidden width along `tensor`, over which slices of F are summed. Norms and maxima are of whole outputs only where
     `tensor` is 1.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if on_one_device():
         result = local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution)
         return result.y_SD, result.pool, result.dropped / chosen_BTA.size, *result[3:]
     tokens = PartitionSpec(BATCH_AXES)

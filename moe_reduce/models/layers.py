@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_reduce.config import ExecutionConfig, ModelConfig
-from moe_reduce.models import cache, deltas, products
+from moe_reduce.models import cache, deltas, products, splash
 
 # Of attention in blocks: XLA on CPU runs a batched product on one core, but several that do not wait for one another
 # at once, so blocks occupy more cores and leave out most of what the mask would.
@@ -160,18 +160,31 @@ def _blocks(time: int, blocks: int) -> list[tuple[int, int]]:
     return [(start, min(start + rows, time)) for start in range(0, time, rows)]
 
 
+def attention(q_BTHC, k_BTGC, v_BTGC, segments_BT: jax.Array | None, execution: ExecutionConfig) -> jax.Array:
+    """Over the past of the same segment, in the way that `execution.attention` names: [B, T, H, C]."""
+    way = execution.attention
+    if way == "splash":
+        return splash.causal_attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, execution.platform != "tpu")
+    mask_B1TT = None if segments_BT is None else segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+    if way == "cudnn":
+        return jax.nn.dot_product_attention(
+            q_BTHC, k_BTGC, v_BTGC, mask=mask_B1TT, is_causal=True, implementation="cudnn"
+        )
+    return causal_attention(q_BTHC, k_BTGC, v_BTGC, mask_B1TT, execution.products, BLOCKS if way == "blocks" else 1)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (GQA, arXiv:2305.13245).
 
-    Over the tokens of the call, under their mask; where it is given a cache, over what that holds as well, without a
-    mask (see models/cache.py).
+    Over the tokens of the call, within their segments; where it is given a cache, over what that holds as well,
+    without segments (see models/cache.py).
     """
 
     config: ModelConfig
     execution: ExecutionConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, mask_B1TT: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         config = self.config
         q_BTHC = self._project("query", x_BTD, config.query_heads)
         k_BTGC = self._project("key", x_BTD, config.key_value_heads)
@@ -186,13 +199,8 @@ class Attention(nn.Module):
         past = cache.layer_of(self)
         if past is not None:
             mixed_BTHC = cache.attention(q_BTHC, k_BTGC, v_BTGC, past, positions_BT, self.execution.products)
-        elif self.execution.attention == "cudnn":
-            mixed_BTHC = jax.nn.dot_product_attention(
-                q_BTHC, k_BTGC, v_BTGC, mask=mask_B1TT, is_causal=True, implementation="cudnn"
-            )
         else:
-            blocks = BLOCKS if self.execution.attention == "blocks" else 1
-            mixed_BTHC = causal_attention(q_BTHC, k_BTGC, v_BTGC, mask_B1TT, self.execution.products, blocks)
+            mixed_BTHC = attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, self.execution)
         shape = (config.query_heads, config.head_width, config.width)
         init = normal_init(residual_std(config))
         return linear(self, "output", mixed_BTHC, shape, init, self.execution, inputs=2, bias=config.biases)

@@ -15,6 +15,8 @@ from moe_reduce.training.run import Job
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*)\[([\d,]*)\]")
+OPERATION = re.compile(r"[\])}] ([a-z-]+)\(")
+MOST = 10  # sources of estimated cycles that a report names
 BITS = {"pred": 8, "bf16": 16}
 
 
@@ -34,6 +36,8 @@ def compile_step(job: Job, mesh: Mesh, memory: int) -> dict[str, Any]:
     sizes: Any = compiled.memory_analysis()
     peak = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     total = peak + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
+    program = compiled.as_text()
+    cycles = estimated_cycles(program)
     report = {
         "fits": total <= memory,
         "bytes": total,
@@ -43,7 +47,8 @@ def compile_step(job: Job, mesh: Mesh, memory: int) -> dict[str, Any]:
         "temporaries_bytes": sizes.temp_size_in_bytes,
         "program_bytes": sizes.generated_code_size_in_bytes,
         "model_flops": model_flops(job, mesh.size),
-        "collectives": collectives(compiled.as_text()),
+        "collectives": collectives(program),
+        "estimated_cycles": {"total": sum(cycles.values()), "most": dict(list(cycles.items())[:MOST])},
         "compile_seconds": round(time.perf_counter() - started, 1),
     }
     return report if report["fits"] else report | {"remedy": step.remedy(memory)}
@@ -60,9 +65,24 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
     """{type: {"count", "bytes"}} of what one device runs in a step; bytes are those of the results. Loops multiply."""
     count: Counter[str] = Counter()
     moved: Counter[str] = Counter()
-    computations = _computations(hlo)
-    _add_up(computations, computations["ENTRY"], 1, count, moved)
+    for line, name, times in _executed(_computations(hlo)):
+        if name in COLLECTIVES:
+            count[name] += times
+            moved[name] += times * _result_bytes(line)
     return {name: {"count": count[name], "bytes": moved[name]} for name in COLLECTIVES if count[name]}
+
+
+def estimated_cycles(hlo: str) -> dict[str, int]:
+    """{where in the model: cycles} of a step on one device, the most first, as TPU's compiler estimates them; {} where
+    it does not. Loops multiply. Passes over memory only: kernels, products, gathers and scatters have no estimate.
+    """
+    found: Counter[str] = Counter()
+    for line, name, times in _executed(_computations(hlo)):
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
+        if cycles:
+            source = re.search(r'op_name="([^"]*)"', line)
+            found[source[1] if source else name] += times * int(cycles[1])
+    return dict(found.most_common())
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:
@@ -78,25 +98,20 @@ def _computations(hlo: str) -> dict[str, list[str]]:
     return found
 
 
-def _add_up(computations: dict[str, list[str]], lines: list[str], times: int, count: Counter, moved: Counter) -> None:
-    for line in lines:
-        operation = re.search(r"[\])}] ([a-z-]+)\(", line)
+def _executed(
+    computations: dict[str, list[str]], computation: str = "ENTRY", times: int = 1
+) -> Iterator[tuple[str, str, int]]:
+    """(instruction, its operation, how often it runs) of all that a computation runs."""
+    for line in computations[computation]:
+        operation = OPERATION.search(line)
         name = operation[1].removesuffix("-start") if operation else ""
         # on TPU a fusion of an all-reduce and the slice that a device keeps, which only that slice leaves
-        scatters = re.search(r"calls=%?all-reduce-scatter", line) is not None
-        if scatters:
-            name = "reduce-scatter"
-        if name in COLLECTIVES:
-            assert operation is not None
-            arrays = [_bytes(*array) for array in ARRAY.findall(line[: operation.start() + 1])]
-            # what has started holds its operand beside its result
-            size = max(arrays) if operation[1].endswith("-start") else sum(arrays)
-            count[name] += times
-            moved[name] += times * size
-        if scatters:
+        if re.search(r"calls=%?all-reduce-scatter", line):
+            yield line, "reduce-scatter", times
             continue
+        yield line, name, times
         for called, repeats in _called(computations, line, name):
-            _add_up(computations, computations[called], times * repeats, count, moved)
+            yield from _executed(computations, called, times * repeats)
 
 
 def _called(computations: dict[str, list[str]], line: str, operation: str) -> Iterator[tuple[str, int]]:
@@ -117,6 +132,14 @@ def _called(computations: dict[str, list[str]], line: str, operation: str) -> It
         for name in group.split(","):
             if name.strip().lstrip("%") in computations:
                 yield name.strip().lstrip("%"), 1
+
+
+def _result_bytes(line: str) -> int:
+    operation = OPERATION.search(line)
+    assert operation is not None
+    arrays = [_bytes(*array) for array in ARRAY.findall(line[: operation.start() + 1])]
+    # what has started holds its operand beside its result
+    return max(arrays) if operation[1].endswith("-start") else sum(arrays)
 
 
 def _bytes(dtype: str, dimensions: str) -> int:

@@ -13,7 +13,7 @@ from moe_reduce import trees
 from moe_reduce.config import MeshConfig
 from moe_reduce.errors import UserError
 from moe_reduce.models.deltas import ADAPTER
-from moe_reduce.models.experts import BATCH_AXES
+from moe_reduce.models.placement import BATCH_AXES
 from moe_reduce.training.task import TEACHER
 
 PIECE_BYTES = 2**30  # of a leaf, replicated at a time

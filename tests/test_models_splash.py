@@ -1,0 +1,85 @@
+"""Attention of TPUs, its kernels interpreted: equal to the plain one, over a mesh too, and kept by remat."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_reduce.config import ExecutionConfig, MeshConfig, ModelConfig
+from moe_reduce.errors import UserError
+from moe_reduce.models import decoder, layers
+from moe_reduce.training.sharding import make_mesh
+
+BATCH, TIME, HEADS, GROUPS, WIDTH = 4, 200, 4, 2, 16  # padded to 256: two tiles of 128
+
+
+def _normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _heads() -> tuple[jax.Array, ...]:
+    shapes = (HEADS, GROUPS, GROUPS)
+    return tuple(_normal(number, BATCH, TIME, heads, WIDTH) for number, heads in enumerate(shapes))
+
+
+def _segments() -> jax.Array:
+    """Documents of other lengths in each row."""
+    ends_B1 = jnp.array([[70], [130], [1], [199]])
+    return (jnp.arange(TIME)[None] >= ends_B1).astype(jnp.int32)
+
+
+def _value_and_gradients(way: str, segments_BT, heads):
+    weight_BTHC = _normal(3, BATCH, TIME, HEADS, WIDTH)
+
+    def total(*heads):
+        return jnp.sum(
+            layers.attention(*heads, segments_BT, ExecutionConfig(platform="cpu", attention=way)) * weight_BTHC
+        )
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(*heads)
+
+
+def _alike(found, wanted, tolerance: float):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, wanted)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_attention_in_tiles_and_its_gradient_equal_the_plain_one(segmented):
+    segments_BT = _segments() if segmented else None
+    found, wanted = (_value_and_gradients(way, segments_BT, _heads()) for way in ("splash", "xla"))
+    _alike(found, wanted, 1e-4)
+
+
+def test_each_device_of_a_mesh_computes_its_rows_and_heads():
+    wanted = _value_and_gradients("splash", _segments(), _heads())
+    mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
+    with jax.set_mesh(mesh):
+        specs = jax.sharding.PartitionSpec(("data", "fsdp", "expert"), None, "tensor")
+        heads = jax.device_put(_heads(), jax.NamedSharding(mesh, specs))
+        found = _value_and_gradients("splash", _segments(), heads)
+    _alike(found, wanted, 1e-5)
+    assert found[1][0].sharding.shard_shape(found[1][0].shape) == (BATCH // 4, TIME, HEADS // 2, WIDTH)
+
+
+@pytest.mark.parametrize(("remat", "again"), [("dots", False), ("full", True)])
+def test_remat_of_products_keeps_what_the_kernel_made(remat, again):
+    sizes = {"width": 16, "query_heads": 2, "key_value_heads": 1, "head_width": 8, "feed_forward_width": 8}
+    config = ModelConfig(vocab_size=8, layers=1, **sizes)
+    execution = ExecutionConfig(platform="cpu", attention="splash", remat=remat)
+    params, tokens_BT = decoder.abstract_params(config), jnp.zeros((1, 128), jnp.int32)
+
+    def total(params):
+        return jnp.sum(decoder.Decoder(config, execution).apply({"params": params}, tokens_BT))
+
+    program = jax.jit(jax.grad(total)).lower(params).compile().as_text()
+    assert re.search(r"jvp\S*/splash_mha_fwd", program)
+    assert bool(re.search(r"rematted_computation\S*/splash_mha_fwd", program)) == again
+
+
+def test_platforms_have_their_own():
+    assert ExecutionConfig().resolve("tpu").attention == "splash"
+    assert ExecutionConfig(platform="tpu").resolve("cpu").attention == "xla"  # a TPU's configuration, tried on a CPU
+    with pytest.raises(UserError, match=r"execution.attention=splash is for TPUs, but jax sees gpu"):
+        ExecutionConfig(attention="splash").resolve("gpu")
