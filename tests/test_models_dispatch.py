@@ -21,7 +21,8 @@ def run(name, x_SD, chosen_SA, weights_SA, pool, execution):
     """The dispatch of this name; `parts` is ragged in parts of 40 rows, of which 192 is no multiple."""
     if name == "parts":
         return DISPATCHES["ragged"](x_SD, chosen_SA, weights_SA, pool, execution, 0.13)
-    return DISPATCHES[name](x_SD, chosen_SA, weights_SA, pool, execution)
+    share = 0.9 if np.any(np.asarray(chosen_SA) == E) else 1.0
+    return DISPATCHES[name](x_SD, chosen_SA, weights_SA, pool, execution, share)
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +39,7 @@ def _pool(key):
     )
 
 
+@jax.ensure_compile_time_eval()
 def _chosen(kind):
     if kind == "random":
         return jax.lax.top_k(jax.random.normal(jax.random.key(3), (S, E)), A)[1].astype(jnp.int32)

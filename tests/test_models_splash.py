@@ -12,26 +12,26 @@ from moe_reduce.errors import UserError
 from moe_reduce.models import decoder, layers
 from moe_reduce.training.sharding import make_mesh
 
-BATCH, TIME, HEADS, GROUPS, WIDTH = 4, 200, 4, 2, 16  # padded to 256: two tiles of 128
+BATCH, TIME, HEADS, GROUPS = 4, 300, 4, 2  # padded to 384: three tiles of 128
 
 
 def _normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def _heads() -> tuple[jax.Array, ...]:
+def _heads(width: int = 16) -> tuple[jax.Array, ...]:
     shapes = (HEADS, GROUPS, GROUPS)
-    return tuple(_normal(number, BATCH, TIME, heads, WIDTH) for number, heads in enumerate(shapes))
+    return tuple(_normal(number, BATCH, TIME, heads, width) for number, heads in enumerate(shapes))
 
 
 def _segments() -> jax.Array:
     """Documents of other lengths in each row."""
-    ends_B1 = jnp.array([[70], [130], [1], [199]])
+    ends_B1 = jnp.array([[70], [130], [1], [299]])
     return (jnp.arange(TIME)[None] >= ends_B1).astype(jnp.int32)
 
 
 def _value_and_gradients(way: str, segments_BT, heads):
-    weight_BTHC = _normal(3, BATCH, TIME, HEADS, WIDTH)
+    weight_BTHC = _normal(3, *heads[0].shape)
 
     def total(*heads):
         return jnp.sum(
@@ -45,10 +45,11 @@ def _alike(found, wanted, tolerance: float):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, wanted)
 
 
+@pytest.mark.parametrize("width", [16, 128])  # laid out with positions last, and with channels last
 @pytest.mark.parametrize("segmented", [False, True])
-def test_attention_in_tiles_and_its_gradient_equal_the_plain_one(segmented):
+def test_attention_in_tiles_and_its_gradient_equal_the_plain_one(segmented, width):
     segments_BT = _segments() if segmented else None
-    found, wanted = (_value_and_gradients(way, segments_BT, _heads()) for way in ("splash", "xla"))
+    found, wanted = (_value_and_gradients(way, segments_BT, _heads(width)) for way in ("splash", "xla"))
     _alike(found, wanted, 1e-4)
 
 
@@ -60,7 +61,7 @@ def test_each_device_of_a_mesh_computes_its_rows_and_heads():
         heads = jax.device_put(_heads(), jax.NamedSharding(mesh, specs))
         found = _value_and_gradients("splash", _segments(), heads)
     _alike(found, wanted, 1e-5)
-    assert found[1][0].sharding.shard_shape(found[1][0].shape) == (BATCH // 4, TIME, HEADS // 2, WIDTH)
+    assert found[1][0].sharding.shard_shape(found[1][0].shape) == (BATCH // 4, TIME, HEADS // 2, 16)
 
 
 @pytest.mark.parametrize(("remat", "again"), [("dots", False), ("full", True)])

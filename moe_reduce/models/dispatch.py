@@ -65,7 +65,7 @@ Grouped = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Dispatch(Protocol):
-    """One of the ways; `share` matters to those whose buffers it sizes."""
+    """One of the ways. share: of the assignments, as many as are expected to be of experts here; 1: all of them are."""
 
     def __call__(
         self,
@@ -242,7 +242,7 @@ def dispatch_ragged(x_SD, experts_SA, weights_SA, pool: Pool, execution: Executi
     rows = parts.rows_of_a_part(experts_SA.size, share)
     if rows == experts_SA.size:
         product = partial(jax.lax.ragged_dot, group_sizes=order.counts_E)
-        return _sorted_rows(x_SD, weights_SA, order, pool, execution, product)
+        return _sorted_rows(x_SD, weights_SA, order, pool, execution, product, share)
     experts, pool = borrow(pool, execution)
     found: Any = parts.in_parts(
         _ragged_rows, rows, x_SD, weights_SA, order.order_M, order.counts_E, (experts, pool.changes)
@@ -256,7 +256,7 @@ def _ragged_rows(rows_RD, counts_E, parameters) -> jax.Array:
     return _experts_of_rows(rows_RD, counts_E, experts, changes, partial(jax.lax.ragged_dot, group_sizes=counts_E))
 
 
-def dispatch_grouped(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig, _share=1.0) -> Result:
+def dispatch_grouped(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig, share=1.0) -> Result:
     """Exact and dropless: kernels over the sorted rows (see models/grouped.py). An adapter's changes are not fused."""
     from moe_reduce.models import grouped  # only where it is used: a later jax may be without Pallas' Triton
 
@@ -264,28 +264,36 @@ def dispatch_grouped(x_SD, experts_SA, weights_SA, pool: Pool, execution: Execut
     groups, interpret = grouped.groups_of(order.counts_E, experts_SA.size), execution.platform != "gpu"
     if pool.changes:
         product = partial(grouped.product, groups=groups, interpret=interpret)
-        return _sorted_rows(x_SD, weights_SA, order, pool, execution, product)
+        return _sorted_rows(x_SD, weights_SA, order, pool, execution, product, share)
     masters = tuple(pool.masters) if execution.expert_gradients else ()
     token_M = order.order_M // experts_SA.shape[1]
     results: Any = grouped.swiglu(x_SD, token_M, order.rank_SA, groups, tuple(pool.computed), masters, interpret)
     y_MD, masters = results
     pool = pool._replace(masters=Experts(*masters)) if masters else pool
-    return combined(_of_experts_here(y_MD, order.counts_E), weights_SA, order, pool)
+    y_MD = y_MD if share == 1 else _of_experts_here(y_MD, order.counts_E)
+    return combined(y_MD, weights_SA, order, pool)
 
 
-def _sorted_rows(x_SD, weights_SA, order: Order, pool: Pool, execution: ExecutionConfig, product: Grouped) -> Result:
+def _sorted_rows(x_SD, weights_SA, order: Order, pool: Pool, execution: ExecutionConfig, product: Grouped, share):
     """The experts as products of sorted rows with one matrix for each expert."""
     experts, pool = borrow(pool, execution)
-    y_MD = _experts_of_rows(gather_rows(x_SD, order), order.counts_E, experts, pool.changes, product)
+    counts_E = None if share == 1 else order.counts_E
+    y_MD = _experts_of_rows(gather_rows(x_SD, order), counts_E, experts, pool.changes, product)
     return combined(y_MD, weights_SA, order, pool)
 
 
 def _experts_of_rows(rows_MD, counts_E, experts: Experts, changes: Changes | None, product: Grouped) -> jax.Array:
-    """Sorted rows, of which counts_E are of each expert, -> what the experts make of them; 0 past the counts."""
+    """Sorted rows, of which counts_E are of each expert, -> what the experts make of them; 0 past the counts.
+
+    counts_E: None where there is no row past them.
+    """
 
     def multiply(rows_MI, matrices_EIO):
+        matrices_EIO = matrices_EIO.astype(rows_MI.dtype)
+        if counts_E is None:
+            return checkpoint_name(product(rows_MI, matrices_EIO), products.KEPT)
         # of the rows too, for what comes back to them
-        y_MO = product(_of_experts_here(rows_MI, counts_E), matrices_EIO.astype(rows_MI.dtype))
+        y_MO = product(_of_experts_here(rows_MI, counts_E), matrices_EIO)
         return _of_experts_here(checkpoint_name(y_MO, products.KEPT), counts_E)
 
     return _swiglu(rows_MD, experts, changes, multiply)

@@ -90,7 +90,7 @@ def apply_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: Executi
     `tensor` is 1.
     """
     if on_one_device():
-        result = local_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution)
+        result = by_rows(DISPATCHES[execution.dispatch], x_BTD, chosen_BTA, weights_BTA, pool, execution)
         return result.y_SD, result.pool, result.dropped / chosen_BTA.size, *result[3:]
     tokens = PartitionSpec(BATCH_AXES)
     inward, outward = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor")
@@ -131,12 +131,18 @@ def _sharded_experts(x_BTD, chosen_BTA, weights_BTA, matrices, changes, executio
     return y_BTD, dropped, norm_BTA, jax.lax.pmax(jax.lax.stop_gradient(result.maximum_SA), "tensor")
 
 
-def local_experts(x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig, first_expert=0) -> Result:
-    """What a pool that starts at `first_expert` of all adds; assignments to experts elsewhere add nothing."""
+def some_experts(
+    x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig, first_expert: Any, share: float
+) -> Result:
+    """What a pool adds that starts at `first_expert` of all and holds this share of them; the others add nothing."""
     experts = pool.computed.gate_EDF.shape[0]
     chosen_BTA = chosen_BTA - first_expert
     chosen_BTA = jnp.where((chosen_BTA >= 0) & (chosen_BTA < experts), chosen_BTA, experts)
-    return by_rows(DISPATCHES[execution.dispatch], x_BTD, chosen_BTA, weights_BTA, pool, execution)
+
+    def dispatch(x_SD, experts_SA, weights_SA, pool, execution):
+        return DISPATCHES[execution.dispatch](x_SD, experts_SA, weights_SA, pool, execution, share)
+
+    return by_rows(dispatch, x_BTD, chosen_BTA, weights_BTA, pool, execution)
 
 
 def by_rows(dispatch: Route, x_BTD, chosen_BTA, weights_BTA, pool: Pool, execution: ExecutionConfig) -> Result:

@@ -14,7 +14,12 @@ from jax.sharding import PartitionSpec
 from moe_reduce.models import products
 from moe_reduce.models.placement import BATCH_AXES, on_one_device
 
-TILES = (512, 256, 128)  # positions; the largest that divides a sequence, which is padded to a multiple of the smallest
+LANES = 128  # of a TPU's registers; an axis that is the last in memory fills up to a multiple
+TILES = (
+    512,
+    256,
+    LANES,
+)  # positions; the largest that divides a sequence, which is padded to a multiple of the smallest
 
 
 def causal_attention(
@@ -37,10 +42,14 @@ def _attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, interpret: bool) -> jax.Arra
     _, time, heads, width = q_BTHC.shape
     padded = time + -time % TILES[-1]
     tile = next(tile for tile in TILES if padded % tile == 0)
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    # Narrow heads lie with their positions last: half of the memory for 64 channels, and their halves, which the rotary
+    # embedding turns, are whole registers.
+    last = kernels.QKVLayout.SEQ_MINOR if width % LANES else kernels.QKVLayout.HEAD_DIM_MINOR
+    layouts = ("q_layout", "k_layout", "v_layout")
     attend = kernels.make_splash_mha_single_device(
         masks.MultiHeadMask([masks.CausalMask((padded, padded))] * heads),
-        block_sizes=kernels.BlockSizes(**dict.fromkeys(names, tile)),
+        block_sizes=kernels.BlockSizes(**dict.fromkeys(sizes, tile), **dict.fromkeys(layouts, last)),
         residual_checkpoint_name=products.KEPT,
         interpret=interpret,
     )

@@ -18,7 +18,7 @@ from moe_reduce.config import ExecutionConfig, ModelConfig
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import AttentionHalf
 from moe_reduce.models.dispatch import Experts, Pool
-from moe_reduce.models.experts import local_experts
+from moe_reduce.models.experts import some_experts
 from moe_reduce.models.routing import route, router_logits
 from moe_reduce.reduction.files import Directory
 from moe_reduce.reduction.scores import Sums, fetched, sums_of
@@ -70,7 +70,7 @@ def _layer(directory: Directory, layer: int, states: list, weights: list, execut
     parts: list[Any] = [None] * len(states)
     for first, experts in _chunks(directory, layer):
         for place, (_, normed_BTD, chosen_BTA, weights_BTA) in enumerate(before):
-            part = _experts(execution, normed_BTD, chosen_BTA, weights_BTA, experts, jnp.int32(first))
+            part = _experts(execution, moe.experts, normed_BTD, chosen_BTA, weights_BTA, experts, jnp.int32(first))
             parts[place] = part if parts[place] is None else _add(parts[place], part)
     after, totals = [], None
     for (x_BTD, _, *routed), (y_BTD, *sizes), weights_BT in zip(before, parts, weights, strict=True):
@@ -105,10 +105,11 @@ def _attend(config: ModelConfig, execution: ExecutionConfig, half, router_DE, bi
     return x_BTD, normed_BTD, routing.experts_SA.reshape(shape), routing.weights_SA.reshape(shape)
 
 
-@partial(jax.jit, static_argnums=0)
-def _experts(execution: ExecutionConfig, normed_BTD, chosen_BTA, weights_BTA, experts: Experts, first):
+@partial(jax.jit, static_argnums=(0, 1))
+def _experts(execution: ExecutionConfig, of: int, normed_BTD, chosen_BTA, weights_BTA, experts: Experts, first):
     pool = Pool.of(experts, normed_BTD.dtype)
-    result = local_experts(normed_BTD, chosen_BTA, weights_BTA, pool, execution, first)
+    share = experts.gate_EDF.shape[0] / of
+    result = some_experts(normed_BTD, chosen_BTA, weights_BTA, pool, execution, first, share)
     return result.y_SD, result.norm_SA, result.maximum_SA
 
 
