@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 COLUMNS = [
     "step", "mesh", "batch", "trained and its optimiser", "frozen", "temporaries", "of a device's memory",
-    "exchanged in a step", "compiled in",
+    "exchanged in a step", "cycles of what the compiler estimates", "compiled in",
 ]  # fmt: skip
 GB = 1e9
 
@@ -25,6 +25,7 @@ def row(name: str, plan: dict[str, Any]) -> list[str]:
     return [
         name, plan["mesh"], plan["batch"], f"{trained / GB:.2f} GB", f"{held.get('frozen_parameters', 0) / GB:.2f} GB",
         f"{plan.get('temporaries_bytes', 0) / GB:.2f} GB", said, ", ".join(moved.values()),
+        f"{plan['estimated_cycles']['total'] / 1e6:,.0f} M" if plan["fits"] else "",
         f"{plan.get('compile_seconds', 0):.0f} s",
     ]  # fmt: skip
 

@@ -27,7 +27,7 @@ from moe_reduce.inference.chat import chat_prompt
 from moe_reduce.inference.generate import bucket, chunks, compile_for, generate, ready
 from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.inference.text import Continuation, complete, end_ids, stream
-from moe_reduce.models import cache, deltas
+from moe_reduce.models import cache, deltas, layers
 from moe_reduce.storage.model import Model
 from moe_reduce.training.compiled import collectives
 from moe_reduce.training.sharding import make_mesh
@@ -92,6 +92,21 @@ def test_cached_logits_are_those_of_the_whole_forward(kind, platform):
     for found, expected in zip(cached_logits(model, rows_BT)[0], whole_logits(model, rows_BT), strict=True):
         np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["blocks", "splash"])
+def test_prompts_are_read_as_the_platform_does_it(attention, monkeypatch):
+    """Whose attention holds no score of a long prompt's every pair; and on a mesh."""
+    monkeypatch.setattr(layers, "SMALLEST_BLOCK", 2)
+    model = model_of("dense", attention="xla")
+    rows_BT = random_rows(model)
+    found = dataclasses.replace(model, execution=dataclasses.replace(model.execution, attention=attention))
+    assert ready(found).execution.attention == attention
+    for logits, expected in zip(cached_logits(found, rows_BT)[0], whole_logits(model, rows_BT), strict=True):
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+    settings = GenerateConfig(max_tokens=8)
+    split = ready(found, make_mesh(MeshConfig(data=1, tensor=2)))
+    assert generate(split, PROMPTS, settings) == generate(model, PROMPTS, settings)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])

@@ -153,12 +153,14 @@ def test_plans_become_a_table(tmp_path):
     fits = plan | {
         "fits": True, "share_of_memory": 0.5, "temporaries_bytes": 5 * 10**8, "compile_seconds": 3.0,
         "collectives": {"all-reduce": {"count": 2, "bytes": 2 * 10**9}},
+        "estimated_cycles": {"total": 1_234_567_890, "most": {}},
     }  # fmt: skip
     file = tmp_path / "plans.json"
     file.write_text(json.dumps({"a": fits, "b": plan | {"fits": False, "remedy": "raise mesh.fsdp"}}))
     subprocess.run([sys.executable, ROOT / "launch/plan_tpu.py", file, f"--out={tmp_path}"], check=True)
     first, second = json.loads((tmp_path / "summary.json").read_text())["rows"]
-    assert first == ["a", "data=16", "8 x 8", "3.00 GB", "4.00 GB", "0.50 GB", "50%", "all-reduce 2.00 GB", "3 s"]
+    bytes_of_a_device = ["3.00 GB", "4.00 GB", "0.50 GB", "50%"]
+    assert first == ["a", "data=16", "8 x 8", *bytes_of_a_device, "all-reduce 2.00 GB", "1,235 M", "3 s"]
     assert second[6] == "does not fit: raise mesh.fsdp"
 
 

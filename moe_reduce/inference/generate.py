@@ -136,7 +136,7 @@ def ready(model: Model | Ready, mesh: Mesh | None = None) -> Ready:
     """
     if isinstance(model, Ready):
         return model
-    execution = dataclasses.replace(model.execution, remat="none", expert_gradients=False, attention="xla")
+    execution = dataclasses.replace(model.execution, remat="none", expert_gradients=False)
     if execution.dispatch == "capacity":  # what a token's experts are must not depend on the other rows
         execution = dataclasses.replace(execution, dispatch=DISPATCH_BY_PLATFORM[execution.platform])
     given = model.params
