@@ -1,5 +1,6 @@
 """Balancing on cases small enough to compute by hand."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,8 +9,17 @@ import numpy as np
 import optax
 import pytest
 
-from moe_reduce.config import BalanceConfig, MoEConfig
-from moe_reduce.training.losses import balance_terms, collapse, mean_nll, move_bias, negative_log_likelihood
+from moe_reduce.config import BalanceConfig, ExecutionConfig, MoEConfig
+from moe_reduce.models.decoder import Decoder, init_params
+from moe_reduce.training.losses import (
+    balance_terms,
+    collapse,
+    evaluator,
+    mean_nll,
+    move_bias,
+    negative_log_likelihood,
+    predict,
+)
 
 
 def moe(placement, active=2):
@@ -98,3 +108,36 @@ def test_the_gradient_of_the_likelihood_is_that_of_its_formula():
 
     found, wanted = total(negative_log_likelihood), total(optax.softmax_cross_entropy_with_integer_labels)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, wanted)
+
+
+@pytest.mark.parametrize("dispatch", ["blocks", "capacity"])
+def test_what_fills_up_a_row_or_a_batch_does_not_count_in_routing(tiny_shared, dispatch):
+    execution = ExecutionConfig(platform="cpu", dispatch=dispatch, capacity_factor=float(tiny_shared.moe.experts))
+    decoder, params = Decoder(tiny_shared, execution), init_params(tiny_shared, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(1, tiny_shared.vocab_size, (4, 16)).astype(np.int32)
+    counted = np.ones((4, 16), np.float32)
+    counted[:, :4] = 0  # a prompt, which is read though it is not learned
+    small = {"tokens": tokens, "targets": tokens, "weights": counted}
+    large = {name: np.pad(array, ((0, 4), (0, 48))) for name, array in small.items()}
+
+    def figures(batch):
+        _, penalty, metrics = predict(decoder, BalanceConfig(loss="pooled", z_loss_weight=0.01), params, batch)
+        return {"penalty": penalty} | metrics | {"counts_NE": evaluator(decoder)(params, batch)["counts_NE"]}
+
+    found, wanted = figures(large), figures(small)
+    assert np.sum(wanted["counts_NE"]) == tiny_shared.layers * tokens.size * tiny_shared.moe.active
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_padding_takes_no_capacity_from_real_tokens(tiny_shared):
+    moe = dataclasses.replace(tiny_shared.moe, active=1)
+    config = dataclasses.replace(tiny_shared, moe=moe)
+    decoder = Decoder(config, ExecutionConfig(platform="cpu", dispatch="capacity", capacity_factor=1.0))
+    params = init_params(config, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(1, config.vocab_size, (1, 64)).astype(np.int32)
+    weights = np.ones((1, 64), np.float32)
+    padded = {"tokens": np.concatenate([np.zeros_like(tokens)] * 3 + [tokens]), "targets": np.tile(tokens, (4, 1))}
+    padded["weights"] = np.concatenate([np.zeros_like(weights)] * 3 + [weights])
+    _, _, metrics = predict(decoder, BalanceConfig(), params, padded)
+    assert metrics["dropped_share"] == 0  # room for 256 / E of each, of 64

@@ -47,7 +47,9 @@ class Block(nn.Module):
     execution: ExecutionConfig
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, Experts | None], positions_BT, segments_BT, shared, router_DE):
+    def __call__(
+        self, carry: tuple[jax.Array, Experts | None], positions_BT, segments_BT, shared, router_DE, real_BT=None
+    ):
         config, execution = self.config, self.execution
         x_BTD, masters = carry
         computed, changes = shared
@@ -64,7 +66,7 @@ class Block(nn.Module):
             bias_E = self.param("router_bias", zeros, (config.moe.experts,)) if config.moe.selection_bias else None
             offset = self.param("score_offset", zeros, ()) if config.moe.score_offset else None
             y_BTD, pool, statistics, assignments = mixture_of_experts(
-                normed_BTD, pool, router_DE, bias_E, offset, config.moe, execution
+                normed_BTD, pool, router_DE, bias_E, offset, config.moe, execution, real_BT
             )
             masters = None if masters is None else pool.masters
             if config.moe.output_gain:
@@ -110,6 +112,7 @@ class Decoder(nn.Module):
     """tokens_BT int32 -> logits_BTV fp32.
 
     `segments_BT` (document index within the row) keeps attention inside a document, `positions_BT` restarts there.
+    `real_BT` says which tokens count in the statistics of routing.
     `last_B` names the only place of each row whose logits are wanted: they are [B, 1, V] then. With a cache among the
     variables the tokens go on where it ends, at `positions_BT` (see models/cache.py).
 
@@ -123,7 +126,12 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None, positions_BT=None, last_B=None
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        positions_BT=None,
+        last_B=None,
+        real_BT: jax.Array | None = None,
     ) -> jax.Array:
         config = self.config
         embedding = Embedding(config, self.execution, name="embedding")
@@ -132,7 +140,7 @@ class Decoder(nn.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :], tokens_BT.shape)
         (computed, masters, changes), router_DE = self._shared(x_BTD.dtype)
         layers = self._layers() if self.stacked else self._one_by_one
-        (x_BTD, _), _ = layers((x_BTD, masters), positions_BT, segments_BT, (computed, changes), router_DE)
+        (x_BTD, _), _ = layers((x_BTD, masters), positions_BT, segments_BT, (computed, changes), router_DE, real_BT)
         if last_B is not None:
             x_BTD = x_BTD[jnp.arange(x_BTD.shape[0]), last_B][:, None]
         x_BTD = residual_norm(config, "final_norm")(x_BTD)

@@ -19,7 +19,7 @@ from moe_reduce.models.dispatch import DISPATCHES, Changes, Experts, Pool, Resul
 from moe_reduce.models.exchange import exchange
 from moe_reduce.models.layers import normal_init, residual_std
 from moe_reduce.models.placement import BATCH_AXES, on_one_device
-from moe_reduce.models.routing import route, router_logits
+from moe_reduce.models.routing import only_real, route, router_logits
 
 Route = Callable[[jax.Array, jax.Array, jax.Array, Pool, ExecutionConfig], Result]  # rows through their experts
 
@@ -54,19 +54,30 @@ class Router(nn.Module):
         return self.param("weight", normal_init(self.config.init_std), shape)
 
 
-def mixture_of_experts(x_BTD, pool: Pool, router_DE, bias_E, offset, moe: MoEConfig, execution: ExecutionConfig):
+def mixture_of_experts(
+    x_BTD, pool: Pool, router_DE, bias_E, offset, moe: MoEConfig, execution: ExecutionConfig, real_BT=None
+):
     """Σ over the chosen experts of weight · expert(x), [B, T, D], the pool to hand on, and the call's statistics.
 
     Returns (y_BTD, pool, statistics, assignments). Statistics: counts_E (assignments), probability_E (mean), z, dropped
-    (share of assignments, 0 if dropless). Assignments, each [B, T, A]: expert, weight, and the norm and the largest
+    (share of assignments, 0 if dropless); of real tokens (`route`), and others take no place of a bounded capacity.
+    Assignments, each [B, T, A]: expert, weight, and the norm and the largest
     magnitude of the expert's raw output.
     """
     batch, time, width = x_BTD.shape
     x_SD = x_BTD.reshape(batch * time, width)
-    routing = route(router_logits(x_SD, router_DE, offset, execution.products), bias_E, moe)
+    real_S = None if real_BT is None else real_BT.reshape(-1)
+    routing = route(router_logits(x_SD, router_DE, offset, execution.products), bias_E, moe, real_S)
     chosen_BTA = routing.experts_SA.reshape(batch, time, moe.active)
     weights_BTA = routing.weights_SA.reshape(batch, time, moe.active)
-    y_BTD, pool, dropped, norm_BTA, maximum_BTA = apply_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution)
+    called_SA = routing.experts_SA
+    if execution.dispatch == "capacity":
+        called_SA = only_real(called_SA, real_S, moe.experts)
+    y_BTD, pool, dropped, norm_BTA, maximum_BTA = apply_experts(
+        x_BTD, called_SA.reshape(chosen_BTA.shape), weights_BTA, pool, execution
+    )
+    if real_S is not None:
+        dropped = dropped * real_S.size / jnp.maximum(jnp.sum(real_S, dtype=jnp.float32), 1)
     statistics = {
         "counts_E": routing.counts_E,
         "probability_E": routing.probability_E,

@@ -16,6 +16,7 @@ class Routing(NamedTuple):
 
     experts_SA: jax.Array  # int32, the chosen experts
     weights_SA: jax.Array  # combine weights
+    # of the tokens that are real:
     counts_E: jax.Array  # assignments by expert
     probability_E: jax.Array  # mean routing probability by expert
     z: jax.Array  # mean squared logsumexp of the logits (ST-MoE, arXiv:2202.08906)
@@ -36,8 +37,12 @@ def router_logits(x_SD: jax.Array, router_DE: jax.Array, offset: jax.Array | Non
     return logits_SE if offset is None else logits_SE - offset
 
 
-def route(logits_SE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> Routing:
+def route(
+    logits_SE: jax.Array, bias_E: jax.Array | None, config: MoEConfig, real_S: jax.Array | None = None
+) -> Routing:
     """Top-A experts of each token.
+
+    real_S: bool, which tokens count; all without it. What fills up a row would drown the statistics of short texts.
 
     The bias decides who is chosen and never what the chosen weigh (arXiv:2408.15664); it is added to the logits, of
     which both score functions are monotone, so that its unit is the same for both.
@@ -61,9 +66,23 @@ def route(logits_SE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> 
     return Routing(
         experts_SA=experts_SA,
         weights_SA=weights_SA,
-        counts_E=_counts(experts_SA, config.experts),
-        probability_E=jnp.mean(probability_SE, axis=0),
-        z=jnp.mean(jnp.square(largest_S1 + total_S1)),
+        counts_E=_counts(only_real(experts_SA, real_S, config.experts), config.experts),
+        probability_E=_mean(probability_SE, real_S),
+        z=_mean(jnp.square(largest_S1 + total_S1), real_S)[0],
+    )
+
+
+def only_real(experts_SA: jax.Array, real_S: jax.Array | None, experts: int) -> jax.Array:
+    """The number behind the last expert where a token is not real."""
+    return experts_SA if real_S is None else jnp.where(real_S[:, None], experts_SA, experts)
+
+
+def _mean(values_SI: jax.Array, real_S: jax.Array | None) -> jax.Array:
+    """Over the real tokens; 0 where there is none."""
+    if real_S is None:
+        return jnp.mean(values_SI, axis=0)
+    return jnp.sum(jnp.where(real_S[:, None], values_SI, 0), axis=0) / jnp.maximum(
+        jnp.sum(real_S, dtype=values_SI.dtype), 1
     )
 
 
