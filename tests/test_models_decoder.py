@@ -1,6 +1,7 @@
 """Causality, document masks, placements that must agree, and that nothing depends on how a model is executed."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from moe_reduce import trees
 from moe_reduce.config import ExecutionConfig
 from moe_reduce.models.decoder import Decoder, init_params
+from moe_reduce.models.layers import Embedding
 
 EXECUTION = ExecutionConfig(dispatch="blocks", block_rows=4)
 
@@ -114,3 +116,24 @@ def test_output_gain_scales_what_experts_add(tiny_shared):
     )
     tokens = _tokens(config)
     np.testing.assert_allclose(_logits(config, halved, tokens), _logits(config, params, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [None, 16])
+def test_the_gradient_of_a_frequent_token_adds_up_in_fp32(tiny_dense, factor):
+    """A sum of equal terms in bf16 stops growing behind 256 of them."""
+    config = dataclasses.replace(tiny_dense, embedding_factor=factor)
+    embedding = {dtype: Embedding(config, ExecutionConfig(compute_dtype=dtype)) for dtype in ("float32", "bfloat16")}
+    tokens_BT = jnp.zeros((4, 1024), jnp.int32)
+    weight_BTD = 1 + jax.random.uniform(jax.random.key(1), (*tokens_BT.shape, config.width))
+    params = embedding["float32"].init(jax.random.key(0), tokens_BT, method="encode")
+
+    def gradient(dtype):
+        def total(params):
+            encoded: Any = embedding[dtype].apply(params, tokens_BT, method="encode")
+            return jnp.sum(encoded.astype(jnp.float32) * weight_BTD)
+
+        (name,) = {"table", "factor"} & set(params["params"])
+        return jax.grad(total)(params)["params"][name][0]
+
+    exact = gradient("float32")
+    assert jnp.linalg.norm(gradient("bfloat16") - exact) < 0.01 * jnp.linalg.norm(exact)

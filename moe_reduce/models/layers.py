@@ -249,11 +249,11 @@ class Embedding(nn.Module):
         self.projection = self.param("projection", normal_init(inner**-0.5), (inner, config.width))
 
     def encode(self, tokens_BT: jax.Array) -> jax.Array:
-        """Ids [B, T] -> x [B, T, D]."""
+        """Ids [B, T] -> x [B, T, D]. Cast behind the gather, so that gradients of frequent tokens add up in fp32."""
         dtype = jnp.dtype(self.execution.compute_dtype)
         if self.config.embedding_factor is None:
-            return self.table.astype(dtype)[tokens_BT]
-        return matmul(self.factor.astype(dtype)[tokens_BT], self.projection, self.execution)
+            return self.table[tokens_BT].astype(dtype)
+        return matmul(self.factor[tokens_BT].astype(dtype), self.projection, self.execution)
 
     def decode(self, x_BTD: jax.Array) -> jax.Array:
         """x [B, T, D] -> logits [B, T, V] with the tied table, accumulated in fp32."""
