@@ -225,3 +225,13 @@ def test_adapted_models_are_saved_merged_only(tmp_path):
     with pytest.raises(UserError, match="adapter"):
         moe_reduce.save(active, tmp_path / "model")
     assert float(jnp.sum(jnp.abs(active(random_batch()["tokens"]) - model(random_batch()["tokens"])))) == 0
+
+
+def test_lora_is_known_again_in_the_form_of_peft(tmp_path):
+    """Of which its own directory holds a copy, under another configuration."""
+    model, adapter = saved(tmp_path, "lora")
+    (tmp_path / storage.DESCRIPTION).unlink()
+    again = storage.load(tmp_path, model.config, None)
+    assert again.config != adapter.config
+    with pytest.raises(UserError, match="has been merged into this model before"):
+        merging.merge(merging.merge(model, adapter), again)

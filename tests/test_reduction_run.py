@@ -15,7 +15,8 @@ import moe_reduce
 from moe_reduce import trees
 from moe_reduce.__main__ import main
 from moe_reduce.commands import config_file
-from moe_reduce.config import ExecutionConfig, PruneStage, reduce_from_dict
+from moe_reduce.config import AdapterConfig, ExecutionConfig, MeshConfig, PruneStage, TuneStage, reduce_from_dict
+from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import init_params
 from moe_reduce.reduction import run as run_module
 from moe_reduce.reduction import stages
@@ -258,7 +259,7 @@ def test_an_adapter_recovers_the_kept_experts(finished, tmp_path, mesh):
 def test_each_stage_reads_text_of_its_own(finished, tmp_path):
     """Two stages that change next to nothing, on different text, which is the same in another reduction."""
     file = tmp_path / "config.py"
-    stage = 'defaults.stage("tune", steps=3, learning_rate=1e-9)'
+    stage = 'defaults.stage("tune", steps=3, learning_rate=1e-9, final_learning_rate=0.0)'
     start, end = (finished / "config.py").read_text().split("config.update(defaults.in_order({")
     end = end[end.index("}))") :]
     file.write_text(f'{start}config.update(defaults.in_order({{"first": {stage}, "second": {stage}{end}')
@@ -382,3 +383,13 @@ def test_architectures_of_the_stages_are_those_of_the_models(finished):
     first = moe_reduce.load(finished / "model").config
     for number, (name, config) in enumerate(stages.configurations(first, run), start=1):
         assert moe_reduce.load(finished / f"run/{number:02d}-{name}/model").config == config
+
+
+def test_an_adapter_that_a_mesh_cannot_split_is_refused(finished):
+    file = str(finished / "config.py")
+    (run,) = config_file.read(file, [], reduce_from_dict).values()
+    first = moe_reduce.load(finished / "model").config
+    adapter = AdapterConfig(method="skema", sketch_width=4, targets="mlp", projection="srht")
+    tune = TuneStage(steps=1, components="router", adapter=adapter)
+    with pytest.raises(UserError, match=r"stages.t: adapter.projection=srht mixes the whole width"):
+        list(stages.configurations(first, dataclasses.replace(run, stages={"t": tune}, mesh=MeshConfig(tensor=2))))

@@ -10,9 +10,11 @@ from jax.sharding import PartitionSpec
 from training_runs import MODELS, ONE_DEVICE
 
 from moe_reduce import trees
-from moe_reduce.config import MeshConfig, TrainConfig
+from moe_reduce.adapters import adapter as adapters
+from moe_reduce.config import AdapterConfig, MeshConfig, TrainConfig
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import abstract_params
+from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.training import sharding, steps
 
 CUBE = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
@@ -85,3 +87,15 @@ def test_a_process_without_work_is_refused():
     devices = [SimpleNamespace(process_index=process) for process in (0, 0, 1, 1)]
     with pytest.raises(UserError, match="leaves process 1 without work"):
         sharding.make_mesh(MeshConfig(data=2), devices)
+
+
+def test_what_each_expert_owns_of_an_adapter_lies_with_it():
+    """And what experts share, and all of attention, on every device."""
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, expert=4))
+    for kind, stacked in (("layer", (None,)), ("shared", ())):
+        config = AdapterConfig(method="skema", sketch_width=4, targets="mlp,q", projection="orthonormal")
+        leaves = trees.flatten({ADAPTER: adapters.abstract(config, MODELS[kind])})
+        places = trees.flatten(sharding.shardings(mesh, {ADAPTER: trees.unflatten(leaves)[ADAPTER]}))
+        split = {path for path, place in places.items() if place.spec != PartitionSpec()}
+        assert split == {path for path in leaves if "/experts/" in path and path.endswith("/core")}
+        assert {places[path].spec for path in split} == {PartitionSpec(*stacked, "expert")}

@@ -95,6 +95,12 @@ def check_fits(adapter: Adapter, model: ModelConfig) -> None:
             raise UserError(f"adapter leaf {path} has shape {tuple(leaf.shape)}, this base needs {wanted[path].shape}")
 
 
+def check_split(config: AdapterConfig, model: ModelConfig, tensor: int) -> None:
+    """Raises UserError for an adapter of what is split over so many devices of mesh.tensor, and cannot be."""
+    if tensor > 1 and config.projection == "srht" and any(target.experts for target in targets_of(config, model)):
+        raise UserError("adapter.projection=srht mixes the whole width of an expert, which mesh.tensor > 1 splits")
+
+
 def abstract(config: AdapterConfig, model: ModelConfig) -> dict[str, Any]:
     """Shapes of an adapter's leaves, without making a projection; raises UserError as `init` does."""
     check(config, model)

@@ -32,8 +32,10 @@ def merge(model: Model, adapter: Adapter) -> Model:
     fit, or has been merged into this model before.
     """
     base = unmerge(model) if ADAPTER in model.params else model
-    identity = digest(adapter)
-    if any(step.command == "merge" and step.arguments["adapter"] == identity for step in model.chain):
+    # by what it changes too: PEFT's form of an adapter has another config
+    identity, change = digest(adapter), projections.digest(_leaves(adapter))
+    known = [step.arguments for step in model.chain if step.command == "merge"]
+    if any(identity == one["adapter"] or ("change" in one and change == one["change"]) for one in known):
         raise UserError("this adapter has been merged into this model before: merge it into its base instead")
     check_fits(adapter, base.config)
     flat, changes = trees.flatten(base.params), trees.flatten(adapter.tree)
@@ -44,7 +46,7 @@ def merge(model: Model, adapter: Adapter) -> Model:
         # compiled, so that a sharded leaf stays where it lies
         leaves[target.path] = jax.jit(partial(_merged, target))(flat[target.path], mine)
     total = planning.count(base.params)
-    arguments = {"adapter": identity, "config": to_dict(adapter.config), "order": ORDER}
+    arguments = {"adapter": identity, "change": change, "config": to_dict(adapter.config), "order": ORDER}
     step = Step("merge", arguments, (), total, total)
     return dataclasses.replace(base, params=trees.update(base.params, leaves), chain=(*base.chain, step))
 
@@ -59,10 +61,13 @@ def unmerge(model: Model) -> Model:
 def digest(adapter: Adapter) -> str:
     """SHA-256 of the config, the trained leaves and their scales."""
     total = hashlib.sha256(json.dumps(to_dict(adapter.config), sort_keys=True).encode())
-    leaves = {path: np.asarray(leaf) for path, leaf in trees.flatten(adapter.tree).items()}
-    own = {p: leaf for p, leaf in leaves.items() if trained(adapter.config, p) or p.endswith("/scale")}
+    own = {p: leaf for p, leaf in _leaves(adapter).items() if trained(adapter.config, p) or p.endswith("/scale")}
     total.update(projections.digest(own).encode())
     return total.hexdigest()
+
+
+def _leaves(adapter: Adapter) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in trees.flatten(adapter.tree).items()}
 
 
 def _merged(target: Target, leaf: jax.Array, changes: Mapping[str, Any]) -> jax.Array:

@@ -14,7 +14,7 @@ from moe_reduce.adapters import merging, package, storage
 from moe_reduce.adapters.adapter import Adapter
 from moe_reduce.adapters.targets import parameters, targets_of, within_budget
 from moe_reduce.config import AdaptConfig, AdapterConfig, ModelConfig, to_dict
-from moe_reduce.data.batches import validation_batches
+from moe_reduce.data.batches import fingerprint, validation_batches
 from moe_reduce.data.completions import Completions
 from moe_reduce.data.prepare import prepare
 from moe_reduce.data.shards import TokenSource
@@ -45,7 +45,7 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     shardings = sharding.shardings(mesh, abstract_params(config))
     if run.adapter is not None:
         adapters.abstract(run.adapter, config)  # refused before anything is prepared
-        _check_tensor_axis(run, config)
+        adapters.check_split(run.adapter, config, run.mesh.tensor)
     done = begin(workdir, run)
     if done is not None:
         return done
@@ -103,13 +103,6 @@ def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None
     )
 
 
-def _check_tensor_axis(run: AdaptConfig, config: ModelConfig) -> None:
-    assert run.adapter is not None
-    experts = any(target.experts for target in targets_of(run.adapter, config))
-    if run.mesh.tensor > 1 and run.adapter.projection == "srht" and experts:
-        raise UserError("adapter.projection=srht mixes the whole width of an expert, which mesh.tensor > 1 splits")
-
-
 def _trains(config: AdapterConfig, path: str) -> bool:
     return planning.component(path) == ADAPTER and adapters.trained(config, path)
 
@@ -158,7 +151,7 @@ def planned_job(run: AdaptConfig, config: ModelConfig, dtype: Any) -> Job:
     params = stored(config, dtype)
     if sized.adapter is not None:
         params[ADAPTER] = adapters.abstract(sized.adapter, config)
-        _check_tensor_axis(sized, config)
+        adapters.check_split(sized.adapter, config, run.mesh.tensor)
     return Job(adapt_task(sized, config), config, params, run.execution, run.data, run.train)
 
 
@@ -198,7 +191,7 @@ def _finish(
     step = manifest.Step(
         command="adapt",
         arguments=to_dict(run),
-        inputs=(base_input,),
+        inputs=(base_input, manifest.Input(run.data.source, fingerprint(tokens, run.data))),
         parameters_before=total,
         parameters_after=total,
         quality=summary["validation"] | summary["measured"],

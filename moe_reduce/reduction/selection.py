@@ -85,7 +85,7 @@ def super_experts(maximum_NE: np.ndarray, home_NE: np.ndarray | None, layers: in
     threshold = max(float(np.percentile(maximum_NE, SUPER_PERCENTILE)), SUPER_SHARE * float(np.max(maximum_NE)))
     stands_out = maximum_NE > threshold
     if home_NE is not None:
-        stands_out &= home_NE < math.ceil(SUPER_LAYERS * layers)
+        stands_out &= home_NE < int(SUPER_LAYERS * layers)
     if not stands_out.any():
         raise UserError(
             "no expert's largest activation stands out, so there is none to protect: leave the protection off"

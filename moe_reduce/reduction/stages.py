@@ -73,7 +73,7 @@ def configurations(first: ModelConfig, run: ReduceConfig) -> Iterator[tuple[str,
         try:
             config = _after(stage, config, total)
             if isinstance(stage, TuneStage):
-                _check_tune(stage, config, first)
+                _check_tune(stage, config, first, run.mesh.tensor)
         except UserError as error:
             raise UserError(f"stages.{name}: {error}") from None
         yield name, config
@@ -109,11 +109,12 @@ def _keep(stage: PruneStage, config: ModelConfig, total: int) -> int:
     return -(-selection.count_of(stage.keep, total) // rows)
 
 
-def _check_tune(stage: TuneStage, config: ModelConfig, first: ModelConfig) -> None:
+def _check_tune(stage: TuneStage, config: ModelConfig, first: ModelConfig, tensor: int) -> None:
     moe = scores.moe_of(config)
     tuning.check_components("tune", stage, abstract_params(config))
     if stage.adapter is not None:
         adapters.abstract(stage.adapter, config)
+        adapters.check_split(stage.adapter, config, tensor)
         if "experts" in stage.components.split(",") and stage.objective == "language_model":
             raise UserError("components names experts, which train whole: leave the adapter out")
     if stage.bias_from is not None and not (moe.placement == "shared" and moe.selection_bias):
@@ -125,6 +126,7 @@ def _check_tune(stage: TuneStage, config: ModelConfig, first: ModelConfig) -> No
 
 def pool_experts(stage: PoolStage, model: Model, seed: int) -> Result:
     """One pool of all experts, in canonical form if the stage says so. seed: of a random start."""
+    scores.moe_of(model.config)
     home = [pair for row in originals(model.config, model.chain) for pair in row]
     start = pooling.canonical(model) if stage.canonical else model
     pooled = pooling.pool(start, stage.start, stage.score_function, stage.router, stage.bias, stage.offset, seed)
@@ -186,7 +188,8 @@ def _tune(stage: TuneStage, model: Model, place: Place) -> Result:
     kept = trees.map_with_path(lambda path, leaf: leaf if "router" in path else leaf.astype(dtypes[path]), trained)
     tuned = dataclasses.replace(model, params=kept)
     if stage.adapter is not None:
-        tuned = merging.merge(tuned, adapters.Adapter(stage.adapter, kept[ADAPTER]))
+        whole = sharding.to_host(place.mesh, {ADAPTER: kept[ADAPTER]})
+        tuned = merging.merge(tuned, adapters.Adapter(stage.adapter, whole[ADAPTER]))
     return Result(tuned, None, figures)
 
 

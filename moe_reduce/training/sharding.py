@@ -85,8 +85,8 @@ def shardings(mesh: Mesh, params: trees.Tree) -> dict[str, Any]:
 
 
 def _checked(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-    if path.startswith(f"{ADAPTER}/"):  # small, and whole on every device
-        return NamedSharding(mesh, PartitionSpec())
+    if path.startswith(f"{ADAPTER}/"):
+        return NamedSharding(mesh, _adapter_spec(path, len(shape)))
     partition = spec(path)
     for size, axes in zip(shape, partition, strict=True):
         names = (axes,) if isinstance(axes, str) else axes or ()
@@ -94,6 +94,13 @@ def _checked(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
         if size % parts:
             raise UserError(f"{path} has a size of {size}, which mesh axes {names} of {parts} devices do not divide")
     return NamedSharding(mesh, partition)
+
+
+def _adapter_spec(path: str, axes: int) -> PartitionSpec:
+    """What each expert owns of an adapter lies with it; all else is small, and whole on every device."""
+    stacked = path.startswith(f"{ADAPTER}/layers/")
+    own = "/experts/" in path and axes - stacked == 3  # [E, in, out]; what experts share has no E
+    return PartitionSpec(*(None,) * stacked, "expert") if own else PartitionSpec()
 
 
 def placed(shapes: Any, places: Any) -> Any:
