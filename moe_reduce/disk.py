@@ -11,6 +11,8 @@ from typing import Any
 
 from moe_reduce.errors import UserError
 
+ASIDE = ".old"  # behind the name of a directory that another replaces
+
 
 @contextlib.contextmanager
 def writing(place: str | Path, remedy: str) -> Iterator[None]:
@@ -47,12 +49,11 @@ def write_text(file: Path, text: str) -> None:
 @contextlib.contextmanager
 def temporary_beside(target: Path) -> Iterator[Path]:
     """An empty directory for unfinished work, gone afterwards; those of killed processes of this host go as well."""
-    prefix = f".{target.name}.{socket.gethostname()}."
-    unfinished = target.parent / f"{prefix}{os.getpid()}"
-    for found in target.parent.glob(f"{prefix}*"):
-        owner = found.name.removeprefix(prefix)
-        if owner.isdigit() and (found == unfinished or not is_running(int(owner))):
-            shutil.rmtree(found, ignore_errors=True)
+    put_back(target)
+    target = target.resolve()  # beside what a link points to
+    for found in _left_behind(target):
+        shutil.rmtree(found, ignore_errors=True)
+    unfinished = target.parent / f"{_prefix(target)}{os.getpid()}"
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
@@ -60,11 +61,36 @@ def temporary_beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def put_back(target: Path) -> None:
+    """A directory that a killed process had moved aside, to put another in its place, takes its name again."""
+    target = target.resolve()
+    if not target.exists():
+        for found in _left_behind(target):
+            if found.name.endswith(ASIDE):
+                found.rename(target)
+                return
+
+
+def _left_behind(target: Path) -> list[Path]:
+    """What killed processes of this host, and an earlier try of this one, left beside a target."""
+    prefix, found = _prefix(target), []
+    for path in target.parent.glob(f"{prefix}*"):
+        owner = path.name.removeprefix(prefix).removesuffix(ASIDE)
+        if owner.isdigit() and (int(owner) == os.getpid() or not is_running(int(owner))):
+            found.append(path)
+    return found
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.{socket.gethostname()}."
+
+
 def check_directory(target: Path, overwrite: bool, marker: str, kind: str) -> None:
     """Raises UserError unless a directory may be written here: nothing is, or what `marker` tells to be of this kind.
 
     kind: with its article, such as "a model directory"; only such a directory is ever overwritten.
     """
+    put_back(target)
     if not os.path.lexists(target):
         return
     if not overwrite:
@@ -75,11 +101,12 @@ def check_directory(target: Path, overwrite: bool, marker: str, kind: str) -> No
 
 def replace_directory(unfinished: Path, target: Path) -> None:
     """Renames a finished directory to its name, in place of one that may be there."""
+    target = target.resolve()
     if not target.exists():
         unfinished.rename(target)
         return
     # A directory cannot be renamed over a full one: the old one steps aside, whole, for the moment between.
-    aside = unfinished.with_name(f"{unfinished.name}.old")
+    aside = unfinished.with_name(f"{unfinished.name}{ASIDE}")
     target.rename(aside)
     unfinished.rename(target)
     shutil.rmtree(aside)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_reduce import drawing
-from moe_reduce.disk import write_json, write_text
+from moe_reduce.disk import read_json, write_json, write_text
 from moe_reduce.errors import UserError
 from moe_reduce.reduction.pictures import ladder_picture
 from moe_reduce.training.comparison import entropy, is_baseline
@@ -64,7 +64,9 @@ class Measured(NamedTuple):
 
 def _measured(source: Path) -> list[Measured]:
     file = source / SUMMARY
-    own: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"runs": {}}
+    own: dict[str, Any] = read_json(file) if file.is_file() else {"runs": {}}
+    if "runs" not in own and "name" not in own:
+        raise UserError(f"{file} is not of a run of train, reduce or adapt: give their workdirs, or an earlier result")
     if "runs" not in own:
         return [Measured(own["name"] or source.name, source, own)]
     inner = sorted(path.parent for path in source.glob(f"*/{SUMMARY}"))

@@ -256,11 +256,6 @@ def _check_sizes(mesh: "MeshConfig") -> None:
 def _check_train(train: "TrainConfig") -> None:
     _check_shared(train)
     _check_schedule("train", train)
-    if train.final_learning_rate > train.learning_rate:
-        raise UserError(
-            f"train.final_learning_rate ({train.final_learning_rate}) must not exceed train.learning_rate "
-            f"({train.learning_rate}), from which it decays: set both"
-        )
 
 
 def _check_shared(train: "TrainConfig") -> None:
@@ -271,8 +266,8 @@ def _check_shared(train: "TrainConfig") -> None:
     )  # fmt: skip
     for name in ("beta1", "beta2", "ema_decay"):
         _in_range("train", train, name, 0.0, 1.0)
-    for name in ("weight_decay", "seed"):
-        _in_range("train", train, name, 0.0, float("inf"))
+    _in_range("train", train, "weight_decay", 0.0, float("inf"))
+    _in_range("train", train, "seed", 0, 2**32)
     if train.batch_size % train.accumulation:
         raise UserError(
             f"train.batch_size ({train.batch_size}) must be a multiple of train.accumulation ({train.accumulation})"
@@ -283,6 +278,11 @@ def _check_schedule(path: str, schedule: "TrainConfig | TuneStage") -> None:
     positive(path, schedule, "steps", "learning_rate")
     for name in ("final_learning_rate", "warmup_steps"):
         _in_range(path, schedule, name, 0.0, float("inf"))
+    if schedule.final_learning_rate > schedule.learning_rate:
+        raise UserError(
+            f"{path}.final_learning_rate ({schedule.final_learning_rate}) must not exceed {path}.learning_rate "
+            f"({schedule.learning_rate}), from which it decays: set both"
+        )
     if schedule.warmup_steps >= schedule.steps:
         raise UserError(f"{path}.warmup_steps ({schedule.warmup_steps}) must be below {path}.steps ({schedule.steps})")
 

@@ -267,3 +267,60 @@ def test_mistakes_are_one_line(arguments, culprit, tmp_path, capsys):
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert culprit in line
+
+
+def test_a_place_for_results_is_checked_before_they_are_made(model_directory, tmp_path, capsys):
+    np.save(tmp_path / "tokens.npy", np.zeros((4, 16), np.int32))
+    (tmp_path / "file").write_text("mine")
+    data = [f"--data={tmp_path / 'tokens.npy'}", "--sequence-length=16"]
+    evaluate = ["evaluate", f"--model={model_directory}", *data, "--overwrite"]
+    monitor = ["monitor", f"--model={model_directory}", "--overwrite"]
+    report = ["report", "--runs", str(tmp_path / "run"), "--title=T", "--made-by=me", "--overwrite"]
+    for arguments in (evaluate, monitor, report):
+        for out in (tmp_path / "file", model_directory, tmp_path / "file/below"):
+            before = sorted(path.name for path in model_directory.iterdir())
+            capsys.readouterr()
+            assert main([*arguments, f"--out={out}"]) == 2
+            captured = capsys.readouterr()
+            (line,) = captured.err.splitlines()
+            assert str(out) in line
+            assert captured.out == ""
+            assert sorted(path.name for path in model_directory.iterdir()) == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_figures_of_evaluate_are_no_run(tmp_path, capsys):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/summary.json").write_text('{"loss": 1.0}')
+    made = ["--title=T", "--made-by=me", f"--out={tmp_path / 'out'}"]
+    assert main(["report", "--runs", str(tmp_path / "figures"), *made]) == 2
+    assert "is not of a run of train, reduce or adapt" in capsys.readouterr().err
+
+
+DAMAGED = {
+    "manifest": ("manifest.json", '{"files": [], "chain": []}', ["inspect", "--verify"], "files must be an object"),
+    "layers": ("config.json", {"layer_types": 3}, ["inspect"], "layer_types=3"),
+    "weights": ("model.safetensors", None, ["inspect"], "model.safetensors is not a file"),
+    "prompt": (None, None, ["generate", "--prompt=\udcff"], "--prompt='\\udcff' is not UTF-8"),
+    "dense": (None, None, ["pool"], "a dense model has no experts"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_model_directory_is_one_line(case, tiny_dense, tmp_path, capsys):
+    params = jax.tree.map(np.asarray, init_params(tiny_dense, jax.random.key(0)))
+    directory = tmp_path / "model"
+    save(Model(tiny_dense, params, ExecutionConfig().resolve("cpu")), directory)
+    file, content, (command, *more), culprit = DAMAGED[case]
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((directory / file).read_text()) | content)
+    if file is not None:
+        (directory / file).unlink()
+        if content is None:
+            (directory / file).mkdir()
+        else:
+            (directory / file).write_text(content)
+    out = [f"--out={tmp_path / 'out'}"] if command == "pool" else []
+    assert main([command, f"--model={directory}", *more, *out]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert culprit in line

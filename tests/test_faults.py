@@ -5,8 +5,10 @@ import dataclasses
 import errno
 import importlib
 import json
+import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from training_runs import command, corpus_data, environment, run_config, token_data, unmeasured_peak, write_config
 
@@ -15,6 +17,7 @@ from moe_reduce.__main__ import main
 from moe_reduce.commands import config_file
 from moe_reduce.config import DataConfig, in_order, parse, reduce_base, reduce_from_dict, stage, to_dict
 from moe_reduce.errors import UserError
+from moe_reduce.storage.manifest import read_chain
 from moe_reduce.training import run as run_module
 from moe_reduce.training.checkpoints import Checkpoints
 from moe_reduce.training.run import claim
@@ -362,3 +365,19 @@ def test_a_reduction_of_an_older_version_goes_on(tmp_path):
     (tmp_path / "run/01-pool").mkdir(parents=True)
     (tmp_path / "run/config.json").write_text(json.dumps(older))
     claim(tmp_path / "run", run)
+
+
+def test_another_corpus_is_refused_where_a_run_goes_on(refused, tmp_path):
+    arguments = ["--config.train.steps=4", "--config.train.checkpoint_every=2"]
+    train_it = ["train", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}", *arguments]
+    assert main(train_it) == 0
+    for name in ("checkpoints/4", "model"):
+        shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run/summary.json").unlink()
+    right = (tmp_path / "tokens.npy").read_bytes()
+    np.save(tmp_path / "tokens.npy", np.load(tmp_path / "tokens.npy")[::-1])
+    refused(arguments, "is not what", "began with")
+    (tmp_path / "tokens.npy").write_bytes(right)
+    assert main(train_it) == 0
+    (step,) = read_chain(tmp_path / "run/model")
+    assert [entry.path for entry in step.inputs] == [str(tmp_path / "tokens.npy")]

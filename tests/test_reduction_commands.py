@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -345,3 +346,51 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(directory, tmp_path, capsys)
     assert f"cannot write {out}" in line
     assert not out.exists()
     assert not list(tmp_path.glob(".out.*"))
+
+
+def test_scores_of_another_model_are_refused(directory, tmp_path, capsys):
+    file, other = _score(directory), tmp_path / "other"
+    assert main(["prune-neurons", f"--model={directory}", "--keep=8", f"--out={other}"]) == 0
+    capsys.readouterr()
+    assert main(["prune", f"--model={other}", f"--scores={file}", "--keep=0.5", f"--out={tmp_path / 'out'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"are of {directory}, and --model={other} is another model" in line
+
+
+def test_a_link_is_followed_and_what_it_points_to_is_replaced(directory, tmp_path):
+    file, real, link = _score(directory), tmp_path / "real/out", tmp_path / "link"
+    prune_it = ["prune", f"--model={directory}", f"--scores={file}"]
+    assert main([*prune_it, "--keep=1.0", f"--out={real}"]) == 0
+    link.symlink_to(real)
+    assert main([*prune_it, "--keep=0.5", f"--out={link}", "--overwrite"]) == 0
+    assert link.is_symlink()
+    assert moe_reduce.load(real).config.moe.experts == 4
+    assert [path.name for path in real.parent.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_moved_aside_takes_its_name_again(directory, tmp_path, capsys):
+    file, out = _score(directory), tmp_path / "out"
+    prune_it = ["prune", f"--model={directory}", f"--scores={file}", "--keep=0.5", f"--out={out}"]
+    aside = tmp_path / f".out.{socket.gethostname()}.999999999.old"
+    shutil.copytree(directory, aside)
+    assert main(prune_it) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert moe_reduce.load(out).config.moe.experts == 8
+    out.rename(aside)
+    assert main([*prune_it, "--overwrite"]) == 0
+    assert moe_reduce.load(out).config.moe.experts == 4
+    assert not list(tmp_path.glob(".out.*"))
+
+
+def test_a_model_that_is_broken_is_not_measured(directory, tmp_path, capsys):
+    model = moe_reduce.load(directory)
+    table = model.params["embedding"]["table"]
+    params = trees.update(model.params, {"embedding/table": jnp.full_like(table, jnp.nan)})
+    moe_reduce.save(dataclasses.replace(model, params=params), tmp_path / "broken")
+    data = [f"--model={tmp_path / 'broken'}", f"--data={tmp_path / 'tokens.npy'}", "--sequence-length=16"]
+    for command, part in (("evaluate", "losses of this model are not finite"), ("score", "experts are not finite")):
+        capsys.readouterr()
+        assert main([command, *data, f"--out={tmp_path / 'out.json'}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert part in line
+        assert not (tmp_path / "out.json").exists()

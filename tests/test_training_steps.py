@@ -118,7 +118,16 @@ def test_frozen_leaves_stay_and_have_no_optimiser_state(tmp_path):
     mesh = sharding.make_mesh(dataclasses.replace(ONE_DEVICE, data=2))
     batch = {name: np.asarray(value) for name, value in random_batch().items()}
     fit = Fit(
-        task, trained, frozen, run.train, mesh, Repeated(batch), [batch], tmp_path, Speed(256, 1.0, unmeasured_peak())
+        task,
+        trained,
+        frozen,
+        run.train,
+        mesh,
+        Repeated(batch),
+        [batch],
+        tmp_path,
+        Speed(256, 1.0, unmeasured_peak()),
+        "",
     )
     moments = [leaf for leaf in jax.tree.leaves(fit._abstract.optimizer) if leaf.ndim]
     assert {leaf.shape for leaf in moments} == {trained["layers"]["router"]["weight"].shape}

@@ -59,7 +59,9 @@ def _read_config_dict(file: str, overrides: list[str]) -> ml_collections.ConfigD
         holder = config_flags.DEFINE_config_dict("config", described, flag_values=values, sys_argv=words)
         values(words)
         return holder.value
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise UserError(f"{_culprit(overrides, str(error))}: {file} sets no {error.args[0]}: add it there") from error
+    except (flags.Error, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{_culprit(overrides, str(error))}: {str(error).strip() or type(error).__name__}") from error
 
 

@@ -41,11 +41,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         model_arguments.check_unused(arguments, "without --tasks", *TASKS_ONLY)
         model_arguments.fill(arguments, model_arguments.CORPUS_DEFAULTS)
     model_arguments.check_positive(arguments, "limit", "batch_size")
-    out = arguments.out
-    model_arguments.check_out(out, arguments.overwrite)
-    mesh = model_arguments.tensor_mesh(arguments, *filter(None, (arguments.model, arguments.baseline)))
     from moe_reduce.training.run import SUMMARY
 
+    out = arguments.out
+    model_arguments.check_out_directory(out, arguments.overwrite, SUMMARY, "what evaluate wrote")
+    mesh = model_arguments.tensor_mesh(arguments, *filter(None, (arguments.model, arguments.baseline)))
     result = _on_tasks(arguments, mesh) if arguments.tasks else _on_corpus(arguments, mesh)
     print(model_arguments.show(result, as_json=False))
     with disk.writing(out, "free some space or choose another path"):
@@ -69,6 +69,8 @@ def _on_corpus(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, 
     from moe_reduce.inference.retained import lost, retained
 
     data = model_arguments.data_config(arguments)
+    for directory in filter(None, (arguments.model, arguments.baseline)):
+        model_arguments.directory_config(directory)
     _check_tokenizers(arguments)
 
     def rows(directory: Path) -> Any:

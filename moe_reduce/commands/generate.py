@@ -64,9 +64,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     from moe_reduce.inference.text import Continuation, end_ids
 
     validation.check_generate(_settings(arguments, ()))
+    model_arguments.check_utf8("--prompt", *arguments.prompt)
+    config = model_arguments.directory_config(arguments.model)
     tokenizer, prompts = _prompts(arguments)
     rows = [Continuation(tokenizer, prompt, arguments.stop) for prompt in prompts]
-    _check(prompts, model_arguments.directory_config(arguments.model), arguments.max_tokens)
+    _check(prompts, config, arguments.max_tokens)
     mesh = model_arguments.tensor_mesh(arguments, arguments.model)
     model = model_arguments.load_model(arguments, mesh=mesh)
     settings = _settings(arguments, end_ids(model, tokenizer))

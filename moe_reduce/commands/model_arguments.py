@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_reduce import disk
 from moe_reduce.config import ModelConfig
 from moe_reduce.errors import UserError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from moe_reduce.config import DataConfig, ExecutionConfig
     from moe_reduce.storage.model import Model
 
-CORPUS_DEFAULTS = {"sequence_length": 256, "cache": "runs/tokens"}
+CORPUS_DEFAULTS = {"sequence_length": 256, "cache": "runs/tokens", "text_field": "text"}
 
 
 def add_out(
@@ -32,8 +33,31 @@ def add_out(
 
 def check_out(out: Path, overwrite: bool) -> None:
     """Raises UserError when --out exists and may not be replaced."""
+    disk.put_back(out)
     if out.exists() and not overwrite:
         raise UserError(f"--out={out} exists: choose another path or add --overwrite")
+
+
+def check_out_directory(out: Path, overwrite: bool, marker: str, kind: str) -> None:
+    """Raises UserError when --out can be no directory of results, before they are made.
+
+    marker, kind: as disk.check_directory takes them.
+    """
+    check_out(out, overwrite)
+    disk.check_directory(out, overwrite, marker, kind)
+    if not out.exists():
+        with disk.writing(out, "choose another path"):
+            out.mkdir(parents=True)
+            out.rmdir()
+
+
+def check_utf8(option: str, *texts: str) -> None:
+    """Raises UserError for bytes on the command line that are no text."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{option}={text!r} is not UTF-8 ({error.reason}): give it as UTF-8") from None
 
 
 def add_data(parser: argparse.ArgumentParser, required: bool, purpose: str) -> None:
@@ -46,6 +70,8 @@ def add_corpus(parser: argparse.ArgumentParser, required: bool, purpose: str) ->
     """--data and how it is read; `data_config` takes it from there."""
     kinds = "path, glob, hub:OWNER/NAME, python-stdlib, or token ids (.npy)"
     parser.add_argument("--data", required=required, help=f"{purpose}: {kinds}")
+    field = CORPUS_DEFAULTS["text_field"]
+    parser.add_argument("--text-field", default=field, help=f"of jsonl and parquet rows (default: {field})")
     parser.add_argument("--tokenizer", help="tokenizer.model, tokenizer.json or a directory (default: the model's own)")
     length, cache = CORPUS_DEFAULTS["sequence_length"], CORPUS_DEFAULTS["cache"]
     parser.add_argument("--sequence-length", type=int, default=length, help=f"tokens a sequence (default: {length})")
@@ -68,6 +94,7 @@ def data_config(arguments: argparse.Namespace) -> "DataConfig":
     check_positive(arguments, "batch_size", "max_batches")
     data = DataConfig(
         source=arguments.data,
+        text_field=arguments.text_field,
         tokenizer=arguments.tokenizer or str(arguments.model),
         sequence_length=arguments.sequence_length,
         validation_fraction=0.0,
@@ -147,7 +174,7 @@ def batches(arguments: argparse.Namespace, vocab_size: int) -> Iterator[Any]:
 
 def measured_on(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a loss on --data depends on, beside the model."""
-    names = ("data", "tokenizer", "sequence_length", "batch_size", "max_batches", "compute_dtype")
+    names = ("data", "text_field", "tokenizer", "sequence_length", "batch_size", "max_batches", "compute_dtype")
     return {name: getattr(arguments, name) for name in names}
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from moe_reduce.inference.monitor import Monitor
 
+TABLE = "monitor.csv"
 COLUMNS = (
     "name", "family", "parameters", "quantisation", "peak_cpu_percent", "peak_ram_percent", "peak_gpu_percent",
     "peak_vram_mb", "seconds_to_first_token", "prompt_tokens_per_second", "decode_tokens_per_second",
@@ -44,10 +45,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     if not arguments.model and not arguments.ollama:
         raise UserError("give --model=DIR or --ollama=NAME, each as often as there are models")
     model_arguments.check_positive(arguments, "max_tokens", "pause")
+    model_arguments.check_utf8("--prompt", arguments.prompt)
     if importlib.util.find_spec("psutil") is None:
         raise UserError("monitor needs psutil: pip install 'moe_reduce[monitor]'")
     out = arguments.out
-    model_arguments.check_out(out, arguments.overwrite)
+    model_arguments.check_out_directory(out, arguments.overwrite, TABLE, "what monitor wrote")
     mesh = model_arguments.tensor_mesh(arguments, *arguments.model)
     rows, samples = [], []
     for name in _ollama_names(arguments):
@@ -68,8 +70,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         names = ("name", "seconds", "cpu_percent", "ram_percent", "gpu_percent", "vram_mb")
         disk.write_text(out / "samples.csv", _csv(names, looks))
         picture(samples, out / "monitor.png")
-        disk.write_text(out / "monitor.csv", _csv(COLUMNS, rows))
-    return out / "monitor.csv"
+        disk.write_text(out / TABLE, _csv(COLUMNS, rows))
+    return out / TABLE
 
 
 def _csv(columns: tuple[str, ...], rows: list[Any]) -> str:

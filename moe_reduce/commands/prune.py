@@ -34,7 +34,13 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     from moe_reduce.storage.model import write_directory
 
     directory = files.open_directory(arguments.model)
-    kept = _choose(arguments, directory, scores.read(arguments.scores))
+    found, source = scores.read(arguments.scores), manifest.input_of(arguments.model)
+    if found.model is not None and found.model.sha256 != source.sha256:
+        raise UserError(
+            f"--scores={arguments.scores} are of {found.model.path}, and --model={arguments.model} is another model "
+            "(its hash differs): score this one"
+        )
+    kept = _choose(arguments, directory, found)
     before = planning.count(abstract_params(directory.config))
     pruned = files.pruned_config(directory, kept)
     after = planning.count(abstract_params(pruned))
@@ -43,7 +49,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         arguments={name: getattr(arguments, name) for name in ("criterion", "keep", "scope", "floor")}
         | {"protect_super_experts": arguments.protect_super_experts},
         inputs=(
-            manifest.input_of(arguments.model),
+            source,
             manifest.Input(str(arguments.scores), manifest.sha256_of_file(arguments.scores)),
         ),
         parameters_before=before,

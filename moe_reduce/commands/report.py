@@ -31,9 +31,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     if arguments.runs:
         if not (arguments.out and arguments.title and arguments.made_by):
             raise UserError("--runs needs --out, --title and --made-by")
-        model_arguments.check_out(arguments.out, arguments.overwrite)
+        model_arguments.check_out_directory(arguments.out, arguments.overwrite, reporting.SUMMARY, "a result")
         reporting.collect(arguments.runs, arguments.title, arguments.made_by, arguments.out)
-        return str(arguments.out / "summary.json")
+        return str(arguments.out / reporting.SUMMARY)
     for document in arguments.document:
         text = reporting.fill(document, arguments.results)
         if arguments.check and text != document.read_text():

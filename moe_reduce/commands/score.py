@@ -1,6 +1,7 @@
 """moe-reduce score: how much each expert matters, under several criteria, from one pass over a corpus."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,12 +34,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         model_arguments.check_out(file, arguments.overwrite)
     from moe_reduce.reduction import scores
     from moe_reduce.reduction.pictures import score_pictures
+    from moe_reduce.storage import manifest
 
     wanted = scores.CRITERIA if arguments.criteria == "all" else arguments.criteria.split(",")
     scores.check_criteria(wanted)
     model_arguments.data_config(arguments)
     sums, moe = _layer_wise(arguments) if arguments.layer_wise else _whole(arguments)
     found = scores.scores(moe, sums, wanted, arguments.seed)
+    found = dataclasses.replace(found, model=manifest.input_of(arguments.model))
     remedy = "free some space or choose another path"
     with disk.writing(arguments.out, remedy), disk.temporary_beside(arguments.out) as unfinished:
         scores.write_arrays(sums, unfinished / f"{arguments.out.stem}.npz")

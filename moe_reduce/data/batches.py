@@ -6,6 +6,7 @@ counts and 0 where not; and with data.document_mask also `segments` int32 [B, T]
 from 1, and `positions` int32 [B, T], from 0 in each document.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import grain
@@ -18,6 +19,7 @@ from moe_reduce.errors import UserError
 
 Batch = dict[str, np.ndarray]
 EPOCHS = 1 << 31  # endless, but finite: grain's own endless length overflows in batches of one row
+SAMPLES = 256  # sequences of a split that a fingerprint reads
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)  # memory-mapped: little to wait for
 
 
@@ -41,6 +43,21 @@ class Examples:
             example |= _document_arrays(row[:-1], self._source.end_of_text)
             example["weights"] = np.where(row[:-1] == self._source.end_of_text, np.float32(0), counts)
         return example
+
+
+def fingerprint(source: TokenSource, config: DataConfig) -> str:
+    """SHA-256 of how many sequences there are and of some, spread over each split: another text, or the same by another
+    tokenizer, has another. Reading all would take minutes of a large corpus at each start.
+    """
+    total = hashlib.sha256()
+    for split in (TRAIN, VALIDATION):
+        rows = source.rows(split, config.sequence_length)
+        total.update(f"{split} {rows}\n".encode())
+        count = min(rows, SAMPLES)
+        for sample in range(count):
+            row, counts = source.row(split, sample * rows // count, config.sequence_length)
+            total.update(row.tobytes() + counts.tobytes())
+    return total.hexdigest()
 
 
 def train_batches(

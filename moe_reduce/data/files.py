@@ -46,7 +46,8 @@ def text_of(row: dict[str, Any], text_field: str, place: str) -> str:
     """row[text_field], or a UserError that names the place (file and line) and the fields that exist."""
     if text_field not in row:
         raise UserError(
-            f"{place} has no field {text_field!r}, only {', '.join(row) or 'none'}: set data.text_field to one of them"
+            f"{place} has no field {text_field!r}, only {', '.join(row) or 'none'}: name one of them (data.text_field, "
+            "--text-field)"
         )
     if not isinstance(row[text_field], str):
         raise UserError(f"{place}: field {text_field!r} holds {type(row[text_field]).__name__}, not text")

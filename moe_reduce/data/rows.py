@@ -56,7 +56,7 @@ def _open(path: Path, sequence_length: int) -> np.ndarray:
     if tokens.shape[1] != sequence_length:
         raise UserError(
             f"{path} has sequences of {tokens.shape[1]} tokens but data.sequence_length is {sequence_length}: "
-            f"set data.sequence_length={tokens.shape[1]}"
+            f"set it to {tokens.shape[1]} (data.sequence_length, --sequence-length)"
         )
     return tokens
 

@@ -227,8 +227,10 @@ def _write_settings(directory: Path, settings: dict[str, Any]) -> None:
 
 
 def _named(settings: dict[str, Any] | None, key: str) -> str | None:
-    named = settings[key] if settings and key in settings else None
-    return named["content"] if isinstance(named, dict) else named  # older files hold a whole AddedToken
+    found = settings[key] if settings and key in settings else None
+    # older files hold a whole AddedToken
+    names = [found, found["content"] if isinstance(found, dict) and "content" in found else None]
+    return next((name for name in names if isinstance(name, str)), None)
 
 
 def _end_of_text_name(vocabulary: dict[str, int], settings: dict[str, Any] | None, origin: str) -> str:

@@ -30,15 +30,13 @@ def chat_prompt(directory: Path, message: str) -> str:
     template, settings = _template(directory), _settings(directory)
     if importlib.util.find_spec("jinja2") is None:
         raise UserError("--chat needs Jinja: pip install -e '.[chat]'")
-    import jinja2
-
     tokens = {name: _content(value) for name, value in settings.items() if name.endswith("_token")}
     given: dict[str, Any] = {name: token for name, token in tokens.items() if isinstance(token, str)}
     given |= {"messages": [{"role": "user", "content": message}], "add_generation_prompt": True}
     given |= {"tools": None, "documents": None}
     try:
         return _environment().from_string(template).render(given)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program: whatever it raises is about it
         raise UserError(f"the chat template of {directory} does not take this prompt: {error}") from error
 
 
@@ -75,7 +73,8 @@ def _template(directory: Path) -> str:
     found = ({TEMPLATE_KEY: None} | _settings(directory))[TEMPLATE_KEY]
     if isinstance(found, str):
         return found
-    defaults = [entry["template"] for entry in found or () if entry["name"] == "default"]
+    named = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    defaults = [entry["template"] for entry in named if {"name": "default"}.items() <= entry.items()]
     if not defaults:
         raise UserError(f"{directory} has no chat template in {TEMPLATE_FILE} or {SETTINGS_FILE}: leave out --chat")
     return defaults[0]
@@ -87,4 +86,4 @@ def _settings(directory: Path) -> dict[str, Any]:
 
 
 def _content(token: Any) -> Any:
-    return token["content"] if isinstance(token, dict) else token
+    return token["content"] if isinstance(token, dict) and "content" in token else token

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from moe_reduce.config import DataConfig, ExecutionConfig, ModelConfig
 from moe_reduce.data.batches import WholeSplit
 from moe_reduce.data.prepare import prepare
+from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder
 from moe_reduce.models.deltas import variables
 from moe_reduce.storage.model import Model
@@ -46,7 +47,13 @@ def evaluate(
     bar = tqdm(_first(batches, total_batches), total=total_batches, unit="batch", disable=not sys.stderr.isatty())
     step = _step(model.config, model.execution, mesh)
     parts = [jax.device_get(step(model.params, batch)) for batch in bar]
-    return RowSums(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+    sums = RowSums(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+    if not np.all(np.isfinite(sums.nll)):
+        raise UserError(
+            f"losses of this model are not finite in {model.execution.compute_dtype}: its weights are damaged, or what "
+            "is computed overflows"
+        )
+    return sums
 
 
 @cache

@@ -89,4 +89,7 @@ def end_ids(model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
         sources.append(disk.read_json(model.source / GENERATION_FILE))
     found = [source[END_KEY] for source in sources if END_KEY in source]
     several = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]
-    return tuple(sorted({tokenizer.end_of_text, *itertools.chain.from_iterable(several)}))
+    ids = {tokenizer.end_of_text, *itertools.chain.from_iterable(several)}
+    if not all(isinstance(one, int) for one in ids):
+        raise UserError(f"{END_KEY} of {model.source} must be token ids, got {found}: see {GENERATION_FILE}")
+    return tuple(sorted(ids))

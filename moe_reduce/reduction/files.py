@@ -14,7 +14,7 @@ from moe_reduce.reduction.pooling import LOSSLESS_BIAS, check_poolable, foreign_
 from moe_reduce.reduction.pruning import check_kept, smaller_config
 from moe_reduce.reduction.selection import Kept
 from moe_reduce.storage import hf_config, manifest
-from moe_reduce.storage.huggingface import check_names
+from moe_reduce.storage.huggingface import check_names, check_weight
 from moe_reduce.storage.manifest import Step
 from moe_reduce.storage.model import Contents
 from moe_reduce.storage.names import LAYER, TABLE, leaves
@@ -49,8 +49,7 @@ def open_directory(path: Path) -> Directory:
     files = TensorFiles(path)
     check_names(files, config)
     for name, entry in files.entries.items():
-        if entry.dtype.kind not in "fV" or entry.dtype.itemsize < 2:  # ml_dtypes' bfloat16 is of kind V
-            raise UserError(f"tensor {name} in {entry.file} is {entry.dtype}, not a floating-point weight: convert it")
+        check_weight(name, entry)
     for leaf in leaves(config):
         dtypes = {str(files.entries[name].dtype) for name in leaf.names()}
         if len(dtypes) > 1:

@@ -1,5 +1,6 @@
 """A reduction: stage after stage, each resumable, each with a model directory, figures and a place in the chain."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -65,6 +66,7 @@ def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         total = {"name": name, "seed": run.train.seed, "stages": summaries, **machine()}
         if jax.process_index() == 0:
             pictures.reduction_picture(summaries, workdir / "loss.png")
+            _name_result(run, workdir)
             disk.write_json(workdir / SUMMARY, total)
     return total
 
@@ -188,6 +190,14 @@ def _beginning(run: dict[str, Any], number: int) -> Any:
     order = run["order"].split(",")[:number] if "order" in run else None
     rest = {key: value for key, value in run.items() if key not in ("order", "stages")}
     return rest, order, [run["stages"][name] for name in order] if order and "stages" in run else None
+
+
+def _name_result(run: ReduceConfig, workdir: Path) -> None:
+    """model/, as in every workdir of a run: a link to the last stage's, where the disk has links."""
+    name = workdir / "model"
+    with contextlib.suppress(OSError):
+        name.unlink(missing_ok=True)
+        name.symlink_to(_model_directory(run, workdir, len(run.stages)).relative_to(workdir), target_is_directory=True)
 
 
 def _link(source: str, target: str) -> None:

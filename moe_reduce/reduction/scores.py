@@ -22,6 +22,7 @@ from moe_reduce.disk import write_json
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder
 from moe_reduce.models.deltas import variables
+from moe_reduce.storage.manifest import Input
 from moe_reduce.storage.model import Model
 from moe_reduce.training.sharding import compiled
 from moe_reduce.training.task import decoder_inputs
@@ -109,6 +110,8 @@ def collect(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> S
         found = part if found is None else found + part
     if found is None:
         raise UserError("no tokens to score with: give a larger --data")
+    if not np.all(np.isfinite(found.weighted_norm)):
+        raise UserError(f"outputs of experts are not finite in {execution.compute_dtype}: the weights are damaged")
     return found
 
 
@@ -133,7 +136,7 @@ def _step(config: ModelConfig, moe: MoEConfig, execution: ExecutionConfig, mesh:
 def moe_of(config: ModelConfig) -> MoEConfig:
     """Raises UserError for a dense model."""
     if config.moe is None:
-        raise UserError("a dense model has no experts to score: give a mixture of experts")
+        raise UserError("a dense model has no experts: give a mixture of experts")
     return config.moe
 
 
@@ -170,6 +173,7 @@ class Scores:
     counts: np.ndarray
     scores: dict[str, np.ndarray]
     counts_by_layer: np.ndarray | None = None  # of a shared pool, [N, E]
+    model: Input | None = None  # whose experts they are; None in files of before, and where a run knows
 
     def of(self, name: str) -> np.ndarray:
         """Raises UserError when the criterion was not scored."""
@@ -199,6 +203,8 @@ def write(found: Scores, file: Path) -> None:
     }
     if found.counts_by_layer is not None:
         content["counts_by_layer"] = found.counts_by_layer.tolist()
+    if found.model is not None:
+        content["model"] = dataclasses.asdict(found.model)
     write_json(file, content, indent=None)
 
 
@@ -215,9 +221,10 @@ def read(file: Path) -> Scores:
         counts = np.asarray(content["counts"], np.float32)
         by_layer = np.asarray(content["counts_by_layer"], np.float32) if "counts_by_layer" in content else None
         tokens = int(content["tokens"])
+        model = Input(**content["model"]) if "model" in content else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} holds no scores ({error!r}): make it with moe-reduce score") from None
     for name, values in by_name.items():
         if values.shape != counts.shape or counts.ndim != 2 or not np.all(np.isfinite(values)):
             raise UserError(f"{file}: scores of {name} are not finite numbers of shape {counts.shape}: make it again")
-    return Scores(tokens, counts, by_name, by_layer)
+    return Scores(tokens, counts, by_name, by_layer, model)

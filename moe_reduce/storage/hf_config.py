@@ -155,7 +155,8 @@ def _check_values(raw: dict[str, Any]) -> None:
     for key in ("rope_scaling", "rope_parameters"):
         if key in raw and raw[key] is not None:
             _check_rope(key, raw[key], neox)
-    if "layer_types" in raw and set(raw["layer_types"] or ()) - {"full_attention"}:
+    types = ({"layer_types": None} | raw)["layer_types"]
+    if types is not None and (not isinstance(types, list) or any(one != "full_attention" for one in types)):
         raise UserError(f"layer_types={raw['layer_types']!r} is not supported, only 'full_attention' in every layer")
 
 

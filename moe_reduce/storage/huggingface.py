@@ -11,7 +11,7 @@ from moe_reduce import trees
 from moe_reduce.config import ModelConfig
 from moe_reduce.errors import UserError
 from moe_reduce.storage.names import IGNORED, Leaf, leaves, table, to_stored
-from moe_reduce.storage.tensors import TensorFiles, TensorItem
+from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem
 
 
 def check_names(files: TensorFiles, config: ModelConfig) -> None:
@@ -81,10 +81,21 @@ def _dtype(files: TensorFiles, leaf: Leaf, dtype: Any) -> np.dtype:
     if dtype is None and len(stored) > 1:
         raise UserError(f"tensors of {leaf.path} in {files.directory} differ in dtype {sorted(map(str, stored))}: "
                         "choose one with dtype=")  # fmt: skip
+    for name in stored.values():
+        check_weight(name, files.entries[name])
     kind = np.dtype(next(iter(stored)) if dtype is None else dtype)
     if jax.dtypes.canonicalize_dtype(kind) != kind:
-        raise UserError(f"{leaf.path} in {files.directory} would be {kind}, which JAX has switched off: choose dtype=")
+        raise UserError(
+            f"{leaf.path} in {files.directory} would be {kind}, which JAX has switched off: convert the weights to "
+            "float32, or load them with dtype="
+        )
     return kind
+
+
+def check_weight(name: str, entry: Entry) -> None:
+    """Raises UserError for a tensor that is no floating-point weight, such as one quantised by another tool."""
+    if entry.dtype.kind not in "fV" or entry.dtype.itemsize < 2:  # ml_dtypes' bfloat16 is of kind V
+        raise UserError(f"tensor {name} in {entry.file} is {entry.dtype}, not a floating-point weight: convert it")
 
 
 def _gather(files: TensorFiles, leaf: Leaf, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:

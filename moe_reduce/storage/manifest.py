@@ -87,11 +87,13 @@ def read(directory: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(file.read_text())
-        missing = {"files", "chain"} - set(content)
+        fits = {name: isinstance(content[name], kind) for name, kind in (("files", dict), ("chain", list))}
     except (ValueError, TypeError) as error:
         raise UserError(f"{file} is not JSON ({error}): restore or remove it") from None
-    if missing:
-        raise UserError(f"{file} has no {' and no '.join(sorted(missing))}: restore or remove it")
+    except KeyError as error:
+        raise UserError(f"{file} has no {error.args[0]}: restore or remove it") from None
+    if not all(fits.values()):
+        raise UserError(f"{file}: files must be an object and chain a list: restore or remove it")
     return content
 
 

@@ -141,6 +141,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _read_header(file: Path) -> dict[str, Entry]:
+    if not file.is_file():
+        raise UserError(f"{file} is not a file: fetch it again")
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -24,6 +24,7 @@ from moe_reduce.training.steps import State
 from moe_reduce.training.task import Batch, Params, Task, join
 from moe_reduce.training.throughput import Peak
 
+CORPUS = "corpus"  # key of a checkpoint's data position
 MUST_BE_FINITE = ("loss", "gradient_norm", "parameter_norm")  # norms hide what the loss shows a step late, or never
 HostBatch = dict[str, np.ndarray]
 
@@ -67,10 +68,12 @@ class Fit:
         validation: Sequence[HostBatch],
         workdir: Path,
         speed: Speed,
+        corpus: str,
     ):
+        """corpus: what tells it from others; a run goes on with the one that it began with."""
         self.task, self.train, self.mesh, self.speed = task, train, mesh, speed
         self.frozen = jax.device_put(frozen, sharding.shardings(mesh, frozen))
-        self.batches = batches
+        self.batches, self.corpus = batches, corpus
         steps.check_batch(mesh, train)
         self.checkpoints = Checkpoints(workdir / "checkpoints", train)
         self.workdir = workdir
@@ -110,6 +113,11 @@ class Fit:
         if latest is None:
             return self._initial_state(), 0
         state, position = self.checkpoints.restore(latest, self._abstract)
+        if position.pop(CORPUS, self.corpus) != self.corpus:
+            raise UserError(
+                f"data.source, or its tokenizer, is not what {self.workdir} began with: restore it, or choose another "
+                "workdir"
+            )
         self.batches.set_state(position)
         if jax.process_index() == 0:
             print(f"{self.workdir} goes on behind step {latest}", flush=True)
@@ -157,7 +165,7 @@ class Fit:
             validation |= self._measured[1]
             self.log.write(step, "validation", {k: v for k, v in validation.items() if isinstance(v, float)})
         if saving:
-            self.checkpoints.save(step, state, self.batches.get_state())
+            self.checkpoints.save(step, state, {CORPUS: self.corpus, **self.batches.get_state()})
         self.clock.start()
 
     def _record(self, step: int, metrics: dict[str, jax.Array], bar: tqdm) -> None:
@@ -224,5 +232,5 @@ def summarize(sums: dict[str, Any]) -> dict[str, Any]:
     loss = float(sums["nll"]) / weight
     rest = {name: value for name, value in sums.items() if name not in ("nll", "correct", "weight")}
     # a loss that overflows exp is as good as infinite
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    perplexity = math.exp(loss) if loss < 700 or math.isnan(loss) else math.inf
     return {"loss": loss, "perplexity": perplexity, "accuracy": float(sums["correct"]) / weight} | rest

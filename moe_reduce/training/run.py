@@ -19,12 +19,12 @@ from jax.sharding import Mesh
 
 from moe_reduce import config_dict, disk, planning
 from moe_reduce.config import DataConfig, ExecutionConfig, ModelConfig, RunConfig, TrainConfig, to_dict
-from moe_reduce.data.batches import train_batches, validation_batches
+from moe_reduce.data.batches import fingerprint, train_batches, validation_batches
 from moe_reduce.data.prepare import prepare
 from moe_reduce.data.shards import TokenSource
 from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import abstract_params, init_params
-from moe_reduce.storage.manifest import Step
+from moe_reduce.storage.manifest import Input, Step
 from moe_reduce.storage.model import Model, save
 from moe_reduce.training import sharding, steps
 from moe_reduce.training.loop import Fit, Speed
@@ -66,7 +66,7 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         step = Step(
             command="train",
             arguments=to_dict(run),
-            inputs=(),
+            inputs=(Input(run.data.source, fingerprint(tokens, run.data)),),
             parameters_before=0,
             parameters_after=summary["parameters"],
             quality=summary["validation"],
@@ -104,6 +104,7 @@ def fit(job: Job, mesh: Mesh, tokens: TokenSource, workdir: Path) -> tuple[Param
         validation=validation_batches(tokens, job.data, job.train.batch_size, job.train.evaluate_batches, *share),
         workdir=workdir,
         speed=speed,
+        corpus=fingerprint(tokens, job.data),
     ).run()
     rate = outcome.tokens_per_second if outcome.intervals else None
     figures = {
