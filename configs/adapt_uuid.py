@@ -11,7 +11,7 @@ moe-reduce adapt --config=configs/adapt_uuid.py --workdir=runs/adapt_uuid --vari
 
 import ml_collections
 
-from moe_reduce import config as defaults
+from moe_reduce.core import config as defaults
 
 BUDGETS = (0.0005, 0.002, 0.01)  # of the base's parameters; the first pays for no rank of LoRA
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)

@@ -7,7 +7,7 @@ Data: ../shared/data/corpus where it is there; any text does: --config.data.sour
 
 import ml_collections
 
-from moe_reduce import config as defaults
+from moe_reduce.core import config as defaults
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -9,7 +9,7 @@ Command: moe-reduce train --config=configs/dense_llama_125m.py --workdir=/a/shar
 
 import ml_collections
 
-from moe_reduce import config as defaults
+from moe_reduce.core import config as defaults
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -10,7 +10,7 @@ Counts of every stage, without weights: moe-reduce plan --config=configs/qwen3_3
 
 import ml_collections
 
-from moe_reduce import config as defaults
+from moe_reduce.core import config as defaults
 
 STEPS = 500  # of 64 x 2,048 tokens at each size
 

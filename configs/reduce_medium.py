@@ -8,7 +8,7 @@ Command: ./launch/reduce_medium.sh
 import ml_collections
 
 from configs import medium_qwen3_moe, reduce_small
-from moe_reduce import config as defaults
+from moe_reduce.core import config as defaults
 
 KEPT = (384, 256, 152, 104)  # 75, 50, 30, 20 % of 512; fewer than 64 would leave a layer without its 8 active
 RATES = {"learning_rate": 3e-3, "final_learning_rate": 3e-4}

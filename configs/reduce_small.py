@@ -13,7 +13,7 @@ from functools import partial
 import ml_collections
 
 from configs import small_qwen3_moe
-from moe_reduce import config as defaults
+from moe_reduce.core import config as defaults
 
 KEPT = (180, 120, 72, 48, 24)  # 75, 50, 30, 20, 10 % of 240; in each of 6 layers never fewer than the 4 active
 STEPS = 200  # of recovery at each number; 4,096 tokens a step

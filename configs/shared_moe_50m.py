@@ -8,7 +8,7 @@ Command: moe-reduce train --config=configs/shared_moe_50m.py --workdir=/a/shared
 import ml_collections
 
 from configs import dense_llama_125m
-from moe_reduce import config as defaults
+from moe_reduce.core import config as defaults
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -9,7 +9,7 @@ Command: moe-reduce train --config=configs/small_qwen3_moe.py --workdir=runs/sma
 import ml_collections
 
 from configs import cpu_pair
-from moe_reduce import config as defaults
+from moe_reduce.core import config as defaults
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import moe_reduce
 from moe_reduce.__main__ import main as moe_reduce_command
-from moe_reduce.config import ModelConfig
-from moe_reduce.disk import write_json
+from moe_reduce.core.config import ModelConfig
+from moe_reduce.core.disk import write_json
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,16 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from side_by_side import check_learning, medians, options, publish
 
-from moe_reduce import planning
 from moe_reduce.adapters import adapter as adapters
 from moe_reduce.adapters import merging, projections
-from moe_reduce.adapters.run import adapt_task
 from moe_reduce.adapters.targets import within_budget
 from moe_reduce.commands import config_file
-from moe_reduce.config import AdaptConfig, AdapterConfig, ExecutionConfig, ModelConfig, TrainConfig
+from moe_reduce.core import trees
+from moe_reduce.core.config import AdaptConfig, AdapterConfig, ExecutionConfig, ModelConfig, TrainConfig
 from moe_reduce.models import deltas
-from moe_reduce.models.decoder import abstract_params, init_params
-from moe_reduce.storage.model import Model
+from moe_reduce.models.decoder import init_params
+from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import parameter_count
+from moe_reduce.runs.adapt import adapt_task
 from moe_reduce.training import optimizer, steps
 from moe_reduce.training.task import partition
 
@@ -45,14 +46,14 @@ class Step:
         start = model if chosen is None else adapters.activate(model, adapters.init(chosen, model))
         task = adapt_task(run, model.config)
         trained, self.frozen = partition(start.params, task.trainable)
-        tx = optimizer.build(train, trained)
+        tx = optimizer.build(train, trained, task.records)
         self.state = steps.new_state(jax.tree.map(jnp.array, trained), train, tx)
         self.batch = batch
         step = jax.jit(partial(steps.train_step, task, train, tx), donate_argnums=0)
         self.compiled = step.lower(self.state, self.frozen, batch).compile()
         memory = self.compiled.memory_analysis()
         self.bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        self.trained = planning.count(trained)
+        self.trained = trees.size(trained)
         self.losses: list[float] = []
 
     def __call__(self) -> Any:
@@ -92,7 +93,7 @@ def of_experts(config: ModelConfig, rows: int, length: int, repeats: int) -> lis
     assert config.moe is not None
     lora = AdapterConfig(targets="mlp", rank=2)
     _, seconds, _ = compared(random_model(config), lora, random_batch(config, rows, length), repeats)
-    where = f"{config.moe.experts} experts of {planning.count(abstract_params(config)):,} parameters"
+    where = f"{config.moe.experts} experts of {parameter_count(config):,} parameters"
     return [
         [f"step of {name} on {where} / of full fine-tuning", f"{seconds[name] / seconds['full']:.2f}×", ""]
         for name in ("lora", "skema")
@@ -180,7 +181,7 @@ def main() -> None:
     else:
         rows = adaptation(config, 4, 256, given.repeats) + of_experts(mixture, 16, 256, 3 * given.repeats)
         rows += projection([1024, 4096, 16384], 1024, 15)
-    total = planning.count(abstract_params(config))
+    total = parameter_count(config)
     result = {
         "title": f"What adapting costs, on {total:,} parameters, fp32, CPU",
         "command": "python launch/bench_adapters.py",

@@ -155,7 +155,7 @@ def score(model: Path, scratch: Path) -> dict:
 
 def beyond_imports(command: str, model: Path, repeats: int) -> float:
     """Median seconds of a command less those of importing what it imports."""
-    imports = f"import moe_reduce, moe_reduce.commands.{command}, moe_reduce.planning, moe_reduce.models.decoder"
+    imports = f"import moe_reduce, moe_reduce.commands.{command}, moe_reduce.planning.flops, moe_reduce.models.decoder"
     whole = [measured([*COMMAND, command, f"--model={model}"])[0] for _ in range(repeats)]
     bare = [measured([sys.executable, "-c", imports])[0] for _ in range(repeats)]
     return float(np.median(whole) - np.median(bare))

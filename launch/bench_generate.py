@@ -47,7 +47,7 @@ def prompt_of(sizes: dict[str, Any]) -> list[int]:
 def ours(directory: Path, dtype: str, tokens: int) -> tuple[Run, list[int]]:
     """Greedy decoding as `moe-reduce generate` does it."""
     import moe_reduce
-    from moe_reduce.config import ExecutionConfig, GenerateConfig
+    from moe_reduce.core.config import ExecutionConfig, GenerateConfig
     from moe_reduce.inference.generate import generate, ready
 
     model = ready(moe_reduce.load(directory, dtype, ExecutionConfig(compute_dtype=dtype).resolve("cpu")))

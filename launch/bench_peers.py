@@ -31,7 +31,7 @@ def our_scores(directory: Path, tokens_BT: np.ndarray) -> tuple[Run, Any]:
     import jax
 
     import moe_reduce
-    from moe_reduce.config import ExecutionConfig
+    from moe_reduce.core.config import ExecutionConfig
     from moe_reduce.reduction import scores
 
     model = moe_reduce.load(directory, execution=ExecutionConfig().resolve(jax.default_backend()))
@@ -107,7 +107,7 @@ def scoring(tiny: bool, repeats: int) -> list[str]:
 
 def _corpus(directory: Path, megabytes: float) -> Path:
     """Python's own library as rows of JSON, and a tokenizer of 8,192 pieces for it."""
-    from moe_reduce.config import DataConfig
+    from moe_reduce.core.config import DataConfig
     from moe_reduce.data.sources import documents
 
     file = directory / "text.jsonl"
@@ -123,7 +123,7 @@ def _corpus(directory: Path, megabytes: float) -> Path:
 
 def our_data(file: Path, tokenizer: Path, length: int, workers: int) -> tuple[Run, int]:
     """Preparation into a new cache each time, and the number of tokens."""
-    from moe_reduce.config import DataConfig
+    from moe_reduce.core.config import DataConfig
     from moe_reduce.data.prepare import prepare
 
     cache = file.parent / "ours"
@@ -168,7 +168,7 @@ def their_data(file: Path, tokenizer: Path, length: int, workers: int) -> tuple[
 
 def data(tiny: bool, repeats: int) -> list[str]:
     """A row about preparing text."""
-    from moe_reduce.config import DataConfig
+    from moe_reduce.core.config import DataConfig
     from moe_reduce.data.prepare import prepare
 
     megabytes, length, workers = (0.2, 32, 1) if tiny else (20, 512, 2)
@@ -197,11 +197,11 @@ def our_adapter(config: Any, tokens: np.ndarray) -> tuple[Run, int]:
     import jax.numpy as jnp
 
     from moe_reduce.adapters import adapter as adapters
-    from moe_reduce.adapters.run import adapt_task
-    from moe_reduce.config import AdaptConfig, AdapterConfig, ExecutionConfig, TrainConfig
+    from moe_reduce.core import trees
+    from moe_reduce.core.config import AdaptConfig, AdapterConfig, ExecutionConfig, TrainConfig
     from moe_reduce.models.decoder import init_params
-    from moe_reduce.planning import count
-    from moe_reduce.storage.model import Model
+    from moe_reduce.models.model import Model
+    from moe_reduce.runs.adapt import adapt_task
     from moe_reduce.training import optimizer, steps
     from moe_reduce.training.task import partition
 
@@ -211,7 +211,7 @@ def our_adapter(config: Any, tokens: np.ndarray) -> tuple[Run, int]:
     task = adapt_task(AdaptConfig(model="random", adapter=chosen, execution=execution), config)
     trained, frozen = partition(adapters.activate(model, adapters.init(chosen, model)).params, task.trainable)
     train = TrainConfig(steps=1000, batch_size=tokens.shape[0], weight_decay=0.0, warmup_steps=0)
-    tx = optimizer.build(train, trained)
+    tx = optimizer.build(train, trained, task.records)
     held = [steps.new_state(jax.tree.map(jnp.array, trained), train, tx)]
     step = jax.jit(partial(steps.train_step, task, train, tx), donate_argnums=0)
     ids = jnp.asarray(tokens)
@@ -221,7 +221,7 @@ def our_adapter(config: Any, tokens: np.ndarray) -> tuple[Run, int]:
         held[0], metrics = step(held[0], frozen, batch)
         return float(metrics["loss"])
 
-    return run, count(trained)
+    return run, trees.size(trained)
 
 
 def their_adapter(config: Any, tokens: np.ndarray) -> tuple[Run, int]:

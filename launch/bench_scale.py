@@ -25,14 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 from side_by_side import apart, medians, options, publish
 
-from moe_reduce import drawing
 from moe_reduce.commands import config_file
-from moe_reduce.config import ExecutionConfig, MeshConfig, MoEConfig
-from moe_reduce.models import blocks
-from moe_reduce.models.dispatch import combine_rows, gather_rows, sort_by_expert
-from moe_reduce.models.routing import route, router_logits
-from moe_reduce.training import footprint, sharding, throughput
-from moe_reduce.training.run import pretraining
+from moe_reduce.core.config import ExecutionConfig, MeshConfig, MoEConfig
+from moe_reduce.models.moe import expert_loop
+from moe_reduce.models.moe.dispatch import combine_rows, gather_rows, sort_by_expert
+from moe_reduce.models.moe.routing import route, router_logits
+from moe_reduce.planning import footprint
+from moe_reduce.reports import drawing
+from moe_reduce.runs.train import pretraining
+from moe_reduce.training import sharding, throughput
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ["what", "at", "measured", "aim"]
@@ -96,10 +97,10 @@ def layer(experts: int, tokens: int, hidden: int, repeats: int) -> dict[str, flo
     x_SD, router_DE = inputs(experts, tokens, WIDTH)
     sizes = ((experts, WIDTH, hidden), (experts, WIDTH, hidden), (experts, hidden, WIDTH))
     matrices = tuple(jax.random.normal(key, size) * 0.05 for key, size in zip(keys, sizes, strict=True))
-    block_rows = blocks.rows_of_a_block(ExecutionConfig().block_rows, tokens * ACTIVE, experts)
+    block_rows = expert_loop.rows_of_a_block(ExecutionConfig().block_rows, tokens * ACTIVE, experts)
 
     def computed(rows_MD: jax.Array, counts_E: jax.Array, matrices: Any) -> jax.Array:
-        made: Any = blocks.grouped_swiglu(rows_MD, counts_E, matrices, (), {}, block_rows, "plain")
+        made: Any = expert_loop.grouped_swiglu(rows_MD, counts_E, matrices, (), {}, block_rows, "plain")
         return jnp.sum(made[0])
 
     order = sort_by_expert(route(router_logits(x_SD, router_DE, None), None, moe).experts_SA, experts)

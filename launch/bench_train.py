@@ -23,11 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from side_by_side import Run, compare, medians, options, publish
 
-from moe_reduce import planning
 from moe_reduce.commands import config_file
-from moe_reduce.config import ExecutionConfig, ModelConfig, RunConfig
-from moe_reduce.models import dispatch
+from moe_reduce.core.config import ExecutionConfig, ModelConfig, RunConfig
 from moe_reduce.models.decoder import init_params
+from moe_reduce.models.moe import dispatch
+from moe_reduce.planning.flops import train_flops_per_token
 from moe_reduce.training import optimizer, steps
 from moe_reduce.training.losses import language_model_task
 
@@ -38,7 +38,7 @@ def our_step(run: RunConfig, tokens: np.ndarray) -> tuple[Run, float]:
     """One training step as the loop runs it, and the seconds that it took to compile."""
     task = language_model_task(run.model, run.execution, run.balance)
     params = jax.jit(partial(init_params, run.model))(jax.random.key(0))
-    tx = optimizer.build(run.train, params)
+    tx = optimizer.build(run.train, params, task.records)
     state = steps.new_state(params, run.train, tx)
     batch = {
         "tokens": jnp.asarray(tokens[:, :-1]),
@@ -105,7 +105,7 @@ def compare_steps(name: str, run: RunConfig, batch: int, length: int, repeats: i
     tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (batch, length + 1)).astype(np.int32)
     sides = {"ours": (our_step, run, tokens), "peer": (their_step, run, tokens)}
     result, said = compare(sides, repeats, run.model.vocab_size)
-    flops = planning.train_flops_per_token(run.model, length) * batch * length
+    flops = train_flops_per_token(run.model, length) * batch * length
     precision = {"float32": "fp32", "bfloat16": "bf16 with fp32 masters"}[run.execution.compute_dtype]
     return {
         "name": name,

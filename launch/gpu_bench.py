@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from side_by_side import check_learning, options, publish
 
-from moe_reduce import planning
 from moe_reduce.commands import config_file
-from moe_reduce.config import GenerateConfig, MeshConfig, MoEConfig, RunConfig
+from moe_reduce.core.config import GenerateConfig, MeshConfig, MoEConfig, RunConfig
 from moe_reduce.inference.generate import generate, ready
-from moe_reduce.models import dispatch
 from moe_reduce.models.decoder import Decoder, init_params
 from moe_reduce.models.layers import causal_attention
-from moe_reduce.models.routing import route, router_logits
-from moe_reduce.storage.model import Model
+from moe_reduce.models.model import Model
+from moe_reduce.models.moe import dispatch
+from moe_reduce.models.moe.routing import route, router_logits
+from moe_reduce.planning.flops import train_flops_per_token
 from moe_reduce.training import losses, sharding, steps
 
 T = TypeVar("T")
@@ -143,7 +143,7 @@ class Training:
         self.state: Any = None
         self.losses: list[jax.Array] = []
         self.model, self.tokens = run.model, rows * length
-        self.flops = planning.train_flops_per_token(run.model, length) * self.tokens
+        self.flops = train_flops_per_token(run.model, length) * self.tokens
 
     def __call__(self) -> jax.Array:
         self.state, metrics = self.step(self.state, {}, self.batch)

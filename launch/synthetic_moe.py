@@ -10,8 +10,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from moe_reduce.config import ModelConfig, MoEConfig
-from moe_reduce.storage.model import Contents, write_directory
+from moe_reduce.core.config import ModelConfig, MoEConfig
+from moe_reduce.storage.model_directory import Contents, write_directory
 from moe_reduce.storage.names import leaves
 
 STD = 0.02

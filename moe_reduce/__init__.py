@@ -9,13 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_reduce.storage.model import Model, load, save
+    from moe_reduce.models.model import Model
+    from moe_reduce.storage.model_directory import load, save
 
 __all__ = ["Model", "load", "save"]
+_HOMES = {"Model": "models.model", "load": "storage.model_directory", "save": "storage.model_directory"}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: the data workers import this package and must not start JAX."""
-    if name in __all__:
-        return getattr(importlib.import_module("moe_reduce.storage.model"), name)
+    """Import on first use: data workers import this package and must not start JAX."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"moe_reduce.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

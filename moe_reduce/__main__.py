@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from moe_reduce.errors import PeerLost, UserError
+from moe_reduce.core.errors import PeerLost, UserError
 
 COMMANDS = {
     "train": "pretrain a model, or several side by side",

@@ -18,7 +18,7 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 import jax
 import pytest
 
-from moe_reduce.config import ModelConfig, MoEConfig
+from moe_reduce.core.config import ModelConfig, MoEConfig
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

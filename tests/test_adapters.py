@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from training_runs import MODELS, initial_params, random_batch
 
-from moe_reduce import trees
 from moe_reduce.adapters import adapter as adapters
 from moe_reduce.adapters import merging, projections, targets
-from moe_reduce.config import AdapterConfig, ExecutionConfig, ModelConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core import trees
+from moe_reduce.core.config import AdapterConfig, ExecutionConfig, ModelConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.models import deltas
-from moe_reduce.models.decoder import abstract_params
-from moe_reduce.storage.model import Model
+from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import abstract_params
 
 PYTHIA_SHAPE = ModelConfig(
     vocab_size=50_304, layers=12, width=768, query_heads=12, key_value_heads=12, head_width=64, feed_forward_width=2048

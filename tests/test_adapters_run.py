@@ -11,15 +11,16 @@ import pytest
 from training_runs import MODELS, assert_close, token_data, unmeasured_peak
 
 import moe_reduce
-from moe_reduce import trees
 from moe_reduce.__main__ import main
-from moe_reduce.adapters import package, storage
-from moe_reduce.config import ExecutionConfig
+from moe_reduce.adapters import adapter_directory
+from moe_reduce.core import trees
+from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.data.completions import uuid_pairs
 from moe_reduce.models.decoder import init_params
+from moe_reduce.models.model import Model
+from moe_reduce.runs import equivalence
+from moe_reduce.runs import train as training_run
 from moe_reduce.storage.manifest import verify
-from moe_reduce.storage.model import Model
-from moe_reduce.training import run as training_run
 from moe_reduce.training.checkpoints import Checkpoints
 from moe_reduce.training.metrics import read
 
@@ -87,12 +88,12 @@ def test_what_a_run_leaves(finished):
         assert np.array_equal(old[path][0], new[path][0]), "only the top layer is adapted"
     assert verify(work / "model") == []
     assert [step.command for step in merged.chain] == ["merge", "adapt"]
-    report = json.loads((work / package.EQUIVALENCE).read_text())
+    report = json.loads((work / equivalence.EQUIVALENCE).read_text())
     assert report["equivalent"]
     assert 0 < report["largest_logit_difference"] < 1e-4 * report["largest_logit"]
     assert report["perplexity"]["merged"] == pytest.approx(report["perplexity"]["active"], rel=1e-5)
     assert report["perplexity"]["merged"] < 0.999 * report["perplexity"]["base"]
-    log = json.loads((work / package.MERGE_LOG).read_text())
+    log = json.loads((work / equivalence.MERGE_LOG).read_text())
     assert set(log["merged"]) == {"model.safetensors"}
     assert (work / "loss.png").is_file()
 
@@ -105,7 +106,7 @@ def test_merge_gives_what_adapt_gave(finished, tmp_path, capsys):
     assert_close(again.params, once.params)
     assert [entry.path for entry in again.chain[-1].inputs] == [str(finished / "base"), str(finished / "run/adapter")]
     assert verify(tmp_path / "merged") == []
-    assert (tmp_path / "merged" / package.EQUIVALENCE).is_file()
+    assert (tmp_path / "merged" / equivalence.EQUIVALENCE).is_file()
 
     def refused(part, *more):
         assert main(["merge", *more]) == 2
@@ -157,7 +158,7 @@ def test_inspect_finds_relative_inputs_wherever_it_runs(finished, tmp_path, monk
 
 
 def test_a_report_that_fails_stops_the_merge(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(package, "TOLERANCES", {"float32": 0.0})
+    monkeypatch.setattr(equivalence, "TOLERANCES", {"float32": 0.0})
     arguments = [f"--model={finished / 'base'}", f"--adapter={finished / 'run/adapter'}", f"--out={tmp_path / 'out'}"]
     assert main(["merge", *arguments]) == 2
     assert "is not the adapted one" in capsys.readouterr().err
@@ -177,7 +178,7 @@ def test_resumed_is_uninterrupted(finished, tmp_path, monkeypatch):
     assert _adapt(finished / "config.py", tmp_path / "run") == 0
     assert restored == [18]
     config = moe_reduce.load(finished / "base").config
-    left, right = (storage.load(place / "run/adapter", config, None) for place in (finished, tmp_path))
+    left, right = (adapter_directory.load(place / "run/adapter", config, None) for place in (finished, tmp_path))
     assert_close(left.tree, right.tree)
 
 
@@ -185,7 +186,7 @@ def test_a_bf16_base_and_a_bf16_computation_are_reported(finished, tmp_path):
     """Rounding is measured, stated and never loses a run."""
     more = ["--config.dtype=bfloat16", "--config.execution.compute_dtype=bfloat16"]
     assert _adapt(finished / "config.py", tmp_path / "run", *more) == 0
-    report = json.loads((tmp_path / "run" / package.EQUIVALENCE).read_text())
+    report = json.loads((tmp_path / "run" / equivalence.EQUIVALENCE).read_text())
     assert report["dtype"] == "bfloat16"
     assert report["equivalent"]
     assert report["largest_logit_difference"] > 1e-4 * report["largest_logit"], "bf16 rounds what fp32 did not"

@@ -14,17 +14,18 @@ from transformers_models import tiny, written
 
 import moe_reduce
 from moe_reduce.adapters import adapter as adapters
-from moe_reduce.adapters import merging, storage
+from moe_reduce.adapters import adapter_directory, merging
 from moe_reduce.adapters.peft import CONFIG_FILE, WEIGHTS_FILE
-from moe_reduce.config import AdapterConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core.config import AdapterConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.core.provenance import Input
 from moe_reduce.storage import manifest
 from moe_reduce.storage.tensors import TensorFiles, write_file
 
 # PEFT asks transformers 5 by an older name
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
-BASE = manifest.Input("base", "0" * 64)
+BASE = Input("base", "0" * 64)
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 12))
 PEFT_TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 
@@ -34,17 +35,17 @@ def saved(directory, method="skema", kind="dense", **changes):
     model = model_of(kind)
     adapter = disturbed(adapters.init(dataclasses.replace(METHODS[method], **changes), model))
     directory.mkdir(parents=True, exist_ok=True)
-    storage.save(adapter, model.config, BASE, directory)
+    adapter_directory.save(adapter, model.config, BASE, directory)
     return model, adapter
 
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_round_trip_bit_for_bit(tmp_path, method):
     model, adapter = saved(tmp_path, method)
-    again = storage.load(tmp_path, model.config, BASE)
+    again = adapter_directory.load(tmp_path, model.config, BASE)
     assert again.config == adapter.config
     assert_close(again.tree, adapter.tree)
-    stored = set(TensorFiles(tmp_path, storage.WEIGHTS).entries)
+    stored = set(TensorFiles(tmp_path, adapter_directory.WEIGHTS).entries)
     assert any("rows" in name or "in/matrix" in name for name in stored) == (
         "skema" not in method or method == "skema_trainable"
     ), "fixed projections are made again"
@@ -53,23 +54,23 @@ def test_round_trip_bit_for_bit(tmp_path, method):
 def test_experts_have_no_peft_files(tmp_path):
     model, adapter = saved(tmp_path, "lora", "layer", targets="q,mlp")
     assert not (tmp_path / WEIGHTS_FILE).exists()
-    assert_close(storage.load(tmp_path, model.config, BASE).tree, adapter.tree)
+    assert_close(adapter_directory.load(tmp_path, model.config, BASE).tree, adapter.tree)
 
 
 def test_stored_projections(tmp_path):
     model, adapter = saved(tmp_path, stored_projections=True)
-    assert_close(storage.load(tmp_path, model.config, BASE).tree, adapter.tree)
-    assert "layers/attention/query/in/matrix" in TensorFiles(tmp_path, storage.WEIGHTS).entries
+    assert_close(adapter_directory.load(tmp_path, model.config, BASE).tree, adapter.tree)
+    assert "layers/attention/query/in/matrix" in TensorFiles(tmp_path, adapter_directory.WEIGHTS).entries
 
 
 def test_what_was_tampered_with_is_refused(tmp_path):
     model, _ = saved(tmp_path)
-    described = json.loads((tmp_path / storage.DESCRIPTION).read_text())
+    described = json.loads((tmp_path / adapter_directory.DESCRIPTION).read_text())
 
     def refused(part, **changes):
-        (tmp_path / storage.DESCRIPTION).write_text(json.dumps(described | changes))
+        (tmp_path / adapter_directory.DESCRIPTION).write_text(json.dumps(described | changes))
         with pytest.raises(UserError, match=part) as caught:
-            storage.load(tmp_path, model.config, BASE)
+            adapter_directory.load(tmp_path, model.config, BASE)
         assert "\n" not in str(caught.value)
 
     refused("do not have the hash", projections={"sha256": "1" * 64, "stored": False})
@@ -81,15 +82,15 @@ def test_what_was_tampered_with_is_refused(tmp_path):
     refused("config key config.size is unknown", config=described["config"] | {"size": 7})
     refused("this base needs|has no place|do not have the hash", config=described["config"] | {"sketch_width": 4})
     refused("is not what adapt writes", files=None)
-    (tmp_path / storage.DESCRIPTION).write_text(json.dumps(described))
-    weights = bytearray((tmp_path / storage.WEIGHTS).read_bytes())
+    (tmp_path / adapter_directory.DESCRIPTION).write_text(json.dumps(described))
+    weights = bytearray((tmp_path / adapter_directory.WEIGHTS).read_bytes())
     weights[-1] ^= 1
-    (tmp_path / storage.WEIGHTS).write_bytes(weights)
+    (tmp_path / adapter_directory.WEIGHTS).write_bytes(weights)
     with pytest.raises(UserError, match="has changed"):
-        storage.load(tmp_path, model.config, BASE)
-    (tmp_path / storage.WEIGHTS).unlink()
+        adapter_directory.load(tmp_path, model.config, BASE)
+    (tmp_path / adapter_directory.WEIGHTS).unlink()
     with pytest.raises(UserError, match="is missing"):
-        storage.load(tmp_path, model.config, BASE)
+        adapter_directory.load(tmp_path, model.config, BASE)
 
 
 def torch_logits(model):
@@ -125,13 +126,13 @@ def test_peft_trained_it_and_we_compute_it(tmp_path, kind, changes):
         optimizer.step()
     theirs.eval().save_pretrained(tmp_path / "adapter")
     model = moe_reduce.load(tmp_path / "base")
-    adapter = storage.load(tmp_path / "adapter", model.config, None)
+    adapter = adapter_directory.load(tmp_path / "adapter", model.config, None)
     expected = torch_logits(theirs)
     assert np.max(np.abs(expected - np.asarray(model(TOKENS)))) > 1e-2 * np.max(np.abs(expected))
     close(adapters.activate(model, adapter)(TOKENS), expected)
     close(merging.merge(model, adapter)(TOKENS), expected)
     (tmp_path / "again").mkdir()
-    storage.save(adapter, model.config, manifest.input_of(tmp_path / "base"), tmp_path / "again")
+    adapter_directory.save(adapter, model.config, manifest.input_of(tmp_path / "base"), tmp_path / "again")
     again = peft.PeftModel.from_pretrained(tiny(kind), str(tmp_path / "again")).eval()
     close(torch_logits(again), expected)
 
@@ -144,17 +145,17 @@ def test_one_module_for_queries_keys_and_values(tmp_path):
         adapter = disturbed(adapters.init(dataclasses.replace(METHODS[method], targets=words), model))
         directory = tmp_path / method
         directory.mkdir()
-        storage.save(adapter, model.config, manifest.input_of(tmp_path / "base"), directory)
+        adapter_directory.save(adapter, model.config, manifest.input_of(tmp_path / "base"), directory)
         theirs = peft.PeftModel.from_pretrained(tiny("gpt_neox"), str(directory)).eval()
         close(torch_logits(theirs), adapters.activate(model, adapter)(TOKENS))
     partly = disturbed(adapters.init(dataclasses.replace(METHODS["dora"], targets="q,v"), model))
     (tmp_path / "partly").mkdir()
-    storage.save(partly, model.config, BASE, tmp_path / "partly")
+    adapter_directory.save(partly, model.config, BASE, tmp_path / "partly")
     assert not (tmp_path / "partly" / WEIGHTS_FILE).exists(), "PEFT's DoRA rescales every output of a module"
     config = peft.LoraConfig(r=3, target_modules=["query_key_value", "dense"], init_lora_weights=False, use_dora=True)
     theirs = peft.get_peft_model(tiny("gpt_neox"), config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    adapter = storage.load(tmp_path / "theirs", model.config, None)
+    adapter = adapter_directory.load(tmp_path / "theirs", model.config, None)
     close(adapters.activate(model, adapter)(TOKENS), torch_logits(theirs))
 
 
@@ -166,7 +167,7 @@ def test_we_wrote_it_and_peft_computes_it(tmp_path, kind, method):
     words = dataclasses.replace(METHODS[method], targets="q,k@1,o,down")
     adapter = disturbed(adapters.init(words, model))
     (tmp_path / "adapter").mkdir()
-    storage.save(adapter, model.config, manifest.input_of(tmp_path / "base"), tmp_path / "adapter")
+    adapter_directory.save(adapter, model.config, manifest.input_of(tmp_path / "base"), tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(tiny(kind), str(tmp_path / "adapter")).eval()
     close(torch_logits(theirs), adapters.activate(model, adapter)(TOKENS))
 
@@ -190,23 +191,23 @@ def test_we_wrote_it_and_peft_computes_it(tmp_path, kind, method):
 )
 def test_what_peft_can_and_we_cannot_is_refused(tmp_path, changes, part):
     model, _ = saved(tmp_path, "lora")
-    (tmp_path / storage.DESCRIPTION).unlink()
+    (tmp_path / adapter_directory.DESCRIPTION).unlink()
     raw = json.loads((tmp_path / CONFIG_FILE).read_text())
     (tmp_path / CONFIG_FILE).write_text(json.dumps(raw | changes))
     with pytest.raises(UserError, match=part):
-        storage.load(tmp_path, model.config, None)
+        adapter_directory.load(tmp_path, model.config, None)
 
 
 def test_tensors_that_have_no_place_are_refused(tmp_path):
     model, _ = saved(tmp_path, "lora")
-    (tmp_path / storage.DESCRIPTION).unlink()
+    (tmp_path / adapter_directory.DESCRIPTION).unlink()
     files = TensorFiles(tmp_path, WEIGHTS_FILE)
     items = [(name, entry.shape, entry.dtype, files.read(name).copy()) for name, entry in files.entries.items()]
 
     def refused(part, changed):
         write_file(tmp_path / WEIGHTS_FILE, changed)
         with pytest.raises(UserError, match=part):
-            storage.load(tmp_path, model.config, None)
+            adapter_directory.load(tmp_path, model.config, None)
 
     extra = np.zeros((2, 2), np.float32)
     refused("is no part of a LoRA", [*items, ("base_model.model.lm_head.weight", (2, 2), extra.dtype, extra)])
@@ -230,8 +231,8 @@ def test_adapted_models_are_saved_merged_only(tmp_path):
 def test_lora_is_known_again_in_the_form_of_peft(tmp_path):
     """Of which its own directory holds a copy, under another configuration."""
     model, adapter = saved(tmp_path, "lora")
-    (tmp_path / storage.DESCRIPTION).unlink()
-    again = storage.load(tmp_path, model.config, None)
+    (tmp_path / adapter_directory.DESCRIPTION).unlink()
+    again = adapter_directory.load(tmp_path, model.config, None)
     assert again.config != adapter.config
     with pytest.raises(UserError, match="has been merged into this model before"):
         merging.merge(merging.merge(model, adapter), again)

@@ -9,11 +9,11 @@ import pytest
 
 from moe_reduce import save
 from moe_reduce.__main__ import main
-from moe_reduce.adapters import comparison as adapters_comparison
-from moe_reduce.config import ExecutionConfig
+from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models.decoder import init_params
-from moe_reduce.storage.model import Model
-from moe_reduce.training import comparison
+from moe_reduce.models.model import Model
+from moe_reduce.reports import adaptation_table as adapters_comparison
+from moe_reduce.reports import run_table as comparison
 
 
 @pytest.fixture

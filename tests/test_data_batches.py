@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from moe_reduce.config import DataConfig
+from moe_reduce.core.config import DataConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.batches import train_batches, validation_batches
 from moe_reduce.data.rows import TokenRows
 from moe_reduce.data.shards import FORMAT_VERSION, Manifest, ShardWriter, TokenStore
-from moe_reduce.errors import UserError
 
 LENGTH = 8
 WINDOWS = 30

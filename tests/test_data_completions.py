@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from moe_reduce.config import DataConfig
+from moe_reduce.core.config import DataConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.completions import Completions, uuid_pairs
 from moe_reduce.data.pieces import TRAIN, VALIDATION
 from moe_reduce.data.tokenizer_training import train_tokenizer
-from moe_reduce.errors import UserError
 
 PAIRS = [(f"what is {n} plus one? ", f"it is {n + 1}") for n in range(8)]
 

@@ -18,14 +18,14 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from moe_reduce.config import DataConfig
+from moe_reduce.core.config import DataConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.core.validation import check_data
 from moe_reduce.data import prepare as prepare_module
 from moe_reduce.data import sources, tokenizing
 from moe_reduce.data.pieces import TRAIN, VALIDATION
 from moe_reduce.data.prepare import prepare
 from moe_reduce.data.tokenizer_training import train_tokenizer
-from moe_reduce.errors import UserError
-from moe_reduce.validation import check_data
 
 VOCABULARY = 500
 RUN = """

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.shards import FORMAT_VERSION, Manifest, ShardWriter, TokenStore, token_dtype
-from moe_reduce.errors import UserError
 
 TOKENS = 1000
 

@@ -8,9 +8,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from moe_reduce.config import DataConfig
+from moe_reduce.core.config import DataConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.data import sources
-from moe_reduce.errors import UserError
 
 TEXTS = ["One document.\nTwo lines, naïve ﬁ.\n", "\tAnother  one\r\n", "last"]
 

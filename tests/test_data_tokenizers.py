@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from moe_reduce.config import DataConfig
+from moe_reduce.core.config import DataConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.data import sources
 from moe_reduce.data.tokenizer_training import sample_texts, train_tokenizer
 from moe_reduce.data.tokenizers import SentencePieceTokenizer, load_tokenizer
-from moe_reduce.errors import UserError
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers"
 ODD = "a\tb\n\n\n  c   d\r\n\u00a0é漢字🙂 ▁ ▁▁x\x0b\x00y 12345 <s> </s> <0x41>  \n "

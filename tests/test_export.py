@@ -14,9 +14,9 @@ import pytest
 
 import moe_reduce
 from moe_reduce.__main__ import main
-from moe_reduce.config import ExecutionConfig
+from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models.decoder import init_params
-from moe_reduce.models.routing import MANY
+from moe_reduce.models.moe.routing import MANY
 from moe_reduce.storage import export, export_formats, manifest
 
 RELOAD = """

@@ -15,12 +15,12 @@ from training_runs import command, corpus_data, environment, run_config, token_d
 from moe_reduce import __main__
 from moe_reduce.__main__ import main
 from moe_reduce.commands import config_file
-from moe_reduce.config import DataConfig, in_order, parse, reduce_base, reduce_from_dict, stage, to_dict
-from moe_reduce.errors import UserError
+from moe_reduce.core.config import DataConfig, in_order, parse, reduce_base, reduce_from_dict, stage, to_dict
+from moe_reduce.core.errors import UserError
+from moe_reduce.runs import train as run_module
+from moe_reduce.runs.workdir import claim
 from moe_reduce.storage.manifest import read_chain
-from moe_reduce.training import run as run_module
 from moe_reduce.training.checkpoints import Checkpoints
-from moe_reduce.training.run import claim
 
 CHEAP = {"execution": {"dispatch": "reference"}}  # to compile
 

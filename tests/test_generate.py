@@ -18,18 +18,18 @@ from transformers_models import written
 import moe_reduce
 from moe_reduce.__main__ import main
 from moe_reduce.adapters import adapter as adapters
-from moe_reduce.config import ExecutionConfig, GenerateConfig, MeshConfig
+from moe_reduce.core.config import ExecutionConfig, GenerateConfig, MeshConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizer_training import train_tokenizer
 from moe_reduce.data.tokenizers import load_tokenizer
-from moe_reduce.errors import UserError
 from moe_reduce.inference import generate as generation
 from moe_reduce.inference.chat import chat_prompt
 from moe_reduce.inference.generate import bucket, chunks, compile_for, generate, ready
 from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.inference.text import Continuation, complete, end_ids, stream
 from moe_reduce.models import cache, deltas, layers
-from moe_reduce.storage.model import Model
-from moe_reduce.training.compiled import collectives
+from moe_reduce.models.model import Model
+from moe_reduce.planning.compiled_step import collectives
 from moe_reduce.training.sharding import make_mesh
 
 PROMPTS = [[5, 7, 9], list(range(20)), [1]]

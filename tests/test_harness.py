@@ -16,10 +16,10 @@ from transformers_models import written
 
 import moe_reduce
 from moe_reduce.__main__ import main
-from moe_reduce.config import ExecutionConfig, MeshConfig
+from moe_reduce.core.config import ExecutionConfig, MeshConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizer_training import train_tokenizer
 from moe_reduce.data.tokenizers import load_tokenizer
-from moe_reduce.errors import UserError
 from moe_reduce.inference import scoring
 from moe_reduce.inference.generate import ready
 from moe_reduce.inference.harness import Harness

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from moe_reduce import planning
 from moe_reduce.__main__ import main
 from moe_reduce.adapters.adapter import abstract
 from moe_reduce.adapters.targets import within_budget
 from moe_reduce.commands import config_file
-from moe_reduce.config import AdaptConfig, RunConfig, TuneStage, any_from_dict
-from moe_reduce.models.decoder import abstract_params
-from moe_reduce.reduction.stages import configurations
-from moe_reduce.training import optimizer, sharding
-from moe_reduce.validation import check_mesh
+from moe_reduce.core import trees
+from moe_reduce.core.config import AdaptConfig, RunConfig, TuneStage, any_from_dict
+from moe_reduce.core.validation import check_mesh
+from moe_reduce.models.parameters import abstract_params, by_path, parameter_count
+from moe_reduce.runs.stages import configurations
+from moe_reduce.training import optimizer
 
 cached_abstract_params = functools.cache(abstract_params)  # variants share many architectures
 ROOT = Path(__file__).parent.parent
@@ -33,10 +33,8 @@ def test_every_config_builds_abstractly(file):
     for run in runs.values():
         for model, train in _models(run):
             params = cached_abstract_params(model)
-            assert planning.count(params) > 0
-            for path in planning.trees.flatten(params):
-                sharding.spec(path)
-            optimizer.build(train, params)
+            assert trees.size(params) == parameter_count(model)
+            optimizer.build(train, params, by_path(model))
             check_mesh(run.mesh, model)
 
 
@@ -49,9 +47,9 @@ def _models(run):
     if isinstance(run, AdaptConfig):  # of the same base
         chosen = run.adapter
         if chosen is not None and run.budget is not None:
-            allowed = int(run.budget * planning.count(cached_abstract_params(trained.model)))
+            allowed = int(run.budget * parameter_count(trained.model))
             chosen = within_budget(chosen, trained.model, allowed)
-            assert planning.count({"adapter": abstract(chosen, trained.model)}) > 0
+            assert trees.size(abstract(chosen, trained.model)) > 0
         return [(trained.model, run.train)]
     first = run.architecture or trained.model
     schedules = [stage.schedule(run.train) for stage in run.stages.values() if isinstance(stage, TuneStage)]
@@ -69,7 +67,7 @@ def test_every_config_says_what_it_costs(file):
 @pytest.mark.parametrize("pair", ["quickstart", "cpu_pair", "cpu_pair_large"])
 def test_shared_moe_has_at_most_40_percent(pair):
     runs = config_file.read(str(ROOT / "configs" / f"{pair}.py"), [])
-    sizes = {name: planning.count(abstract_params(run.model)) for name, run in runs.items()}
+    sizes = {name: parameter_count(run.model) for name, run in runs.items()}
     assert sizes["shared_moe"] <= 0.4 * sizes["dense"]
 
 

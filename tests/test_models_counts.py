@@ -1,13 +1,21 @@
 """Exact parameter counts of METHODS §1 by component, from abstract initialisation, and FLOPs a token."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from moe_reduce import planning
 from moe_reduce.commands import config_file
-from moe_reduce.config import ModelConfig, reduce_from_dict
-from moe_reduce.models.decoder import abstract_params, init_params
-from moe_reduce.reduction import stages
+from moe_reduce.core.config import ModelConfig, reduce_from_dict
+from moe_reduce.core.errors import UserError
+from moe_reduce.models.decoder import init_params
+from moe_reduce.models.parameters import abstract_params, counts_by_component, parameter_count, records
+from moe_reduce.planning.flops import (
+    active_parameters,
+    forward_flops_per_token,
+    matmul_parameters_per_token,
+    train_flops_per_token,
+)
+from moe_reduce.runs import stages
 
 PYTHIA_160M = ModelConfig(
     vocab_size=50_304, layers=12, width=768, query_heads=12, key_value_heads=12, head_width=64, feed_forward_width=3072,
@@ -22,26 +30,26 @@ def _model(name):
 
 
 def test_shared_moe_50m():
-    params = abstract_params(_model("shared_moe_50m"))
-    assert planning.counts_by_component(params) == {
+    model = _model("shared_moe_50m")
+    assert counts_by_component(model) == {
         "attention": 12 * (2 * 768**2 + 2 * 768 * 256),
         "embedding": 4_096_000 + 98_304,
         "experts": 16 * 3 * 768 * 720,
         "norm": 25 * 768,
         "router": 16 * 768,
     }
-    assert planning.count(params) == 49_642_240
+    assert parameter_count(model) == 49_642_240
 
 
 def test_dense_llama_125m():
-    params = abstract_params(_model("dense_llama_125m"))
-    assert planning.count(params) == 137_841_408
-    assert planning.counts_by_component(params)["feed_forward"] == 12 * 3 * 768 * 3072
+    model = _model("dense_llama_125m")
+    assert parameter_count(model) == 137_841_408
+    assert counts_by_component(model)["feed_forward"] == 12 * 3 * 768 * 3072
 
 
 def test_pythia_160m():
-    params = abstract_params(PYTHIA_160M)
-    assert planning.counts_by_component(params) == {
+    model = PYTHIA_160M
+    assert counts_by_component(model) == {
         "attention": 12 * 4 * 768**2,
         "bias": 12 * (4 * 768 + 3072 + 768),
         "embedding": 50_304 * 768,
@@ -49,8 +57,8 @@ def test_pythia_160m():
         "norm": 25 * 2 * 768,
         "unembedding": 50_304 * 768,
     }
-    assert planning.count(params) == planning.active_parameters(PYTHIA_160M, params) == 162_322_944
-    assert planning.matmul_parameters_per_token(PYTHIA_160M) == 12 * 12 * 768**2 + 50_304 * 768
+    assert parameter_count(model) == active_parameters(model) == 162_322_944
+    assert matmul_parameters_per_token(PYTHIA_160M) == 12 * 12 * 768**2 + 50_304 * 768
 
 
 def test_qwen3_30b_a3b_as_a_pool_and_pruned():
@@ -58,7 +66,7 @@ def test_qwen3_30b_a3b_as_a_pool_and_pruned():
     run = runs["lossless_start"]
     assert run.architecture is not None
     found = {"original": run.architecture} | dict(stages.configurations(run.architecture, run))
-    counts = {name: planning.counts_by_component(abstract_params(config)) for name, config in found.items()}
+    counts = {name: counts_by_component(config) for name, config in found.items()}
     one = 3 * 2048 * 768
     assert stages.experts_of(found["pool"]) == 6144
     assert counts["original"] == {
@@ -70,7 +78,7 @@ def test_qwen3_30b_a3b_as_a_pool_and_pruned():
         "unembedding": 151_936 * 2048,
     }
     assert sum(counts["original"].values()) == 30_532_122_624
-    assert planning.active_parameters(run.architecture, abstract_params(run.architecture)) == 3_353_032_704
+    assert active_parameters(run.architecture) == 3_353_032_704
     pooled = {"router": 2048 * 6144, "router_bias": 48 * 6144}
     assert counts["pool"] == dict(sorted((counts["original"] | pooled).items()))
     for name, experts in (("prune_1200", 1200), ("prune_600", 600)):
@@ -85,20 +93,20 @@ def test_abstract_equals_real(tiny_shared):
     assert jax.tree.map(lambda leaf: leaf.shape, abstract) == jax.tree.map(lambda leaf: leaf.shape, real)
 
 
-def test_unknown_parameter_has_no_component():
-    with pytest.raises(KeyError, match="layers/surprise"):
-        planning.component("layers/surprise")
+def test_a_parameter_without_a_record_is_refused(tiny_shared):
+    with pytest.raises(UserError, match="layers/surprise"):
+        records(tiny_shared, {"layers": {"surprise": jnp.ones(2)}})
 
 
 def test_flops_by_hand():
     model = _model("dense_llama_125m")
     matmul = 12 * (4 * 768 * 768 + 3 * 768 * 3072) + 32_000 * 768
     attention = 2 * 2 * 12 * 768 * (1024 + 1) / 2  # scores and mixing, over half the context on average
-    assert planning.forward_flops_per_token(model, 1024) == 2 * matmul + attention
-    assert planning.train_flops_per_token(model, 1024) == 3 * (2 * matmul + attention)
+    assert forward_flops_per_token(model, 1024) == 2 * matmul + attention
+    assert train_flops_per_token(model, 1024) == 3 * (2 * matmul + attention)
 
 
 def test_pool_counts_once_a_layer_call():
     model = _model("shared_moe_50m")
     active = 12 * (2 * 3 * 768 * 720 + 768 * 16 + 2 * 768 * 64 * (12 + 4)) + 128 * (32_000 + 768)
-    assert planning.matmul_parameters_per_token(model) == active
+    assert matmul_parameters_per_token(model) == active

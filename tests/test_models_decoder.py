@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_reduce import trees
-from moe_reduce.config import ExecutionConfig
+from moe_reduce.core import trees
+from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models.decoder import Decoder, init_params
 from moe_reduce.models.layers import Embedding
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from moe_reduce.config import ExecutionConfig, MoEConfig
-from moe_reduce.models import blocks, grouped, parts
-from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool, sort_by_expert
-from moe_reduce.models.routing import MANY, route, top_experts
+from moe_reduce.core.config import ExecutionConfig, MoEConfig
+from moe_reduce.models.moe import chunks, expert_loop, triton_kernels
+from moe_reduce.models.moe.dispatch import DISPATCHES, Experts, Pool, sort_by_expert
+from moe_reduce.models.moe.routing import MANY, route, top_experts
 
 S, D, F, E, A = 96, 16, 24, 5, 2
 EXECUTION = ExecutionConfig(block_rows=4, capacity_factor=float(E))
@@ -27,7 +27,7 @@ def run(name, x_SD, chosen_SA, weights_SA, pool, execution):
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(parts, "MULTIPLE", 8)
+    monkeypatch.setattr(chunks, "MULTIPLE", 8)
 
 
 def _pool(key):
@@ -87,10 +87,10 @@ def test_sums_as_on_a_tpu(name, monkeypatch):
 
 
 def test_parts_follow_what_is_expected():
-    assert parts.rows_of_a_part(262_144, 1 / 8) == 49_152
-    assert parts.rows_of_a_part(1000, 1 / 8) == 192
-    assert parts.rows_of_a_part(1000, 0.7) == 1000
-    assert parts.rows_of_a_part(3, 1 / 8) == 3
+    assert chunks.rows_of_a_part(262_144, 1 / 8) == 49_152
+    assert chunks.rows_of_a_part(1000, 1 / 8) == 192
+    assert chunks.rows_of_a_part(1000, 0.7) == 1000
+    assert chunks.rows_of_a_part(3, 1 / 8) == 3
 
 
 def check(name, kind):
@@ -196,10 +196,10 @@ def test_blocks_of_any_size(block_rows):
 
 
 def test_blocks_are_no_larger_than_what_an_expert_gets():
-    assert blocks.rows_of_a_block(64, rows=16_384, experts=16) == 64
-    assert blocks.rows_of_a_block(64, rows=16_384, experts=6144) == 4
-    assert blocks.rows_of_a_block(64, rows=8, experts=128) == 1
-    assert blocks.rows_of_a_block(3, rows=100, experts=2) == 3
+    assert expert_loop.rows_of_a_block(64, rows=16_384, experts=16) == 64
+    assert expert_loop.rows_of_a_block(64, rows=16_384, experts=6144) == 4
+    assert expert_loop.rows_of_a_block(64, rows=8, experts=128) == 1
+    assert expert_loop.rows_of_a_block(3, rows=100, experts=2) == 3
 
 
 def test_capacity_reports_what_it_drops():
@@ -226,11 +226,12 @@ def test_sort_is_stable_and_inverse():
 def test_tiles_fit_the_shared_memory_of_small_cards(itemsize):
     dtype = jnp.dtype({2: jnp.bfloat16, 4: jnp.float32}[itemsize])
     for tile, lefts, matrices in (
-        (grouped.ONE_MATRIX, 1, 1), (grouped.TWO_MATRICES, 1, 2), (grouped.TWO_LEFTS, 2, 2), (grouped.EXTRAS, 1, 1),
-        (grouped.ONE_OUTER, 1, 1), (grouped.TWO_OUTERS, 1, 2),
+        (triton_kernels.ONE_MATRIX, 1, 1), (triton_kernels.TWO_MATRICES, 1, 2), (triton_kernels.TWO_LEFTS, 2, 2),
+        (triton_kernels.EXTRAS, 1, 1),
+        (triton_kernels.ONE_OUTER, 1, 1), (triton_kernels.TWO_OUTERS, 1, 2),
     ):  # fmt: skip
         columns, inner, _, stages = tile.of(dtype)
-        assert (lefts * grouped.MOST_ROWS + matrices * columns) * inner * itemsize * stages <= 96 * 1024
+        assert (lefts * triton_kernels.MOST_ROWS + matrices * columns) * inner * itemsize * stages <= 96 * 1024
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -243,13 +244,13 @@ def test_kernels_are_compiled_for_a_gpu_that_is_not_here(dtype):
     order = sort_by_expert(chosen_SA, E)
 
     def step(x_SD, masters, experts):
-        groups = grouped.groups_of(order.counts_E, order.order_M.size)
+        groups = triton_kernels.groups_of(order.counts_E, order.order_M.size)
 
         def layer(x_SD, masters):
-            return grouped.swiglu(x_SD, order.order_M // A, order.rank_SA, groups, experts, masters, False)
+            return triton_kernels.swiglu(x_SD, order.order_M // A, order.rank_SA, groups, experts, masters, False)
 
         results, vjp = jax.vjp(layer, x_SD, masters)
-        rows_MF, product_vjp = jax.vjp(lambda y_MD: grouped.product(y_MD, experts[0], groups, False), results[0])
+        rows_MF, product_vjp = jax.vjp(lambda y_MD: triton_kernels.product(y_MD, experts[0], groups, False), results[0])
         return vjp(results), product_vjp(rows_MF)
 
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_reduce.config import ExecutionConfig, MeshConfig
-from moe_reduce.models import exchange, parts
-from moe_reduce.models.dispatch import Experts, Pool
-from moe_reduce.models.experts import apply_experts
+from moe_reduce.core.config import ExecutionConfig, MeshConfig
+from moe_reduce.models.moe import chunks, exchange
+from moe_reduce.models.moe.dispatch import Experts, Pool
+from moe_reduce.models.moe.experts import apply_experts
 from moe_reduce.training import sharding
 
 B, T, D, F, E, A = 8, 6, 8, 16, 8, 3
@@ -86,10 +86,10 @@ def test_every_dispatch_behind_every_exchange(way, dispatch):
 @pytest.mark.parametrize("way", WAYS, indirect=True)
 def test_rows_in_parts(way, chosen, monkeypatch):
     """An eighth of 144 assignments is expected on each device; a third comes to each of three when it is crowded."""
-    monkeypatch.setattr(parts, "MULTIPLE", 4)
+    monkeypatch.setattr(chunks, "MULTIPLE", 4)
     taken = []
-    in_parts = parts.in_parts
-    monkeypatch.setattr(parts, "in_parts", lambda *arguments: taken.append(arguments[1]) or in_parts(*arguments))
+    in_parts = chunks.in_parts
+    monkeypatch.setattr(chunks, "in_parts", lambda *arguments: taken.append(arguments[1]) or in_parts(*arguments))
     check(way, MESHES["eight"], chosen, "ragged")
     assert taken == [28]
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_reduce import trees
-from moe_reduce.config import ExecutionConfig
+from moe_reduce.core import trees
+from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models.decoder import AttentionHalf, Decoder, init_params
 from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.models.layers import LayerNorm, rotate, turns

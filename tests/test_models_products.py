@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_reduce.config import ExecutionConfig, ModelConfig
+from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.models import layers, products
-from moe_reduce.models.dispatch import DISPATCHES, Experts, Pool
+from moe_reduce.models.moe.dispatch import DISPATCHES, Experts, Pool
 
 
 def _normal(seed, *shape, dtype="float32"):

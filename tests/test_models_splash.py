@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_reduce.config import ExecutionConfig, MeshConfig, ModelConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core.config import ExecutionConfig, MeshConfig, ModelConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.models import decoder, layers
 from moe_reduce.training.sharding import make_mesh
 

@@ -11,8 +11,8 @@ from conftest import text
 from transformers_models import written
 
 from moe_reduce.__main__ import main
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizer_training import train_tokenizer
-from moe_reduce.errors import UserError
 from moe_reduce.inference import generate as generation
 from moe_reduce.inference import monitor as machine
 from moe_reduce.inference import ollama

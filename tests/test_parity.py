@@ -13,7 +13,7 @@ from transformers_models import tensors_by_name, written
 
 import moe_reduce
 from moe_reduce.models.decoder import Decoder
-from moe_reduce.storage.huggingface import write_items
+from moe_reduce.storage.parameter_tensors import write_items
 
 TOLERANCE = 1e-4  # of the largest absolute value of each tensor
 STORIES = Path(__file__).resolve().parents[2] / "shared/data/models/stories260k"

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 import moe_reduce
-from moe_reduce import planning, trees
 from moe_reduce.__main__ import main
-from moe_reduce.config import ExecutionConfig
-from moe_reduce.errors import UserError
-from moe_reduce.models.decoder import Decoder, abstract_params, init_params
+from moe_reduce.core import trees
+from moe_reduce.core.config import ExecutionConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.models.decoder import Decoder, init_params
+from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import abstract_params
 from moe_reduce.reduction import architecture
 from moe_reduce.reduction.architecture import (
     block_influence,
@@ -28,7 +30,6 @@ from moe_reduce.reduction.architecture import (
     prune_two_four,
 )
 from moe_reduce.storage import manifest
-from moe_reduce.storage.model import Model
 
 KINDS = ["tiny_dense", "tiny_neox", "tiny_shared", "tiny_layer_moe"]
 
@@ -338,7 +339,7 @@ def test_real_models_agree_with_their_plan(dense, name):
     assert_same(dense.params, before)
     planned = TRANSFORMS[name](dataclasses.replace(dense, params=abstract_params(dense.config)))
     assert after.config == planned.config
-    assert planning.count(after.params) == planning.count(planned.params)
+    assert trees.size(after.params) == trees.size(planned.params)
     assert np.isfinite(after(tokens(dense))).all()
 
 
@@ -412,7 +413,7 @@ def test_command_writes_what_the_function_makes(directory, name, capsys):
     assert step.command == name
     assert settings.items() <= step.arguments.items()
     assert step.inputs == (manifest.input_of(directory / "model"),)
-    sizes = planning.count(before.params), planning.count(expected.params)
+    sizes = trees.size(before.params), trees.size(expected.params)
     assert (step.parameters_before, step.parameters_after) == sizes
     assert f"parameters: {sizes[0]:,} -> {sizes[1]:,}" in out
     assert manifest.verify(directory / "out") == []

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 
 import moe_reduce
-from moe_reduce import trees
 from moe_reduce.__main__ import main
-from moe_reduce.config import ExecutionConfig
+from moe_reduce.core import trees
+from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models.decoder import init_params
+from moe_reduce.models.model import Model
 from moe_reduce.reduction import scores
-from moe_reduce.reduction.pruning import prune
+from moe_reduce.reduction.prune import prune
 from moe_reduce.storage import manifest
-from moe_reduce.storage.model import Model
 from moe_reduce.storage.tensors import TensorFiles, write_tensors
 
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import moe_reduce
-from moe_reduce import trees
 from moe_reduce.__main__ import main
-from moe_reduce.config import ExecutionConfig
+from moe_reduce.core import trees
+from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models.decoder import init_params
-from moe_reduce.reduction import files, layerwise, pooling, scores
-from moe_reduce.storage.model import Model
+from moe_reduce.models.model import Model
+from moe_reduce.reduction import files, layerwise, scores
+from moe_reduce.reduction import pool as pooling
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_reduce import trees
-from moe_reduce.config import ExecutionConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core import trees
+from moe_reduce.core.config import ExecutionConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.models.decoder import init_params
-from moe_reduce.models.routing import route
-from moe_reduce.reduction import pooling
-from moe_reduce.storage.model import Model
+from moe_reduce.models.model import Model
+from moe_reduce.models.moe.routing import route
+from moe_reduce.reduction import pool as pooling
 
 
 @pytest.fixture

@@ -12,17 +12,17 @@ import pytest
 from training_runs import MODELS, assert_close, losses, token_data, unmeasured_peak
 
 import moe_reduce
-from moe_reduce import trees
 from moe_reduce.__main__ import main
 from moe_reduce.commands import config_file
-from moe_reduce.config import AdapterConfig, ExecutionConfig, MeshConfig, PruneStage, TuneStage, reduce_from_dict
-from moe_reduce.errors import UserError
+from moe_reduce.core import trees
+from moe_reduce.core.config import AdapterConfig, ExecutionConfig, MeshConfig, PruneStage, TuneStage, reduce_from_dict
+from moe_reduce.core.errors import UserError
 from moe_reduce.models.decoder import init_params
-from moe_reduce.reduction import run as run_module
-from moe_reduce.reduction import stages
+from moe_reduce.models.model import Model
+from moe_reduce.runs import reduce as run_module
+from moe_reduce.runs import stages
+from moe_reduce.runs import train as training_run
 from moe_reduce.storage.manifest import verify
-from moe_reduce.storage.model import Model
-from moe_reduce.training import run as training_run
 from moe_reduce.training.checkpoints import Checkpoints
 
 CONFIG = """

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_reduce import trees
-from moe_reduce.config import ExecutionConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core import trees
+from moe_reduce.core.config import ExecutionConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.models.decoder import Decoder, init_params
-from moe_reduce.reduction import pooling, scores, selection
-from moe_reduce.reduction.pruning import prune
-from moe_reduce.storage.model import Model
+from moe_reduce.models.model import Model
+from moe_reduce.reduction import pool as pooling
+from moe_reduce.reduction import scores, selection
+from moe_reduce.reduction.prune import prune
 
 
 def _model(config, seed=0, **moe):

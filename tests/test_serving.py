@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_reduce import planning, serving
 from moe_reduce.__main__ import main
-from moe_reduce.config import ExecutionConfig, GenerateConfig, ModelConfig, MoEConfig
-from moe_reduce.devices import BITS, DEVICES, GIB, device
-from moe_reduce.errors import UserError
+from moe_reduce.core.config import ExecutionConfig, GenerateConfig, ModelConfig, MoEConfig
+from moe_reduce.core.devices import BITS, DEVICES, GIB, device
+from moe_reduce.core.errors import UserError
 from moe_reduce.inference import generate as generation
-from moe_reduce.models.decoder import abstract_params, init_params
-from moe_reduce.serving import Serving
-from moe_reduce.storage.model import Model
+from moe_reduce.models.decoder import init_params
+from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import counts_by_component
+from moe_reduce.planning import serving
+from moe_reduce.planning.serving import Serving
 
 QWEN3_8B = ModelConfig(
     vocab_size=151_936, layers=36, width=4096, query_heads=32, key_value_heads=8, head_width=128,
@@ -50,7 +51,7 @@ def test_cache_of_a_million_tokens():
 
 
 def test_decoding_reads_the_experts_that_its_tokens_meet():
-    counts = planning.counts_by_component(abstract_params(QWEN3_30B))
+    counts = counts_by_component(QWEN3_30B)
     one = 3 * 2048 * 768
     rest = sum(counts.values()) - counts["experts"] - counts["embedding"]
     for batch, met in ((1, 8), (4, 32), (16, 128), (100, 128)):

@@ -8,8 +8,8 @@ import pytest
 from test_models_counts import PYTHIA_160M
 from transformers_models import CLASSES, SIZES_OF
 
-from moe_reduce.config import ModelConfig, MoEConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core.config import ModelConfig, MoEConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.storage.hf_config import dumps, from_hf, model_type, read_config, to_hf
 
 PUBLISHED = {  # the spelling of Qwen3-30B-A3B on the hub

@@ -15,11 +15,11 @@ import transformers
 from transformers_models import CLASSES, tensors_by_name, tiny, written
 
 import moe_reduce
-from moe_reduce import trees
-from moe_reduce.config import MeshConfig, ModelConfig, MoEConfig
-from moe_reduce.errors import UserError
-from moe_reduce.models.decoder import abstract_params
-from moe_reduce.storage.huggingface import check_names, read_params, write_items
+from moe_reduce.core import trees
+from moe_reduce.core.config import MeshConfig, ModelConfig, MoEConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.models.parameters import abstract_params
+from moe_reduce.storage.parameter_tensors import check_names, read_params, write_items
 from moe_reduce.storage.tensors import INDEX_FILE, SINGLE_FILE, TensorFiles, write_tensors
 from moe_reduce.training import sharding
 
@@ -182,7 +182,7 @@ def test_parts_of_one_tensor_load_onto_a_mesh_and_compute_the_same(tmp_path: Pat
     params = random_params(NEOX)
     moe_reduce.save(model_of(NEOX, params), tmp_path / "model")
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
-    placed = moe_reduce.load(tmp_path / "model", shardings=sharding.shardings(mesh, abstract_params(NEOX)))
+    placed = moe_reduce.load(tmp_path / "model", shardings=sharding.model_shardings(mesh, NEOX))
     assert_same_params(placed.params, params)
     query = placed.params["layers"]["attention"]["query"]
     assert {shard.data.shape for shard in query.addressable_shards} == {(4, 8, 2, 8)}  # width over fsdp and expert

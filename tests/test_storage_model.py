@@ -14,9 +14,9 @@ import pytest
 from transformers_models import written
 
 import moe_reduce
-from moe_reduce.errors import UserError
+from moe_reduce.core.errors import UserError
+from moe_reduce.core.provenance import Input, Step
 from moe_reduce.storage import manifest
-from moe_reduce.storage.manifest import Input, Step
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from moe_reduce.errors import UserError
+from moe_reduce.core.errors import UserError
 from moe_reduce.storage import tensors
 from moe_reduce.storage.tensors import INDEX_FILE, SINGLE_FILE, WRITERS, TensorFiles, write_tensors
 

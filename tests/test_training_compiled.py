@@ -17,12 +17,15 @@ from training_runs import MODELS, run_config, token_data
 
 from moe_reduce.__main__ import main
 from moe_reduce.adapters.adapter import abstract
-from moe_reduce.config import AdapterConfig, ExecutionConfig, MeshConfig
-from moe_reduce.models.decoder import abstract_params, init_params
-from moe_reduce.planning import count
-from moe_reduce.storage.model import Model, save
-from moe_reduce.training import compiled, footprint, sharding
-from moe_reduce.training.run import pretraining
+from moe_reduce.core import trees
+from moe_reduce.core.config import AdapterConfig, ExecutionConfig, MeshConfig
+from moe_reduce.models.decoder import init_params
+from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import parameter_count
+from moe_reduce.planning import compiled_step, footprint
+from moe_reduce.runs.train import pretraining
+from moe_reduce.storage.model_directory import save
+from moe_reduce.training import sharding
 
 ROOT = Path(__file__).parent.parent
 WIDE = {"fsdp": 2, "expert": 2}
@@ -46,7 +49,7 @@ def test_collectives_are_counted_with_their_loops():
         return jnp.sum(jax.lax.all_gather(total, "data"), keepdims=True)
 
     text = jax.jit(step).lower(jnp.zeros((16, 3))).compile().as_text()
-    found = compiled.collectives(text)
+    found = compiled_step.collectives(text)
     assert found["all-gather"] == {"count": 1, "bytes": 8 * 2 * 3 * 4}
     # the sum of x is the same in each turn: the compiler may take it out of the loop
     assert found["all-reduce"]["count"] in (1, 5)
@@ -95,7 +98,7 @@ ENTRY %main (p: f32[3]) -> f32[3] {
 
 
 def test_collectives_of_a_program_by_hand():
-    assert compiled.collectives(HLO) == {
+    assert compiled_step.collectives(HLO) == {
         "all-gather": {"count": 12, "bytes": 12 * 4 * 8 * 2},
         "all-reduce": {"count": 12, "bytes": 12 * 4 * 8 * 2},
         "reduce-scatter": {"count": 12, "bytes": 12 * 2 * 8 * 2},
@@ -105,7 +108,7 @@ def test_collectives_of_a_program_by_hand():
 
 def test_estimated_cycles_of_a_program_by_hand():
     """By their source, the most first; those of a loop as often as it turns."""
-    found = compiled.estimated_cycles(HLO)
+    found = compiled_step.estimated_cycles(HLO)
     assert list(found.items()) == [("copy", 22995), ("x/add", 12 * 1847 + 3)]
 
 
@@ -115,13 +118,13 @@ def test_bytes_are_those_that_a_run_holds(kind, tmp_path):
     axes = {"tensor": 2} if kind == "dense" else WIDE
     mesh = sharding.make_mesh(MeshConfig(**axes))
     job = job_of(kind, tmp_path)
-    found = compiled.compile_step(job, mesh, memory=10**9)
+    found = compiled_step.compile_step(job, mesh, memory=10**9)
     assert sum(found["held_bytes"].values()) + 4 == pytest.approx(found["arguments_bytes"], rel=0.01)
     assert found["fits"]
     assert found["bytes"] > found["arguments_bytes"]
     assert "all-reduce" in found["collectives"]
     alone = footprint.of(job, sharding.make_mesh(MeshConfig(data=1))).held()
-    assert alone["trained_parameters"] == 4 * count(abstract_params(MODELS[kind]))
+    assert alone["trained_parameters"] == 4 * parameter_count(MODELS[kind])
     assert alone["optimizer"] == pytest.approx(2 * alone["trained_parameters"], abs=64)
 
 
@@ -130,7 +133,7 @@ def test_a_bf16_step_on_cpus_gathers_nothing(tmp_path):
     run = run_config("dense", token_data(tmp_path))
     execution = dataclasses.replace(run.execution, compute_dtype="bfloat16").resolve("cpu")
     job = pretraining(dataclasses.replace(run, execution=execution))
-    found = compiled.compile_step(job, sharding.make_mesh(MeshConfig(data=2, tensor=2)), memory=10**9)
+    found = compiled_step.compile_step(job, sharding.make_mesh(MeshConfig(data=2, tensor=2)), memory=10**9)
     assert list(found["collectives"]) == ["all-reduce"]
 
 
@@ -149,7 +152,7 @@ def test_activations_follow_rows_and_rematerialisation(tmp_path):
 
 def test_a_step_that_does_not_fit_says_what_to_change(tmp_path):
     mesh = sharding.make_mesh(MeshConfig(data=2))
-    tight = compiled.compile_step(job_of("dense", tmp_path, batch_size=16), mesh, memory=10_000)
+    tight = compiled_step.compile_step(job_of("dense", tmp_path, batch_size=16), mesh, memory=10_000)
     assert not tight["fits"]
     assert tight["remedy"].startswith("embedding/table [384, 16] float32 takes ")
     assert tight["remedy"].endswith("raise mesh.tensor")
@@ -194,12 +197,10 @@ def test_an_adaptation_is_planned_with_its_adapter_alone_in_the_optimiser(tmp_pa
     status, plans = plan(capsys, *config, f"--variant={name}", f"--config.variants.{name}.budget=0.1")
     assert status == 0, plans
     (found,) = plans.values()
-    adapted = count({"adapter": abstract(AdapterConfig(targets="q,o", rank=6), tiny_dense)})
+    adapted = trees.size(abstract(AdapterConfig(targets="q,o", rank=6), tiny_dense))
     assert 0 < found["estimated_bytes"]["trained_parameters"] <= 4 * adapted
     assert found["estimated_bytes"]["optimizer"] < 2.1 * found["estimated_bytes"]["trained_parameters"]
-    assert found["estimated_bytes"]["frozen_parameters"] == pytest.approx(
-        4 * count(abstract_params(tiny_dense)), rel=0.05
-    )
+    assert found["estimated_bytes"]["frozen_parameters"] == pytest.approx(4 * parameter_count(tiny_dense), rel=0.05)
 
 
 @pytest.mark.slow

@@ -20,13 +20,13 @@ from training_runs import (
 )
 
 from moe_reduce.__main__ import main
-from moe_reduce.errors import UserError
-from moe_reduce.storage.model import load
+from moe_reduce.core.errors import UserError
+from moe_reduce.runs import train as run_module
+from moe_reduce.runs.train import train
+from moe_reduce.storage.model_directory import load
 from moe_reduce.training import optimizer, sharding
-from moe_reduce.training import run as run_module
 from moe_reduce.training.checkpoints import Checkpoints
 from moe_reduce.training.metrics import TIMING, read
-from moe_reduce.training.run import train
 
 
 @pytest.fixture(autouse=True)

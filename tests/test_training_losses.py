@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from moe_reduce.config import BalanceConfig, ExecutionConfig, MoEConfig
+from moe_reduce.core.config import BalanceConfig, ExecutionConfig, MoEConfig
 from moe_reduce.models.decoder import Decoder, init_params
 from moe_reduce.training.losses import (
     balance_terms,

@@ -16,11 +16,11 @@ import pytest
 from safetensors.numpy import load_file
 from training_runs import command, environment, losses, metrics, run_config, token_data, unmeasured_peak, write_config
 
-from moe_reduce import config
 from moe_reduce.commands import config_file
-from moe_reduce.config import MeshConfig
-from moe_reduce.training import run as run_module
-from moe_reduce.training.run import train
+from moe_reduce.core import config
+from moe_reduce.core.config import MeshConfig
+from moe_reduce.runs import train as run_module
+from moe_reduce.runs.train import train
 
 LOSS = {"rtol": 5e-6}
 PARAMETERS = {"rtol": 1e-4, "atol": 1e-5}

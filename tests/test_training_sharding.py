@@ -4,17 +4,18 @@ import dataclasses
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from training_runs import MODELS, ONE_DEVICE
 
-from moe_reduce import trees
 from moe_reduce.adapters import adapter as adapters
-from moe_reduce.config import AdapterConfig, MeshConfig, TrainConfig
-from moe_reduce.errors import UserError
-from moe_reduce.models.decoder import abstract_params
+from moe_reduce.core import trees
+from moe_reduce.core.config import AdapterConfig, MeshConfig, TrainConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.models.deltas import ADAPTER
+from moe_reduce.models.parameters import abstract_params, by_path, records
 from moe_reduce.training import sharding, steps
 
 CUBE = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
@@ -28,26 +29,27 @@ def test_eight_devices():
 def test_every_leaf_has_a_rule(kind):
     params = abstract_params(MODELS[kind])
     for mesh in (sharding.make_mesh(CUBE), sharding.make_mesh(ONE_DEVICE)):
-        found = trees.flatten(sharding.shardings(mesh, params))
+        found = trees.flatten(sharding.model_shardings(mesh, MODELS[kind]))
         assert set(found) == set(trees.flatten(params))
 
 
 def test_experts_are_split_three_ways():
-    placed = sharding.shardings(sharding.make_mesh(CUBE), abstract_params(MODELS["shared"]))
+    placed = sharding.model_shardings(sharding.make_mesh(CUBE), MODELS["shared"])
     assert placed["experts"]["gate"].spec == PartitionSpec("expert", "fsdp", "tensor")
-    layered = sharding.shardings(sharding.make_mesh(CUBE), abstract_params(MODELS["layer"]))
+    layered = sharding.model_shardings(sharding.make_mesh(CUBE), MODELS["layer"])
     assert layered["layers"]["experts"]["down"].spec == PartitionSpec(None, "expert", "tensor", "fsdp")
 
 
 def test_unknown_parameter_is_refused():
+    mystery = {"layers": {"attention": {"temperature": jnp.ones(2)}}}
     with pytest.raises(UserError, match="layers/attention/temperature"):
-        sharding.spec("layers/attention/temperature")
+        sharding.shardings(sharding.make_mesh(CUBE), mystery, by_path(MODELS["dense"]))
 
 
 def test_size_that_does_not_divide_is_refused():
     model = dataclasses.replace(MODELS["dense"], vocab_size=385)
     with pytest.raises(UserError, match=r"embedding/table has a size of 385.*tensor"):
-        sharding.shardings(sharding.make_mesh(CUBE), abstract_params(model))
+        sharding.model_shardings(sharding.make_mesh(CUBE), model)
 
 
 def test_mesh_takes_what_is_left_and_no_more_than_there_is():
@@ -95,7 +97,9 @@ def test_what_each_expert_owns_of_an_adapter_lies_with_it():
     for kind, stacked in (("layer", (None,)), ("shared", ())):
         config = AdapterConfig(method="skema", sketch_width=4, targets="mlp,q", projection="orthonormal")
         leaves = trees.flatten({ADAPTER: adapters.abstract(config, MODELS[kind])})
-        places = trees.flatten(sharding.shardings(mesh, {ADAPTER: trees.unflatten(leaves)[ADAPTER]}))
+        places = trees.flatten(
+            sharding.shardings(mesh, trees.unflatten(leaves), records(MODELS[kind], trees.unflatten(leaves)))
+        )
         split = {path for path, place in places.items() if place.spec != PartitionSpec()}
         assert split == {path for path in leaves if "/experts/" in path and path.endswith("/core")}
         assert {places[path].spec for path in split} == {PartitionSpec(*stacked, "expert")}

@@ -18,9 +18,10 @@ from training_runs import (
     unmeasured_peak,
 )
 
-from moe_reduce import trees
-from moe_reduce.config import BalanceConfig, DataConfig, TrainConfig
-from moe_reduce.models.decoder import abstract_params
+from moe_reduce.core import trees
+from moe_reduce.core.config import BalanceConfig, DataConfig, TrainConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.models.parameters import abstract_params, by_path
 from moe_reduce.training import optimizer, sharding
 from moe_reduce.training.loop import Fit, Speed
 from moe_reduce.training.losses import language_model_task
@@ -72,7 +73,7 @@ def updates_of(tx, gradients, params):
 @pytest.mark.parametrize("kind", MODELS)
 def test_weight_decay_spares_norms_biases_and_gains(kind):
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), abstract_params(MODELS[kind]))
-    tx = optimizer.build(dataclasses.replace(TRAIN, warmup_steps=0), params)
+    tx = optimizer.build(dataclasses.replace(TRAIN, warmup_steps=0), params, by_path(MODELS[kind]))
     zeros = jax.tree.map(np.zeros_like, params)
     updates = updates_of(tx, zeros, params)
     for path, update in trees.flatten(updates).items():
@@ -81,8 +82,8 @@ def test_weight_decay_spares_norms_biases_and_gains(kind):
 
 
 def test_weight_decay_knows_every_leaf():
-    with pytest.raises(KeyError, match="layers/mystery/matrix"):
-        optimizer.decay_mask({"layers": {"mystery": {"matrix": jnp.ones((2, 2))}}})
+    with pytest.raises(UserError, match="layers/mystery/matrix"):
+        optimizer.decay_mask({"layers": {"mystery": {"matrix": jnp.ones((2, 2))}}}, by_path(MODELS["dense"]))
 
 
 def test_learning_rate_at_its_corners():
@@ -99,7 +100,9 @@ def test_expert_learning_rate_scale(kind):
     params = initial_params(MODELS[kind])
     updates = []
     for scale in (1.0, 0.25):
-        tx = optimizer.build(dataclasses.replace(TRAIN, warmup_steps=0, expert_learning_rate_scale=scale), params)
+        tx = optimizer.build(
+            dataclasses.replace(TRAIN, warmup_steps=0, expert_learning_rate_scale=scale), params, by_path(MODELS[kind])
+        )
         updates.append(trees.flatten(updates_of(tx, params, params)))
     for path, update in updates[0].items():
         factor = 0.25 if "experts/" in path else 1.0
@@ -109,7 +112,7 @@ def test_expert_learning_rate_scale(kind):
 def test_frozen_leaves_stay_and_have_no_optimiser_state(tmp_path):
     run = a_run("layer", steps=3, checkpoint_every=2)
     whole = language_model_task(run.model, run.execution.resolve("cpu"), run.balance)
-    task = Task(whole.loss, whole.evaluate, trainable=lambda path: "router" in path)
+    task = Task(whole.loss, whole.evaluate, whole.records, trainable=lambda path: "router" in path)
     params = initial_params(run.model)
     trained, frozen = partition(params, task.trainable)
     assert list(trees.flatten(trained)) == ["layers/router/weight"]

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_reduce import trees
-from moe_reduce.config import (
+from moe_reduce.core import trees
+from moe_reduce.core.config import (
     BalanceConfig,
     DataConfig,
     ExecutionConfig,
@@ -117,7 +117,7 @@ def step_function(run: RunConfig) -> tuple[Any, State]:
     """The compiled training step of a run, on one device, and its first state."""
     task = language_model_task(run.model, run.execution.resolve("cpu"), run.balance)
     params = initial_params(run.model, run.train.seed)
-    tx = optimizer.build(run.train, params)
+    tx = optimizer.build(run.train, params, task.records)
     return jax.jit(partial(steps.train_step, task, run.train, tx)), steps.new_state(params, run.train, tx)
 
 

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_reduce import trees
 from moe_reduce.adapters import projections
 from moe_reduce.adapters.targets import Target, rank_of, targets_of, width_of
-from moe_reduce.config import AdapterConfig, ModelConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core import trees
+from moe_reduce.core.config import AdapterConfig, ModelConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.models.deltas import ADAPTER
-from moe_reduce.storage.model import Model
+from moe_reduce.models.model import Model
 
 LOW_RANK_CORE_STD = 1e-3  # of both factors of M, where core_std is not given
 TRAINED = {

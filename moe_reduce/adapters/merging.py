@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_reduce import planning, trees
 from moe_reduce.adapters import projections
 from moe_reduce.adapters.adapter import Adapter, check_fits, trained
 from moe_reduce.adapters.targets import Target, targets_of
-from moe_reduce.config import to_dict
-from moe_reduce.errors import UserError
+from moe_reduce.core import trees
+from moe_reduce.core.config import to_dict
+from moe_reduce.core.errors import UserError
+from moe_reduce.core.provenance import Step
 from moe_reduce.models.deltas import ADAPTER, SMALLEST_SQUARE, srht_transposed
+from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import parameter_count
 from moe_reduce.models.products import wide
-from moe_reduce.storage.manifest import Step
-from moe_reduce.storage.model import Model
 
 ORDER = "(core · S_in), then S_outᵀ · (…), then scale, then W + ΔW; all in fp32"
 
@@ -45,7 +46,7 @@ def merge(model: Model, adapter: Adapter) -> Model:
         mine = {path.removeprefix(below): leaf for path, leaf in changes.items() if path.startswith(below)}
         # compiled, so that a sharded leaf stays where it lies
         leaves[target.path] = jax.jit(partial(_merged, target))(flat[target.path], mine)
-    total = planning.count(base.params)
+    total = parameter_count(base.config)
     arguments = {"adapter": identity, "change": change, "config": to_dict(adapter.config), "order": ORDER}
     step = Step("merge", arguments, (), total, total)
     return dataclasses.replace(base, params=trees.update(base.params, leaves), chain=(*base.chain, step))

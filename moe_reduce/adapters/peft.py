@@ -17,12 +17,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from moe_reduce import trees
 from moe_reduce.adapters import projections
 from moe_reduce.adapters.adapter import Adapter, check_fits
 from moe_reduce.adapters.targets import ATTENTION, Target, targets_of
-from moe_reduce.config import AdapterConfig, ModelConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core import trees
+from moe_reduce.core.config import AdapterConfig, ModelConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.storage.names import leaves
 from moe_reduce.storage.tensors import TensorFiles, TensorItem, write_file
 

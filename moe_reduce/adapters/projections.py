@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_reduce.errors import UserError
+from moe_reduce.core.errors import UserError
 from moe_reduce.models.deltas import hadamard_rows
 
 Projection = dict[str, np.ndarray]

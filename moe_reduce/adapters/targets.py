@@ -4,11 +4,11 @@ import bisect
 import dataclasses
 from dataclasses import dataclass
 
-from moe_reduce import trees
 from moe_reduce.adapters import projections
-from moe_reduce.config import AdapterConfig, ModelConfig
-from moe_reduce.errors import UserError
-from moe_reduce.models.decoder import abstract_params
+from moe_reduce.core import trees
+from moe_reduce.core.config import AdapterConfig, ModelConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.models.parameters import abstract_params
 
 ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "output"}
 FEED_FORWARD = ("gate", "up", "down")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_reduce.commands import run_arguments
-from moe_reduce.config import AdaptConfig, adapt_from_dict
+from moe_reduce.core.config import AdaptConfig, adapt_from_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,14 +19,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
 
 
 def _adapt(config: AdaptConfig, workdir: Path, name: str) -> None:
-    from moe_reduce.adapters.run import adapt
+    from moe_reduce.runs.adapt import adapt
 
     adapt(config, workdir, name)
 
 
 def _show(summaries: dict[str, dict[str, Any]], workdir: Path) -> None:
-    from moe_reduce.adapters.comparison import table
-    from moe_reduce.training import comparison
+    from moe_reduce.reports import run_table as comparison
+    from moe_reduce.reports.adaptation_table import table
 
     print(table(list(summaries.values())))
     comparison.plot({name: workdir / name for name in summaries}, workdir / "loss.png")

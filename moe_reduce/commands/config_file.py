@@ -11,9 +11,9 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from moe_reduce import config
-from moe_reduce.config import run_from_dict
-from moe_reduce.errors import UserError
+from moe_reduce.core import config
+from moe_reduce.core.config import run_from_dict
+from moe_reduce.core.errors import UserError
 
 T = TypeVar("T")
 

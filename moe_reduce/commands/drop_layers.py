@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_reduce.commands import model_arguments, transforming
-from moe_reduce.errors import UserError
+from moe_reduce.core.errors import UserError
 
 if TYPE_CHECKING:
-    from moe_reduce.storage.model import Model
+    from moe_reduce.models.model import Model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def _numbers(text: str) -> list[int]:
 
 def _kept_experts(model: "Model", dropped: list[int]) -> Any:
     """Original (layer, index) of the experts in the layers left; None where no expert goes with its layer."""
-    from moe_reduce.reduction.files import originals
+    from moe_reduce.core.provenance import originals
 
     if model.config.moe is None or model.config.moe.placement == "shared":
         return None

@@ -5,9 +5,9 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_reduce import disk
 from moe_reduce.commands import model_arguments
-from moe_reduce.errors import UserError
+from moe_reduce.core import disk
+from moe_reduce.core.errors import UserError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         model_arguments.check_unused(arguments, "without --tasks", *TASKS_ONLY)
         model_arguments.fill(arguments, model_arguments.CORPUS_DEFAULTS)
     model_arguments.check_positive(arguments, "limit", "batch_size")
-    from moe_reduce.training.run import SUMMARY
+    from moe_reduce.runs.workdir import SUMMARY
 
     out = arguments.out
     model_arguments.check_out_directory(out, arguments.overwrite, SUMMARY, "what evaluate wrote")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_reduce.commands import model_arguments
-from moe_reduce.config import GenerateConfig, ModelConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core.config import GenerateConfig, ModelConfig
+from moe_reduce.core.errors import UserError
 
 if TYPE_CHECKING:
     from moe_reduce.data.tokenizers import Tokenizer
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     """Prints the text as it is made; of several prompts, returns each with its text."""
     model_arguments.no_overrides(overrides)
-    from moe_reduce import validation
+    from moe_reduce.core import validation
     from moe_reduce.inference.generate import ready
     from moe_reduce.inference.text import Continuation, end_ids
 

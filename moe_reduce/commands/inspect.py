@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_reduce.commands import model_arguments
-from moe_reduce.errors import UserError
+from moe_reduce.core.errors import UserError
+from moe_reduce.models.parameters import counts_by_component, parameter_count
 
 if TYPE_CHECKING:
-    from moe_reduce.storage.manifest import Input, Step
+    from moe_reduce.core.provenance import Input, Step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,24 +30,21 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
 
 def describe(directory: Path, verify: bool) -> dict[str, Any]:
     """Architecture, tensors and chain; raises UserError when the directory is not whole."""
-    from moe_reduce import planning
-    from moe_reduce.config import to_dict
-    from moe_reduce.models.decoder import abstract_params
+    from moe_reduce.core.config import to_dict
     from moe_reduce.storage import manifest
     from moe_reduce.storage.hf_config import model_type, read_config
-    from moe_reduce.storage.huggingface import check_names
+    from moe_reduce.storage.parameter_tensors import check_names
     from moe_reduce.storage.tensors import TensorFiles
 
     config, _ = read_config(directory)
     files = TensorFiles(directory)
     check_names(files, config)
-    params = abstract_params(config)
     content: dict[str, Any] = {
         "model": str(directory),
         "model_type": model_type(config),
         "architecture": to_dict(config),
-        "parameters": planning.count(params),
-        "by_component": planning.counts_by_component(params),
+        "parameters": parameter_count(config),
+        "by_component": counts_by_component(config),
         "dtypes": sorted({str(entry.dtype) for entry in files.entries.values()}),
         "bytes": sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in files.entries.values()),
         "tensors": len(files.entries),
@@ -77,7 +75,7 @@ def _place(path: Path, directory: Path) -> Path:
 
 def _state(entry: "Input", directory: Path) -> str:
     """Whether what a step read, a model directory, an adapter or a file, is still what it read."""
-    from moe_reduce.adapters.storage import DESCRIPTION, described
+    from moe_reduce.adapters.adapter_directory import DESCRIPTION, described
     from moe_reduce.storage import manifest
 
     place, sampled = _place(Path(entry.path), directory), False

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_reduce.commands import model_arguments
-from moe_reduce.errors import UserError
+from moe_reduce.core.errors import UserError
+from moe_reduce.core.provenance import Input
 
 SAMPLE = (4, 64)  # random sequences and tokens that logits are compared on without --data
 
@@ -25,25 +26,26 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     model_arguments.no_overrides(overrides)
     model_arguments.check_out(arguments.out, arguments.overwrite)
     from moe_reduce import load
-    from moe_reduce.adapters import merging, package, storage
+    from moe_reduce.adapters import adapter_directory, merging
+    from moe_reduce.runs import equivalence
     from moe_reduce.storage import manifest
-    from moe_reduce.storage.model import save
+    from moe_reduce.storage.model_directory import save
 
     if not arguments.adapter.is_dir():
         raise UserError(f"--adapter={arguments.adapter} is not a directory: give one that adapt or PEFT wrote")
     base = load(arguments.model)
     base_input = manifest.input_of(arguments.model)
-    adapter = storage.load(arguments.adapter, base.config, base_input)
+    adapter = adapter_directory.load(arguments.adapter, base.config, base_input)
     merged = merging.merge(base, adapter)
-    report = package.equivalence(base, adapter, merged, _sample(arguments, base.config.vocab_size))
-    package.check(report)
+    report = equivalence.equivalence(base, adapter, merged, _sample(arguments, base.config.vocab_size))
+    equivalence.check(report)
     *earlier, step = merged.chain
-    inputs = (base_input, manifest.Input(str(arguments.adapter), step.arguments["adapter"]))
+    inputs = (base_input, Input(str(arguments.adapter), step.arguments["adapter"]))
     step = dataclasses.replace(step, inputs=inputs, quality={"perplexity": report["perplexity"]["merged"]})
     merged = dataclasses.replace(merged, chain=tuple(earlier))
 
     def reports(directory: Path, files: Mapping[str, str]) -> None:
-        package.write_reports(directory, files, base_input, adapter, report)
+        equivalence.write_reports(directory, files, base_input, adapter, report)
 
     save(merged, arguments.out, step, overwrite=arguments.overwrite, also=reports)
     shown = {name: report[name] for name in ("largest_logit_difference", "perplexity", "latency_seconds")}

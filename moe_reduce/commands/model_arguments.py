@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_reduce import disk
-from moe_reduce.config import ModelConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core import disk
+from moe_reduce.core.config import ModelConfig
+from moe_reduce.core.errors import UserError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from moe_reduce.config import DataConfig, ExecutionConfig
-    from moe_reduce.storage.model import Model
+    from moe_reduce.core.config import DataConfig, ExecutionConfig
+    from moe_reduce.models.model import Model
 
 CORPUS_DEFAULTS = {"sequence_length": 256, "cache": "runs/tokens", "text_field": "text"}
 
@@ -88,8 +88,8 @@ def add_compute_dtype(parser: argparse.ArgumentParser) -> None:
 
 def data_config(arguments: argparse.Namespace) -> "DataConfig":
     """The corpus that --data names, all of it; raises UserError when a number is out of range."""
-    from moe_reduce import validation
-    from moe_reduce.config import DataConfig
+    from moe_reduce.core import validation
+    from moe_reduce.core.config import DataConfig
 
     check_positive(arguments, "batch_size", "max_batches")
     data = DataConfig(
@@ -108,7 +108,7 @@ def execution(arguments: argparse.Namespace) -> "ExecutionConfig":
     """How to compute on this machine's platform, in --compute-dtype."""
     import jax
 
-    from moe_reduce.config import ExecutionConfig
+    from moe_reduce.core.config import ExecutionConfig
 
     wanted = dataclasses.replace(ExecutionConfig(), compute_dtype=arguments.compute_dtype)
     return wanted.resolve(jax.default_backend())
@@ -121,10 +121,9 @@ def load_model(arguments: argparse.Namespace, directory: Path | None = None, mes
     place: Path = directory or arguments.model
     if mesh is None:
         return load(place, execution=execution(arguments))
-    from moe_reduce.models.decoder import abstract_params
     from moe_reduce.training import sharding
 
-    places = sharding.shardings(mesh, abstract_params(directory_config(place)))
+    places = sharding.model_shardings(mesh, directory_config(place))
     return load(place, execution=execution(arguments), shardings=places)
 
 
@@ -143,8 +142,8 @@ def tensor_mesh(arguments: argparse.Namespace, *models: Path) -> "Mesh | None":
 
     import jax
 
-    from moe_reduce import validation
-    from moe_reduce.config import MeshConfig
+    from moe_reduce.core import validation
+    from moe_reduce.core.config import MeshConfig
     from moe_reduce.training import sharding
 
     wanted = MeshConfig(data=1, tensor=arguments.tensor)

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_reduce import disk
 from moe_reduce.commands import model_arguments
-from moe_reduce.errors import UserError
+from moe_reduce.core import disk
+from moe_reduce.core.errors import UserError
+from moe_reduce.models.parameters import parameter_count
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         samples.append((str(directory), monitor.samples))
     for row in rows:
         print("  ".join(f"{name}={value}" for name, value in zip(COLUMNS, row, strict=True) if value != ""))
-    from moe_reduce.inference.monitor import picture
+    from moe_reduce.reports.monitor_picture import picture
 
     with disk.writing(out, "free some space or choose another path"):
         out.mkdir(parents=True, exist_ok=True)
@@ -110,7 +111,6 @@ def _ollama(arguments: argparse.Namespace, name: str) -> tuple[list[Any], "Monit
 
 
 def _ours(arguments: argparse.Namespace, directory: Path, mesh: "Mesh | None") -> tuple[list[Any], "Monitor"]:
-    from moe_reduce import planning
     from moe_reduce.data.tokenizers import load_tokenizer
     from moe_reduce.inference import text
     from moe_reduce.inference.generate import GenerateConfig, compile_for, ready
@@ -120,7 +120,7 @@ def _ours(arguments: argparse.Namespace, directory: Path, mesh: "Mesh | None") -
     tokenizer = load_tokenizer(directory)
     settings = GenerateConfig(max_tokens=arguments.max_tokens, end_ids=text.end_ids(model, tokenizer))
     row = text.Continuation(tokenizer, tokenizer.encode_prompt(arguments.prompt))
-    described = (directory, _family(model), planning.count(model.params), _stored(model))
+    described = (directory, _family(model), parameter_count(model.config), _stored(model))
     prepared = ready(model, mesh)
     compile_for(prepared, [row.prompt], settings)
     times = [time.perf_counter()]
@@ -137,6 +137,6 @@ def _family(model: Any) -> str:
 
 
 def _stored(model: Any) -> str:
-    from moe_reduce import trees
+    from moe_reduce.core import trees
 
     return "+".join(sorted({str(leaf.dtype) for leaf in trees.flatten(model.params).values()}))

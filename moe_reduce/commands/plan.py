@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_reduce.commands import config_file, model_arguments, run_arguments
-from moe_reduce.config import AdaptConfig, ModelConfig, ReduceConfig, RunConfig, any_from_dict
-from moe_reduce.devices import BITS, CACHE_BITS, device
-from moe_reduce.errors import UserError
+from moe_reduce.core.config import AdaptConfig, ModelConfig, ReduceConfig, RunConfig, any_from_dict
+from moe_reduce.core.devices import BITS, CACHE_BITS, device
+from moe_reduce.core.errors import UserError
+from moe_reduce.models.parameters import counts_by_component, parameter_count
 
 SERVING_DEFAULTS = {"context": 1024, "batch": 1, "dtype": "bfloat16", "cache_dtype": "bfloat16"}
 
@@ -67,7 +68,7 @@ def _plans(models: dict[str, ModelConfig], arguments: argparse.Namespace) -> dic
 
 def _serving(model: ModelConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """What the model takes when it answers; and on a device, whether it fits, how fast, and what would make it fit."""
-    from moe_reduce import serving
+    from moe_reduce.planning import serving
 
     wanted = serving.Serving(model, arguments.context, arguments.batch, arguments.dtype, arguments.cache_dtype)
     total = serving.total(wanted)
@@ -100,7 +101,7 @@ def _models(name: str, described: RunConfig | ReduceConfig | AdaptConfig) -> dic
         return {name: described.model}
     if isinstance(described, AdaptConfig):
         return {name: model_arguments.directory_config(Path(described.model))}
-    from moe_reduce.reduction.stages import configurations
+    from moe_reduce.runs.stages import configurations
 
     first = described.architecture or model_arguments.directory_config(Path(described.model))
     return {f"{name} {stage}": config for stage, config in [("original", first), *configurations(first, described)]}
@@ -108,19 +109,22 @@ def _models(name: str, described: RunConfig | ReduceConfig | AdaptConfig) -> dic
 
 def plan(model: ModelConfig, context: int) -> dict[str, Any]:
     """Everything from abstract leaves: exact, and the same for a model of any size."""
-    from moe_reduce import planning
-    from moe_reduce.models.decoder import abstract_params
+    from moe_reduce.planning.flops import (
+        active_parameters,
+        forward_flops_per_token,
+        matmul_parameters_per_token,
+        train_flops_per_token,
+    )
 
-    params = abstract_params(model)
-    total = planning.count(params)
+    total = parameter_count(model)
     return {
         "parameters": total,
-        "active_parameters": planning.active_parameters(model, params),
-        "by_component": planning.counts_by_component(params),
-        "matmul_parameters_per_token": planning.matmul_parameters_per_token(model),
+        "active_parameters": active_parameters(model),
+        "by_component": counts_by_component(model),
+        "matmul_parameters_per_token": matmul_parameters_per_token(model),
         "weight_bytes": {"float32": 4 * total, "bfloat16": 2 * total},
         "training_state_bytes": {"weights": 4 * total, "gradients": 4 * total, "adam_moments": 8 * total},
         "context": context,
-        "forward_flops_per_token": planning.forward_flops_per_token(model, context),
-        "train_flops_per_token": planning.train_flops_per_token(model, context),
+        "forward_flops_per_token": forward_flops_per_token(model, context),
+        "train_flops_per_token": train_flops_per_token(model, context),
     }

@@ -8,15 +8,16 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from moe_reduce.adapters import run as adapters
 from moe_reduce.commands import model_arguments
-from moe_reduce.config import AdaptConfig, ReduceConfig, RunConfig
-from moe_reduce.errors import UserError
-from moe_reduce.reduction.stages import planned_jobs
+from moe_reduce.core.config import AdaptConfig, ReduceConfig, RunConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.planning import compiled_step, footprint
+from moe_reduce.planning.topologies import Topology, topology
+from moe_reduce.runs import adapt as adapters
+from moe_reduce.runs.stages import planned_jobs
+from moe_reduce.runs.train import pretraining
 from moe_reduce.storage.tensors import TensorFiles
-from moe_reduce.training import compiled, footprint
-from moe_reduce.training.run import Job, pretraining
-from moe_reduce.training.topologies import Topology, topology
+from moe_reduce.training.job import Job
 
 
 def plan(
@@ -71,7 +72,7 @@ def _head(job: Job, place: Topology) -> dict[str, Any]:
 
 def _report(job: Job, place: Topology) -> dict[str, Any]:
     if isinstance(place.mesh, Mesh):
-        return compiled.compile_step(job, place.mesh, place.memory)
+        return compiled_step.compile_step(job, place.mesh, place.memory)
     step = footprint.of(job, place.mesh)
     sizes = step.estimate()
     total = sum(sizes.values())
@@ -80,6 +81,6 @@ def _report(job: Job, place: Topology) -> dict[str, Any]:
         "bytes": total,
         "share_of_memory": round(total / place.memory, 4),
         "estimated_bytes": sizes,
-        "model_flops": compiled.model_flops(job, place.mesh.size),
+        "model_flops": compiled_step.model_flops(job, place.mesh.size),
     }
     return report if report["fits"] else report | {"remedy": step.remedy(place.memory)}

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from moe_reduce.commands import transforming
-from moe_reduce.config import PoolStage, to_dict
+from moe_reduce.core.config import PoolStage, to_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the pooled model and returns its path."""
-    from moe_reduce.reduction.pooling import check_options
-    from moe_reduce.reduction.stages import pool_experts
+    from moe_reduce.reduction.pool import check_options
+    from moe_reduce.runs.stages import pool_experts
 
     names = ("canonical", "start", "score_function", "router", "bias", "offset")
     stage = PoolStage(**{name: getattr(arguments, name) for name in names})

@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 
 from moe_reduce.commands import model_arguments
-from moe_reduce.errors import UserError
+from moe_reduce.core.errors import UserError
+from moe_reduce.core.provenance import Input, Step, home_layers
+from moe_reduce.models.parameters import parameter_count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,11 +29,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the pruned model directory, prints what it cost, and returns its path."""
     model_arguments.no_overrides(overrides)
     model_arguments.check_out(arguments.out, arguments.overwrite)
-    from moe_reduce import planning
-    from moe_reduce.models.decoder import abstract_params
+
     from moe_reduce.reduction import files, scores
     from moe_reduce.storage import manifest
-    from moe_reduce.storage.model import write_directory
+    from moe_reduce.storage.model_directory import write_directory
 
     directory = files.open_directory(arguments.model)
     found, source = scores.read(arguments.scores), manifest.input_of(arguments.model)
@@ -41,16 +42,16 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
             "(its hash differs): score this one"
         )
     kept = _choose(arguments, directory, found)
-    before = planning.count(abstract_params(directory.config))
+    before = parameter_count(directory.config)
     pruned = files.pruned_config(directory, kept)
-    after = planning.count(abstract_params(pruned))
-    step = manifest.Step(
+    after = parameter_count(pruned)
+    step = Step(
         command="prune",
         arguments={name: getattr(arguments, name) for name in ("criterion", "keep", "scope", "floor")}
         | {"protect_super_experts": arguments.protect_super_experts},
         inputs=(
             source,
-            manifest.Input(str(arguments.scores), manifest.sha256_of_file(arguments.scores)),
+            Input(str(arguments.scores), manifest.sha256_of_file(arguments.scores)),
         ),
         parameters_before=before,
         parameters_after=after,
@@ -79,7 +80,7 @@ def _choose(arguments: argparse.Namespace, directory, found):
         )
     protected: frozenset = frozenset()
     if arguments.protect_super_experts:
-        home_NE = files.home_layers(directory.config, directory.chain)
+        home_NE = home_layers(directory.config, directory.chain)
         protected = selection.super_experts(found.of("max_activation"), home_NE, directory.config.layers)
     if arguments.scope == "layer":
         if arguments.floor is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_reduce.commands import run_arguments
-from moe_reduce.config import ReduceConfig, reduce_from_dict
+from moe_reduce.core.config import ReduceConfig, reduce_from_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,14 +19,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
 
 
 def _reduce(config: ReduceConfig, workdir: Path, name: str) -> None:
-    from moe_reduce.reduction.run import reduce
+    from moe_reduce.runs.reduce import reduce
 
     reduce(config, workdir, name)
 
 
 def _show(summaries: dict[str, dict[str, Any]], workdir: Path) -> None:
-    from moe_reduce.reduction import pictures
-    from moe_reduce.reduction.run import table
+    from moe_reduce.reports import reduction_pictures as pictures
+    from moe_reduce.runs.reduce import table
 
     print(table(summaries))
     if "" not in summaries:  # a reduction without variants has drawn its own

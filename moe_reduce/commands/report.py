@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from moe_reduce.commands import model_arguments
-from moe_reduce.disk import write_text
-from moe_reduce.errors import UserError
+from moe_reduce.core.disk import write_text
+from moe_reduce.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     """Collects or fills; returns what was written."""
     model_arguments.no_overrides(overrides)
-    from moe_reduce import reporting
+    from moe_reduce.reports import results_table as reporting
 
     if bool(arguments.runs) == bool(arguments.document):
         raise UserError("give either --runs (to collect) or --document (to fill)")

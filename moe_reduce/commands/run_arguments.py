@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moe_reduce.commands import config_file
-from moe_reduce.disk import write_json
-from moe_reduce.errors import UserError
+from moe_reduce.core.disk import write_json
+from moe_reduce.core.errors import UserError
 
 T = TypeVar("T")
 
@@ -43,8 +43,8 @@ def run_each(
     import jax
 
     _join_processes(arguments)
+    from moe_reduce.runs.workdir import SUMMARY
     from moe_reduce.training import checkpoints, processes
-    from moe_reduce.training.run import SUMMARY
 
     checkpoints.quiet_failures()
     with processes.together():

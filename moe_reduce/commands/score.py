@@ -5,12 +5,12 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_reduce import disk
 from moe_reduce.commands import model_arguments
-from moe_reduce.errors import UserError
+from moe_reduce.core import disk
+from moe_reduce.core.errors import UserError
 
 if TYPE_CHECKING:
-    from moe_reduce.config import MoEConfig
+    from moe_reduce.core.config import MoEConfig
     from moe_reduce.reduction.scores import Sums
 
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     for file in written:
         model_arguments.check_out(file, arguments.overwrite)
     from moe_reduce.reduction import scores
-    from moe_reduce.reduction.pictures import score_pictures
+    from moe_reduce.reports.reduction_pictures import score_pictures
     from moe_reduce.storage import manifest
 
     wanted = scores.CRITERIA if arguments.criteria == "all" else arguments.criteria.split(",")

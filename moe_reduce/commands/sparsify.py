@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from moe_reduce.commands import model_arguments, transforming
 
 if TYPE_CHECKING:
-    from moe_reduce.storage.model import Model
+    from moe_reduce.models.model import Model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
 def _zeros(model: "Model") -> int:
     import numpy as np
 
-    from moe_reduce import trees
+    from moe_reduce.core import trees
 
     leaves = trees.flatten(model.params).values()
     return sum(leaf.size - int(np.count_nonzero(np.asarray(leaf))) for leaf in leaves)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_reduce.commands import run_arguments
-from moe_reduce.config import RunConfig, run_from_dict
+from moe_reduce.core.config import RunConfig, run_from_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +19,13 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
 
 
 def _train(config: RunConfig, workdir: Path, name: str) -> None:
-    from moe_reduce.training.run import train
+    from moe_reduce.runs.train import train
 
     train(config, workdir, name)
 
 
 def _show(summaries: dict[str, dict[str, Any]], workdir: Path) -> None:
-    from moe_reduce.training import comparison
+    from moe_reduce.reports import run_table as comparison
 
     print(comparison.table(list(summaries.values())))
     comparison.plot({name: workdir / name for name in summaries}, workdir / "loss.png")

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_reduce.commands import model_arguments
+from moe_reduce.core.provenance import Step
+from moe_reduce.models.parameters import parameter_count
 
 if TYPE_CHECKING:
-    from moe_reduce.storage.model import Model
+    from moe_reduce.models.model import Model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,10 +36,10 @@ def write(
     settings: what the command did, for the manifest, as is kept_experts: the original (layer, index) of each expert
     kept. With --data, the loss is measured before and after.
     """
-    from moe_reduce import planning, save
+    from moe_reduce import save
     from moe_reduce.storage import manifest
 
-    sizes = planning.count(before.params), planning.count(after.params)
+    sizes = parameter_count(before.config), parameter_count(after.config)
     cost = {"parameters": f"{sizes[0]:,} -> {sizes[1]:,}"}
     quality = None
     if arguments.data is not None:
@@ -45,7 +47,7 @@ def write(
         earlier, quality = _evaluated(arguments, before), _evaluated(arguments, after)
         cost["loss"] = f"{earlier['loss']:.4f} -> {quality['loss']:.4f}"
         quality = quality | {"loss_before": earlier["loss"]}
-    step = manifest.Step(
+    step = Step(
         command=arguments.command,
         arguments=settings,
         inputs=(manifest.input_of(arguments.model),),

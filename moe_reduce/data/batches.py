@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from moe_reduce.config import DataConfig
+from moe_reduce.core.config import DataConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.pieces import TRAIN, VALIDATION
 from moe_reduce.data.shards import TokenSource
-from moe_reduce.errors import UserError
 
 Batch = dict[str, np.ndarray]
 EPOCHS = 1 << 31  # endless, but finite: grain's own endless length overflows in batches of one row

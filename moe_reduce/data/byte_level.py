@@ -6,7 +6,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from moe_reduce.errors import UserError
+from moe_reduce.core.errors import UserError
 
 # Qwen2 (arXiv:2407.10671), as in its published tokenizer.json: one digit a token, at most one symbol before a word.
 QWEN_PATTERN = (

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
-from moe_reduce.errors import UserError
+from moe_reduce.core.errors import UserError
 
 READ_CHARACTERS = 1 << 16
 PARQUET_ROWS = 256

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from moe_reduce import disk
-from moe_reduce.config import DataConfig
+from moe_reduce.core import disk
+from moe_reduce.core.config import DataConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.data import shards, sources
 from moe_reduce.data.completions import UUID_PAIRS, Completions
 from moe_reduce.data.pieces import SPLITS, TRAIN, VALIDATION, Piece, pieces, split_pieces
@@ -25,7 +26,6 @@ from moe_reduce.data.shards import Manifest, ShardWriter, TokenSource, TokenStor
 from moe_reduce.data.tokenizer_training import train_tokenizer
 from moe_reduce.data.tokenizers import Tokenizer, load_tokenizer
 from moe_reduce.data.tokenizing import tokenize
-from moe_reduce.errors import UserError
 
 TRAIN_A_TOKENIZER = "train"
 SAMPLED_CHARACTERS = 1 << 13  # pieces that a tokenizer's sample is made of

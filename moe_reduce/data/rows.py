@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_reduce.config import DataConfig
+from moe_reduce.core.config import DataConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.pieces import TRAIN
-from moe_reduce.errors import UserError
 
 CHECKED_ROWS = 4096
 

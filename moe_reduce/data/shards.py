@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.pieces import SPLITS
-from moe_reduce.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_reduce.config import DataConfig
+from moe_reduce.core.config import DataConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.data import files
-from moe_reduce.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
 HUB_PREFIX = "hub:"

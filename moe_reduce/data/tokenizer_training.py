@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.pieces import share
 from moe_reduce.data.tokenizers import SentencePieceTokenizer
-from moe_reduce.errors import UserError
 
 SAMPLE_CHARACTERS = 10_000_000
 LINE_CHARACTERS = 4096

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
-from moe_reduce import disk
+from moe_reduce.core import disk
+from moe_reduce.core.errors import UserError
 from moe_reduce.data import byte_level
 from moe_reduce.data.sentencepiece_json import META_SPACE, PROBE, begins_with_space, to_json_tokenizer
-from moe_reduce.errors import UserError
 
 SENTENCEPIECE_FILE, JSON_FILE, SETTINGS_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 BEGIN_KEY = "add_bos_token"

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.pieces import Piece
 from moe_reduce.data.tokenizers import Tokenizer, load_tokenizer
-from moe_reduce.errors import UserError
 
 TASK_CHARACTERS = 1 << 18  # enough to outweigh the cost of handing a task over
 TASKS_PER_WORKER = 4  # under way at once: never idle, never more than a few MB

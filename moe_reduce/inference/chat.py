@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moe_reduce import disk
+from moe_reduce.core import disk
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizers import JSON_FILE, SETTINGS_FILE, Tokenizer, load_tokenizer
-from moe_reduce.errors import UserError
 
 TEMPLATE_FILE, TEMPLATE_KEY = "chat_template.jinja", "chat_template"
 

@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from moe_reduce.config import DataConfig, ExecutionConfig, ModelConfig
+from moe_reduce.core.config import DataConfig, ExecutionConfig, ModelConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.batches import WholeSplit
 from moe_reduce.data.prepare import prepare
-from moe_reduce.errors import UserError
 from moe_reduce.models.decoder import Decoder
 from moe_reduce.models.deltas import variables
-from moe_reduce.storage.model import Model
+from moe_reduce.models.model import Model
 from moe_reduce.training.loop import summarize
 from moe_reduce.training.losses import evaluator, token_losses
 from moe_reduce.training.sharding import compiled

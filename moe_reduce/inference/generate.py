@@ -21,14 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from moe_reduce import trees, validation
-from moe_reduce.config import DISPATCH_BY_PLATFORM, ExecutionConfig, GenerateConfig, ModelConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core import trees, validation
+from moe_reduce.core.config import DISPATCH_BY_PLATFORM, ExecutionConfig, GenerateConfig, ModelConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.models import cache, deltas
 from moe_reduce.models.decoder import Decoder, unstacked
-from moe_reduce.models.placement import BATCH_AXES
-from moe_reduce.storage.model import Model
+from moe_reduce.models.mesh import BATCH_AXES
+from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import records
 from moe_reduce.training import sharding
 
 STEPS = 32  # tokens between two looks at what was made
@@ -141,7 +142,7 @@ def ready(model: Model | Ready, mesh: Mesh | None = None) -> Ready:
         execution = dataclasses.replace(execution, dispatch=DISPATCH_BY_PLATFORM[execution.platform])
     given = model.params
     if mesh is not None:
-        given = jax.tree.map(jax.device_put, given, sharding.shardings(mesh, given))
+        given = jax.tree.map(jax.device_put, given, sharding.shardings(mesh, given, records(model.config, given)))
     params: Any = {name: tree for name, tree in given.items() if name != deltas.ADAPTER}
     flat = {path: leaf for path, leaf in trees.flatten(params).items() if MATRIX.fullmatch(path)}
     params = trees.update(params, {path: jnp.asarray(leaf, execution.compute_dtype) for path, leaf in flat.items()})

@@ -11,13 +11,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from moe_reduce.config import GenerateConfig
+from moe_reduce.core.config import GenerateConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizers import Tokenizer
-from moe_reduce.errors import UserError
 from moe_reduce.inference import text
 from moe_reduce.inference.generate import bucket, ready
 from moe_reduce.inference.scoring import score
-from moe_reduce.storage.model import Model
+from moe_reduce.models.model import Model
 
 MADE = 256  # tokens that a generation may have where its task does not say
 

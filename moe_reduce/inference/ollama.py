@@ -5,7 +5,7 @@ import urllib.error
 import urllib.request
 from typing import Any, NamedTuple
 
-from moe_reduce.errors import UserError
+from moe_reduce.core.errors import UserError
 
 ADDRESS = "http://127.0.0.1:11434"
 SECONDS = 600.0  # that an answer may take

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_reduce.config import ExecutionConfig, GenerateConfig, ModelConfig
+from moe_reduce.core.config import ExecutionConfig, GenerateConfig, ModelConfig
 from moe_reduce.data.completions import Completions
 from moe_reduce.data.pieces import SPLITS
 from moe_reduce.data.tokenizers import Tokenizer
 from moe_reduce.inference.generate import generate, ready
-from moe_reduce.models.placement import BATCH_AXES
-from moe_reduce.storage.model import Model
+from moe_reduce.models.mesh import BATCH_AXES
+from moe_reduce.models.model import Model
 
 
 def recall(

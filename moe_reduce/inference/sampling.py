@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_reduce.config import GenerateConfig
+from moe_reduce.core.config import GenerateConfig
 
 
 class Sampler(NamedTuple):

@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizers import load_tokenizer
-from moe_reduce.errors import UserError
 from moe_reduce.inference.harness import Harness
 from moe_reduce.inference.retained import retained
-from moe_reduce.storage.model import Model
+from moe_reduce.models.model import Model
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 import itertools
 from collections.abc import Iterator, Sequence
 
-from moe_reduce import disk
-from moe_reduce.config import GenerateConfig
+from moe_reduce.core import disk
+from moe_reduce.core.config import GenerateConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizers import Tokenizer
-from moe_reduce.errors import UserError
 from moe_reduce.inference.generate import STEPS, Ready, chunks
-from moe_reduce.storage.model import Model
+from moe_reduce.models.model import Model
 
 GENERATION_FILE, END_KEY = "generation_config.json", "eos_token_id"
 CONTEXT = 16  # tokens of the prompt to decode with the rest: a tokenizer may treat the start of a text in its own way

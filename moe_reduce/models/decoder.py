@@ -1,6 +1,5 @@
 """One decoder for all models: embedding, N scanned blocks, norm, output logits."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax.linen.initializers import ones, zeros
 
-from moe_reduce.config import ExecutionConfig, ModelConfig
+from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.models import products
 from moe_reduce.models.cache import CACHE, KEYS_VALUES
 from moe_reduce.models.deltas import ADAPTER
-from moe_reduce.models.dispatch import Experts, Pool
-from moe_reduce.models.experts import ExpertPool, Router, mixture_of_experts
 from moe_reduce.models.layers import Attention, Embedding, FeedForward, Unembedding, residual_norm
-from moe_reduce.models.placement import shard_batch, whole
+from moe_reduce.models.mesh import shard_batch, whole
+from moe_reduce.models.moe.dispatch import Experts, Pool
+from moe_reduce.models.moe.experts import ExpertPool, Router, mixture_of_experts
 
 REMAT_POLICIES = {
     # by name: a policy that looks for products does not see into those with gradients of our own
@@ -199,14 +198,3 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     tokens = jnp.zeros((1, 1), jnp.int32)
     execution = ExecutionConfig(dispatch="reference")  # shapes and values do not depend on how it is computed
     return dict(Decoder(config, execution).init(key, tokens)["params"])
-
-
-def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Shapes of the parameters as jax.ShapeDtypeStruct leaves; nothing is allocated."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _traced(config))
-
-
-@functools.cache
-def _traced(config: ModelConfig) -> dict[str, Any]:
-    """Tracing an initialisation takes a fifth of a second, and a command may ask several times."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

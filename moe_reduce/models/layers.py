@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_reduce.config import ExecutionConfig, ModelConfig
-from moe_reduce.models import cache, deltas, products, splash
+from moe_reduce.core.config import ExecutionConfig, ModelConfig
+from moe_reduce.models import cache, deltas, products
+from moe_reduce.models.attention import splash
 
 # Of attention in blocks: XLA on CPU runs a batched product on one core, but several that do not wait for one another
 # at once, so blocks occupy more cores and leave out most of what the mask would.

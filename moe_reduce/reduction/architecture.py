@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_reduce import trees
-from moe_reduce.config import ModelConfig
-from moe_reduce.errors import UserError
-from moe_reduce.models.decoder import Decoder, abstract_params
+from moe_reduce.core import trees
+from moe_reduce.core.config import ModelConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.models.decoder import Decoder
 from moe_reduce.models.deltas import variables
-from moe_reduce.storage.model import Model
+from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import abstract_params
 from moe_reduce.training.task import Batch, decoder_inputs
 
 FEED_FORWARD = r"(layers/)?(mlp|experts)/(gate|up|down)"

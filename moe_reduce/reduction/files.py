@@ -1,6 +1,5 @@
 """Pruning from file to file: the bytes of kept experts are copied, and no model need fit into memory."""
 
-import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_reduce.config import ModelConfig, MoEConfig
-from moe_reduce.errors import UserError
-from moe_reduce.reduction.pooling import LOSSLESS_BIAS, check_poolable, foreign_bias, pooled_config
-from moe_reduce.reduction.pruning import check_kept, smaller_config
+from moe_reduce.core.config import ModelConfig, MoEConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.core.provenance import Step, originals
+from moe_reduce.reduction.pool import LOSSLESS_BIAS, check_poolable, foreign_bias, pooled_config
+from moe_reduce.reduction.prune import check_kept, smaller_config
 from moe_reduce.reduction.selection import Kept
 from moe_reduce.storage import hf_config, manifest
-from moe_reduce.storage.huggingface import check_names, check_weight
-from moe_reduce.storage.manifest import Step
-from moe_reduce.storage.model import Contents
+from moe_reduce.storage.model_directory import Contents
 from moe_reduce.storage.names import LAYER, TABLE, leaves
+from moe_reduce.storage.parameter_tensors import check_names, check_weight
 from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem
 
 Source = Entry | Callable[[], np.ndarray]
@@ -163,40 +162,6 @@ def sole_callers(directory: Directory) -> np.ndarray | None:
     names = [_stored_name("layers/router_bias", layer) for layer in range(directory.config.layers)]
     callable_NE = np.stack([directory.files.read(name).astype(np.float32) for name in names]) > -LOSSLESS_BIAS / 2
     return np.argmax(callable_NE, axis=0) if np.all(np.sum(callable_NE, axis=0) == 1) else None
-
-
-def originals(config: ModelConfig, chain: tuple[Step, ...]) -> list[list[list[int]]]:
-    """For each row of experts, the original (layer, index) of each, as the chain of what was done says."""
-    for step in reversed(chain):
-        if step.kept_experts is not None:
-            return step.kept_experts
-    moe = config.moe
-    assert moe is not None
-    if moe.placement == "shared":
-        return [[[0, index] for index in range(moe.experts)]]
-    return [[[layer, index] for index in range(moe.experts)] for layer in range(config.layers)]
-
-
-def home_layers(config: ModelConfig, chain: tuple[Step, ...]) -> np.ndarray | None:
-    """For each row of experts, the layer of this model that each came from, [N, E], or [1, E] of a pool.
-
-    N where that layer was dropped since. None for a pool whose chain does not say, such as one that was trained as one.
-    """
-    moe = config.moe
-    assert moe is not None
-    if moe.placement == "layer":
-        return np.repeat(np.arange(config.layers)[:, None], moe.experts, axis=1)
-    # layers go by their original numbers, which are not the present ones: in one row for the first time, all are there
-    pooled = [*itertools.dropwhile(lambda step: step.kept_experts is None or len(step.kept_experts) > 1, chain)]
-    layers = [*dict.fromkeys(layer for layer, _ in pooled[0].kept_experts[0])] if pooled else []
-    for step in pooled[1:]:
-        if step.command == "drop-layers":
-            layers = [layer for place, layer in enumerate(layers) if place not in step.arguments["layers"]]
-    if len(layers) != config.layers:
-        return None
-    places = {layer: place for place, layer in enumerate(layers)}
-    (row,) = originals(config, chain)
-    return np.array([[places.get(layer, config.layers) for layer, _ in row]])
 
 
 def kept_originals(directory: Directory, kept: Kept) -> list[list[list[int]]]:

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from moe_reduce import trees
-from moe_reduce.config import ExecutionConfig, ModelConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core import trees
+from moe_reduce.core.config import ExecutionConfig, ModelConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.models.decoder import AttentionHalf
-from moe_reduce.models.dispatch import Experts, Pool
-from moe_reduce.models.experts import some_experts
-from moe_reduce.models.routing import route, router_logits
+from moe_reduce.models.moe.dispatch import Experts, Pool
+from moe_reduce.models.moe.experts import some_experts
+from moe_reduce.models.moe.routing import route, router_logits
 from moe_reduce.reduction.files import Directory
 from moe_reduce.reduction.scores import Sums, fetched, sums_of
 from moe_reduce.storage.names import Leaf, leaves

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_reduce.config import DISPATCH_BY_PLATFORM, ExecutionConfig, ModelConfig, MoEConfig
-from moe_reduce.disk import write_json
-from moe_reduce.errors import UserError
+from moe_reduce.core.config import DISPATCH_BY_PLATFORM, ExecutionConfig, ModelConfig, MoEConfig
+from moe_reduce.core.disk import write_json
+from moe_reduce.core.errors import UserError
+from moe_reduce.core.provenance import Input
 from moe_reduce.models.decoder import Decoder
 from moe_reduce.models.deltas import variables
-from moe_reduce.storage.manifest import Input
-from moe_reduce.storage.model import Model
+from moe_reduce.models.model import Model
 from moe_reduce.training.sharding import compiled
 from moe_reduce.training.task import decoder_inputs
 

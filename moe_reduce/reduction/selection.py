@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from moe_reduce.errors import UserError
+from moe_reduce.core.errors import UserError
 
 Kept = tuple[tuple[int, ...], ...]  # for each row, the kept indices in ascending order
 
@@ -79,7 +79,7 @@ def count_of(keep: float, experts: int) -> int:
 def super_experts(maximum_NE: np.ndarray, home_NE: np.ndarray | None, layers: int) -> frozenset[tuple[int, int]]:
     """(row, index) of experts whose largest activation exceeds both the 99.5th percentile and a tenth of the largest.
 
-    Only of those whose home is in the first 75 % of the layers; home_NE: as `files.home_layers` gives it, None for a
+    Only of those whose home is in the first 75 % of the layers; home_NE: as `home_layers` gives it, None for a
     pool of no layer's own. Raises UserError when there is none: protection that protects nothing.
     """
     threshold = max(float(np.percentile(maximum_NE, SUPER_PERCENTILE)), SUPER_SHARE * float(np.max(maximum_NE)))

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_reduce import disk, planning
-from moe_reduce.config import ModelConfig
-from moe_reduce.errors import UserError
-from moe_reduce.models.decoder import abstract_params
+from moe_reduce.core import disk
+from moe_reduce.core.config import ModelConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.models.parameters import parameter_count
 from moe_reduce.storage import export_formats, manifest
 from moe_reduce.storage.export_trace import DISPATCH, Traced, trace
 
 if TYPE_CHECKING:
-    from moe_reduce.storage.model import Model
+    from moe_reduce.models.model import Model
 
 EXPORT_FILE = "export.json"
 FILE_LIMIT = 2**31 - 2**26  # bytes of weights: files of both formats end at 2 GiB, and the graph needs some of it
@@ -36,7 +36,7 @@ def check(config: ModelConfig, target: Path, formats: Sequence[str], overwrite: 
     disk.check_directory(target, overwrite, EXPORT_FILE, "an exported model")
     for file_format in formats:
         export_formats.require(file_format)
-    size = 4 * planning.count(abstract_params(config))
+    size = 4 * parameter_count(config)
     if size > FILE_LIMIT:
         raise UserError(f"the weights take {size / 1e9:.1f} GB in fp32 and a file holds 2: export a smaller model")
 

@@ -15,7 +15,7 @@ import jax
 import jax.export
 import numpy as np
 
-from moe_reduce.errors import UserError
+from moe_reduce.core.errors import UserError
 from moe_reduce.storage.export_trace import Traced
 
 TOKENS, LOGITS = "tokens", "logits"

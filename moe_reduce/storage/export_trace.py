@@ -11,11 +11,11 @@ import jax.export
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from moe_reduce.errors import UserError
+from moe_reduce.core.errors import UserError
 from moe_reduce.models.decoder import Decoder
 
 if TYPE_CHECKING:
-    from moe_reduce.storage.model import Model
+    from moe_reduce.models.model import Model
 
 DISPATCH = "reference"  # the others sort rows into groups of sizes known only at run time, which neither format has
 SIZES = ("batch", "time")  # names of the axes of token ids, where their size is left open

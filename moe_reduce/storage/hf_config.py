@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe_reduce import config as configuration
-from moe_reduce import validation
-from moe_reduce.config import ModelConfig, MoEConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core import config as configuration
+from moe_reduce.core import validation
+from moe_reduce.core.config import ModelConfig, MoEConfig
+from moe_reduce.core.errors import UserError
 
 CONFIG_FILE = "config.json"
 OWN_TYPE = "moe_reduce"

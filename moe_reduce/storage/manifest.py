@@ -6,38 +6,19 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from moe_reduce.errors import UserError
-from moe_reduce.planning import counts_by_component
+from moe_reduce.core.config import ModelConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.core.provenance import Input, Step
+from moe_reduce.models.parameters import counts_by_component
 
 MANIFEST_FILE = "manifest.json"
 PACKAGES = ("moe_reduce", "jax", "flax", "numpy", "safetensors")
 SAMPLES, SAMPLE_BYTES = 64, 16 * 1024  # of each weight file, where there is no manifest
 WEIGHT_PATTERN = "model*.safetensors*"
-
-
-@dataclass(frozen=True)
-class Input:
-    """Something a step read: its path as it was given, and a SHA-256, of its manifest or as `input_of` says."""
-
-    path: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Step:
-    """One link of the chain from the first weights to these."""
-
-    command: str
-    arguments: dict[str, Any]
-    inputs: tuple[Input, ...]
-    parameters_before: int
-    parameters_after: int
-    quality: dict[str, Any] | None = None  # measured, by metric name
-    kept_experts: Any = None  # original (layer, index) of each expert kept, in the order of the new pool or pools
 
 
 def sha256_of_file(file: Path) -> str:
@@ -66,10 +47,10 @@ def input_of(directory: Path) -> Input:
     return Input(str(directory), digest.hexdigest())
 
 
-def write(directory: Path, params: Mapping[str, Any], chain: tuple[Step, ...], hashes: Mapping[str, str]) -> None:
+def write(directory: Path, config: ModelConfig, chain: tuple[Step, ...], hashes: Mapping[str, str]) -> None:
     """Writes manifest.json about every file now in the directory; `hashes` holds those already known by name."""
     names = sorted(file.name for file in directory.iterdir() if file.is_file() and file.name != MANIFEST_FILE)
-    components = counts_by_component(params)
+    components = counts_by_component(config)
     content = {
         "versions": versions() | {"python": platform.python_version()},
         "commit": commit(),

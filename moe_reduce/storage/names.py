@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_reduce import trees
-from moe_reduce.config import ModelConfig
-from moe_reduce.models.decoder import abstract_params
+from moe_reduce.core import trees
+from moe_reduce.core.config import ModelConfig
+from moe_reduce.models.parameters import abstract_params
 from moe_reduce.storage.hf_config import model_type
 
 Layout = tuple[str, str, str]  # tensor name, axes on disk, axes of the leaf behind the stacked ones

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from moe_reduce.config import TrainConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core.config import TrainConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.training.steps import State
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from moe_reduce.config import TrainConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core.config import TrainConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.training import sharding, steps
 from moe_reduce.training.checkpoints import Checkpoints
 from moe_reduce.training.metrics import MetricsLog, Stopwatch
@@ -72,7 +72,7 @@ class Fit:
     ):
         """corpus: what tells it from others; a run goes on with the one that it began with."""
         self.task, self.train, self.mesh, self.speed = task, train, mesh, speed
-        self.frozen = jax.device_put(frozen, sharding.shardings(mesh, frozen))
+        self.frozen = jax.device_put(frozen, sharding.shardings(mesh, frozen, task.records))
         self.batches, self.corpus = batches, corpus
         steps.check_batch(mesh, train)
         self.checkpoints = Checkpoints(workdir / "checkpoints", train)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_reduce import trees
-from moe_reduce.config import BalanceConfig, ExecutionConfig, ModelConfig, MoEConfig
+from moe_reduce.core import trees
+from moe_reduce.core.config import BalanceConfig, ExecutionConfig, ModelConfig, MoEConfig
 from moe_reduce.models.decoder import Decoder
 from moe_reduce.models.deltas import variables
+from moe_reduce.models.parameters import by_path
 from moe_reduce.training.task import Batch, Params, Sums, Task, decoder_inputs, never, no_change
 
 
@@ -28,6 +29,7 @@ def language_model_task(model: ModelConfig, execution: ExecutionConfig, balance:
     return Task(
         loss=loss,
         evaluate=evaluator(decoder),
+        records=by_path(model),
         after_step=after_step if balance.bias_rate > 0 else no_change,
         stop=partial(collapse, balance) if model.moe else never,
     )

@@ -1,4 +1,4 @@
-"""AdamW with a warm-up cosine schedule, clipping, and a weight-decay mask that must name every leaf."""
+"""AdamW with a warm-up cosine schedule and gradient clipping."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -7,24 +7,11 @@ from typing import Any, TypeVar
 import jax
 import optax
 
-from moe_reduce import planning, trees
-from moe_reduce.config import TrainConfig
+from moe_reduce.core import trees
+from moe_reduce.core.config import TrainConfig
+from moe_reduce.models.parameters import Records, lookup
 
 F = TypeVar("F", bound=Callable[..., Any])
-DECAYED = {  # by component: matrices decay; norms, biases and gains do not
-    "embedding": True,
-    "unembedding": True,
-    "attention": True,
-    "feed_forward": True,
-    "experts": True,
-    "router": True,
-    "router_bias": False,
-    "score_offset": False,
-    "output_gain": False,
-    "norm": False,
-    "adapter": True,
-    "bias": False,
-}
 
 
 def _mixing(function: F) -> F:
@@ -50,24 +37,21 @@ def learning_rate(train: TrainConfig) -> optax.Schedule:
     return _mixing(schedule)
 
 
-def decay_mask(params: trees.Tree) -> dict[str, Any]:
-    """True where weight decay applies; a leaf of an unknown component raises KeyError."""
-    # DoRA's magnitudes are gains among matrices
-    return trees.map_with_path(
-        lambda path, _: DECAYED[planning.component(path)] and not path.endswith("/magnitude"), params
-    )
+def decay_mask(params: trees.Tree, records: Records) -> dict[str, Any]:
+    """True where weight decay applies; a leaf without a record raises UserError."""
+    return trees.map_with_path(lambda path, _: lookup(records, path).decays, params)
 
 
-def build(train: TrainConfig, params: trees.Tree) -> optax.GradientTransformation:
-    """The optimiser of a run; `params` (real or abstract) only decides the masks."""
+def build(train: TrainConfig, params: trees.Tree, records: Records) -> optax.GradientTransformation:
+    """The optimiser of a run. params: real or abstract; with their records they decide the masks."""
     parts = [
         optax.clip_by_global_norm(train.clip_norm),
         optax.scale_by_adam(b1=train.beta1, b2=train.beta2, eps=train.epsilon),
-        optax.add_decayed_weights(train.weight_decay, mask=decay_mask(params)),
+        optax.add_decayed_weights(train.weight_decay, mask=decay_mask(params, records)),
         optax.scale_by_learning_rate(learning_rate(train)),
     ]
     if train.expert_learning_rate_scale != 1.0:
-        experts = trees.map_with_path(lambda path, _: planning.component(path) == "experts", params)
+        experts = trees.map_with_path(lambda path, _: lookup(records, path).component == "experts", params)
         parts.append(optax.masked(optax.scale(train.expert_learning_rate_scale), experts))
     chain = optax.chain(*parts)
     return optax.GradientTransformation(chain.init, _mixing(chain.update))

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the key-value store of the processes, which Orbax uses as well
 
-from moe_reduce.errors import PeerLost, UserError
+from moe_reduce.core.errors import PeerLost, UserError
 
 PULSE_SECONDS = 2.0
 SILENCE_SECONDS = 20.0  # after which a process counts as gone

@@ -1,7 +1,6 @@
-"""A device mesh and total sharding rules: a parameter that no rule names is an error."""
+"""Device meshes, and where parameters and batches lie on them."""
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,38 +8,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moe_reduce import trees
-from moe_reduce.config import MeshConfig
-from moe_reduce.errors import UserError
-from moe_reduce.models.deltas import ADAPTER
-from moe_reduce.models.placement import BATCH_AXES
-from moe_reduce.training.task import TEACHER
+from moe_reduce.core import trees
+from moe_reduce.core.config import MeshConfig, ModelConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.models.mesh import BATCH_AXES
+from moe_reduce.models.parameters import MeshAxis, Parameter, Records, abstract_params, by_path, lookup
 
 PIECE_BYTES = 2**30  # of a leaf, replicated at a time
 AXES = ("data", "fsdp", "expert", "tensor")
-FSDP = ("fsdp", "expert")  # to everything but the experts, `expert` is one more axis of the batch
-
-# Of one layer's parameter; leaves below layers/ are stacked and get an unsharded first axis.
-RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    (r"(un)?embedding/table", ("tensor", FSDP)),
-    (r"embedding/factor", (("tensor", *FSDP), None)),
-    (r"embedding/projection", (None, FSDP)),
-    (r"attention/(query|key|value)", (FSDP, "tensor", None)),
-    (r"attention/output", ("tensor", None, FSDP)),
-    (r"attention/(query|key)_norm/scale", (None,)),
-    (r"(attention|mlp|final)_norm/(scale|bias)", (None,)),
-    (r"attention/(query|key|value)_bias", ("tensor", None)),
-    (r"mlp/(gate|up)_bias", ("tensor",)),
-    (r"(attention/output|mlp/down)_bias", (None,)),
-    (r"mlp/(gate|up)", (FSDP, "tensor")),
-    (r"mlp/down", ("tensor", FSDP)),
-    (r"experts/(gate|up)", ("expert", "fsdp", "tensor")),
-    (r"experts/down", ("expert", "tensor", "fsdp")),
-    (r"router/weight", (FSDP, None)),
-    (r"router_bias", (None,)),
-    (r"score_offset", ()),
-    (r"output_gain", (None,)),
-)
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
@@ -68,39 +43,32 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
     return data, config.fsdp, config.expert, config.tensor
 
 
-def spec(path: str) -> PartitionSpec:
-    """How the parameter at `path` is split; raises UserError when no rule names it."""
-    path = path.removeprefix(f"{TEACHER}/")
-    stacked = path.startswith("layers/")
-    inner = path.removeprefix("layers/")
-    for pattern, axes in RULES:
-        if re.fullmatch(pattern, inner):
-            return PartitionSpec(None, *axes) if stacked else PartitionSpec(*axes)
-    raise UserError(f"no sharding rule names parameter {path}: add one to training/sharding.py")
+def shardings(mesh: Mesh, params: trees.Tree, records: Records) -> dict[str, Any]:
+    """NamedShardings in the structure of `params`, by the records of its leaves.
+
+    Raises UserError when a leaf has no record, or a size does not divide over its mesh axes.
+    """
+    return trees.map_with_path(lambda path, leaf: _sharding(mesh, lookup(records, path), leaf), params)
 
 
-def shardings(mesh: Mesh, params: trees.Tree) -> dict[str, Any]:
-    """NamedShardings in the structure of `params`; raises UserError when a size does not divide its axes."""
-    return trees.map_with_path(lambda path, leaf: _checked(mesh, path, leaf.shape), params)
+def model_shardings(mesh: Mesh, config: ModelConfig) -> dict[str, Any]:
+    """NamedShardings of a model's parameters; raises UserError when a size does not divide over its mesh axes."""
+    return shardings(mesh, abstract_params(config), by_path(config))
 
 
-def _checked(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-    if path.startswith(f"{ADAPTER}/"):
-        return NamedSharding(mesh, _adapter_spec(path, len(shape)))
-    partition = spec(path)
-    for size, axes in zip(shape, partition, strict=True):
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        parts = math.prod(mesh.shape[name] for name in names)
-        if size % parts:
-            raise UserError(f"{path} has a size of {size}, which mesh axes {names} of {parts} devices do not divide")
-    return NamedSharding(mesh, partition)
+def _sharding(mesh: Mesh, record: Parameter, leaf: Any) -> Any:
+    def place(axes: tuple[MeshAxis, ...], part: Any) -> NamedSharding:
+        for size, names in zip(part.shape, axes, strict=True):
+            names = (names,) if isinstance(names, str) else names or ()
+            devices = math.prod(mesh.shape[name] for name in names)
+            if size % devices:
+                raise UserError(
+                    f"{record.path} has a size of {size}, which mesh axes {names} of {devices} devices do not divide"
+                )
+        split = max((number for number, axis in enumerate(axes, 1) if axis is not None), default=0)
+        return NamedSharding(mesh, PartitionSpec(*axes[:split]))
 
-
-def _adapter_spec(path: str, axes: int) -> PartitionSpec:
-    """What each expert owns of an adapter lies with it; all else is small, and whole on every device."""
-    stacked = path.startswith(f"{ADAPTER}/layers/")
-    own = "/experts/" in path and axes - stacked == 3  # [E, in, out]; what experts share has no E
-    return PartitionSpec(*(None,) * stacked, "expert") if own else PartitionSpec()
+    return place(record.mesh_axes, leaf)
 
 
 def placed(shapes: Any, places: Any) -> Any:

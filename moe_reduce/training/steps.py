@@ -1,6 +1,6 @@
 """The compiled functions of a run: initial state, one training step, one evaluation step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from moe_reduce.config import TrainConfig
-from moe_reduce.errors import UserError
+from moe_reduce.core import trees
+from moe_reduce.core.config import TrainConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.models.parameters import Records
 from moe_reduce.training import optimizer, sharding
 from moe_reduce.training.task import Batch, Params, Sums, Task, join
 
@@ -38,10 +40,10 @@ class Program:
 
 def program(task: Task, train: TrainConfig, mesh: Mesh, params: Params) -> Program:
     """The program of a run. params: the leaves that train, real or abstract."""
-    tx = optimizer.build(train, params)
+    tx = optimizer.build(train, params, task.records)
     make = partial(new_state, train=train, tx=tx)
     shapes = jax.eval_shape(make, params)
-    places = state_shardings(mesh, shapes)
+    places = state_shardings(mesh, shapes, task.records)
     everywhere = sharding.replicated(mesh)
     step = jax.jit(partial(train_step, task, train, tx), donate_argnums=0, out_shardings=(places, everywhere))
     evaluate = jax.jit(partial(evaluate_step, task), out_shardings=everywhere)
@@ -54,20 +56,38 @@ def new_state(params: Params, train: TrainConfig, tx: optax.GradientTransformati
     return State(jnp.zeros((), jnp.int32), params, tx.init(params), average)
 
 
-def state_shardings(mesh: Mesh, abstract: State) -> State:
-    """Optimiser moments and the average lie where their parameter does; scalars are replicated."""
-    params = sharding.shardings(mesh, abstract.params)
-    same = jax.tree.structure(abstract.params)
+def state_shardings(mesh: Mesh, abstract: State, records: Records) -> State:
+    """Shardings of a run's state: what belongs to a parameter lies where the parameter does; scalars are replicated.
 
-    def place(tree: Any) -> Any:
-        return params if jax.tree.structure(tree) == same else sharding.replicated(mesh)
+    The optimiser's leaves find their parameter by the end of their path, whatever optax wraps around it. Raises
+    UserError for a leaf that matches no parameter, which would otherwise be replicated silently.
+    """
+    params = sharding.shardings(mesh, abstract.params, records)
+    shapes, places = trees.flatten(abstract.params), trees.flatten(params)
 
-    def is_params(tree: Any) -> bool:
-        return jax.tree.structure(tree) == same
+    def place(keys: tuple[Any, ...], leaf: Any) -> Any:
+        if not leaf.shape:
+            return sharding.replicated(mesh)
+        path = _parameter_path(keys, places)
+        if path is None or shapes[path].shape != leaf.shape:
+            raise UserError(
+                f"optimiser state {jax.tree_util.keystr(keys)} of shape {list(leaf.shape)} belongs to no parameter: "
+                "it cannot be sharded"
+            )
+        return places[path]
 
-    moments = jax.tree.map(place, abstract.optimizer, is_leaf=is_params)
+    moments = jax.tree_util.tree_map_with_path(place, abstract.optimizer)
     step: Any = sharding.replicated(mesh)
     return State(step, params, moments, params if abstract.average is not None else None)
+
+
+def _parameter_path(keys: tuple[Any, ...], known: Mapping[str, Any]) -> str | None:
+    """The longest end of a key path that names a parameter; None where there is none."""
+    names: list[str] = []
+    for key in keys:  # anything but a dict's key, such as a field of optax's states, starts anew
+        names = [*names, str(key.key)] if isinstance(key, jax.tree_util.DictKey) else []
+    paths = ("/".join(names[start:]) for start in range(len(names)))
+    return next((path for path in paths if path in known), None)
 
 
 def train_step(task: Task, train: TrainConfig, tx: optax.GradientTransformation, state: State, frozen, batch: Batch):

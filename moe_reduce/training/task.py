@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_reduce import trees
+from moe_reduce.core import trees
+from moe_reduce.models.parameters import Records
 
 TEACHER = "teacher"  # the frozen leaves of a second model that a task compares with lie below this name
 Params = dict[str, Any]
@@ -59,11 +60,13 @@ class Task:
     leaves train; the others get no gradient and no optimiser state. after_step(trained params, metrics) -> trained
     params makes changes that no gradient makes, such as loss-free balancing, or annealing. stop(logged scalars) -> why
     training must end, or None. measure(params) -> scalars, called at every evaluation outside of jit, for what takes
-    more than a batch, such as generating text.
+    more than a batch, such as generating text. records: of every leaf, trained or frozen, by path; they decide
+    shardings and weight decay.
     """
 
     loss: Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
     evaluate: Callable[[Params, Batch], Sums]
+    records: Records
     trainable: Callable[[str], bool] = every_leaf
     after_step: Callable[[Params, dict[str, jax.Array]], Params] = no_change
     stop: Callable[[dict[str, float]], str | None] = never

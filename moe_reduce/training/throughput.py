@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_reduce.devices import DEVICES
+from moe_reduce.core.devices import DEVICES
 
 PUBLISHED_BF16 = {device.kind: device.flops for device in DEVICES.values() if device.kind}  # by jax's name
 

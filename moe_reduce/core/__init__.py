@@ -1,0 +1,1 @@
+"""Configuration, parameter trees, errors, files and provenance: what every other room builds on."""

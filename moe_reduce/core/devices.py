@@ -1,0 +1,57 @@
+"""What accelerators have (memory, bandwidth and peak, from the makers' data sheets), and what numbers take there."""
+
+from dataclasses import dataclass
+
+from moe_reduce.core.errors import UserError
+
+GB = 10**9
+GIB = 2**30
+
+# bits a value; of the quantised ones with the scales of their blocks where the format fixes them
+BITS = {
+    "float32": 32.0,
+    "bfloat16": 16.0,
+    "int8": 8.0,
+    "mxfp4": 4.25,  # blocks of 32, a scale of 8 bits each
+    "nf4": 4.127,  # blocks of 64 whose scales are quantised once more (QLoRA, arXiv:2305.14314)
+    "int4": 4.0,
+    "ternary": 1.58,
+}
+CACHE_BITS = {name: BITS[name] for name in ("float32", "bfloat16", "int8", "int4")}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One card or chip. Units: bytes, bytes a second, dense bf16 FLOP/s."""
+
+    name: str
+    memory: int
+    bandwidth: float
+    flops: float
+    kind: str | None = None  # as jax names it
+    cores: str | None = None  # libtpu's word for a chip whose two cores are one device, as on a TPU VM
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("rtx4090", 24 * GIB, 1.008e12, 165e12),
+        Device("rtx5090", 32 * GIB, 1.792e12, 210e12),
+        Device("a100-40", 40 * GIB, 1.555e12, 312e12),
+        Device("a100", 80 * GIB, 2.039e12, 312e12),
+        Device("h100", 80 * GIB, 3.35e12, 989e12, "NVIDIA H100 80GB HBM3"),
+        Device("h200", 141 * GB, 4.8e12, 989e12, "NVIDIA H200"),
+        Device("b200", 180 * GB, 7.7e12, 2250e12),
+        Device("v4", 32 * GIB, 1.228e12, 275e12, "TPU v4", cores="megacore"),
+        Device("v5e", 16 * GIB, 0.819e12, 197e12, "TPU v5 lite"),
+        Device("v5p", 95 * GIB, 2.765e12, 459e12, "TPU v5"),
+        Device("v6e", 32 * GIB, 1.64e12, 918e12, "TPU v6 lite"),
+    )
+}
+
+
+def device(name: str) -> Device:
+    """The device of that name; raises UserError with the known ones."""
+    if name not in DEVICES:
+        raise UserError(f"device {name!r} is unknown; known: {', '.join(DEVICES)}")
+    return DEVICES[name]

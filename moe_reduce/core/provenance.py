@@ -1,0 +1,64 @@
+"""The chain of steps that made a model, and the original layer and index of each expert."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_reduce.core.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something a step read: its path as it was given, and a SHA-256, of its manifest or as `input_of` says."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One link of the chain from the first weights to these."""
+
+    command: str
+    arguments: dict[str, Any]
+    inputs: tuple[Input, ...]
+    parameters_before: int
+    parameters_after: int
+    quality: dict[str, Any] | None = None  # measured, by metric name
+    kept_experts: Any = None  # original (layer, index) of each expert kept, in the order of the new pool or pools
+
+
+def originals(config: ModelConfig, chain: tuple[Step, ...]) -> list[list[list[int]]]:
+    """For each row of experts, the original (layer, index) of each, as the chain of what was done says."""
+    for step in reversed(chain):
+        if step.kept_experts is not None:
+            return step.kept_experts
+    moe = config.moe
+    assert moe is not None
+    if moe.placement == "shared":
+        return [[[0, index] for index in range(moe.experts)]]
+    return [[[layer, index] for index in range(moe.experts)] for layer in range(config.layers)]
+
+
+def home_layers(config: ModelConfig, chain: tuple[Step, ...]) -> np.ndarray | None:
+    """For each row of experts, the layer of this model that each came from, [N, E], or [1, E] of a pool.
+
+    N where that layer was dropped since. None for a pool whose chain does not say, such as one that was trained as one.
+    """
+    moe = config.moe
+    assert moe is not None
+    if moe.placement == "layer":
+        return np.repeat(np.arange(config.layers)[:, None], moe.experts, axis=1)
+    # layers go by their original numbers, which are not the present ones: in one row for the first time, all are there
+    pooled = [*itertools.dropwhile(lambda step: step.kept_experts is None or len(step.kept_experts) > 1, chain)]
+    layers = [*dict.fromkeys(layer for layer, _ in pooled[0].kept_experts[0])] if pooled else []
+    for step in pooled[1:]:
+        if step.command == "drop-layers":
+            layers = [layer for place, layer in enumerate(layers) if place not in step.arguments["layers"]]
+    if len(layers) != config.layers:
+        return None
+    places = {layer: place for place, layer in enumerate(layers)}
+    (row,) = originals(config, chain)
+    return np.array([[places.get(layer, config.layers) for layer, _ in row]])

@@ -1,0 +1,1 @@
+"""Causal attention and its kernels."""

@@ -1,0 +1,68 @@
+"""Causal attention on TPU in tiles, so that no score is written to memory: jax's Splash kernel, forward and backward
+(FlashAttention, arXiv:2205.14135; tiles that the mask empties are left out). Off a TPU it is interpreted, for tests.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec
+
+from moe_reduce.models import products
+from moe_reduce.models.mesh import BATCH_AXES, on_one_device
+
+LANES = 128  # of a TPU's registers; an axis that is the last in memory fills up to a multiple
+TILES = (
+    512,
+    256,
+    LANES,
+)  # positions; the largest that divides a sequence, which is padded to a multiple of the smallest
+
+
+def causal_attention(
+    q_BTHC: jax.Array, k_BTGC: jax.Array, v_BTGC: jax.Array, segments_BT: jax.Array | None, interpret: bool
+) -> jax.Array:
+    """Softmax attention over the past of the same segment, [B, T, H, C]; query head h reads key/value head h·G/H.
+
+    On the mesh in context each device computes its rows and, along `tensor`, its heads.
+    """
+    if segments_BT is None:
+        segments_BT = jnp.zeros(q_BTHC.shape[:2], jnp.int32)
+    attend = partial(_attention, interpret=interpret)
+    if not on_one_device():
+        rows, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, "tensor")
+        attend = jax.shard_map(attend, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return attend(q_BTHC, k_BTGC, v_BTGC, segments_BT)
+
+
+def _attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, interpret: bool) -> jax.Array:
+    _, time, heads, width = q_BTHC.shape
+    padded = time + -time % TILES[-1]
+    tile = next(tile for tile in TILES if padded % tile == 0)
+    sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    # Narrow heads lie with their positions last: half of the memory for 64 channels, and their halves, which the rotary
+    # embedding turns, are whole registers.
+    last = kernels.QKVLayout.SEQ_MINOR if width % LANES else kernels.QKVLayout.HEAD_DIM_MINOR
+    layouts = ("q_layout", "k_layout", "v_layout")
+    attend = kernels.make_splash_mha_single_device(
+        masks.MultiHeadMask([masks.CausalMask((padded, padded))] * heads),
+        block_sizes=kernels.BlockSizes(**dict.fromkeys(sizes, tile), **dict.fromkeys(layouts, last)),
+        residual_checkpoint_name=products.KEPT,
+        interpret=interpret,
+    )
+
+    def laid_out(x_BTHC: jax.Array) -> jax.Array:
+        return jnp.pad(x_BTHC, ((0, 0), (0, padded - time), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+
+    @jax.vmap
+    def row(q_HTC, k_GTC, v_GTC, segments_T):
+        return attend(q_HTC, k_GTC, v_GTC, segment_ids=kernels.SegmentIds(segments_T, segments_T))
+
+    q_BTHC = q_BTHC * jnp.asarray(width**-0.5, q_BTHC.dtype)
+    # padded positions lie behind all others, so none of these sees them
+    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, padded - time)))
+    mixed_BHTC: Any = row(laid_out(q_BTHC), laid_out(k_BTGC), laid_out(v_BTGC), segments_BT)
+    return mixed_BHTC[:, :, :time].transpose(0, 2, 1, 3)

@@ -1,0 +1,1 @@
+"""Routing, dispatch of tokens to experts, and the kernels of experts."""

@@ -1,0 +1,112 @@
+"""Router logits -> chosen experts, their weights, and the statistics that balancing and reports need."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_reduce.core.config import MoEConfig
+from moe_reduce.models import products
+
+MANY = 2048  # experts, from which on ranking them by groups is faster
+
+
+class Routing(NamedTuple):
+    """What one call of a router decides, for S tokens and E experts; everything float is fp32."""
+
+    experts_SA: jax.Array  # int32, the chosen experts
+    weights_SA: jax.Array  # combine weights
+    # of the tokens that are real:
+    counts_E: jax.Array  # assignments by expert
+    probability_E: jax.Array  # mean routing probability by expert
+    z: jax.Array  # mean squared logsumexp of the logits (ST-MoE, arXiv:2202.08906)
+
+
+def router_logits(x_SD: jax.Array, router_DE: jax.Array, offset: jax.Array | None, form: str = "plain") -> jax.Array:
+    """Logits [S, E], less the layer's offset (a scalar).
+
+    In true fp32, not the passes in bf16 or tf32 that are a default: else experts tie and swap. Of inputs in bf16 three
+    such passes are as true (models/products.py), except on a CPU, form=transposed, where fp32 is faster; their gradient
+    is that of any product in bf16.
+    """
+    if x_SD.dtype == jnp.bfloat16 and form == "plain":
+        logits_SE: jax.Array = products.exact(x_SD, router_DE)
+    else:
+        x_SD, router_DE = x_SD.astype(jnp.float32), router_DE.astype(jnp.float32)
+        logits_SE = jnp.matmul(x_SD, router_DE, precision=jax.lax.Precision.HIGHEST)
+    return logits_SE if offset is None else logits_SE - offset
+
+
+def route(
+    logits_SE: jax.Array, bias_E: jax.Array | None, config: MoEConfig, real_S: jax.Array | None = None
+) -> Routing:
+    """Top-A experts of each token.
+
+    real_S: bool, which tokens count; all without it. What fills up a row would drown the statistics of short texts.
+
+    The bias decides who is chosen and never what the chosen weigh (arXiv:2408.15664); it is added to the logits, of
+    which both score functions are monotone, so that its unit is the same for both.
+    """
+    ranking_SE = (
+        logits_SE if bias_E is None else logits_SE + jax.lax.stop_gradient(bias_E)[None, :].astype(logits_SE.dtype)
+    )
+    experts_SA = top_experts(jax.lax.stop_gradient(ranking_SE), config.active)
+    # with thousands of experts each pass over [S, E] costs as much as top_k, so scores are formed for the chosen only
+    largest_S1 = jax.lax.stop_gradient(jnp.max(logits_SE, axis=1, keepdims=True))
+    shifted_SE = logits_SE - largest_S1
+    total_S1 = jnp.log(jnp.sum(jnp.exp(shifted_SE), axis=1, keepdims=True))
+    if config.score_function == "softmax":
+        chosen_SA = jnp.take_along_axis(shifted_SE, experts_SA, axis=1) - total_S1
+        probability_SE = jnp.exp(shifted_SE - total_S1)
+    else:
+        chosen_SA = jax.nn.log_sigmoid(jnp.take_along_axis(logits_SE, experts_SA, axis=1))
+        probability_SE = jax.nn.softmax(jax.nn.log_sigmoid(logits_SE))
+    # softmax(log s) = s / Σ s without forming scores that underflow
+    weights_SA = jax.nn.softmax(chosen_SA) if config.normalize else jnp.exp(chosen_SA)
+    return Routing(
+        experts_SA=experts_SA,
+        weights_SA=weights_SA,
+        counts_E=_counts(only_real(experts_SA, real_S, config.experts), config.experts),
+        probability_E=_mean(probability_SE, real_S),
+        z=_mean(jnp.square(largest_S1 + total_S1), real_S)[0],
+    )
+
+
+def only_real(experts_SA: jax.Array, real_S: jax.Array | None, experts: int) -> jax.Array:
+    """The number behind the last expert where a token is not real."""
+    return experts_SA if real_S is None else jnp.where(real_S[:, None], experts_SA, experts)
+
+
+def _mean(values_SI: jax.Array, real_S: jax.Array | None) -> jax.Array:
+    """Over the real tokens; 0 where there is none."""
+    if real_S is None:
+        return jnp.mean(values_SI, axis=0)
+    return jnp.sum(jnp.where(real_S[:, None], values_SI, 0), axis=0) / jnp.maximum(
+        jnp.sum(real_S, dtype=values_SI.dtype), 1
+    )
+
+
+def top_experts(ranking_SE: jax.Array, active: int) -> jax.Array:
+    """[S, A] int32: the highest of each row, highest first, of equal ones the first, as jax.lax.top_k gives them.
+
+    Of thousands, only those in the A groups with the highest maxima are ranked, which hold all that can be chosen.
+    """
+    tokens, experts = ranking_SE.shape
+    group = next((size for size in (32, 16, 8) if experts % size == 0), experts)
+    if experts < MANY or experts // group < active:
+        return jax.lax.top_k(ranking_SE, active)[1]
+    ranking_SGE = ranking_SE.reshape(tokens, -1, group)
+    groups_SA = jnp.sort(jax.lax.top_k(jnp.max(ranking_SGE, axis=2), active)[1], axis=1)
+    candidates = jnp.take_along_axis(ranking_SGE, groups_SA[:, :, None], axis=1).reshape(tokens, -1)
+    numbers = (groups_SA[:, :, None] * group + jnp.arange(group, dtype=groups_SA.dtype)[None, None, :]).reshape(
+        tokens, -1
+    )
+    return jnp.take_along_axis(numbers, jax.lax.top_k(candidates, active)[1], axis=1)
+
+
+def _counts(experts_SA: jax.Array, experts: int) -> jax.Array:
+    """Of assignments by expert. Few experts by comparisons: additions onto few places wait for each other on a GPU."""
+    if experts > 64:
+        return jnp.zeros(experts).at[experts_SA.reshape(-1)].add(1.0)
+    numbers_E = jnp.arange(experts, dtype=experts_SA.dtype)
+    return jnp.sum((experts_SA[:, :, None] == numbers_E[None, None, :]).astype(jnp.float32), axis=(0, 1))

@@ -1,0 +1,358 @@
+"""SwiGLU experts on rows sorted by expert, as Triton kernels for GPUs: exact, and only routed rows are computed.
+
+XLA has no such product for NVIDIA's cards: it multiplies every row with every expert and masks. Here a tile of rows
+belongs to one expert and starts where the expert's rows do, so that a row is computed once, whatever the experts get.
+What lies between two products is done while its tile is in registers: rows are fetched by their token, and gate and up
+are one kernel, with the activation at its end. Operands are in the compute dtype (fp32 is TF32 unless
+jax_default_matmul_precision says otherwise, as for all products on a GPU) and sums in fp32; the gradients of an expert
+are added onto the masters' where these lie.
+
+Off a GPU the same kernels are interpreted, slowly: for tests.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from moe_reduce.models.moe.expert_loop import rows_of_a_block
+from moe_reduce.models.products import KEPT
+
+
+class Tile(NamedTuple):
+    """Of one kernel: columns of a tile, what one step of the sum takes, Triton's warps and stages."""
+
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+    def of(self, dtype: jnp.dtype) -> "Tile":
+        """For operands of this dtype: fp32 takes twice the memory, and in full precision more registers."""
+        if jnp.dtype(dtype).itemsize <= 2:
+            return self
+        return self._replace(columns=min(self.columns, 64), inner=self.inner // 2)
+
+
+# measured on an H100, five to eight each: the fastest, or within a tenth, that keep to 96 KB of shared memory a block,
+# which is all that smaller cards have
+MOST_ROWS = 128  # of a tile of a product
+FEWEST_ROWS = 16  # what the matrix units take
+ONE_MATRIX = Tile(128, 64, 4, 3)
+TWO_MATRICES = Tile(128, 32, 8, 4)
+TWO_LEFTS = Tile(128, 32, 4, 3)
+EXTRAS = Tile(128, 64, 8, 3)
+OUTER_ROWS = 128
+ONE_OUTER = Tile(128, 64, 4, 3)
+TWO_OUTERS = Tile(64, 64, 8, 3)
+
+
+class Groups(NamedTuple):
+    """Where the rows of each expert lie, and which of them each tile of a product covers."""
+
+    first_E: jax.Array
+    end_E: jax.Array
+    expert_T: jax.Array
+    first_T: jax.Array  # the tile's rows are first_T <= m < end_T, at most as many as a tile has
+    end_T: jax.Array
+
+
+def tile_rows(rows: int, experts: int) -> int:
+    """Of a tile of a product: as many as an expert gets on average, within what is fast."""
+    return max(FEWEST_ROWS, rows_of_a_block(MOST_ROWS, rows, experts))
+
+
+def groups_of(counts_E: jax.Array, rows: int) -> Groups:
+    """Of counts_E rows an expert, among `rows`: as many tiles as these can ever need; those left over are empty."""
+    experts = counts_E.shape[0]
+    size = tile_rows(rows, experts)
+    tiles_E = (counts_E + size - 1) // size
+    end_E, last_E = jnp.cumsum(counts_E), jnp.cumsum(tiles_E)
+    first_E = end_E - counts_E
+    number_T = jnp.arange(rows // size + min(rows, experts), dtype=jnp.int32)
+    # by comparisons: a search is a loop of small kernels
+    expert_T = jnp.searchsorted(last_E, number_T, side="right", method="compare_all").astype(jnp.int32)
+    used_T = expert_T < experts
+    expert_T = jnp.where(used_T, expert_T, 0)
+    first_T = first_E[expert_T] + (number_T - (last_E - tiles_E)[expert_T]) * size
+    first_T, end_T = jnp.where(used_T, first_T, 0), jnp.where(used_T, end_E[expert_T], 0)
+    return Groups(*(part.astype(jnp.int32) for part in (first_E, end_E, expert_T, first_T, end_T)))
+
+
+class Term(NamedTuple):
+    """One product of a kernel, by numbers: left · matrix of the row's expert, onto a sum."""
+
+    left: int
+    matrix: int
+    sum: int
+
+
+ONE = (Term(0, 0, 0),)
+Finish = Callable[[Sequence[jax.Array], Sequence[jax.Array]], Sequence[jax.Array]]
+
+
+def _rows_kernel(
+    expert_T, first_T, end_T, *refs, gathered, lefts, matrices, extras, terms, transposed, finish, rows, tile
+):
+    token_M, refs = (refs[0], refs[1:]) if gathered else (None, refs)
+    left_refs, refs = refs[:lefts], refs[lefts:]
+    matrix_refs, refs = refs[:matrices], refs[matrices:]
+    extra_refs, results = refs[:extras], refs[extras:]
+    number, left = pl.program_id(1), pl.program_id(0) * tile.columns
+    first, end = first_T[number], end_T[number]
+    inner, outputs = left_refs[0].shape[1], results[0].shape[1]
+
+    @pl.when(first < end)
+    def compute():
+        columns, step = tile.columns, tile.inner
+        expert = expert_T[number]
+        row_R, column_C = first + jnp.arange(rows), left + jnp.arange(columns)
+        in_rows, in_columns = row_R < end, column_C < outputs
+        # a row past the end is computed for nothing, from the last one: cheaper than a mask in every step
+        source_R = jnp.minimum(row_R, end - 1)
+        if token_M is not None:
+            source_R = triton.load(token_M.at[source_R])
+
+        # no mask where there is nothing to cut off: it would be computed in every step
+        inside_C = in_columns if outputs % columns else None
+
+        def add(index, sums):
+            inner_K = index * step + jnp.arange(step)
+            inside_K = inner_K < inner if inner % step else None
+            place = (source_R[:, None], inner_K[None, :])
+            tiles = [_load(ref, place, None, inside_K) for ref in left_refs]
+            sums = list(sums)
+            for term in terms:
+                if transposed:
+                    matrix = _load(
+                        matrix_refs[term.matrix], (expert, column_C[:, None], inner_K[None, :]), inside_C, inside_K
+                    )
+                else:
+                    matrix = _load(
+                        matrix_refs[term.matrix], (expert, inner_K[:, None], column_C[None, :]), inside_K, inside_C
+                    )
+                sums[term.sum] += triton.dot(tiles[term.left], matrix, trans_b=transposed)
+            return tuple(sums)
+
+        here, mask = (row_R[:, None], column_C[None, :]), in_rows[:, None] & in_columns[None, :]
+        # fetched while the sums are formed
+        found = [triton.load(ref.at[here], mask=mask, other=0) for ref in extra_refs]
+        sums = tuple(jnp.zeros((rows, columns), jnp.float32) for _ in range(1 + max(term.sum for term in terms)))
+        sums = lax.fori_loop(0, pl.cdiv(inner, step), add, sums)
+        for result, value in zip(results, finish(sums, [extra.astype(jnp.float32) for extra in found]), strict=True):
+            triton.store(result.at[here], value.astype(result.dtype), mask=mask)
+
+
+def _load(ref, place, rows: jax.Array | None, columns: jax.Array | None) -> jax.Array:
+    """A tile: 0 outside of `rows` and `columns`; None is no bound."""
+    masks = [None if rows is None else rows[:, None], None if columns is None else columns[None, :]]
+    given = [mask for mask in masks if mask is not None]
+    if not given:
+        return triton.load(ref.at[place])
+    return triton.load(ref.at[place], mask=reduce(operator.and_, given), other=0)
+
+
+def _first(sums: Sequence[jax.Array], _) -> Sequence[jax.Array]:
+    return sums[:1]
+
+
+def by_rows(
+    lefts: Sequence[jax.Array],
+    matrices: Sequence[jax.Array],
+    groups: Groups,
+    interpret: bool,
+    *,
+    terms: Sequence[Term] = ONE,
+    transposed: bool = False,
+    token_M: jax.Array | None = None,
+    extras: Sequence[jax.Array] = (),
+    finish: Finish = _first,
+    results: int = 1,
+    tile: Tile = ONE_MATRIX,
+) -> list[jax.Array]:
+    """finish(sums over the terms, extras), each [M, O] in the dtype of the rows; undefined for rows of no expert.
+
+    Args:
+        lefts: [M, I]; or [S, I] with the number of a row for each m in token_M.
+        matrices: [E, I, O], or [E, O, I] transposed.
+        groups: of M rows.
+        interpret: off a GPU.
+        terms: what is multiplied, and which sum it goes to.
+        extras: [M, O], for finish.
+        finish: of sums and extras in fp32, tile by tile.
+        results: how many it gives.
+    """
+    tile = tile.of(lefts[0].dtype)
+    rows = (lefts[0] if token_M is None else token_M).shape[0]
+    outputs = matrices[0].shape[1 if transposed else 2]
+    kernel = partial(
+        _rows_kernel, gathered=token_M is not None, lefts=len(lefts), matrices=len(matrices), extras=len(extras),
+        terms=terms, transposed=transposed, finish=finish, rows=tile_rows(rows, matrices[0].shape[0]), tile=tile,
+    )  # fmt: skip
+    called = pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(outputs, tile.columns), groups.expert_T.shape[0]),
+        out_shape=[jax.ShapeDtypeStruct((rows, outputs), lefts[0].dtype)] * results,
+        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name="expert_rows",
+    )
+    return called(*groups[2:], *(() if token_M is None else (token_M,)), *lefts, *matrices, *extras)
+
+
+def _matrices_kernel(first_E, end_E, *refs, gathered, tile):
+    token_M, refs = (refs[0], refs[1:]) if gathered else (None, refs)
+    left_ref, refs = refs[0], refs[1:]
+    many = len(refs) // 3
+    right_refs, total_refs, results = refs[:many], refs[many : 2 * many], refs[2 * many :]
+    rows, columns, step = OUTER_ROWS, tile.columns, tile.inner
+    expert = pl.program_id(2)
+    first, end = first_E[expert], end_E[expert]
+    inputs, outputs = left_ref.shape[1], right_refs[0].shape[1]
+    input_R, output_C = pl.program_id(1) * rows + jnp.arange(rows), pl.program_id(0) * columns + jnp.arange(columns)
+    in_rows, in_columns = input_R < inputs, output_C < outputs
+    inside_R, inside_C = in_rows if inputs % rows else None, in_columns if outputs % columns else None
+
+    def add(index, sums):
+        row_K = first + index * step + jnp.arange(step)
+        inside_K = row_K < end
+        source_K = row_K if token_M is None else triton.load(token_M.at[row_K], mask=inside_K, other=0)
+        left = _load(left_ref, (source_K[:, None], input_R[None, :]), inside_K, inside_R)
+        rights = [_load(ref, (row_K[:, None], output_C[None, :]), inside_K, inside_C) for ref in right_refs]
+        return tuple(total + triton.dot(left, right, trans_a=True) for total, right in zip(sums, rights, strict=True))
+
+    sums = tuple(jnp.zeros((rows, columns), jnp.float32) for _ in right_refs)
+    sums = lax.fori_loop(0, (end - first + step - 1) // step, add, sums)
+    here, mask = (expert, input_R[:, None], output_C[None, :]), in_rows[:, None] & in_columns[None, :]
+    for total, result, part in zip(total_refs, results, sums, strict=True):
+        before = triton.load(total.at[here], mask=mask, other=0)
+        triton.store(result.at[here], before + part.astype(result.dtype), mask=mask)
+
+
+def by_matrices(
+    left: jax.Array,
+    rights: Sequence[jax.Array],
+    totals: Sequence[jax.Array],
+    groups: Groups,
+    interpret: bool,
+    *,
+    token_M: jax.Array | None = None,
+    tile: Tile = ONE_OUTER,
+) -> list[jax.Array]:
+    """totals [E, I, O], each with Σ over an expert's rows of leftᵀ · right added, in place where XLA can.
+
+    left is [M, I], or [S, I] with the number of a row for each m in token_M; rights are [M, O].
+    """
+    tile = tile.of(left.dtype)
+    experts, inputs, outputs = totals[0].shape
+    before = 3 + len(rights) + (token_M is not None)
+    called = pl.pallas_call(
+        partial(_matrices_kernel, gathered=token_M is not None, tile=tile),
+        grid=(pl.cdiv(outputs, tile.columns), pl.cdiv(inputs, OUTER_ROWS), experts),
+        out_shape=[jax.ShapeDtypeStruct(total.shape, total.dtype) for total in totals],
+        input_output_aliases={before + number: number for number in range(len(totals))},
+        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name="expert_matrices",
+    )
+    return called(*groups[:2], *(() if token_M is None else (token_M,)), left, *rights, *totals)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def product(x_MI: jax.Array, matrices_EIO: jax.Array, groups: Groups, interpret: bool) -> jax.Array:
+    """Row m times the matrix of its expert, [M, O] in the dtype of x; undefined for rows of no expert, and so
+    is what comes back to them."""
+    return by_rows((x_MI,), (matrices_EIO,), groups, interpret)[0]
+
+
+def _product_forward(x_MI, matrices_EIO, groups, interpret):
+    return product(x_MI, matrices_EIO, groups, interpret), (x_MI, matrices_EIO, groups)
+
+
+def _product_backward(interpret, saved, dy_MO):
+    x_MI, matrices_EIO, groups = saved
+    (dx_MI,) = by_rows((dy_MO,), (matrices_EIO,), groups, interpret, transposed=True)
+    nothing = jnp.zeros(matrices_EIO.shape, jnp.float32)
+    (dmatrices_EIO,) = by_matrices(x_MI, (dy_MO,), (nothing,), groups, interpret)
+    return dx_MI, dmatrices_EIO.astype(matrices_EIO.dtype), None
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def _activate(sums, _):
+    gate, up = sums
+    return jax.nn.sigmoid(gate) * gate * up, gate, up
+
+
+def _activate_back(sums, extras):
+    (dhidden,), (gate, up) = sums, extras
+    share = jax.nn.sigmoid(gate)
+    activation = share * gate
+    return dhidden * up * (share + activation * (1 - share)), dhidden * activation
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def swiglu(x_SD, token_M, rank_SA, groups, matrices, masters, interpret: bool):
+    """down(silu(gate·x) · up·x) of row m, token_M[m] of x_SD, by the expert whose group holds m: (y_MD, the masters).
+
+    Args:
+        x_SD: tokens, in the compute dtype.
+        token_M: token of each assignment, sorted by expert.
+        rank_SA: where each assignment went: the way back.
+        groups: of the assignments; rows of no expert are undefined, and what comes back to them is not read.
+        matrices: gate [E, D, F], up [E, D, F] and down [E, F, D] in the compute dtype. No gradient flows into them.
+        masters: what these were cast from, handed on for their gradient (models/moe/expert_loop.py); empty if frozen.
+        interpret: off a GPU.
+    """
+    del rank_SA  # for the way back
+    (hidden_MF,) = _inward(x_SD, token_M, groups, matrices, interpret, results=1)
+    return by_rows((hidden_MF,), matrices[2:], groups, interpret)[0], masters
+
+
+def _inward(x_SD, token_M, groups, matrices, interpret, results: int):
+    """The first so many of hidden, gate and up, [M, F]."""
+    return by_rows(
+        (x_SD,), matrices[:2], groups, interpret, terms=(Term(0, 0, 0), Term(0, 1, 1)), token_M=token_M,
+        finish=lambda *values: _activate(*values)[:results], results=results, tile=TWO_MATRICES,
+    )  # fmt: skip
+
+
+def _swiglu_forward(x_SD, token_M, rank_SA, groups, matrices, masters, interpret):
+    hidden_MF, gate_MF, up_MF = _inward(x_SD, token_M, groups, matrices, interpret, results=3)
+    (y_MD,) = by_rows((hidden_MF,), matrices[2:], groups, interpret)
+    hidden_MF, gate_MF, up_MF, y_MD = (checkpoint_name(kept, KEPT) for kept in (hidden_MF, gate_MF, up_MF, y_MD))
+    return (y_MD, masters), (x_SD, token_M, rank_SA, groups, matrices, hidden_MF, gate_MF, up_MF)
+
+
+def _swiglu_backward(interpret, saved, cotangents):
+    x_SD, token_M, rank_SA, groups, (gate_EDF, up_EDF, down_EFD), hidden_MF, gate_MF, up_MF = saved
+    dy_MD, dmasters = cotangents
+    dgate_MF, dup_MF = by_rows(
+        (dy_MD,), (down_EFD,), groups, interpret, transposed=True, extras=(gate_MF, up_MF),
+        finish=_activate_back, results=2, tile=EXTRAS,
+    )  # fmt: skip
+    (dx_MD,) = by_rows(
+        (dgate_MF, dup_MF), (gate_EDF, up_EDF), groups, interpret, terms=(Term(0, 0, 0), Term(1, 1, 0)),
+        transposed=True, tile=TWO_LEFTS,
+    )  # fmt: skip
+    if dmasters:
+        dgate, dup, ddown = dmasters
+        dgate, dup = by_matrices(
+            x_SD, (dgate_MF, dup_MF), (dgate, dup), groups, interpret, token_M=token_M, tile=TWO_OUTERS
+        )
+        (ddown,) = by_matrices(hidden_MF, (dy_MD,), (ddown,), groups, interpret)
+        dmasters = (dgate, dup, ddown)
+    here_SA1 = (rank_SA < groups.end_E[-1])[:, :, None]
+    dx_SD = jnp.sum(jnp.where(here_SA1, dx_MD[rank_SA], 0), axis=1)
+    return dx_SD, None, None, None, None, dmasters
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -1,0 +1,311 @@
+"""One record per parameter: everything that the code asks about a parameter.
+
+`parameters(config)` lists the records of a model. Initialisation, abstract parameters, sharding, weight decay, counts,
+casts, adapter targets, expert slices, layer slices and the layout on disk all read these records and nothing else.
+Letters of `axes`, `inputs` and `outputs` are those of moe_reduce.models; a leading N stacks the layers of a block.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_reduce.core import trees
+from moe_reduce.core.config import ModelConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.models.deltas import ADAPTER
+
+Records = Mapping[str, "Parameter"]
+MeshAxis = str | tuple[str, ...] | None
+FSDP = ("fsdp", "expert")  # for everything but experts, the expert axis of the mesh is one more fsdp axis
+GAIN = "/magnitude"  # DoRA's trained lengths: gains, although their adapter's other leaves are matrices
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What one parameter is.
+
+    path: keys below `params`, joined by "/". axes: one letter for each axis of `shape`. init: linen initialiser of one
+    layer's values. component: name in counts and in `components=`. decays: whether AdamW decays it. precision:
+    `compute` is cast to the compute dtype where it is used; `float32` is used in fp32; `float32_stored` is also kept in
+    fp32 on disk once it has trained. mesh_axes: mesh axis for each axis. inputs, outputs: axes that a product contracts
+    and yields, both empty where the parameter is no matrix.
+    """
+
+    path: str
+    axes: str
+    shape: tuple[int, ...]
+    init: nn.initializers.Initializer
+    component: str
+    decays: bool
+    precision: Literal["compute", "float32", "float32_stored"]
+    mesh_axes: tuple[MeshAxis, ...]
+    inputs: str = ""
+    outputs: str = ""
+
+    @property
+    def name(self) -> str:
+        """Last key of the path."""
+        return self.path.rsplit("/", 1)[-1]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the first axis numbers layers."""
+        return self.axes.startswith("N")
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """Shape of one layer's values."""
+        return self.shape[1:] if self.stacked else self.shape
+
+    @property
+    def expert_axis(self) -> int | None:
+        """Axis that numbers experts; None without one."""
+        return self.axes.index("E") if "E" in self.axes else None
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether rows are multiplied with it."""
+        return bool(self.inputs)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(I, O) of one matrix: products of the sizes of `inputs` and of `outputs`."""
+        sizes = dict(zip(self.axes, self.shape, strict=True))
+        return math.prod(sizes[x] for x in self.inputs), math.prod(sizes[x] for x in self.outputs)
+
+
+@functools.cache
+def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
+    """Records of every parameter of a model, in path order."""
+    found = [*_embeddings(config), *_attention(config), *_norms(config)]
+    found += _dense_block(config) if config.moe is None else _experts(config)
+    return tuple(sorted(found, key=lambda record: record.path.split("/")))
+
+
+@functools.cache
+def by_path(config: ModelConfig) -> Records:
+    """The records of `parameters` by their paths."""
+    return {record.path: record for record in parameters(config)}
+
+
+def in_module(config: ModelConfig, scope: tuple[str, ...], name: str) -> Parameter:
+    """Record of the parameter that a linen module at `scope` names.
+
+    A block applied by itself has a scope that starts below `layers`; unstacked layers are `layers_0`, `layers_1`, ….
+    """
+    path = "/".join((re.sub(r"^layers_\d+$", "layers", "".join(scope[:1])), *scope[1:], name)).lstrip("/")
+    records = by_path(config)
+    return records[path] if path in records else records[f"layers/{path}"]
+
+
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Parameters as jax.ShapeDtypeStruct leaves of one dtype; nothing is allocated."""
+    return trees.unflatten({p.path: jax.ShapeDtypeStruct(p.shape, dtype) for p in parameters(config)})
+
+
+def stored_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
+    """Abstract parameters as a run holds them: `float32_stored` ones in fp32, the others in `dtype`."""
+    return trees.unflatten(
+        {
+            p.path: jax.ShapeDtypeStruct(p.shape, jnp.float32 if p.precision == "float32_stored" else dtype)
+            for p in parameters(config)
+        }
+    )
+
+
+def records(config: ModelConfig, params: trees.Tree) -> dict[str, Parameter]:
+    """Records of every leaf of `params`, adapter leaves included, by path. UserError for a path that has none."""
+    found: dict[str, Parameter] = {}
+    for path, leaf in trees.flatten(params).items():
+        if path.startswith(f"{ADAPTER}/"):
+            found[path] = _adapter_leaf(config, path, tuple(leaf.shape))
+        else:
+            found[path] = lookup(by_path(config), path)
+    return found
+
+
+def lookup(known: Records, path: str) -> Parameter:
+    """The record at a path; raises UserError where there is none."""
+    if path not in known:
+        raise UserError(f"parameter {path} has no record: add it to models/parameters.py")
+    return known[path]
+
+
+def below(prefix: str, known: Records) -> dict[str, Parameter]:
+    """The records of a tree that lies below a key of another, such as a teacher's."""
+    return {f"{prefix}/{path}": record for path, record in known.items()}
+
+
+def _adapter_leaf(config: ModelConfig, path: str, shape: tuple[int, ...]) -> Parameter:
+    """Record of an adapter's leaf: [stacked layers, own expert, …]; what experts share has no expert axis."""
+    target, name = next((record, path) for record in parameters(config) if path.startswith(f"{ADAPTER}/{record.path}/"))
+    own = target.expert_axis is not None and len(shape) - target.stacked == 3
+    axes = "N" * target.stacked + "E" * own
+    axes += "IO"[: len(shape) - len(axes)]
+    mesh_axes = tuple("expert" if letter == "E" else None for letter in axes)
+    zeros, decays = nn.initializers.zeros, not path.endswith(GAIN)
+    return Parameter(name, axes, shape, zeros, ADAPTER, decays, "float32", mesh_axes)
+
+
+def counts_by_component(config: ModelConfig) -> dict[str, int]:
+    """Number of parameters of each component, by name."""
+    counts: dict[str, int] = {}
+    for record in parameters(config):
+        counts[record.component] = counts.get(record.component, 0) + math.prod(record.shape)
+    return dict(sorted(counts.items()))
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters of a model."""
+    return sum(counts_by_component(config).values())
+
+
+def select(config: ModelConfig, *, component: str | None = None, matrix: bool | None = None) -> tuple[Parameter, ...]:
+    """Records of a component, or of matrices only (True) or everything else (False). UserError where there is none."""
+    found = tuple(
+        record
+        for record in parameters(config)
+        if component in (None, record.component) and matrix in (None, record.is_matrix)
+    )
+    if not found:
+        known = ", ".join(counts_by_component(config))
+        raise UserError(f"the model has no parameters of component {component!r}; it has {known}")
+    return found
+
+
+def normal_init(std: float) -> nn.initializers.Initializer:
+    """Gaussian of a standard deviation."""
+    return nn.initializers.normal(std)
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Standard deviation of matrices that write to the residual stream: 2N writes keep its variance near 1 (GPT-2)."""
+    return config.init_std / (2 * config.layers) ** 0.5
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    moe = config.moe
+    return {
+        "N": config.layers, "D": config.width, "H": config.query_heads, "G": config.key_value_heads,
+        "C": config.head_width, "V": config.vocab_size, "K": config.embedding_factor or 0,
+        "F": (config.feed_forward_width or 0) if moe is None else moe.width, "E": 0 if moe is None else moe.experts,
+    }  # fmt: skip
+
+
+def _matrix(config: ModelConfig, path: str, axes: str, product: str, mesh_axes: Any, **named: Any) -> Parameter:
+    """A matrix; product: its inputs and outputs, as "D HC"."""
+    std = named.pop("std", config.init_std)
+    inputs, outputs = product.split()
+    defaults = {"component": path.split("/")[-2], "precision": "compute", "init": normal_init(std)} | named
+    return _record(config, path, axes, mesh_axes, decays=True, inputs=inputs, outputs=outputs, **defaults)
+
+
+def _vector(config: ModelConfig, path: str, axes: str, component: str, mesh_axes: Any = None, init: Any = None):
+    """A parameter that is added or multiplied elementwise; zeros unless `init` says otherwise."""
+    init = nn.initializers.zeros if init is None else init
+    mesh_axes = (None,) * len(axes.removeprefix("N")) if mesh_axes is None else mesh_axes
+    named = {"component": component, "precision": "float32", "init": init}
+    return _record(config, path, axes, mesh_axes, decays=False, **named)
+
+
+def _record(config: ModelConfig, path: str, axes: str, mesh_axes: Any, **named: Any) -> Parameter:
+    sizes = _sizes(config)
+    mesh_axes = (None, *mesh_axes) if axes.startswith("N") else tuple(mesh_axes)
+    return Parameter(path, axes, tuple(sizes[x] for x in axes), mesh_axes=mesh_axes, **named)
+
+
+def _embeddings(config: ModelConfig) -> list[Parameter]:
+    table = ("tensor", FSDP)
+    if config.embedding_factor is None:
+        found = [_matrix(config, "embedding/table", "VD", "D V", table)]
+    else:
+        # E = U·W has entries of standard deviation init_std, and W keeps the length of what passes through it
+        std = config.embedding_factor**-0.5
+        found = [
+            _matrix(config, "embedding/factor", "VK", "K V", (("tensor", *FSDP), None)),
+            _matrix(config, "embedding/projection", "KD", "K D", (None, FSDP), std=std),
+        ]
+    if not config.tied_embeddings:
+        found.append(_matrix(config, "unembedding/table", "VD", "D V", table))
+    return found
+
+
+def _attention(config: ModelConfig) -> list[Parameter]:
+    at, inward = "layers/attention", (FSDP, "tensor", None)
+    found = [
+        _matrix(config, f"{at}/query", "NDHC", "D HC", inward),
+        _matrix(config, f"{at}/key", "NDGC", "D GC", inward),
+        _matrix(config, f"{at}/value", "NDGC", "D GC", inward),
+        _matrix(config, f"{at}/output", "NHCD", "HC D", ("tensor", None, FSDP), std=residual_std(config)),
+    ]
+    if config.biases:
+        heads = ("tensor", None)
+        found += [
+            _vector(config, f"{at}/query_bias", "NHC", "bias", heads),
+            _vector(config, f"{at}/key_bias", "NGC", "bias", heads),
+            _vector(config, f"{at}/value_bias", "NGC", "bias", heads),
+            _vector(config, f"{at}/output_bias", "ND", "bias"),
+        ]
+    if config.qk_norm:
+        query, key = ("NHC", "NGC") if config.qk_norm_scope == "projection" else ("NC", "NC")
+        ones = nn.initializers.ones
+        found += [
+            _vector(config, f"{at}/query_norm/scale", query, "norm", init=ones),
+            _vector(config, f"{at}/key_norm/scale", key, "norm", init=ones),
+        ]
+    return found
+
+
+def _norms(config: ModelConfig) -> list[Parameter]:
+    found = []
+    for path, axes in (("layers/attention_norm", "ND"), ("layers/mlp_norm", "ND"), ("final_norm", "D")):
+        found.append(_vector(config, f"{path}/scale", axes, "norm", init=nn.initializers.ones))
+        if config.norm == "layer":
+            found.append(_vector(config, f"{path}/bias", axes, "norm"))
+    return found
+
+
+def _dense_block(config: ModelConfig) -> list[Parameter]:
+    at, named = "layers/mlp", {"component": "feed_forward"}
+    inward = ("gate", "up") if config.feed_forward == "swiglu" else ("up",)
+    found = [_matrix(config, f"{at}/{name}", "NDF", "D F", (FSDP, "tensor"), **named) for name in inward]
+    std = residual_std(config)
+    found.append(_matrix(config, f"{at}/down", "NFD", "F D", ("tensor", FSDP), std=std, **named))
+    if config.biases:
+        found += [_vector(config, f"{at}/{name}_bias", "NF", "bias", ("tensor",)) for name in inward]
+        found.append(_vector(config, f"{at}/down_bias", "ND", "bias"))
+    return found
+
+
+def _experts(config: ModelConfig) -> list[Parameter]:
+    moe = config.moe
+    assert moe is not None
+    pool, router = ("N" if moe.placement == "layer" else ""), ("N" if moe.router == "layer" else "")
+    at = "layers/experts" if pool else "experts"
+    inward = {"mesh_axes": ("expert", "fsdp", "tensor"), "std": config.init_std * moe.init_scale}
+    std = residual_std(config) * moe.init_scale
+    found = [
+        _matrix(config, f"{at}/gate", f"{pool}EDF", "D F", **inward),
+        _matrix(config, f"{at}/up", f"{pool}EDF", "D F", **inward),
+        _matrix(config, f"{at}/down", f"{pool}EFD", "F D", ("expert", "tensor", "fsdp"), std=std),
+        _matrix(
+            config, f"{'layers/' if router else ''}router/weight", f"{router}DE", "D E", (FSDP, None),
+            precision="float32_stored",
+        ),
+    ]  # fmt: skip
+    if moe.selection_bias:
+        bias = _vector(config, "layers/router_bias", "NE", "router_bias")
+        found.append(dataclasses.replace(bias, precision="float32_stored"))
+    if moe.score_offset:
+        found.append(_vector(config, "layers/score_offset", "N", "score_offset"))
+    if moe.output_gain:
+        found.append(_vector(config, "layers/output_gain", "ND", "output_gain", init=nn.initializers.ones))
+    return found

@@ -1,0 +1,1 @@
+"""Bytes, FLOPs, and whether a model or a training step fits a device."""

@@ -1,0 +1,1 @@
+"""Resumable jobs: train, reduce, adapt."""

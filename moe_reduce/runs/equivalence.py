@@ -1,0 +1,104 @@
+"""What shows that a merged model is the adapted one: the merge log and the equivalence report."""
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_reduce.adapters import merging
+from moe_reduce.adapters.adapter import Adapter, activate
+from moe_reduce.core.disk import write_json
+from moe_reduce.core.errors import UserError
+from moe_reduce.core.provenance import Input
+from moe_reduce.inference.evaluate import measure
+from moe_reduce.models.model import Model
+from moe_reduce.storage import manifest
+
+MERGE_LOG = "merge.json"
+EQUIVALENCE = "equivalence.json"
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of a logit, relative to the largest; by base dtype
+SAMPLE_ROWS = 4  # whose logits are compared
+REPEATS = 5  # of each latency
+
+
+def equivalence(base: Model, adapter: Adapter, merged: Model, batches: Sequence[Any]) -> dict[str, Any]:
+    """The report: logits of the active path against the merged model on a fixed sample, perplexity and latency.
+
+    merged: as it is saved, rounded to the dtype of the base, which decides the tolerance. All three models compute in
+    fp32, so that the report is about the parameters and not about a compute dtype.
+    """
+    base, merged = (_in_float32(model) for model in (base, merged))
+    active = activate(base, adapter)
+    tokens_BT = np.asarray(batches[0]["tokens"])[:SAMPLE_ROWS]
+    with jax.default_matmul_precision("highest"):
+        expected, found = (np.asarray(model(tokens_BT), np.float64) for model in (active, merged))
+    largest = float(np.max(np.abs(expected)))
+    dtype = str(jax.tree.leaves(base.params["layers"]["attention"])[0].dtype)
+    report = {
+        "sample": {"batches": len(batches), "tokens": int(sum(np.sum(batch["weights"]) for batch in batches))},
+        "largest_logit": largest,
+        "largest_logit_difference": float(np.max(np.abs(found - expected))),
+        "same_choice": float(np.mean(np.argmax(found, -1) == np.argmax(expected, -1))),
+        "dtype": dtype,
+        "tolerance": TOLERANCES[dtype],
+        "tolerance_is": "of a logit's difference, relative to the largest logit",
+        "perplexity": {
+            name: measure(model, batches)["perplexity"]
+            for name, model in (("base", base), ("active", active), ("merged", merged))
+        },
+        "latency_seconds": {
+            name: _latency(model, tokens_BT) for name, model in (("base", base), ("active", active), ("merged", merged))
+        },
+    }
+    return report | {"equivalent": report["largest_logit_difference"] <= report["tolerance"] * largest}
+
+
+def _in_float32(model: Model) -> Model:
+    return dataclasses.replace(model, execution=dataclasses.replace(model.execution, compute_dtype="float32"))
+
+
+def check(report: dict[str, Any]) -> None:
+    """Raises UserError when the merged model is not the adapted one."""
+    if not report["equivalent"]:
+        raise UserError(
+            f"the merged model is not the adapted one: logits differ by {report['largest_logit_difference']:.2e}, "
+            f"{report['tolerance']} of the largest ({report['largest_logit']:.2e}) is allowed in {report['dtype']}: "
+            "keep the base in float32"
+        )
+
+
+def _latency(model: Callable[[Any], jax.Array], tokens_BT: Any) -> float:
+    jax.block_until_ready(model(tokens_BT))
+    seconds = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        jax.block_until_ready(model(tokens_BT))
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds))
+
+
+def write_reports(
+    directory: Path, files: Mapping[str, str], base: Input, adapter: Adapter, report: dict[str, Any]
+) -> None:
+    """merge.json and equivalence.json. files: SHA-256 of the merged model's files by name."""
+    write_json(directory / EQUIVALENCE, report)
+    write_json(
+        directory / MERGE_LOG,
+        {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+            "order": merging.ORDER,
+            "dtype": "float32",
+            "base": {"path": base.path, "sha256": base.sha256},
+            "adapter": merging.digest(adapter),
+            "merged": {name: digest for name, digest in files.items() if name.endswith(".safetensors")},
+            "equivalence": manifest.sha256_of_file(directory / EQUIVALENCE),
+            "versions": manifest.versions(),
+            "commit": manifest.commit(),
+        },
+    )

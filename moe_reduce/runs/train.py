@@ -1,0 +1,55 @@
+"""One RunConfig -> a workdir: data, mesh, task, loop, then model/ and summary.json."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe_reduce.core.config import RunConfig, to_dict
+from moe_reduce.core.provenance import Input, Step
+from moe_reduce.data.batches import fingerprint
+from moe_reduce.data.prepare import prepare
+from moe_reduce.models.decoder import init_params
+from moe_reduce.models.model import Model
+from moe_reduce.planning.flops import train_flops_per_token
+from moe_reduce.runs.workdir import begin, describe, finish, machine, writing
+from moe_reduce.training import sharding, steps
+from moe_reduce.training.job import Job, fit
+from moe_reduce.training.losses import language_model_task
+
+
+def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
+    """Trains, or goes on, or finds it done; returns the content of summary.json."""
+    run = dataclasses.replace(run, execution=run.execution.resolve(jax.default_backend()))
+    mesh = sharding.make_mesh(run.mesh)
+    sharding.model_shardings(mesh, run.model)  # refused before anything is prepared
+    steps.check_batch(mesh, run.train)
+    done = begin(workdir, run)
+    if done is not None:
+        return done
+    tokens, _ = prepare(run.data, run.model.vocab_size)
+    job = pretraining(run)
+    with writing(workdir):
+        params, figures = fit(job, mesh, tokens, workdir)
+        summary = {"name": name, **describe(run.model), "seed": run.train.seed, **figures, **machine()}
+        step = Step(
+            command="train",
+            arguments=to_dict(run),
+            inputs=(Input(run.data.source, fingerprint(tokens, run.data)),),
+            parameters_before=0,
+            parameters_after=summary["parameters"],
+            quality=summary["validation"],
+        )
+        params = sharding.to_host(mesh, params)
+        finish(workdir, Model(run.model, params, run.execution, getattr(tokens, "directory", None)), step, summary)
+    return summary
+
+
+def pretraining(run: RunConfig) -> Job:
+    """Every leaf of a new model, on the next token. run.execution: resolved."""
+    task = language_model_task(run.model, run.execution, run.balance)
+    initial = partial(init_params, run.model, jax.random.key(run.train.seed))
+    flops = train_flops_per_token(run.model, run.data.sequence_length)
+    return Job(task, run.model, initial, run.execution, run.data, run.train, flops_per_token=flops)

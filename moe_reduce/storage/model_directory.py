@@ -1,0 +1,112 @@
+"""A model as one value, and its way from and to a model directory."""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe_reduce.core import disk, trees
+from moe_reduce.core.config import ExecutionConfig, ModelConfig
+from moe_reduce.core.provenance import Step
+from moe_reduce.models.model import Model
+from moe_reduce.storage import hf_config, manifest
+from moe_reduce.storage.parameter_tensors import read_params, write_items
+from moe_reduce.storage.tensors import SHARD_BYTES, TensorFiles, TensorItem, write_tensors
+
+# What belongs to a model directory beside config and weights; copied along unread.
+COMPANIONS = (
+    "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+Also = Callable[[Path, Mapping[str, str]], None]
+
+
+def load(
+    path: str | Path,
+    dtype: Any = None,
+    execution: ExecutionConfig | None = None,
+    shardings: trees.Tree | None = None,
+) -> Model:
+    """The model in a directory of ours or of Hugging Face (llama, qwen3, qwen3_moe, gpt_neox).
+
+    dtype: of the parameters, such as "bfloat16"; None keeps what is stored. execution: how to compute; None lets the
+    platform decide. shardings: tree of jax.sharding.Sharding like the parameters; each device reads its own slices.
+    Raises UserError, in one line naming file and tensor or key, when the directory cannot be read as it is.
+    """
+    directory = Path(path)
+    config, raw = hf_config.read_config(directory)
+    params = read_params(TensorFiles(directory), config, dtype, shardings)
+    execution = (execution or ExecutionConfig()).resolve(jax.default_backend())
+    return Model(config, params, execution, directory, raw, manifest.read_chain(directory))
+
+
+def save(
+    model: Model,
+    path: str | Path,
+    step: Step | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    also: Also | None = None,
+) -> None:
+    """Writes a model directory: config.json, safetensors, the tokenizer of `model.source`, manifest.json.
+
+    Everything is written beside `path` and renamed, so a kill or a full disk leaves nothing half-made. step: what was
+    done to make this model, appended to its chain. shard_bytes: largest size of a weight file. also(unfinished
+    directory, SHA-256 of each weight file by name) writes what else belongs there. Raises UserError when the path
+    exists (unless overwrite, and it is a model directory), or cannot be written.
+    """
+    (embedding,) = trees.select(model.params, "embedding/(table|factor)", expect=1).values()
+    contents = Contents(
+        config=model.config,
+        items=write_items(model.params, model.config),
+        dtype=str(embedding.dtype),
+        source=model.source,
+        hf_config=model.hf_config,
+        chain=model.chain if step is None else (*model.chain, step),
+    )
+    write_directory(contents, path, overwrite, shard_bytes, also)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a model directory; tensors may come from other files, so that no model need fit into memory."""
+
+    config: ModelConfig
+    items: Iterable[TensorItem]
+    dtype: str
+    source: Path | None  # directory whose tokenizer belongs to this model
+    hf_config: dict[str, Any] | None
+    chain: tuple[Step, ...]
+
+
+def write_directory(
+    contents: Contents,
+    path: str | Path,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    also: Also | None = None,
+) -> None:
+    """Writes a model directory whole or not at all; see `save`."""
+    target = Path(path).absolute()
+    disk.check_directory(target, overwrite, hf_config.CONFIG_FILE, "a model directory")
+    with disk.writing(target, "free the space or choose another path"), disk.temporary_beside(target) as unfinished:
+        _write(contents, unfinished, shard_bytes, also)
+        disk.replace_directory(unfinished, target)
+
+
+def _write(contents: Contents, directory: Path, shard_bytes: int, also: Also | None) -> None:
+    hashes = write_tensors(directory, contents.items, shard_bytes)
+    raw = hf_config.to_hf(contents.config, contents.hf_config, contents.dtype)
+    (directory / hf_config.CONFIG_FILE).write_text(hf_config.dumps(raw))
+    companions = () if contents.source is None else [contents.source / name for name in COMPANIONS]
+    for file in companions:
+        if file.is_file():
+            shutil.copyfile(file, directory / file.name)
+    if also is not None:
+        also(directory, hashes)
+    manifest.write(directory, contents.config, contents.chain, hashes)
