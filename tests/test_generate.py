@@ -47,22 +47,19 @@ def model_of(kind: str, platform: str = "cpu", **execution) -> Model:
 def cached_logits(model: Model, rows_BT: np.ndarray, quantised: bool = False) -> tuple[list[np.ndarray], dict]:
     """Logits of each row from the last place of its prompt (of LENGTHS) on, token by token; and the cache."""
     found = ready(model)
-    decoder = generation.Program(
-        found.config, found.execution, found.stacked, Sampler(True, None, False), "auto"
-    ).decoder
-    ask = {"mutable": [cache.KEYS_VALUES]}
+    program = generation.Program(found.config, found.execution, found.stacked, Sampler(True, None, False), "auto")
     lengths_B, longest = jnp.asarray(LENGTHS), max(LENGTHS)
 
     @jax.jit
     def prefill(tokens_BT):
-        logits_B1V, sown = decoder.apply(found.variables, tokens_BT, last_B=lengths_B - 1, **ask)
-        return logits_B1V, cache.of_prompts(sown[cache.KEYS_VALUES], 16, quantised, found.stacked)
+        logits_B1V, new = program.run(found.params, {"tokens": tokens_BT, "last": lengths_B - 1})
+        return logits_B1V, cache.of_prompts(new, 16, quantised, found.stacked)
 
     @jax.jit
     def step(held, tokens_B, positions_B):
-        variables = found.variables | {cache.CACHE: held}
-        logits_B1V, sown = decoder.apply(variables, tokens_B[:, None], positions_BT=positions_B[:, None], **ask)
-        return logits_B1V, cache.written(held, sown[cache.KEYS_VALUES], positions_B, found.stacked)
+        batch = {"tokens": tokens_B[:, None], "positions": positions_B[:, None]}
+        logits_B1V, new = program.run(found.params, batch, held)
+        return logits_B1V, cache.written(held, new, positions_B, found.stacked)
 
     padded = np.where(np.arange(longest)[None] < np.array(LENGTHS)[:, None], rows_BT[:, :longest], 0)
     logits_B1V, held = prefill(jnp.asarray(padded))
@@ -170,7 +167,7 @@ def test_two_devices_make_the_text_of_one_and_gather_no_weight(kind, platform, c
     found = generate(prepared, PROMPTS, settings)
     if compute_dtype == "float32":  # else sums in another order may change a choice
         assert found == generate(model, PROMPTS, settings)
-    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(prepared.variables)} == {2}
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(prepared.params)} == {2}
     _, program, arguments, places = generation._arguments(prepared, PROMPTS, settings)
     choice = generation._choice(settings)
     generation._prefill.clear_cache()
@@ -180,8 +177,8 @@ def test_two_devices_make_the_text_of_one_and_gather_no_weight(kind, platform, c
         generate(prepared, PROMPTS, settings)
     assert [event for event in events if "backend_compile" in event] == []
     with prepared.place():
-        state, _ = generation._prefill(program, places, prepared.variables, *arguments, choice)
-        text = generation._decode.lower(program, prepared.variables, state, choice, jnp.int32(1)).compile().as_text()
+        state, _ = generation._prefill(program, places, prepared.params, *arguments, choice)
+        text = generation._decode.lower(program, prepared.params, state, choice, jnp.int32(1)).compile().as_text()
     moved = collectives(text)
     assert moved["all-reduce"]["bytes"] > 0
     assert moved.get("all-gather", {"bytes": 0})["bytes"] < model.config.width**2  # of one square matrix, at least 2
@@ -192,7 +189,7 @@ def test_rows_keep_apart_within_the_mesh_of_a_training_run():
     model, settings = ready(model_of("dense")), GenerateConfig(max_tokens=4)
     _, program, arguments, places = generation._arguments(model, [[1, 2]] * 4, settings)
     with jax.set_mesh(make_mesh(MeshConfig(data=4))):
-        state, _ = generation._prefill(program, places, model.variables, *arguments, generation._choice(settings))
+        state, _ = generation._prefill(program, places, model.params, *arguments, generation._choice(settings))
     for leaf in jax.tree.leaves(state.cache):
         assert leaf.sharding.shard_shape(leaf.shape)[0] == 1
 

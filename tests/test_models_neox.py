@@ -10,6 +10,7 @@ from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models.decoder import AttentionHalf, Decoder, init_params
 from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.models.layers import LayerNorm, rotate, turns
+from moe_reduce.models.model import Model
 
 EXECUTION = ExecutionConfig().resolve("cpu")
 RANK = 3
@@ -56,9 +57,8 @@ def test_the_half_block_is_the_block_without_its_feed_forward(tiny_neox, params)
     """With a silent feed-forward, what the block leaves is what the half gives; its norm reads the block's input."""
     silent = {path: jnp.zeros_like(leaf) for path, leaf in trees.flatten(params).items() if "mlp/down" in path}
     params = trees.update(params, silent)
-    _, sown = jax.jit(lambda: Decoder(tiny_neox, EXECUTION).apply(
-        {"params": params}, tokens_of(tiny_neox), mutable=["hidden"]))()  # fmt: skip
-    hidden = sown["hidden"]["layers"]
+    model = Model(tiny_neox, params, EXECUTION)
+    hidden = jax.jit(lambda: model.apply({"tokens": tokens_of(tiny_neox)}, collect=("hidden",)))().collected["hidden"]
     layer = {name: jax.tree.map(lambda leaf: leaf[1], params["layers"][name]) for name in params["layers"]}
     layer.pop("mlp")
     positions_BT = jnp.broadcast_to(jnp.arange(12)[None], (2, 12))

@@ -16,7 +16,7 @@ from moe_reduce.__main__ import main
 from moe_reduce.core import trees
 from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.models.decoder import Decoder, init_params
+from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import abstract_params
 from moe_reduce.reduction import architecture
@@ -137,9 +137,10 @@ def test_dropped_layer_equals_a_model_without_it(config):
 def by_hand_influence(model, ids, counted):
     """From the inputs of the blocks alone, a spare one behind the last."""
     below = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1]]), model.params["layers"])
-    decoder = Decoder(dataclasses.replace(model.config, layers=model.config.layers + 1), model.execution)
-    apply = jax.jit(lambda params, ids: decoder.apply({"params": params}, ids, mutable=["hidden"])[1])
-    streams = np.asarray(apply(model.params | {"layers": below}, ids)["hidden"]["layers"]["block_input"])
+    longer = dataclasses.replace(model.config, layers=model.config.layers + 1)
+    params = model.params | {"layers": below}
+    hidden = Model(longer, params, model.execution).apply({"tokens": ids}, collect=("hidden",)).collected["hidden"]
+    streams = np.asarray(hidden["block_input"])
     found = []
     for before, after in itertools.pairwise(streams):
         cosine = (before * after).sum(-1) / np.linalg.norm(before, axis=-1) / np.linalg.norm(after, axis=-1)

@@ -10,7 +10,7 @@ import pytest
 from moe_reduce.core import trees
 from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.models.decoder import Decoder, init_params
+from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.reduction import pool as pooling
 from moe_reduce.reduction import scores, selection
@@ -36,10 +36,8 @@ def _reference(model, batches):
     layers = model.config.layers
     found = np.zeros((4, layers, moe.experts))
     for batch in batches:
-        _, sown = Decoder(model.config, model.execution).apply(
-            {"params": model.params}, batch["tokens"], mutable=["hidden"]
-        )
-        inputs = np.asarray(sown["hidden"]["layers"]["router_input"], np.float64)[:, :3].reshape(layers, 48, -1)
+        hidden = model.apply({"tokens": batch["tokens"]}, collect=("hidden",)).collected["hidden"]
+        inputs = np.asarray(hidden["router_input"], np.float64)[:, :3].reshape(layers, 48, -1)
         for layer in range(layers):
             matrices = [flat[f"layers/experts/{name}"][layer] for name in ("gate", "up", "down")]
             logits = inputs[layer] @ flat["layers/router/weight"][layer]

@@ -46,10 +46,8 @@ def test_concatenated_routers_have_nothing_to_learn_and_random_ones_do(model, ro
 def test_router_divergence_by_hand(model):
     pooled = pooling.pool(model, start="random")
     found, _ = _loss(pooled, model, objective="router")
-    _, sown = tuning.Decoder(model.config, EXECUTION).apply(
-        {"params": model.params}, random_batch()["tokens"], mutable=["hidden"]
-    )
-    x = np.asarray(sown["hidden"]["layers"]["router_input"], np.float64)
+    batch = {"tokens": random_batch()["tokens"]}
+    x = np.asarray(model.apply(batch, collect=("hidden",)).collected["hidden"]["router_input"], np.float64)
     wanted = np.asarray(model.params["layers"]["router"]["weight"], np.float64)
     pool = np.asarray(pooled.params["router"]["weight"], np.float64)
 

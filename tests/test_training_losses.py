@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from moe_reduce.core.config import BalanceConfig, ExecutionConfig, MoEConfig
-from moe_reduce.models.decoder import Decoder, init_params
+from moe_reduce.models.decoder import init_params
+from moe_reduce.models.model import Model
 from moe_reduce.training.losses import (
     balance_terms,
     collapse,
@@ -113,7 +114,7 @@ def test_the_gradient_of_the_likelihood_is_that_of_its_formula():
 @pytest.mark.parametrize("dispatch", ["blocks", "capacity"])
 def test_what_fills_up_a_row_or_a_batch_does_not_count_in_routing(tiny_shared, dispatch):
     execution = ExecutionConfig(platform="cpu", dispatch=dispatch, capacity_factor=float(tiny_shared.moe.experts))
-    decoder, params = Decoder(tiny_shared, execution), init_params(tiny_shared, jax.random.key(0))
+    skeleton, params = Model(tiny_shared, {}, execution), init_params(tiny_shared, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(1, tiny_shared.vocab_size, (4, 16)).astype(np.int32)
     counted = np.ones((4, 16), np.float32)
     counted[:, :4] = 0  # a prompt, which is read though it is not learned
@@ -121,8 +122,10 @@ def test_what_fills_up_a_row_or_a_batch_does_not_count_in_routing(tiny_shared, d
     large = {name: np.pad(array, ((0, 4), (0, 48))) for name, array in small.items()}
 
     def figures(batch):
-        _, penalty, metrics = predict(decoder, BalanceConfig(loss="pooled", z_loss_weight=0.01), params, batch)
-        return {"penalty": penalty} | metrics | {"counts_NE": evaluator(decoder)(params, batch)["counts_NE"]}
+        _, penalty, metrics = predict(
+            skeleton.with_params(params), BalanceConfig(loss="pooled", z_loss_weight=0.01), batch
+        )
+        return {"penalty": penalty} | metrics | {"counts_NE": evaluator(skeleton)(params, batch)["counts_NE"]}
 
     found, wanted = figures(large), figures(small)
     assert np.sum(wanted["counts_NE"]) == tiny_shared.layers * tokens.size * tiny_shared.moe.active
@@ -133,11 +136,11 @@ def test_what_fills_up_a_row_or_a_batch_does_not_count_in_routing(tiny_shared, d
 def test_padding_takes_no_capacity_from_real_tokens(tiny_shared):
     moe = dataclasses.replace(tiny_shared.moe, active=1)
     config = dataclasses.replace(tiny_shared, moe=moe)
-    decoder = Decoder(config, ExecutionConfig(platform="cpu", dispatch="capacity", capacity_factor=1.0))
+    skeleton = Model(config, {}, ExecutionConfig(platform="cpu", dispatch="capacity", capacity_factor=1.0))
     params = init_params(config, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(1, config.vocab_size, (1, 64)).astype(np.int32)
     weights = np.ones((1, 64), np.float32)
     padded = {"tokens": np.concatenate([np.zeros_like(tokens)] * 3 + [tokens]), "targets": np.tile(tokens, (4, 1))}
     padded["weights"] = np.concatenate([np.zeros_like(weights)] * 3 + [weights])
-    _, _, metrics = predict(decoder, BalanceConfig(), params, padded)
+    _, _, metrics = predict(skeleton.with_params(params), BalanceConfig(), padded)
     assert metrics["dropped_share"] == 0  # room for 256 / E of each, of 64

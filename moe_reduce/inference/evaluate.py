@@ -15,13 +15,10 @@ from moe_reduce.core.config import DataConfig, ExecutionConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.data.batches import WholeSplit
 from moe_reduce.data.prepare import prepare
-from moe_reduce.models.decoder import Decoder
-from moe_reduce.models.deltas import variables
 from moe_reduce.models.model import Model
 from moe_reduce.training.loop import summarize
 from moe_reduce.training.losses import evaluator, token_losses
 from moe_reduce.training.sharding import compiled
-from moe_reduce.training.task import decoder_inputs
 
 
 class RowSums(NamedTuple):
@@ -59,11 +56,11 @@ def evaluate(
 @cache
 def _step(config: ModelConfig, execution: ExecutionConfig, mesh: Mesh | None) -> Any:
     """One program for a model and a baseline of the same architecture."""
-    return compiled(partial(_row_sums, Decoder(config, execution)), mesh)
+    return compiled(partial(_row_sums, Model(config, {}, execution)), mesh)
 
 
-def _row_sums(decoder: Decoder, params: Any, batch: Any) -> RowSums:
-    logits_BTV: Any = decoder.apply(variables(params), *decoder_inputs(batch))
+def _row_sums(skeleton: Model, params: Any, batch: Any) -> RowSums:
+    logits_BTV, _ = skeleton.with_params(params).apply(batch)
     nll_BT, correct_BT = token_losses(logits_BTV, batch)
     sums: Any = (jnp.sum(values * batch["weights"], axis=1) for values in (nll_BT, correct_BT, 1.0))
     return RowSums(*sums)
@@ -71,7 +68,7 @@ def _row_sums(decoder: Decoder, params: Any, batch: Any) -> RowSums:
 
 def measure(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> dict[str, Any]:
     """{loss, perplexity, accuracy, tokens; with experts counts_NE} over batches, on a mesh if one is given."""
-    step = compiled(evaluator(Decoder(model.config, model.execution)), mesh)
+    step = compiled(evaluator(model.with_params({})), mesh)
     sums = [jax.device_get(step(model.params, batch)) for batch in batches]
     total = jax.tree.map(lambda *leaves: np.sum(np.stack(leaves), axis=0), *sums)
     return summarize(total) | {"tokens": int(total["weight"])}

@@ -10,7 +10,6 @@ device reads its own part of the weights.
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,21 +24,18 @@ from moe_reduce.core import trees, validation
 from moe_reduce.core.config import DISPATCH_BY_PLATFORM, ExecutionConfig, GenerateConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.inference.sampling import Choice, Sampler, choose
-from moe_reduce.models import cache, deltas
-from moe_reduce.models.decoder import Decoder, unstacked
+from moe_reduce.models import cache
+from moe_reduce.models.cache import KEYS_VALUES
+from moe_reduce.models.decoder import unstacked
 from moe_reduce.models.mesh import BATCH_AXES
 from moe_reduce.models.model import Model
-from moe_reduce.models.parameters import records
+from moe_reduce.models.parameters import parameters, records
 from moe_reduce.training import sharding
 
 STEPS = 32  # tokens between two looks at what was made
 LEAST_BUCKET = 16
 NOWHERE = 2**31 - 1  # in place of a place in the cache, for a row that has ended
 NOTHING = -1  # in place of an id, where a row has ended
-# Cast to the compute dtype wherever it is used; norms, biases and routers are used in fp32.
-MATRIX = re.compile(
-    r"(.*/)?(attention/(query|key|value|output)|(mlp|experts)/(gate|up|down)|(embedding|unembedding)/\w+)"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +44,7 @@ class Ready:
 
     config: ModelConfig
     execution: ExecutionConfig
-    variables: dict[str, Any]
+    params: dict[str, Any]  # in the compute dtype; on a CPU each layer's by itself
     mesh: Mesh | None = None
 
     @property
@@ -70,10 +66,10 @@ class Program(NamedTuple):
     sampler: Sampler
     cache_dtype: Literal["auto", "int8"]
 
-    @property
-    def decoder(self) -> Decoder:
-        """The module that computes it."""
-        return Decoder(self.config, self.execution, self.stacked)
+    def run(self, params: Any, batch: dict[str, Any], cache: Any = None) -> tuple[jax.Array, Any]:
+        """(logits, keys and values of the batch's tokens)."""
+        logits, collected = Model(self.config, params, self.execution).apply(batch, (KEYS_VALUES,), cache)
+        return logits, collected[KEYS_VALUES]
 
 
 class State(NamedTuple):
@@ -106,13 +102,13 @@ def chunks(
     found, program, arguments, places = _arguments(model, prompts, settings)
     choice = _choice(settings)
     with found.place():
-        state, first_B = _prefill(program, places, found.variables, *arguments, choice)
+        state, first_B = _prefill(program, places, found.params, *arguments, choice)
     yield _rows(np.asarray(first_B)[:, None])
     made = 1
     while made < settings.max_tokens and not np.all(np.asarray(state.ended_B)):
         count = min(steps, STEPS, settings.max_tokens - made)
         with found.place():
-            state, ids_BX = _decode(program, found.variables, state, choice, jnp.int32(count))
+            state, ids_BX = _decode(program, found.params, state, choice, jnp.int32(count))
         yield _rows(np.asarray(ids_BX)[:, :count])
         made += count
 
@@ -122,12 +118,12 @@ def compile_for(model: Ready, prompts: Sequence[Sequence[int]], settings: Genera
     found, program, arguments, places = _arguments(model, prompts, settings)
     choice = _choice(settings)
     with found.place():
-        prefill = _prefill.lower(program, places, found.variables, *arguments, choice)
+        prefill = _prefill.lower(program, places, found.params, *arguments, choice)
         compiled = prefill.compile()
         state, _ = prefill.out_info
         if found.mesh is not None:  # on one device nothing says where it lies, as at the first use
             state = sharding.placed(state, compiled.output_shardings[0])
-        _decode.lower(program, found.variables, state, choice, jnp.int32(1)).compile()
+        _decode.lower(program, found.params, state, choice, jnp.int32(1)).compile()
 
 
 def ready(model: Model | Ready, mesh: Mesh | None = None) -> Ready:
@@ -143,13 +139,11 @@ def ready(model: Model | Ready, mesh: Mesh | None = None) -> Ready:
     given = model.params
     if mesh is not None:
         given = jax.tree.map(jax.device_put, given, sharding.shardings(mesh, given, records(model.config, given)))
-    params: Any = {name: tree for name, tree in given.items() if name != deltas.ADAPTER}
-    flat = {path: leaf for path, leaf in trees.flatten(params).items() if MATRIX.fullmatch(path)}
-    params = trees.update(params, {path: jnp.asarray(leaf, execution.compute_dtype) for path, leaf in flat.items()})
-    adapter = {name: given[name] for name in given if name == deltas.ADAPTER}
-    variables = deltas.variables(params | adapter)
-    found = Ready(model.config, execution, variables, mesh)
-    return found if found.stacked else dataclasses.replace(found, variables=unstacked(variables))
+    cast = [record.path for record in parameters(model.config) if record.precision == "compute"]
+    flat = trees.flatten(given)
+    params = trees.update(given, {path: jnp.asarray(flat[path], execution.compute_dtype) for path in cast})
+    found = Ready(model.config, execution, params, mesh)
+    return found if found.stacked else dataclasses.replace(found, params=unstacked(params))
 
 
 def bucket(length: int) -> int:
@@ -201,20 +195,19 @@ def _choice(settings: GenerateConfig) -> Choice:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _prefill(program: Program, places: int, variables: Any, tokens_BT, lengths_B, choice: Choice):
+def _prefill(program: Program, places: int, params: Any, tokens_BT, lengths_B, choice: Choice):
     """Reads the prompts and makes the first token of each: (state, ids_B)."""
-    logits_B1V, sown = program.decoder.apply(variables, tokens_BT, last_B=lengths_B - 1, mutable=[cache.KEYS_VALUES])
+    logits_B1V, new = program.run(params, {"tokens": tokens_BT, "last": lengths_B - 1})
     quantised = program.cache_dtype == "int8"
-    filled = cache.of_prompts(sown[cache.KEYS_VALUES], places, quantised, program.stacked)
+    filled = cache.of_prompts(new, places, quantised, program.stacked)
     ended_B = jnp.zeros(lengths_B.shape, bool)
     state = State(filled, lengths_B, lengths_B - 1, ended_B, jnp.int32(0))
     return _settled(program, *_next(program, state, logits_B1V, choice))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(program: Program, variables: Any, state: State, choice: Choice, steps: jax.Array):
+def _decode(program: Program, params: Any, state: State, choice: Choice, steps: jax.Array):
     """Makes `steps` tokens of each row, fewer where all have ended: (state, ids [B, STEPS])."""
-    decoder = program.decoder
 
     def unfinished(carry):
         index, state, _ = carry
@@ -222,14 +215,12 @@ def _decode(program: Program, variables: Any, state: State, choice: Choice, step
 
     def step(carry):
         index, state, ids_BX = carry
-        inputs = variables | {cache.CACHE: state.cache}
-        positions_B1 = state.positions_B[:, None]
-        tokens_B1 = state.last_B[:, None]
-        logits_B1V, sown = decoder.apply(inputs, tokens_B1, None, positions_B1, mutable=[cache.KEYS_VALUES])
+        batch = {"tokens": state.last_B[:, None], "positions": state.positions_B[:, None]}
+        logits_B1V, new = program.run(params, batch, state.cache)
         following, ids_B = _next(program, state, logits_B1V, choice)
         # That the place depends on the choice also puts the write behind every read: else XLA copies the whole cache.
         places_B = jnp.where(following.ended_B, NOWHERE, state.positions_B)
-        written = cache.written(state.cache, sown[cache.KEYS_VALUES], places_B, program.stacked)
+        written = cache.written(state.cache, new, places_B, program.stacked)
         state = following._replace(cache=written)
         return index + 1, state, ids_BX.at[:, index].set(ids_B)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_reduce.inference.generate import Ready, bucket
 from moe_reduce.models import cache
-from moe_reduce.models.decoder import Decoder
+from moe_reduce.models.model import Model
 
 Pair = tuple[Sequence[int], Sequence[int]]  # a context of at least one token, and what follows
 
@@ -38,7 +38,7 @@ def score(model: Ready, pairs: Sequence[Pair], batch_size: int) -> Iterator[tupl
         # the last token of a context is the first that its continuations read
         tokens_BT, _ = _rows([context[:-1] for context in batch], batch_size, places)
         with model.place():
-            read = _read(model.config, model.execution, model.stacked, places, model.variables, tokens_BT)
+            read = _read(model.config, model.execution, model.stacked, places, model.params, tokens_BT)
         jobs = [
             (row, context, continuation, indices)
             for row, context in enumerate(batch)
@@ -72,7 +72,7 @@ def _continue(model: Ready, read: Any, jobs: Sequence[Any], batch_size: int) -> 
         rows_R[number], starts_R[number] = row, len(context) - 1
     with model.place():
         found = _score(
-            model.config, model.execution, model.stacked, model.variables, read, rows_R, tokens_RX, starts_R,
+            model.config, model.execution, model.stacked, model.params, read, rows_R, tokens_RX, starts_R,
             targets_RX, counted_RX,
         )  # fmt: skip
     likelihood_R, greedy_R = jax.device_get(found)
@@ -80,23 +80,21 @@ def _continue(model: Ready, read: Any, jobs: Sequence[Any], batch_size: int) -> 
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _read(config, execution, stacked: bool, places: int, variables: Any, tokens_BT: jax.Array) -> Any:
+def _read(config, execution, stacked: bool, places: int, params: Any, tokens_BT: jax.Array) -> Any:
     """A cache of all tokens; of places behind a row's end nobody reads."""
-    decoder = Decoder(config, execution, stacked)
     # logits are made of one place only: nobody wants them
-    last_B = jnp.zeros(tokens_BT.shape[0], jnp.int32)
-    _, sown = decoder.apply(variables, tokens_BT, last_B=last_B, mutable=[cache.KEYS_VALUES])
-    return cache.of_prompts(sown[cache.KEYS_VALUES], places, False, stacked)
+    batch = {"tokens": tokens_BT, "last": jnp.zeros(tokens_BT.shape[0], jnp.int32)}
+    _, collected = Model(config, params, execution).apply(batch, collect=(cache.KEYS_VALUES,))
+    return cache.of_prompts(collected[cache.KEYS_VALUES], places, False, stacked)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _score(config, execution, stacked: bool, variables, read, rows_R, tokens_RX, starts_R, targets_RX, counted_RX):
+def _score(config, execution, stacked: bool, params, read, rows_R, tokens_RX, starts_R, targets_RX, counted_RX):
     """(Σ log p of the counted targets, whether all are greedy) behind row rows_R of the cache, from place starts_R."""
     own = jax.tree.map(lambda leaf: jnp.take(leaf, rows_R, axis=1 if stacked else 0), read)
     positions_RX = starts_R[:, None] + jnp.arange(tokens_RX.shape[1], dtype=jnp.int32)[None]
-    logits_RXV: Any = Decoder(config, execution, stacked).apply(
-        variables | {cache.CACHE: own}, tokens_RX, None, positions_RX
-    )
+    batch = {"tokens": tokens_RX, "positions": positions_RX}
+    logits_RXV, _ = Model(config, params, execution).apply(batch, cache=own)
     chosen_RX = jnp.take_along_axis(jax.nn.log_softmax(logits_RXV), targets_RX[:, :, None], axis=-1)[:, :, 0]
     greedy_RX = jnp.argmax(logits_RXV, axis=-1) == targets_RX
     return jnp.sum(jnp.where(counted_RX, chosen_RX, 0.0), axis=1), jnp.all(greedy_RX | ~counted_RX, axis=1)

@@ -11,7 +11,7 @@ from flax.linen.initializers import ones, zeros
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.models import products
 from moe_reduce.models.cache import CACHE, KEYS_VALUES
-from moe_reduce.models.deltas import ADAPTER
+from moe_reduce.models.deltas import ADAPTER, variables
 from moe_reduce.models.layers import Attention, Embedding, FeedForward, Unembedding, residual_norm
 from moe_reduce.models.mesh import shard_batch, whole
 from moe_reduce.models.moe.dispatch import Experts, Pool
@@ -22,13 +22,8 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(products.KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-# What a block sows for those who make the collection mutable; layers are stacked on the first axis. Nobody else pays.
-COLLECTIONS = (
-    "intermediates",  # routing: counts_E, probability_E, z, dropped of each call
-    "assignments",  # routed: expert, weight, norm, maximum of each assignment, [B, T, A]
-    "hidden",  # block_input, router_input and block_output, [B, T, D]
-    KEYS_VALUES,  # keys and values, [B, T, G, C]
-)
+STACK = "layers"  # key of the stacked layers among the parameters
+COLLECT = ("routing", "assignments", "hidden", KEYS_VALUES)  # what a block sows when asked (see Model.apply)
 
 
 class Block(nn.Module):
@@ -39,7 +34,7 @@ class Block(nn.Module):
     Uses the shared pool and router that it is given, and makes its own where it is given none. The masters of a shared
     pool go from block to block with x, so that their gradient is added up on the way back.
 
-    Sows, for those who ask (see `COLLECTIONS`).
+    Sows, for those who ask (see `COLLECT`).
     """
 
     config: ModelConfig
@@ -52,7 +47,7 @@ class Block(nn.Module):
         config, execution = self.config, self.execution
         x_BTD, masters = carry
         computed, changes = shared
-        _sow(self, "hidden", "block_input", x_BTD)
+        _sow(self, "hidden", {"block_input": x_BTD})
         x_BTD, normed_BTD = _attend(config, execution, x_BTD, positions_BT, segments_BT)
         if config.moe is None:
             y_BTD = FeedForward(config, execution, name="mlp")(normed_BTD)
@@ -71,10 +66,10 @@ class Block(nn.Module):
             if config.moe.output_gain:
                 gain_D = self.param("output_gain", ones, (config.width,)).astype(y_BTD.dtype)
                 y_BTD = y_BTD * jnp.broadcast_to(gain_D, y_BTD.shape)
-            _sow(self, "hidden", "router_input", normed_BTD)
-            _sow(self, "intermediates", "routing", statistics)
-            _sow(self, "assignments", "routed", assignments)
-        _sow(self, "hidden", "block_output", x_BTD + y_BTD)
+            _sow(self, "hidden", {"router_input": normed_BTD})
+            _sow(self, "routing", statistics)
+            _sow(self, "assignments", assignments)
+        _sow(self, "hidden", {"block_output": x_BTD + y_BTD})
         return (shard_batch(x_BTD + y_BTD), masters), None
 
 
@@ -102,9 +97,11 @@ class AttentionHalf(nn.Module):
         return _attend(self.config, self.execution, x_BTD, positions_BT, segments_BT)
 
 
-def _sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
-    """One value a call, without the tuple that linen collects repeated calls in."""
-    module.sow(collection, name, value, reduce_fn=lambda _, new: new, init_fn=dict)
+def _sow(module: nn.Module, collection: str, values: dict[str, jax.Array]) -> None:
+    """Hand out values for those who collect them; without the tuple that linen collects repeated calls in."""
+    for name, value in values.items():
+        last: Any = {"reduce_fn": lambda _, new: new, "init_fn": dict}
+        module.sow(collection, name, value, **last)
 
 
 class Decoder(nn.Module):
@@ -115,8 +112,7 @@ class Decoder(nn.Module):
     `last_B` names the only place of each row whose logits are wanted: they are [B, 1, V] then. With a cache among the
     variables the tokens go on where it ends, at `positions_BT` (see models/cache.py).
 
-    stacked: one scan over layers, whose variables are stacked; else one by one, from variables as `unstacked` makes
-    them. That saves a CPU a copy of every matrix at each use, which is most of the time of a single token.
+    stacked: one scan over layers, whose parameters are stacked; else one by one, from parameters that `unstacked` made.
     """
 
     config: ModelConfig
@@ -127,12 +123,12 @@ class Decoder(nn.Module):
     def __call__(
         self,
         tokens_BT: jax.Array,
-        segments_BT: jax.Array | None = None,
-        positions_BT=None,
-        last_B=None,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        last: jax.Array | None = None,
         real_BT: jax.Array | None = None,
     ) -> jax.Array:
-        config = self.config
+        config, segments_BT, positions_BT, last_B = self.config, segments, positions, last
         embedding = Embedding(config, self.execution, name="embedding")
         x_BTD = shard_batch(embedding.encode(tokens_BT))
         if positions_BT is None:
@@ -161,7 +157,7 @@ class Decoder(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[self.execution.remat], prevent_cse=False)
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0, ADAPTER: 0, CACHE: 0, **dict.fromkeys(COLLECTIONS, 0)},
+            variable_axes={"params": 0, ADAPTER: 0, CACHE: 0, **dict.fromkeys(COLLECT, 0)},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # type: ignore[arg-type]
             length=self.config.layers,
@@ -175,18 +171,19 @@ class Decoder(nn.Module):
         return carry, None
 
 
-def unstacked(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of a Decoder for `stacked=False`: copies, each layer's by itself."""
-    return {name: _unstacked(collection) for name, collection in variables.items()}
+def unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters, and their adapter, for layers computed one by one: copies, each layer's by itself.
 
-
-def _unstacked(collection: Mapping[str, Any]) -> dict[str, Any]:
-    rest = {name: leaf for name, leaf in collection.items() if name != "layers"}
-    if len(rest) == len(collection):
-        return rest
-    leaves, structure = jax.tree.flatten(collection["layers"])
+    Reading them saves a CPU a copy of every matrix at each use, which is most of the time of a single token.
+    """
+    found = {name: tree for name, tree in params.items() if name not in (STACK, ADAPTER)}
+    if ADAPTER in params:
+        found[ADAPTER] = unstacked(variables(params)[ADAPTER])
+    if STACK not in params:
+        return found
+    leaves, structure = jax.tree.flatten(params[STACK])
     layers = zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True)
-    return rest | {_name(number): structure.unflatten(layer) for number, layer in enumerate(layers)}
+    return found | {_name(number): structure.unflatten(layer) for number, layer in enumerate(layers)}
 
 
 def _name(number: int) -> str:

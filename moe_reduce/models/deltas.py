@@ -41,6 +41,8 @@ def variables(params: Mapping[str, Any]) -> dict[str, Any]:
     if ADAPTER not in params:
         return {"params": params}
     own = {name: leaf for name, leaf in params.items() if name != ADAPTER}
+    if "layers" not in own:  # unstacked: each layer has its own already
+        return {"params": own, ADAPTER: params[ADAPTER]}
     layers = jax.tree.leaves(own["layers"])[0].shape[0]
     return {"params": own, ADAPTER: _spread(params[ADAPTER], layers)}
 

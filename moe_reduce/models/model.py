@@ -1,9 +1,11 @@
-"""A model as one value: its configuration, its parameters and how it computes."""
+"""A model as one value, and the one way to run it."""
 
+import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +15,21 @@ from jax.core import Tracer
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
-from moe_reduce.models.decoder import Decoder
+from moe_reduce.models.cache import CACHE, KEYS_VALUES
+from moe_reduce.models.decoder import STACK, Decoder
 from moe_reduce.models.deltas import variables
+
+
+class Output(NamedTuple):
+    """What `Model.apply` returns: fp32 logits [B, T, V], and what it was asked to collect, by name."""
+
+    logits_BTV: jax.Array
+    collected: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """(config, params) and where they come from. Transforms take one and return another, never changing it."""
+    """(config, params), how it computes, and where it comes from. Transforms return a new model and change none."""
 
     config: ModelConfig
     params: dict[str, Any]
@@ -34,6 +44,46 @@ class Model:
             tokens_BT = _checked(np.asarray(tokens_BT), self.config.vocab_size)
         return _logits(self.config, self.execution, self.params, jnp.asarray(tokens_BT, jnp.int32))
 
+    def with_params(self, params: dict[str, Any]) -> "Model":
+        """The same model with other parameters, such as traced ones inside a loss."""
+        return dataclasses.replace(self, params=params)
+
+    def apply(
+        self, batch: Mapping[str, Any], collect: Sequence[str] = (), cache: Mapping[str, Any] | None = None
+    ) -> Output:
+        """Run the decoder on a batch, inside or outside jit.
+
+        batch: `tokens` int32 [B, T]; optional `segments` [B, T] (attention stays within one), `positions` [B, T],
+        `weights` [B, T] (tokens behind the last weight above 0 are padding, which router statistics leave out), `last`
+        [B] (the one position of each row whose logits are wanted: logits are [B, 1, V] then).
+        collect: names among COLLECT. Each is stacked over layers, [N, …]:
+            routing      counts_E, probability_E, z, dropped of each layer's router call
+            assignments  expert, weight, norm, maximum of each assignment, [N, B, T, A]
+            hidden       block_input, router_input, block_output, [N, B, T, D]
+            keys_values  keys and values of the batch's tokens, as models/cache.py stores them
+        cache: keys and values of earlier tokens; the batch's `positions` go on where it ends.
+        """
+        variable = variables(self.params)
+        if cache is not None:
+            variable |= {CACHE: cache}
+        decoder = Decoder(self.config, self.execution, STACK in self.params)
+        inputs: Any = {name: batch.get(name) for name in ("segments", "positions", "last")}
+        run = functools.partial(decoder.apply, variable, batch["tokens"], real_BT=_real(batch), **inputs)
+        if not collect:
+            logits_BTV: Any = run()
+            return Output(logits_BTV, {})
+        found: Any = run(mutable=list(collect))
+        logits_BTV, sown = found
+        unwrapped = {name: sown[name] if name == KEYS_VALUES else sown[name][STACK] for name in collect}
+        return Output(logits_BTV, unwrapped)
+
+
+def _real(batch: Mapping[str, Any]) -> jax.Array | None:
+    """True at tokens that a counted target can depend on: False where a row, or a batch, is padded."""
+    if "weights" not in batch:
+        return None
+    return jax.lax.cummax(jnp.asarray(batch["weights"]), axis=1, reverse=True) > 0
+
 
 def _checked(tokens_BT: np.ndarray, vocab_size: int) -> np.ndarray:
     # Inside jit an id beyond the table would silently become another one.
@@ -46,6 +96,4 @@ def _checked(tokens_BT: np.ndarray, vocab_size: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logits(config: ModelConfig, execution: ExecutionConfig, params: Any, tokens_BT: jax.Array) -> jax.Array:
-    logits_BTV = Decoder(config, execution).apply(variables(params), tokens_BT)
-    assert isinstance(logits_BTV, jax.Array)
-    return logits_BTV
+    return Model(config, params, execution).apply({"tokens": tokens_BT}).logits_BTV

@@ -17,11 +17,9 @@ import numpy as np
 from moe_reduce.core import trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.models.decoder import Decoder
-from moe_reduce.models.deltas import variables
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import abstract_params
-from moe_reduce.training.task import Batch, decoder_inputs
+from moe_reduce.training.task import Batch
 
 FEED_FORWARD = r"(layers/)?(mlp|experts)/(gate|up|down)"
 MATRICES = rf"layers/attention/(query|key|value|output)|{FEED_FORWARD}"
@@ -86,12 +84,10 @@ def block_influence(model: Model, batches: Iterable[Batch]) -> np.ndarray:
     x_l is what block l reads, x_{l+1} what it leaves in the residual stream, for the last block before the final norm.
     0: the block turns no hidden state. Raises UserError without a counted position.
     """
-    decoder = Decoder(model.config, model.execution)
 
     @jax.jit
     def sums(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        _, sown = decoder.apply(variables(params), *decoder_inputs(batch), mutable=["hidden"])
-        hidden: Any = sown["hidden"]["layers"]
+        hidden = model.with_params(params).apply(batch, collect=("hidden",)).collected["hidden"]
         cosine_NBT = _cosine(hidden["block_input"], hidden["block_output"])
         weights_BT = jnp.asarray(batch["weights"])
         return jnp.einsum("NBT,BT->N", cosine_NBT, weights_BT), jnp.sum(weights_BT)

@@ -21,11 +21,8 @@ from moe_reduce.core.config import DISPATCH_BY_PLATFORM, ExecutionConfig, ModelC
 from moe_reduce.core.disk import write_json
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input
-from moe_reduce.models.decoder import Decoder
-from moe_reduce.models.deltas import variables
 from moe_reduce.models.model import Model
 from moe_reduce.training.sharding import compiled
-from moe_reduce.training.task import decoder_inputs
 
 CRITERIA = (
     "reap",  # mean of g·‖f‖₂ over the tokens routed to the expert
@@ -122,11 +119,10 @@ def fetched(sums: dict[str, jax.Array]) -> dict[str, np.ndarray]:
 
 @cache  # compiled once for all passes over models of one shape
 def _step(config: ModelConfig, moe: MoEConfig, execution: ExecutionConfig, mesh: Mesh | None) -> Callable[..., Any]:
-    decoder = Decoder(config, execution)
+    skeleton = Model(config, {}, execution)
 
     def sums(params, batch):
-        _, sown = decoder.apply(variables(params), *decoder_inputs(batch), mutable=["assignments"])
-        routed = sown["assignments"]["layers"]["routed"]
+        routed = skeleton.with_params(params).apply(batch, collect=("assignments",)).collected["assignments"]
         by_name = jax.vmap(lambda layer: sums_of(layer, batch["weights"], moe.experts))(routed)
         return jnp.sum(batch["weights"] > 0), by_name
 

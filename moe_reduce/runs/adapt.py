@@ -23,7 +23,6 @@ from moe_reduce.data.prepare import prepare
 from moe_reduce.data.shards import TokenSource
 from moe_reduce.inference.evaluate import measure
 from moe_reduce.inference.recall import recall
-from moe_reduce.models.decoder import Decoder
 from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Records, abstract_params, parameter_count, records, stored_params
@@ -91,15 +90,15 @@ def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None
     """What trains: an adapter's own leaves, or without one every leaf. tokens: completions are asked for."""
     chosen = run.adapter
     execution = dataclasses.replace(run.execution, expert_gradients=chosen is None)
-    decoder = Decoder(config, execution)
+    skeleton = Model(config, {}, execution)
 
     def loss(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        _, penalty, metrics = predict(decoder, run.balance, params, batch)
+        _, penalty, metrics = predict(skeleton.with_params(params), run.balance, batch)
         return metrics["loss"] + penalty, metrics
 
     return Task(
         loss=loss,
-        evaluate=evaluator(decoder),
+        evaluate=evaluator(skeleton),
         records=_records(config, chosen),
         trainable=every_leaf if chosen is None else partial(_trains, chosen),
         stop=partial(collapse, run.balance) if config.moe else never,

@@ -6,7 +6,6 @@ The first model's parameters travel as frozen leaves below `TEACHER`.
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,11 @@ from moe_reduce.adapters import adapter as adapters
 from moe_reduce.core import trees
 from moe_reduce.core.config import BalanceConfig, ExecutionConfig, ModelConfig, TuneStage
 from moe_reduce.core.errors import UserError
-from moe_reduce.models.decoder import Decoder
-from moe_reduce.models.deltas import ADAPTER, variables
+from moe_reduce.models.deltas import ADAPTER
+from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Records, abstract_params, below, by_path, counts_by_component, lookup, records
 from moe_reduce.training.losses import collapse, evaluator, predict
-from moe_reduce.training.task import TEACHER, Batch, Params, Task, decoder_inputs, never, no_change
+from moe_reduce.training.task import TEACHER, Batch, Params, Task, never, no_change
 
 BIAS = "layers/router_bias"
 
@@ -36,12 +35,12 @@ def tuning_task(
     """What a stage trains. foreign_NE: where the annealed bias lies, of experts that are another layer's by origin."""
     trained = stage.components.split(",")
     execution = dataclasses.replace(execution, expert_gradients="experts" in trained)
-    decoder = Decoder(model, execution)
-    evaluate = evaluator(decoder)
+    student = Model(model, {}, execution)
+    evaluate = evaluator(student)
     if stage.objective == "router":
         loss = partial(_router_loss, model, teacher, execution)
     else:
-        loss = partial(_language_model_loss, decoder, Decoder(teacher, execution), stage.teacher_weight, balance)
+        loss = partial(_language_model_loss, student, Model(teacher, {}, execution), stage.teacher_weight, balance)
     return Task(
         loss=loss,
         evaluate=lambda params, batch: evaluate(_split(params)[0], batch),
@@ -82,13 +81,13 @@ def _split(params: Params) -> tuple[Params, Params]:
 
 
 def _language_model_loss(
-    decoder: Decoder, teacher: Decoder, teacher_weight: float, balance: BalanceConfig, params: Params, batch: Batch
+    student: Model, teacher: Model, teacher_weight: float, balance: BalanceConfig, params: Params, batch: Batch
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     own, first = _split(params)
-    logits_BTV, penalty, metrics = predict(decoder, balance, own, batch)
+    logits_BTV, penalty, metrics = predict(student.with_params(own), balance, batch)
     if teacher_weight == 0:
         return metrics["loss"] + penalty, metrics
-    wanted: Any = teacher.apply(variables(first), *decoder_inputs(batch))
+    wanted, _ = teacher.with_params(first).apply(batch)
     divergence = mean_divergence(jax.lax.stop_gradient(wanted), logits_BTV, batch)
     total = (1 - teacher_weight) * metrics["loss"] + teacher_weight * divergence
     return total + penalty, metrics | {"teacher_divergence": divergence}
@@ -109,9 +108,8 @@ def _router_loss(
     x_i is what the router of layer i reads in the first model, R_i that router, G the pool's.
     """
     own, first = _split(params)
-    decoder = Decoder(teacher, execution)
-    _, sown = decoder.apply(variables(first), *decoder_inputs(batch), mutable=["hidden"])
-    inputs_NBTD = sown["hidden"]["layers"]["router_input"]
+    _, collected = Model(teacher, first, execution).apply(batch, collect=("hidden",))
+    inputs_NBTD = collected["hidden"]["router_input"]
     wanted_NDE = first["layers"]["router"]["weight"]
 
     def layer(arrays: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:

@@ -1,5 +1,6 @@
 """Next-token cross-entropy with the balancing terms of a mixture of experts, as a task for the loop."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,18 +10,17 @@ import numpy as np
 
 from moe_reduce.core import trees
 from moe_reduce.core.config import BalanceConfig, ExecutionConfig, ModelConfig, MoEConfig
-from moe_reduce.models.decoder import Decoder
-from moe_reduce.models.deltas import variables
+from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import by_path
-from moe_reduce.training.task import Batch, Params, Sums, Task, decoder_inputs, never, no_change
+from moe_reduce.training.task import Batch, Params, Sums, Task, never, no_change
 
 
 def language_model_task(model: ModelConfig, execution: ExecutionConfig, balance: BalanceConfig) -> Task:
     """Pretraining: every leaf trains on the cross-entropy of the next token plus the balancing terms."""
-    decoder = Decoder(model, execution)
+    skeleton = Model(model, {}, execution)
 
     def loss(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        _, penalty, metrics = predict(decoder, balance, params, batch)
+        _, penalty, metrics = predict(skeleton.with_params(params), balance, batch)
         return metrics["loss"] + penalty, metrics
 
     def after_step(params: Params, metrics: dict[str, jax.Array]) -> Params:
@@ -28,25 +28,21 @@ def language_model_task(model: ModelConfig, execution: ExecutionConfig, balance:
 
     return Task(
         loss=loss,
-        evaluate=evaluator(decoder),
+        evaluate=evaluator(skeleton),
         records=by_path(model),
         after_step=after_step if balance.bias_rate > 0 else no_change,
         stop=partial(collapse, balance) if model.moe else never,
     )
 
 
-def predict(
-    decoder: Decoder, balance: BalanceConfig, params: Params, batch: Batch
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+def predict(model: Model, balance: BalanceConfig, batch: Batch) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """(logits_BTV, the balancing penalty, metrics of which `loss` is the mean negative log likelihood)."""
-    logits_BTV, sown = decoder.apply(variables(params), *decoder_inputs(batch), mutable=["intermediates"])
-    assert isinstance(logits_BTV, jax.Array)
+    moe = model.config.moe
+    logits_BTV, collected = model.apply(batch, collect=() if moe is None else ("routing",))
     metrics = {"loss": mean_nll(logits_BTV, batch)}
-    moe = decoder.config.moe
     if moe is None:
         return logits_BTV, jnp.zeros(()), metrics
-    routing = sown["intermediates"]["layers"]["routing"]
-    penalty, statistics = balance_terms(routing, balance, moe)
+    penalty, statistics = balance_terms(collected["routing"], balance, moe)
     return logits_BTV, penalty, metrics | statistics
 
 
@@ -86,11 +82,12 @@ def token_losses(logits_BTV: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     return nll_BT, (jnp.argmax(logits_BTV, axis=-1) == batch["targets"]).astype(jnp.float32)
 
 
-def evaluator(decoder: Decoder):
+def evaluator(model: Model) -> Callable[[Params, Batch], Sums]:
     """evaluate(params, batch) for any language model: nll, correct, weight and, with experts, counts_NE."""
 
     def evaluate(params: Params, batch: Batch) -> Sums:
-        logits_BTV, sown = decoder.apply(variables(params), *decoder_inputs(batch), mutable=["intermediates"])
+        moe = model.config.moe
+        logits_BTV, collected = model.with_params(params).apply(batch, collect=() if moe is None else ("routing",))
         nll_BT, correct_BT = token_losses(logits_BTV, batch)
         weights_BT = batch["weights"]
         sums: Sums = {
@@ -98,8 +95,8 @@ def evaluator(decoder: Decoder):
             "correct": jnp.sum(correct_BT * weights_BT),
             "weight": jnp.sum(weights_BT),
         }
-        if decoder.config.moe is not None:
-            sums["counts_NE"] = sown["intermediates"]["layers"]["routing"]["counts_E"]
+        if moe is not None:
+            sums["counts_NE"] = collected["routing"]["counts_E"]
         return sums
 
     return evaluate

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from moe_reduce.core import trees
 from moe_reduce.models.parameters import Records
@@ -14,16 +13,6 @@ TEACHER = "teacher"  # the frozen leaves of a second model that a task compares 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
 Sums = dict[str, Any]
-
-
-def decoder_inputs(batch: Batch) -> tuple[Any, Any, Any, None, Any]:
-    """The arguments of Decoder; segments and positions exist only where documents are masked.
-
-    Real are the tokens that a target which counts can depend on: not what fills up a row, or a batch.
-    """
-    masked = "segments" in batch
-    real_BT = jax.lax.cummax(jnp.asarray(batch["weights"]), axis=1, reverse=True) > 0
-    return batch["tokens"], batch["segments"] if masked else None, batch["positions"] if masked else None, None, real_BT
 
 
 def no_change(params: Params, metrics: dict[str, jax.Array]) -> Params:
