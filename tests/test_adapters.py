@@ -170,7 +170,7 @@ def test_merged_is_active_in_float64(method):
         x = jnp.asarray(np.random.default_rng(0).standard_normal((20, target.inputs)))
         w = jnp.asarray(np.random.default_rng(1).standard_normal((target.inputs, target.outputs)))
         one = trees.unflatten(changes)
-        active = deltas.adapted(x, x @ w, w, one, "plain")
+        active = deltas.adapted(x, x @ w, lambda: w, one, "plain")
         merged = x @ (w + merging.delta(target, changes, jnp.float64).T)
         assert active.dtype == jnp.float64
         np.testing.assert_allclose(active, merged, rtol=1e-6, atol=1e-6)

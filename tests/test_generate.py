@@ -27,7 +27,8 @@ from moe_reduce.inference.chat import chat_prompt
 from moe_reduce.inference.generate import bucket, chunks, compile_for, generate, ready
 from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.inference.text import Continuation, complete, end_ids, stream
-from moe_reduce.models import cache, deltas, layers
+from moe_reduce.models import cache, deltas
+from moe_reduce.models.attention import softmax
 from moe_reduce.models.model import Model
 from moe_reduce.planning.compiled_step import collectives
 from moe_reduce.training.sharding import make_mesh
@@ -94,7 +95,7 @@ def test_cached_logits_are_those_of_the_whole_forward(kind, platform):
 @pytest.mark.parametrize("attention", ["blocks", "splash"])
 def test_prompts_are_read_as_the_platform_does_it(attention, monkeypatch):
     """Whose attention holds no score of a long prompt's every pair; and on a mesh."""
-    monkeypatch.setattr(layers, "SMALLEST_BLOCK", 2)
+    monkeypatch.setattr(softmax, "SMALLEST_TILE", 2)
     model = model_of("dense", attention="xla")
     rows_BT = random_rows(model)
     found = dataclasses.replace(model, execution=dataclasses.replace(model.execution, attention=attention))

@@ -11,7 +11,7 @@ import pytest
 from moe_reduce.core import trees
 from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models.decoder import Decoder, init_params
-from moe_reduce.models.layers import Embedding
+from moe_reduce.models.embedding import Embedding
 
 EXECUTION = ExecutionConfig(dispatch="blocks", block_rows=4)
 
@@ -45,7 +45,7 @@ def test_documents_in_one_row_are_as_if_alone(config):
     first, second = _tokens(config, 1, 5), _tokens(config, 1, 7, seed=1)
     segments = jnp.array([[1] * 5 + [2] * 7])
     positions = jnp.array([[*range(5), *range(7)]])
-    packed = _logits(config, params, jnp.concatenate([first, second], 1), segments_BT=segments, positions_BT=positions)
+    packed = _logits(config, params, jnp.concatenate([first, second], 1), segments=segments, positions=positions)
     np.testing.assert_allclose(packed[:, :5], _logits(config, params, first), atol=1e-5)
     np.testing.assert_allclose(packed[:, 5:], _logits(config, params, second), atol=1e-5)
 

@@ -6,33 +6,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from expert_weights import experts_of
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from moe_reduce.core.config import ExecutionConfig, MoEConfig
 from moe_reduce.models.moe import chunks, expert_loop, triton_kernels
-from moe_reduce.models.moe.dispatch import DISPATCHES, Experts, Pool, sort_by_expert
+from moe_reduce.models.moe.assignments import sort_by_expert
+from moe_reduce.models.moe.dispatch import DISPATCHES, Assigned
 from moe_reduce.models.moe.routing import MANY, route, top_experts
 
 S, D, F, E, A = 96, 16, 24, 5, 2
 EXECUTION = ExecutionConfig(block_rows=4, capacity_factor=float(E))
 
 
-def run(name, x_SD, chosen_SA, weights_SA, pool, execution):
-    """The dispatch of this name; `parts` is ragged in parts of 40 rows, of which 192 is no multiple."""
-    if name == "parts":
-        return DISPATCHES["ragged"](x_SD, chosen_SA, weights_SA, pool, execution, 0.13)
+def run(name, x_SD, chosen_SA, weights_SA, pool, execution=EXECUTION):
+    """The dispatch of this name; `chunks` is ragged in chunks of 40 rows, of which 192 is no multiple."""
+    rows = Assigned(x_SD, chosen_SA, weights_SA)
+    if name == "chunks":
+        return DISPATCHES["ragged"](rows, *pool, execution, 0.13)
     share = 0.9 if np.any(np.asarray(chosen_SA) == E) else 1.0
-    return DISPATCHES[name](x_SD, chosen_SA, weights_SA, pool, execution, share)
+    return DISPATCHES[name](rows, *pool, execution, share)
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
+def small_chunks(monkeypatch):
     monkeypatch.setattr(chunks, "MULTIPLE", 8)
 
 
-def _pool(key):
+def _matrices(key):
     keys = jax.random.split(key, 3)
-    return Experts(
+    return (
         jax.random.normal(keys[0], (E, D, F)),
         jax.random.normal(keys[1], (E, D, F)),
         jax.random.normal(keys[2], (E, F, D)),
@@ -50,12 +53,12 @@ def _chosen(kind):
 
 
 @pytest.mark.parametrize("kind", ["random", "one_expert_takes_all", "some_elsewhere"])
-@pytest.mark.parametrize("name", ["blocks", "ragged", "parts", "grouped", "capacity"])
+@pytest.mark.parametrize("name", ["blocks", "ragged", "chunks", "grouped", "capacity"])
 def test_equals_reference(name, kind):
     check(name, kind)
 
 
-@pytest.mark.parametrize("name", ["ragged", "parts"])
+@pytest.mark.parametrize("name", ["ragged", "chunks"])
 def test_rows_past_the_groups_may_hold_anything(name, monkeypatch):
     """TPU's kernel visits tiles that hold rows, and leaves the others as they were, on the way back too."""
     ragged_dot = jax.lax.ragged_dot
@@ -86,27 +89,27 @@ def test_sums_as_on_a_tpu(name, monkeypatch):
     check(name, "random")
 
 
-def test_parts_follow_what_is_expected():
-    assert chunks.rows_of_a_part(262_144, 1 / 8) == 49_152
-    assert chunks.rows_of_a_part(1000, 1 / 8) == 192
-    assert chunks.rows_of_a_part(1000, 0.7) == 1000
-    assert chunks.rows_of_a_part(3, 1 / 8) == 3
+def test_chunks_follow_what_is_expected():
+    assert chunks.chunk_rows(262_144, 1 / 8) == 49_152
+    assert chunks.chunk_rows(1000, 1 / 8) == 192
+    assert chunks.chunk_rows(1000, 0.7) == 1000
+    assert chunks.chunk_rows(3, 1 / 8) == 3
 
 
 def check(name, kind):
     x_SD = jax.random.normal(jax.random.key(1), (S, D))
     weights_SA = jax.nn.softmax(jax.random.normal(jax.random.key(2), (S, A)))
-    pool, chosen_SA = _pool(jax.random.key(0)), _chosen(kind)
+    matrices, chosen_SA = _matrices(jax.random.key(0)), _chosen(kind)
     target_SD = jax.random.normal(jax.random.key(4), (S, D))
 
-    def loss(which, x_SD, weights_SA, pool):
-        result = run(which, x_SD, chosen_SA, weights_SA, Pool.of(pool, x_SD.dtype), EXECUTION)
+    def loss(which, x_SD, weights_SA, matrices):
+        result = run(which, x_SD, chosen_SA, weights_SA, experts_of(matrices))
         # what the next user of the pool adds to the gradient must come through
-        return jnp.sum(result.y_SD * target_SD) + sum(jnp.sum(matrix**2) for matrix in result.pool.masters), result
+        return jnp.sum(result.y_SD * target_SD) + sum(jnp.sum(matrix**2) for matrix in result.masters), result
 
     def both(which):
         return jax.jit(jax.value_and_grad(lambda *a: loss(which, *a), argnums=(0, 1, 2), has_aux=True))(
-            x_SD, weights_SA, pool
+            x_SD, weights_SA, matrices
         )
 
     (_, found), gradients = both(name)
@@ -119,20 +122,20 @@ def check(name, kind):
         np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["blocks", "ragged", "parts", "grouped", "capacity", "reference"])
+@pytest.mark.parametrize("name", ["blocks", "ragged", "chunks", "grouped", "capacity", "reference"])
 def test_frozen_experts_leave_the_other_gradients_as_they_are(name):
     x_SD = jax.random.normal(jax.random.key(1), (S, D))
     weights_SA = jax.nn.softmax(jax.random.normal(jax.random.key(2), (S, A)))
 
-    def gradients(which, execution):
-        def loss(x_SD, weights_SA, pool):
-            result = run(which, x_SD, _chosen("random"), weights_SA, Pool.of(pool, x_SD.dtype), execution)
+    def gradients(which, trained):
+        def loss(x_SD, weights_SA, matrices):
+            result = run(which, x_SD, _chosen("random"), weights_SA, experts_of(matrices, trained=trained))
             return jnp.sum(result.y_SD * jax.random.normal(jax.random.key(4), (S, D)))
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x_SD, weights_SA, _pool(jax.random.key(0)))
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x_SD, weights_SA, _matrices(jax.random.key(0)))
 
-    dx, dweights, dpool = gradients(name, dataclasses.replace(EXECUTION, expert_gradients=False))
-    wanted_dx, wanted_dweights, _ = gradients("reference", EXECUTION)
+    dx, dweights, dpool = gradients(name, trained=False)
+    wanted_dx, wanted_dweights, _ = gradients("reference", trained=True)
     np.testing.assert_allclose(dx, wanted_dx, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(dweights, wanted_dweights, rtol=1e-4, atol=1e-3)
     assert all(not np.any(matrix) for matrix in dpool)
@@ -153,11 +156,15 @@ def _changes(keys):
 
 @pytest.mark.parametrize("trained", ["what experts own", "what they share", "all, and the experts", "the scale alone"])
 @pytest.mark.parametrize("kind", ["one_expert_takes_all", "some_elsewhere"])
-@pytest.mark.parametrize("name", ["blocks", "parts", "grouped"])
+@pytest.mark.parametrize("name", ["blocks", "chunks", "grouped"])
 def test_adapters_are_differentiated_as_by_the_reference(name, kind, trained):
     keys = jax.random.split(jax.random.key(5), 8)
     x_SD, target_SD = jax.random.normal(keys[4], (S, D)), jax.random.normal(keys[5], (S, D))
-    weights_SA, experts, changes = jax.nn.softmax(jax.random.normal(keys[6], (S, A))), _pool(keys[7]), _changes(keys)
+    weights_SA, experts, changes = (
+        jax.nn.softmax(jax.random.normal(keys[6], (S, A))),
+        _matrices(keys[7]),
+        _changes(keys),
+    )
     own_down = {"core": changes["down"]["core"]}
     shared_down = {"out": changes["down"]["out"], "scale": jnp.float32(0.7)}
     frees = {
@@ -169,9 +176,8 @@ def test_adapters_are_differentiated_as_by_the_reference(name, kind, trained):
 
     def loss(which, x_SD, weights_SA, free):
         own = {name: {"scale": jnp.float32(0.5)} | change | free.get(name, {}) for name, change in changes.items()}
-        pool = Pool.of(free.get("experts", experts), x_SD.dtype, own)
-        execution = dataclasses.replace(EXECUTION, expert_gradients="experts" in free)
-        y_SD = run(which, x_SD, _chosen(kind), weights_SA, pool, execution).y_SD
+        pool = experts_of(free.get("experts", experts), trained="experts" in free, deltas=own)
+        y_SD = run(which, x_SD, _chosen(kind), weights_SA, pool).y_SD
         return jnp.sum(y_SD * target_SD) / 100, y_SD
 
     def both(which):
@@ -185,28 +191,28 @@ def test_adapters_are_differentiated_as_by_the_reference(name, kind, trained):
 
 
 @pytest.mark.parametrize("block_rows", [1, 3, 16, 512])
-def test_blocks_of_any_size(block_rows):
+def test_tiles_of_any_size(block_rows):
     x_SD = jax.random.normal(jax.random.key(1), (S, D))
     weights_SA, chosen_SA = jnp.full((S, A), 0.5), _chosen("random")
     execution = dataclasses.replace(EXECUTION, block_rows=block_rows)
-    pool = Pool.of(_pool(jax.random.key(0)), x_SD.dtype)
-    y = DISPATCHES["blocks"](x_SD, chosen_SA, weights_SA, pool, execution).y_SD
-    expected = DISPATCHES["reference"](x_SD, chosen_SA, weights_SA, pool, execution).y_SD
+    pool = experts_of(_matrices(jax.random.key(0)))
+    y = run("blocks", x_SD, chosen_SA, weights_SA, pool, execution).y_SD
+    expected = run("reference", x_SD, chosen_SA, weights_SA, pool, execution).y_SD
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_blocks_are_no_larger_than_what_an_expert_gets():
-    assert expert_loop.rows_of_a_block(64, rows=16_384, experts=16) == 64
-    assert expert_loop.rows_of_a_block(64, rows=16_384, experts=6144) == 4
-    assert expert_loop.rows_of_a_block(64, rows=8, experts=128) == 1
-    assert expert_loop.rows_of_a_block(3, rows=100, experts=2) == 3
+def test_tiles_are_no_larger_than_what_an_expert_gets():
+    assert expert_loop.tile_rows(64, rows=16_384, experts=16) == 64
+    assert expert_loop.tile_rows(64, rows=16_384, experts=6144) == 4
+    assert expert_loop.tile_rows(64, rows=8, experts=128) == 1
+    assert expert_loop.tile_rows(3, rows=100, experts=2) == 3
 
 
 def test_capacity_reports_what_it_drops():
     chosen_SA = _chosen("one_expert_takes_all")
     execution = dataclasses.replace(EXECUTION, capacity_factor=1.0)
-    x_SD, pool = jax.random.normal(jax.random.key(1), (S, D)), Pool.of(_pool(jax.random.key(0)), jnp.dtype("float32"))
-    y, _, dropped, *_ = DISPATCHES["capacity"](x_SD, chosen_SA, jnp.full((S, A), 0.5), pool, execution)
+    x_SD, pool = jax.random.normal(jax.random.key(1), (S, D)), experts_of(_matrices(jax.random.key(0)))
+    y, _, dropped, *_ = run("capacity", x_SD, chosen_SA, jnp.full((S, A), 0.5), pool, execution)
     capacity = -(-S * A // E)
     assert dropped == 2 * S - 2 * capacity
     assert jnp.all(y[capacity:] == 0)
@@ -239,7 +245,7 @@ def test_tiles_fit_the_shared_memory_of_small_cards(itemsize):
 def test_kernels_are_compiled_for_a_gpu_that_is_not_here(dtype):
     """As far as Triton's own code, where most of what an interpreter lets pass is refused."""
     gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
-    experts = jax.tree.map(lambda leaf: leaf.astype(dtype), tuple(_pool(jax.random.key(0))))
+    experts = jax.tree.map(lambda leaf: leaf.astype(dtype), tuple(_matrices(jax.random.key(0))))
     x_SD, chosen_SA = jnp.ones((S, D), dtype), _chosen("random")
     order = sort_by_expert(chosen_SA, E)
 
@@ -247,14 +253,15 @@ def test_kernels_are_compiled_for_a_gpu_that_is_not_here(dtype):
         groups = triton_kernels.groups_of(order.counts_E, order.order_M.size)
 
         def layer(x_SD, masters):
-            return triton_kernels.swiglu(x_SD, order.order_M // A, order.rank_SA, groups, experts, masters, False)
+            places = triton_kernels.Places(order.order_M // A, order.rank_SA, groups)
+            return triton_kernels.swiglu(x_SD, places, experts, masters, False)
 
         results, vjp = jax.vjp(layer, x_SD, masters)
         rows_MF, product_vjp = jax.vjp(lambda y_MD: triton_kernels.product(y_MD, experts[0], groups, False), results[0])
         return vjp(results), product_vjp(rows_MF)
 
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
-        traced = jax.jit(step).trace(x_SD, tuple(_pool(jax.random.key(0))), experts)
+        traced = jax.jit(step).trace(x_SD, tuple(_matrices(jax.random.key(0))), experts)
         code = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert code.count("__gpu$xla.gpu.triton") == 9  # two and four of the layer, one and two of a product
 

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from expert_weights import experts_of
 
 from moe_reduce.core.config import ExecutionConfig, MeshConfig
 from moe_reduce.models.moe import chunks, exchange
-from moe_reduce.models.moe.dispatch import Experts, Pool
-from moe_reduce.models.moe.experts import apply_experts
+from moe_reduce.models.moe.dispatch import Assigned
+from moe_reduce.models.moe.mixture import apply_experts
 from moe_reduce.training import sharding
 
 B, T, D, F, E, A = 8, 6, 8, 16, 8, 3
@@ -20,26 +21,26 @@ WAYS = ("gather", "all_to_all", "ragged")
 
 def inputs(chosen):
     key = jax.random.split(jax.random.key(0), 6)
-    experts = Experts(
+    matrices = (
         jax.random.normal(key[0], (E, D, F)), jax.random.normal(key[1], (E, D, F)), jax.random.normal(key[2], (E, F, D))
-    )
+    )  # fmt: skip
     x_BTD = jax.random.normal(key[3], (B, T, D))
     if chosen == "spread":
         chosen_BTA = jnp.argsort(jax.random.uniform(key[4], (B, T, E)))[:, :, :A].astype(jnp.int32)
     else:  # the first A experts, which the first devices hold
         chosen_BTA = jnp.broadcast_to(jnp.arange(A, dtype=jnp.int32), (B, T, A))
-    return x_BTD, chosen_BTA, jax.random.uniform(key[5], (B, T, A)), experts
+    return x_BTD, chosen_BTA, jax.random.uniform(key[5], (B, T, A)), matrices
 
 
-def compute(execution, x_BTD, chosen_BTA, weights_BTA, experts):
+def compute(execution, x_BTD, chosen_BTA, weights_BTA, matrices):
     """Everything that a call gives, and the gradients of a sum of squares."""
 
-    def loss(x_BTD, weights_BTA, experts):
-        pool = Pool.of(experts, jnp.dtype("float32"))
-        y_BTD, _, dropped, norm_BTA, maximum_BTA = apply_experts(x_BTD, chosen_BTA, weights_BTA, pool, execution)
+    def loss(x_BTD, weights_BTA, matrices):
+        rows = Assigned(x_BTD, chosen_BTA, weights_BTA)
+        y_BTD, _, dropped, norm_BTA, maximum_BTA = apply_experts(rows, *experts_of(matrices), execution)
         return jnp.sum(jnp.square(y_BTD)), (y_BTD, dropped, norm_BTA, maximum_BTA)
 
-    (_, outputs), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x_BTD, weights_BTA, experts)
+    (_, outputs), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x_BTD, weights_BTA, matrices)
     return outputs, gradients
 
 
@@ -84,12 +85,12 @@ def test_every_dispatch_behind_every_exchange(way, dispatch):
 
 @pytest.mark.parametrize("chosen", ["spread", "crowded"])
 @pytest.mark.parametrize("way", WAYS, indirect=True)
-def test_rows_in_parts(way, chosen, monkeypatch):
+def test_rows_in_chunks(way, chosen, monkeypatch):
     """An eighth of 144 assignments is expected on each device; a third comes to each of three when it is crowded."""
     monkeypatch.setattr(chunks, "MULTIPLE", 4)
     taken = []
-    in_parts = chunks.in_parts
-    monkeypatch.setattr(chunks, "in_parts", lambda *arguments: taken.append(arguments[1]) or in_parts(*arguments))
+    in_chunks = chunks.in_chunks
+    monkeypatch.setattr(chunks, "in_chunks", lambda *arguments: taken.append(arguments[1]) or in_chunks(*arguments))
     check(way, MESHES["eight"], chosen, "ragged")
     assert taken == [28]
 
@@ -120,8 +121,8 @@ def test_auto_sends_less(monkeypatch):
     taken = []
     for name in ("_gather", "_all_to_all"):
         monkeypatch.setattr(exchange, name, lambda *_, name=name: taken.append(name))
-    arrays = (jnp.zeros((4, D)), jnp.zeros((4, A), jnp.int32), jnp.zeros((4, A)), None)
+    rows = Assigned(jnp.zeros((4, D)), jnp.zeros((4, A), jnp.int32), jnp.zeros((4, A)))
     for devices, platform in ((2, "tpu"), (A, "tpu"), (A + 1, "tpu"), (A + 1, "cpu")):
         monkeypatch.setattr(jax.lax, "axis_size", lambda _, devices=devices: devices)
-        exchange.exchange(*arrays, ExecutionConfig(platform=platform))
+        exchange.exchange(rows, None, (), ExecutionConfig(platform=platform))
     assert taken == ["_gather", "_gather", "_all_to_all", "_gather"]

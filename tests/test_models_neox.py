@@ -7,10 +7,11 @@ import pytest
 
 from moe_reduce.core import trees
 from moe_reduce.core.config import ExecutionConfig
+from moe_reduce.models.attention.rotary import angles, rotate
 from moe_reduce.models.decoder import AttentionHalf, Decoder, init_params
 from moe_reduce.models.deltas import ADAPTER
-from moe_reduce.models.layers import LayerNorm, rotate, turns
 from moe_reduce.models.model import Model
+from moe_reduce.models.norms import LayerNorm
 
 EXECUTION = ExecutionConfig().resolve("cpu")
 RANK = 3
@@ -65,7 +66,7 @@ def test_the_half_block_is_the_block_without_its_feed_forward(tiny_neox, params)
     x_BTD = hidden["block_input"][1]
     attended, normed = AttentionHalf(tiny_neox, EXECUTION).apply({"params": layer}, x_BTD, positions_BT)
     np.testing.assert_allclose(attended, hidden["block_output"][1], atol=1e-5)
-    expected = LayerNorm(tiny_neox.norm_epsilon).apply({"params": layer["mlp_norm"]}, x_BTD)
+    expected = LayerNorm(tiny_neox).apply({"params": layer["mlp_norm"]}, x_BTD)
     np.testing.assert_allclose(normed, expected, atol=1e-5)
 
 
@@ -89,7 +90,7 @@ def test_gradients_of_biases_are_sums_in_fp32(tiny_neox, params):
 def test_only_the_start_of_a_head_turns():
     x = jax.random.normal(jax.random.key(0), (1, 5, 2, 16))
     positions = jnp.arange(5)[None] + 3
-    turned = rotate(x, turns(positions, 4, 1e4))
+    turned = rotate(x, angles(positions, 4, 1e4))
     np.testing.assert_array_equal(turned[..., 4:], x[..., 4:])
-    np.testing.assert_array_equal(turned[..., :4], rotate(x[..., :4], turns(positions, 4, 1e4)))
+    np.testing.assert_array_equal(turned[..., :4], rotate(x[..., :4], angles(positions, 4, 1e4)))
     assert jnp.abs(turned[..., :4] - x[..., :4]).max() > 0.1

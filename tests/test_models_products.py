@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from expert_weights import experts_of
 
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
-from moe_reduce.models import layers, products
-from moe_reduce.models.moe.dispatch import DISPATCHES, Experts, Pool
+from moe_reduce.models import products
+from moe_reduce.models.attention import softmax
+from moe_reduce.models.attention.attention import Attention
+from moe_reduce.models.moe.dispatch import DISPATCHES, Assigned
 
 
 def _normal(seed, *shape, dtype="float32"):
@@ -60,10 +63,10 @@ def test_three_passes_in_bf16_are_as_true_as_fp32():
     np.testing.assert_allclose(dmatrix_IO, x.T @ dy, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("tiles", [1, 4])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
-def test_attention_and_its_gradient_are_the_softmax_formula(heads, groups, blocks, monkeypatch):
-    monkeypatch.setattr(layers, "SMALLEST_BLOCK", 2)  # blocks of 3, 3 and 3, whose first ones leave out keys
+def test_attention_and_its_gradient_are_the_softmax_formula(heads, groups, tiles, monkeypatch):
+    monkeypatch.setattr(softmax, "SMALLEST_TILE", 2)  # tiles of 3, 3 and 3, whose first ones leave out keys
     batch, time, width = 2, 9, 6
     q, k, v = _normal(0, batch, time, heads, width), *(_normal(i, batch, time, groups, width) for i in (1, 2))
     mask_B1TT = jnp.broadcast_to(jnp.arange(time)[:, None] - jnp.arange(time)[None, :] < 5, (batch, 1, time, time))
@@ -77,7 +80,7 @@ def test_attention_and_its_gradient_are_the_softmax_formula(heads, groups, block
         return jnp.sum(jnp.einsum("BHTS,BSHC->BTHC", shares, v) * weight)
 
     def ours(q, k, v):
-        return jnp.sum(layers.causal_attention(q, k, v, mask_B1TT, blocks=blocks) * weight)
+        return jnp.sum(softmax.causal_attention(q, k, v, mask_B1TT, tiles=tiles) * weight)
 
     found = jax.value_and_grad(ours, argnums=(0, 1, 2))(q, k, v)
     wanted = jax.value_and_grad(formula, argnums=(0, 1, 2))(q, k, v)
@@ -90,7 +93,7 @@ def test_blocks_of_queries_leave_out_most_of_what_the_mask_would():
     x_BTD, positions_BT = _normal(0, 1, 512, 64), jnp.arange(512, dtype=jnp.int32)[None]
     flops = {}
     for attention in ("xla", "blocks"):
-        attend = layers.Attention(config, ExecutionConfig(attention=attention))
+        attend = Attention(config, ExecutionConfig(attention=attention))
         variables = attend.init(jax.random.key(0), x_BTD, positions_BT, None)
         compiled = jax.jit(attend.apply).lower(variables, x_BTD, positions_BT, None).compile()
         flops[attention] = compiled.cost_analysis()["flops"]
@@ -103,23 +106,23 @@ def test_blocks_of_queries_leave_out_most_of_what_the_mask_would():
 def test_a_bf16_pool_adds_up_its_gradient_in_fp32(dispatch):
     """Each of many calls adds less than bf16 could resolve beside the total."""
     execution = ExecutionConfig(dispatch=dispatch, products="transposed", compute_dtype="bfloat16", block_rows=4)
-    masters = Experts(_normal(1, 2, 8, 8), _normal(2, 2, 8, 8), _normal(3, 2, 8, 8))
+    matrices = (_normal(1, 2, 8, 8), _normal(2, 2, 8, 8), _normal(3, 2, 8, 8))
     x_SD = _normal(0, 16, 8, dtype="bfloat16")
     chosen_SA = (jnp.arange(16, dtype=jnp.int32) % 2)[:, None]
     calls = 300
 
-    def total(masters, calls):
-        pool = Pool.of(masters, x_SD.dtype)
+    def total(matrices, calls):
+        experts, masters = experts_of(matrices, x_SD.dtype, layout="transposed")
 
         def call(masters, _):
-            one = Pool(pool.computed, masters)
-            result = DISPATCHES[dispatch](x_SD, chosen_SA, jnp.ones((16, 1)), one, execution)
-            return result.pool.masters, jnp.sum(result.y_SD.astype(jnp.float32))
+            rows = Assigned(x_SD, chosen_SA, jnp.ones((16, 1)))
+            result = DISPATCHES[dispatch](rows, experts, masters, execution)
+            return result.masters, jnp.sum(result.y_SD.astype(jnp.float32))
 
-        return jnp.sum(jax.lax.scan(call, pool.masters, None, length=calls)[1])
+        return jnp.sum(jax.lax.scan(call, masters, None, length=calls)[1])
 
     gradient = jax.jit(jax.grad(total), static_argnums=1)
-    one, many = gradient(masters, 1), gradient(masters, calls)
+    one, many = gradient(matrices, 1), gradient(matrices, calls)
     for part, whole in zip(one, many, strict=True):
         assert whole.dtype == jnp.float32
         np.testing.assert_allclose(whole, part * calls, rtol=1e-4, atol=1e-2)

@@ -9,7 +9,9 @@ import pytest
 
 from moe_reduce.core.config import ExecutionConfig, MeshConfig, ModelConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.models import decoder, layers
+from moe_reduce.models.attention.attention import self_attention
+from moe_reduce.models.decoder import Decoder
+from moe_reduce.models.parameters import abstract_params
 from moe_reduce.training.sharding import make_mesh
 
 BATCH, TIME, HEADS, GROUPS = 4, 300, 4, 2  # padded to 384: three tiles of 128
@@ -35,7 +37,7 @@ def _value_and_gradients(way: str, segments_BT, heads):
 
     def total(*heads):
         return jnp.sum(
-            layers.attention(*heads, segments_BT, ExecutionConfig(platform="cpu", attention=way)) * weight_BTHC
+            self_attention(*heads, segments_BT, ExecutionConfig(platform="cpu", attention=way)) * weight_BTHC
         )
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(*heads)
@@ -69,10 +71,10 @@ def test_remat_of_products_keeps_what_the_kernel_made(remat, again):
     sizes = {"width": 16, "query_heads": 2, "key_value_heads": 1, "head_width": 8, "feed_forward_width": 8}
     config = ModelConfig(vocab_size=8, layers=1, **sizes)
     execution = ExecutionConfig(platform="cpu", attention="splash", remat=remat)
-    params, tokens_BT = decoder.abstract_params(config), jnp.zeros((1, 128), jnp.int32)
+    params, tokens_BT = abstract_params(config), jnp.zeros((1, 128), jnp.int32)
 
     def total(params):
-        return jnp.sum(decoder.Decoder(config, execution).apply({"params": params}, tokens_BT))
+        return jnp.sum(Decoder(config, execution).apply({"params": params}, tokens_BT))
 
     program = jax.jit(jax.grad(total)).lower(params).compile().as_text()
     assert re.search(r"jvp\S*/splash_mha_fwd", program)

@@ -24,7 +24,7 @@ from moe_reduce.core import trees, validation
 from moe_reduce.core.config import DISPATCH_BY_PLATFORM, ExecutionConfig, GenerateConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.inference.sampling import Choice, Sampler, choose
-from moe_reduce.models import cache
+from moe_reduce.models import cache, weights
 from moe_reduce.models.cache import KEYS_VALUES
 from moe_reduce.models.decoder import unstacked
 from moe_reduce.models.mesh import BATCH_AXES
@@ -139,9 +139,9 @@ def ready(model: Model | Ready, mesh: Mesh | None = None) -> Ready:
     given = model.params
     if mesh is not None:
         given = jax.tree.map(jax.device_put, given, sharding.shardings(mesh, given, records(model.config, given)))
-    cast = [record.path for record in parameters(model.config) if record.precision == "compute"]
+    computed = [record.path for record in parameters(model.config) if record.precision == "compute"]
     flat = trees.flatten(given)
-    params = trees.update(given, {path: jnp.asarray(flat[path], execution.compute_dtype) for path in cast})
+    params = trees.update(given, {path: weights.cast(flat[path], execution.compute_dtype) for path in computed})
     found = Ready(model.config, execution, params, mesh)
     return found if found.stacked else dataclasses.replace(found, params=unstacked(params))
 

@@ -77,17 +77,17 @@ def added(x: jax.Array, delta: Delta, outputs: int, multiply: Multiply) -> jax.A
     return y * jnp.broadcast_to(delta["scale"], y.shape).astype(y.dtype)
 
 
-def adapted(x_SI: jax.Array, y_SO: jax.Array, matrix_IO: jax.Array, delta: Delta, form: str) -> jax.Array:
-    """y = x·matrix with the change of the adapter, [S, O]."""
+def adapted(x_SI: jax.Array, y_SO: jax.Array, matrix: Callable[[], jax.Array], delta: Delta, layout: str) -> jax.Array:
+    """y = x·matrix with the adapter's delta, [S, O]. matrix() -> [I, O], asked for by DoRA alone."""
 
     def multiply(x, matrix):
-        product: Any = products.product(x, matrix, form)
+        product: Any = products.product(x, matrix, layout)
         return product
 
     y_SO = y_SO + added(x_SI, delta, y_SO.shape[1], multiply)
     if "magnitude" not in delta:
         return y_SO
-    length_O = jax.lax.stop_gradient(_lengths(matrix_IO, delta))  # the paper's: no gradient flows through the norm
+    length_O = jax.lax.stop_gradient(_lengths(matrix(), delta))  # the paper's: no gradient flows through the norm
     factor_O = jnp.where(delta["present"] > 0, delta["magnitude"].astype(length_O.dtype) / length_O, 1.0)
     return y_SO * jnp.broadcast_to(factor_O, y_SO.shape).astype(y_SO.dtype)
 

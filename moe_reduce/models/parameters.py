@@ -71,6 +71,11 @@ class Parameter:
         return self.axes.index("E") if "E" in self.axes else None
 
     @property
+    def contracted(self) -> tuple[int, ...]:
+        """Axes that a product contracts."""
+        return tuple(self.axes.index(letter) for letter in self.inputs)
+
+    @property
     def is_matrix(self) -> bool:
         """Whether rows are multiplied with it."""
         return bool(self.inputs)
@@ -97,13 +102,22 @@ def by_path(config: ModelConfig) -> Records:
 
 
 def in_module(config: ModelConfig, scope: tuple[str, ...], name: str) -> Parameter:
-    """Record of the parameter that a linen module at `scope` names.
+    """Record of the parameter that a linen module at `scope` names; ValueError where the model has none."""
+    record = find(config, scope, name)
+    if record is None:
+        raise ValueError(f"the model has no parameter {name} in the module {'/'.join(scope) or 'by itself'}")
+    return record
 
-    A block applied by itself has a scope that starts below `layers`; unstacked layers are `layers_0`, `layers_1`, ….
+
+@functools.cache
+def find(config: ModelConfig, scope: tuple[str, ...], name: str) -> Parameter | None:
+    """Record of the parameter that a linen module at `scope` names, or None.
+
+    Unstacked layers have scopes `layers_0`, `layers_1`, …; a module applied by itself has the end of its scope only.
     """
-    path = "/".join((re.sub(r"^layers_\d+$", "layers", "".join(scope[:1])), *scope[1:], name)).lstrip("/")
-    records = by_path(config)
-    return records[path] if path in records else records[f"layers/{path}"]
+    path = re.sub(r"^layers_\d+/", "layers/", "/".join((*scope, name)))
+    known = by_path(config)
+    return known[path] if path in known else next((known[p] for p in known if p.endswith(f"/{path}")), None)
 
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]:

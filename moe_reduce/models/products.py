@@ -117,39 +117,3 @@ def _exact_backward(saved, dy_SO):
 
 
 exact.defvjp(_exact_forward, _exact_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attention(q_BGQC, k_BGSC, v_BGSC, allowed_B1QS, form: str = "plain") -> jax.Array:
-    """softmax(q·kᵀ/√C over the allowed)·v for G groups, [B, G, Q, C]; scores and softmax in fp32.
-
-    Q holds the positions of all query heads of a group, one head after the other; allowed_B1QS covers one head.
-    """
-    return _attention_forward(q_BGQC, k_BGSC, v_BGSC, allowed_B1QS, form)[0]
-
-
-def _attention_forward(q_BGQC, k_BGSC, v_BGSC, allowed_B1QS, form):
-    batch, groups, queries, width = q_BGQC.shape
-    scores = dot(q_BGQC, k_BGSC, 1, 1, form, batch=2) * width**-0.5
-    scores = scores.reshape(batch, groups, -1, *allowed_B1QS.shape[2:])
-    shares = jax.nn.softmax(jnp.where(allowed_B1QS[:, :, None], scores, jnp.float32(-1e30)), axis=-1)
-    shares_BGQS = shares.reshape(batch, groups, queries, -1).astype(v_BGSC.dtype)
-    mixed_BGQC = dot(shares_BGQS, v_BGSC, 1, 0, form, batch=2).astype(v_BGSC.dtype)
-    return mixed_BGQC, (q_BGQC, k_BGSC, v_BGSC, shares_BGQS, mixed_BGQC)
-
-
-def _attention_backward(form, saved, dmixed_BGQC):
-    q_BGQC, k_BGSC, v_BGSC, shares_BGQS, mixed_BGQC = saved
-    dtype = q_BGQC.dtype
-    dv_BGSC = dot(shares_BGQS, dmixed_BGQC, 0, 0, form, batch=2).astype(dtype)
-    dshares_BGQS = dot(dmixed_BGQC, v_BGSC, 1, 1, form, batch=2)
-    # Σ_s share · dshare = dmixed · mixed: a sum over C instead of over S
-    mean_BGQ1 = jnp.sum(dmixed_BGQC.astype(jnp.float32) * mixed_BGQC.astype(jnp.float32), axis=-1, keepdims=True)
-    dscores = shares_BGQS.astype(jnp.float32) * (dshares_BGQS - mean_BGQ1) * q_BGQC.shape[-1] ** -0.5
-    dscores_BGQS = dscores.astype(dtype)
-    dq_BGQC = dot(dscores_BGQS, k_BGSC, 1, 0, form, batch=2).astype(dtype)
-    dk_BGSC = dot(dscores_BGQS, q_BGQC, 0, 0, form, batch=2).astype(dtype)
-    return dq_BGQC, dk_BGSC, dv_BGSC, None
-
-
-attention.defvjp(_attention_forward, _attention_backward)

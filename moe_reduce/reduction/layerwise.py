@@ -16,10 +16,11 @@ from tqdm import tqdm
 from moe_reduce.core import trees
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.models.decoder import AttentionHalf
-from moe_reduce.models.moe.dispatch import Experts, Pool
-from moe_reduce.models.moe.experts import some_experts
-from moe_reduce.models.moe.routing import route, router_logits
+from moe_reduce.models.decoder import AttentionHalf, LayerRouter
+from moe_reduce.models.moe.dispatch import Assigned
+from moe_reduce.models.moe.experts import Experts, computed
+from moe_reduce.models.moe.mixture import some_experts
+from moe_reduce.models.weights import Weight
 from moe_reduce.reduction.files import Directory
 from moe_reduce.reduction.scores import Sums, fetched, sums_of
 from moe_reduce.storage.names import Leaf, leaves
@@ -62,15 +63,17 @@ def _layer(directory: Directory, layer: int, states: list, weights: list, execut
     """One layer for all batches: their new states, and the summed statistics of the layer's experts, [E] each."""
     config, moe = directory.config, directory.moe
     half = trees.unflatten({path.removeprefix("layers/"): leaf for path, leaf in _half(directory, layer)})
-    router_DE = _leaf(directory, "layers/router/weight", layer)
-    bias_E = _leaf(directory, "layers/router_bias", layer) if moe.selection_bias else None
+    router: dict[str, Any] = {"router": {"weight": _leaf(directory, "layers/router/weight", layer)}}
+    for name, present in (("router_bias", moe.selection_bias), ("score_offset", moe.score_offset)):
+        if present:
+            router[name] = _leaf(directory, f"layers/{name}", layer)
     gain_D = _leaf(directory, "layers/output_gain", layer) if moe.output_gain else jnp.ones(config.width)
-    offset = _leaf(directory, "layers/score_offset", layer) if moe.score_offset else None
-    before = [_attend(config, execution, half, router_DE, bias_E, offset, x_BTD) for x_BTD in states]
+    before = [_attend(config, execution, half, router, x_BTD) for x_BTD in states]
     parts: list[Any] = [None] * len(states)
-    for first, experts in _chunks(directory, layer):
+    for first, experts in _chunks(directory, layer, execution.products):
         for place, (_, normed_BTD, chosen_BTA, weights_BTA) in enumerate(before):
-            part = _experts(execution, moe.experts, normed_BTD, chosen_BTA, weights_BTA, experts, jnp.int32(first))
+            rows = Assigned(normed_BTD, chosen_BTA, weights_BTA)
+            part = _experts(execution, moe.experts, rows, experts, jnp.int32(first))
             parts[place] = part if parts[place] is None else _add(parts[place], part)
     after, totals = [], None
     for (x_BTD, _, *routed), (y_BTD, *sizes), weights_BT in zip(before, parts, weights, strict=True):
@@ -91,25 +94,22 @@ def _merge(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> dict[st
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _attend(config: ModelConfig, execution: ExecutionConfig, half, router_DE, bias_E, offset, x_BTD):
+def _attend(config: ModelConfig, execution: ExecutionConfig, half, router, x_BTD):
     """The state behind attention, the input of the experts, and who is chosen with which weight."""
-    batch, time, width = x_BTD.shape
+    batch, time, _ = x_BTD.shape
     positions_BT = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32)[None], (batch, time))
     applied: Any = AttentionHalf(config, execution).apply({"params": half}, x_BTD, positions_BT)
     x_BTD, normed_BTD = applied
-    assert config.moe is not None
-    routing = route(
-        router_logits(normed_BTD.reshape(-1, width), router_DE, offset, execution.products), bias_E, config.moe
-    )
-    shape = (batch, time, config.moe.active)
+    routing: Any = LayerRouter(config, execution).apply({"params": router}, normed_BTD)
+    shape = (batch, time, -1)
     return x_BTD, normed_BTD, routing.experts_SA.reshape(shape), routing.weights_SA.reshape(shape)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _experts(execution: ExecutionConfig, of: int, normed_BTD, chosen_BTA, weights_BTA, experts: Experts, first):
-    pool = Pool.of(experts, normed_BTD.dtype)
-    share = experts.gate_EDF.shape[0] / of
-    result = some_experts(normed_BTD, chosen_BTA, weights_BTA, pool, execution, first, share)
+def _experts(execution: ExecutionConfig, of: int, rows: Assigned, experts: Experts, first):
+    share = experts.number / of
+    experts, _ = computed(experts, rows.x_SD.dtype, trained=False)
+    result = some_experts(rows, experts, execution, first, share)
     return result.y_SD, result.norm_SA, result.maximum_SA
 
 
@@ -133,7 +133,7 @@ def _half(directory: Directory, layer: int) -> Iterator[tuple[str, jax.Array]]:
             yield leaf.path, _leaf(directory, leaf.path, layer)
 
 
-def _chunks(directory: Directory, layer: int) -> Iterator[tuple[int, Experts]]:
+def _chunks(directory: Directory, layer: int, layout: str) -> Iterator[tuple[int, Experts]]:
     """(number of the first, matrices) of a few experts of a layer at a time; all chunks are of one size."""
     described = [_leaf_of(directory, f"layers/experts/{name}") for name in ("gate", "up", "down")]
     names = [[leaf.name((layer, expert)) for leaf in described] for expert in range(directory.moe.experts)]
@@ -146,4 +146,4 @@ def _chunks(directory: Directory, layer: int) -> Iterator[tuple[int, Experts]]:
         for place, leaf in enumerate(described):
             tensors = (directory.files.read_whole(names[first + number][place]) for number in range(count))
             matrices.append(jnp.asarray(np.stack([leaf.from_stored(tensor) for tensor in tensors])))
-        yield first, Experts(*matrices)
+        yield first, Experts(*(Weight(matrix, layout=layout) for matrix in matrices))

@@ -12,7 +12,8 @@ from moe_reduce.core import trees
 from moe_reduce.core.config import MeshConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.mesh import BATCH_AXES
-from moe_reduce.models.parameters import MeshAxis, Parameter, Records, abstract_params, by_path, lookup
+from moe_reduce.models.parameters import Parameter, Records, abstract_params, by_path, lookup
+from moe_reduce.models.weights import map_parts
 
 PIECE_BYTES = 2**30  # of a leaf, replicated at a time
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -57,18 +58,19 @@ def model_shardings(mesh: Mesh, config: ModelConfig) -> dict[str, Any]:
 
 
 def _sharding(mesh: Mesh, record: Parameter, leaf: Any) -> Any:
-    def place(axes: tuple[MeshAxis, ...], part: Any) -> NamedSharding:
-        for size, names in zip(part.shape, axes, strict=True):
+    def place(axes: tuple[int, ...], part: Any) -> NamedSharding:
+        mesh_axes = [record.mesh_axes[axis] for axis in axes]
+        for size, names in zip(part.shape, mesh_axes, strict=True):
             names = (names,) if isinstance(names, str) else names or ()
             devices = math.prod(mesh.shape[name] for name in names)
             if size % devices:
                 raise UserError(
                     f"{record.path} has a size of {size}, which mesh axes {names} of {devices} devices do not divide"
                 )
-        split = max((number for number, axis in enumerate(axes, 1) if axis is not None), default=0)
-        return NamedSharding(mesh, PartitionSpec(*axes[:split]))
+        split = max((number for number, axis in enumerate(mesh_axes, 1) if axis is not None), default=0)
+        return NamedSharding(mesh, PartitionSpec(*mesh_axes[:split]))
 
-    return place(record.mesh_axes, leaf)
+    return map_parts(place, record, leaf)
 
 
 def placed(shapes: Any, places: Any) -> Any:
@@ -87,7 +89,7 @@ def to_host(mesh: Mesh, params: trees.Tree) -> dict[str, Any]:
     """Whole leaves as numpy arrays in every process, gathered in pieces that fit beside the shards on a device."""
     gather: Any = jax.jit(lambda piece: piece, out_shardings=replicated(mesh))
 
-    def whole(_: str, leaf: Any) -> np.ndarray:
+    def whole(leaf: Any) -> np.ndarray:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
             return np.asarray(leaf)
         rows = max(1, PIECE_BYTES // max(1, leaf.nbytes // leaf.shape[0])) if leaf.ndim else 1
@@ -96,7 +98,7 @@ def to_host(mesh: Mesh, params: trees.Tree) -> dict[str, Any]:
         pieces = (np.asarray(gather(leaf[first : first + rows])) for first in range(0, leaf.shape[0], rows))
         return np.concatenate(list(pieces))
 
-    return trees.map_with_path(whole, params)
+    return jax.tree.map(whole, dict(params))
 
 
 def compiled(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:

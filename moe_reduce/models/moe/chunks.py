@@ -1,9 +1,10 @@
-"""Experts on a device that holds some of all: only rows that are theirs are moved and computed, a part at a time.
+"""Experts on a device that holds some of all experts: only rows of its own are moved and computed, chunk by chunk.
 
-Of M assignments, sorted by expert, those of experts here come first. On average they are M over the number of devices;
-how many they are is known only at run time, and they may be all. Buffers for M rows hold mostly nothing. So a loop
-takes as many rows at a time as are expected, and some more: it turns once, unless tokens crowd here. Its gradient is
-written here, since a loop with a dynamic trip count has none in reverse; it computes the experts again.
+Of M assignments, sorted by expert, those to experts on this device come first. On average there are M over the number
+of devices; how many there are is known only at run time, and it may be all of them. Buffers for M rows would mostly be
+empty. So a loop takes a chunk of as many rows as are expected, and some more: it runs once, unless tokens crowd on this
+device. A loop with a dynamic trip count has no reverse gradient, so the gradient is written here; it recomputes the
+experts.
 """
 
 import math
@@ -15,52 +16,52 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_reduce.models.moe.assignments import Order
 from moe_reduce.models.moe.gradients import Trained, as_leaves, dense, values, where_trained
 from moe_reduce.models.products import wide
 
-SLACK = 1.5  # rows of a part, over those expected
-MULTIPLE = 128  # of rows in a part, which matrix units ask for
+SLACK = 1.5  # rows of a chunk, over those expected
+MULTIPLE = 128  # rows of a chunk are a multiple: matrix units ask for it
 
-# (rows_RD sorted by expert, counts_E, weights of the experts: a tree) -> outputs_RD; rows past the counts are not read
+# (rows_RD sorted by expert, counts_E, weights of the experts: a tree) -> outputs_RD; rows past the counts are unread
 Compute = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
-def rows_of_a_part(assignments: int, share: float) -> int:
-    """Of `assignments`, of which a `share` is expected here."""
+def chunk_rows(assignments: int, share: float) -> int:
+    """Rows of a chunk, where a share of the assignments is expected on this device."""
     return min(assignments, MULTIPLE * math.ceil(assignments * share * SLACK / MULTIPLE))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def in_parts(compute: Compute, rows: int, x_SD, weights_SA, order_M, counts_E, parameters):
+def in_chunks(compute: Compute, rows: int, x_SD, weights_SA, order: Order, parameters):
     """(y_SD = Σ_a weight · output of the experts here, their outputs' norms [S, A] and maxima [S, A], fp32).
 
     Norms and maxima are for scoring: no gradient flows through them.
 
     Args:
-        compute: what the experts make of rows of a part.
-        rows: R, of a part.
+        compute: experts' outputs of a chunk's rows.
+        rows: R, of a chunk.
         x_SD: tokens.
-        weights_SA: of each assignment.
-        order_M: assignments sorted by expert, those of experts elsewhere behind.
-        counts_E: rows of each expert here, int32.
+        weights_SA: combine weight of each assignment.
+        order: assignments sorted by expert, those to experts elsewhere last.
         parameters: handed to `compute`; a gradient is formed of those leaves that are differentiated.
     """
-    return _forward(compute, rows, x_SD, weights_SA, order_M, counts_E, parameters)[0]
+    return _forward(compute, rows, x_SD, weights_SA, order, parameters)[0]
 
 
-class Part(NamedTuple):
-    """R assignments: their numbers and tokens, past the last one where none is, and how many each expert has."""
+class Chunk(NamedTuple):
+    """R assignments: their numbers and tokens (past the last one in empty rows), and the rows of each expert."""
 
     assignment_R: jax.Array
     token_R: jax.Array
     counts_E: jax.Array
 
 
-def _for_each_part(rows: int, shape_SA: tuple[int, ...], order_M, counts_E, body, carry):
-    """body(part, carry) for every part in which there are rows of experts here."""
+def _for_each_chunk(rows: int, shape_SA: tuple[int, ...], order: Order, body, carry):
+    """body(chunk, carry) for every chunk in which there are rows of experts here."""
     assignments = math.prod(shape_SA)
-    padded = jnp.pad(order_M, (0, -assignments % rows))
-    ends_E = jnp.cumsum(counts_E)
+    padded = jnp.pad(order.order_M, (0, -assignments % rows))
+    ends_E = jnp.cumsum(order.counts_E)
 
     def visit(state):
         start, carry = state
@@ -68,7 +69,7 @@ def _for_each_part(rows: int, shape_SA: tuple[int, ...], order_M, counts_E, body
         assignment_R = jnp.where(inside_R, lax.dynamic_slice_in_dim(padded, start, rows), assignments)
         bounds_E = jnp.clip(ends_E - start, 0, rows)
         counts_here_E = jnp.diff(bounds_E, prepend=jnp.zeros(1, bounds_E.dtype))
-        return start + rows, body(Part(assignment_R, assignment_R // shape_SA[1], counts_here_E), carry)
+        return start + rows, body(Chunk(assignment_R, assignment_R // shape_SA[1], counts_here_E), carry)
 
     return lax.while_loop(lambda state: state[0] < ends_E[-1], visit, (jnp.int32(0), carry))[1]
 
@@ -77,27 +78,27 @@ def _taken(array: jax.Array, numbers_R: jax.Array) -> jax.Array:
     return array.at[numbers_R].get(mode="fill", fill_value=0)
 
 
-def _forward(compute: Compute, rows: int, x_SD, weights_SA, order_M, counts_E, parameters):
+def _forward(compute: Compute, rows: int, x_SD, weights_SA, order: Order, parameters):
     weights_M = weights_SA.reshape(-1)
 
-    def body(part: Part, carry):
+    def body(chunk: Chunk, carry):
         y_SD, norm_M, maximum_M = carry
-        out_RD = compute(_taken(x_SD, part.token_R), part.counts_E, parameters)
+        out_RD = compute(_taken(x_SD, chunk.token_R), chunk.counts_E, parameters)
         float_RD = out_RD.astype(jnp.float32)
-        weighted_RD = out_RD * _taken(weights_M, part.assignment_R)[:, None].astype(out_RD.dtype)
-        # what lies past the last row falls away, whatever it is
+        weighted_RD = out_RD * _taken(weights_M, chunk.assignment_R)[:, None].astype(out_RD.dtype)
+        # rows past the last assignment are dropped, whatever they hold
         return (
-            y_SD.at[part.token_R].add(weighted_RD.astype(y_SD.dtype), mode="drop"),
-            norm_M.at[part.assignment_R].set(jnp.linalg.norm(float_RD, axis=-1), mode="drop"),
-            maximum_M.at[part.assignment_R].set(jnp.max(jnp.abs(float_RD), axis=-1), mode="drop"),
+            y_SD.at[chunk.token_R].add(weighted_RD.astype(y_SD.dtype), mode="drop"),
+            norm_M.at[chunk.assignment_R].set(jnp.linalg.norm(float_RD, axis=-1), mode="drop"),
+            maximum_M.at[chunk.assignment_R].set(jnp.max(jnp.abs(float_RD), axis=-1), mode="drop"),
         )
 
     empty_M = jnp.zeros(weights_M.shape, jnp.float32)
     nothing = (jnp.zeros(x_SD.shape, wide(x_SD.dtype)), empty_M, empty_M)
-    y_SD, norm_M, maximum_M = _for_each_part(rows, weights_SA.shape, order_M, counts_E, body, nothing)
+    y_SD, norm_M, maximum_M = _for_each_chunk(rows, weights_SA.shape, order, body, nothing)
     shape = weights_SA.shape
     results = (y_SD.astype(x_SD.dtype), norm_M.reshape(shape), maximum_M.reshape(shape))
-    return results, (x_SD, weights_SA, order_M, counts_E, parameters)
+    return results, (x_SD, weights_SA, order, parameters)
 
 
 def _marked_forward(compute: Compute, rows: int, *marked):
@@ -106,27 +107,27 @@ def _marked_forward(compute: Compute, rows: int, *marked):
 
 
 def _backward(compute: Compute, rows: int, saved, cotangents):
-    x_SD, weights_SA, order_M, counts_E, parameters, trained = saved
+    x_SD, weights_SA, order, parameters, trained = saved
     dy_SD, weights_M = dense(cotangents[0]), weights_SA.reshape(-1)
 
-    def body(part: Part, carry):
+    def body(chunk: Chunk, carry):
         dx_SD, dweights_M, dparameters = carry
         out_RD, vjp = jax.vjp(
-            lambda x_RD, parameters: compute(x_RD, part.counts_E, parameters), _taken(x_SD, part.token_R), parameters
+            lambda x_RD, parameters: compute(x_RD, chunk.counts_E, parameters), _taken(x_SD, chunk.token_R), parameters
         )
-        dy_RD = _taken(dy_SD, part.token_R)
-        dx_RD, more = vjp(dy_RD * _taken(weights_M, part.assignment_R)[:, None].astype(dy_RD.dtype))
+        dy_RD = _taken(dy_SD, chunk.token_R)
+        dx_RD, more = vjp(dy_RD * _taken(weights_M, chunk.assignment_R)[:, None].astype(dy_RD.dtype))
         dweights_R = jnp.sum(dy_RD.astype(jnp.float32) * out_RD.astype(jnp.float32), axis=-1)
         return (
-            dx_SD.at[part.token_R].add(dx_RD.astype(dx_SD.dtype), mode="drop"),
-            dweights_M.at[part.assignment_R].set(dweights_R.astype(dweights_M.dtype), mode="drop"),
+            dx_SD.at[chunk.token_R].add(dx_RD.astype(dx_SD.dtype), mode="drop"),
+            dweights_M.at[chunk.assignment_R].set(dweights_R.astype(dweights_M.dtype), mode="drop"),
             where_trained(lambda total, gradient: total + gradient.astype(total.dtype), dparameters, more),
         )
 
     nothing = (jnp.zeros(x_SD.shape, wide(x_SD.dtype)), jnp.zeros_like(weights_M), trained.totals(parameters))
-    dx_SD, dweights_M, dparameters = _for_each_part(rows, weights_SA.shape, order_M, counts_E, body, nothing)
+    dx_SD, dweights_M, dparameters = _for_each_chunk(rows, weights_SA.shape, order, body, nothing)
     dweights_SA = dweights_M.reshape(weights_SA.shape)
-    return dx_SD.astype(x_SD.dtype), dweights_SA, None, None, as_leaves(dparameters, parameters)
+    return dx_SD.astype(x_SD.dtype), dweights_SA, None, as_leaves(dparameters, parameters)
 
 
-in_parts.defvjp(_marked_forward, _backward, symbolic_zeros=True)
+in_chunks.defvjp(_marked_forward, _backward, symbolic_zeros=True)

@@ -1,10 +1,10 @@
-"""Tokens to the experts of other devices and back, inside shard_map: each device holds tokens and experts of its own.
+"""Exchange of tokens between the devices of the `expert` axis, inside shard_map: each holds tokens and experts.
 
-    gather      every device of the `expert` axis takes the tokens of all, and hands back what its experts add
-    all_to_all  a token goes to the devices that hold its experts, once for each of them, and what they make returns
+    gather      every device receives the tokens of all devices, and returns what its experts add
+    all_to_all  a token goes to each device that holds one of its experts, and the experts' outputs return
 
-Both are exact and dropless. Of P devices a row goes to P - 1 with the first, to A · (P - 1) / P with the second.
-Each takes what a Dispatch takes, with experts numbered over all devices, and returns its Result for the own tokens.
+Both are exact and dropless. Of P devices a row goes to P - 1 with the first, to A · (P - 1) / P with the second. Each
+takes what a Dispatch takes, with experts numbered over all devices, and returns its Result for the device's own tokens.
 """
 
 from collections.abc import Callable
@@ -17,71 +17,76 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models import products
-from moe_reduce.models.moe.dispatch import DISPATCHES, Pool, Result, combined, gather_rows, sort_by_expert
+from moe_reduce.models.moe.assignments import Result, combined, gather_rows, sort_by_expert
+from moe_reduce.models.moe.dispatch import DISPATCHES, Assigned
+from moe_reduce.models.moe.experts import Experts, Masters
 
 AXIS = "expert"
 
 
-def exchange(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
-    """The sum over each token's experts, wherever on the axis they are. One device needs no exchange."""
+def exchange(rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig) -> Result:
+    """The sum over each token's experts, on whatever device of the axis they are. One device needs no exchange."""
     devices = jax.lax.axis_size(AXIS)
     if devices == 1:
-        return DISPATCHES[execution.dispatch](x_SD, experts_SA, weights_SA, pool, execution)
-    way = execution.exchange
-    if way == "auto":
+        return DISPATCHES[execution.dispatch](rows, experts, masters, execution)
+    kind = execution.exchange
+    if kind == "auto":
         # on CPU buffers are padded, and hold as many rows as the gathered ones
-        fewer_rows = devices > experts_SA.shape[1] and execution.platform != "cpu"
-        way = "all_to_all" if fewer_rows else "gather"
-    return {"gather": _gather, "all_to_all": _all_to_all}[way](x_SD, experts_SA, weights_SA, pool, execution)
+        fewer_rows = devices > rows.experts_SA.shape[1] and execution.platform != "cpu"
+        kind = "all_to_all" if fewer_rows else "gather"
+    return {"gather": _gather, "all_to_all": _all_to_all}[kind](rows, experts, masters, execution)
 
 
-def _gather(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
-    count = pool.computed.gate_EDF.shape[0]
+def _gather(rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig) -> Result:
+    count = experts.number
     every = partial(jax.lax.all_gather, axis_name=AXIS, axis=0, tiled=True)
-    here_SA = every(experts_SA) - jax.lax.axis_index(AXIS) * count
+    here_SA = every(rows.experts_SA) - jax.lax.axis_index(AXIS) * count
     here_SA = jnp.where((here_SA >= 0) & (here_SA < count), here_SA, count)
     share = 1.0 / jax.lax.axis_size(AXIS)
-    result = DISPATCHES[execution.dispatch](every(x_SD), here_SA, every(weights_SA), pool, execution, share)
+    gathered = Assigned(every(rows.x_SD), here_SA, every(rows.weights_SA))
+    result = DISPATCHES[execution.dispatch](gathered, experts, masters, execution, share)
     total = partial(jax.lax.psum_scatter, axis_name=AXIS, scatter_dimension=0, tiled=True)
     sizes = (jax.lax.stop_gradient(size) for size in (result.norm_SA, result.maximum_SA))
     # an assignment's expert is on one device; on the others its norm and maximum are 0
-    return Result(total(result.y_SD), result.pool, result.dropped, *(total(size) for size in sizes))
+    return Result(total(result.y_SD), result.masters, result.dropped, *(total(size) for size in sizes))
 
 
-def _all_to_all(x_SD, experts_SA, weights_SA, pool: Pool, execution: ExecutionConfig) -> Result:
-    count, devices, active = pool.computed.gate_EDF.shape[0], jax.lax.axis_size(AXIS), experts_SA.shape[1]
+def _all_to_all(rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig) -> Result:
+    x_SD, experts_SA, weights_SA = rows
+    count, devices, active = experts.number, jax.lax.axis_size(AXIS), experts_SA.shape[1]
     order = sort_by_expert(experts_SA, count * devices)
-    rows = experts_SA.shape[0] * min(active, count)  # that may come from one device: experts of a token differ
+    most = experts_SA.shape[0] * min(active, count)  # rows from one device: experts of a token differ
     make = _padded if execution.platform == "cpu" else _ragged
-    outward, homeward = make(jnp.sum(order.counts_E.reshape(devices, count), axis=1), experts_SA.size, rows)
+    outward, homeward = make(jnp.sum(order.counts_E.reshape(devices, count), axis=1), experts_SA.size, most)
     numbers_M1 = (experts_SA.reshape(-1)[order.order_M] % count)[:, None]
     arrived_R1 = outward(numbers_M1, count)
     arrived_RD = checkpoint_name(outward(gather_rows(x_SD, order), 0), products.KEPT)
-    share = active / (devices * min(active, count))  # of the places, which are as many as may come
+    share = active / (devices * min(active, count))  # of the buffer, which has room for all that may come
     ones_R1 = jnp.ones(arrived_R1.shape, weights_SA.dtype)
-    result = DISPATCHES[execution.dispatch](arrived_RD, arrived_R1, ones_R1, pool, execution, share)
+    arrived = Assigned(arrived_RD, arrived_R1, ones_R1)
+    result = DISPATCHES[execution.dispatch](arrived, experts, masters, execution, share)
     y_MD = checkpoint_name(homeward(result.y_SD), products.KEPT)
-    return combined(y_MD, weights_SA, order, result.pool, result.dropped)
+    return combined(y_MD, weights_SA, order, result.masters, result.dropped)
 
 
-class Ways(NamedTuple):
-    """outward(rows_MI, fill) -> rows_RI in order of arrival, `fill` in places where none came; homeward: back again."""
+class Routes(NamedTuple):
+    """outward(rows_MI, fill) -> rows_RI in order of arrival, `fill` in empty rows; homeward(rows_RI) -> rows_MI."""
 
     outward: Callable[[jax.Array, Any], jax.Array]
     homeward: Callable[[jax.Array], jax.Array]
 
 
-def _padded(sent_P: jax.Array, total: int, rows: int) -> Ways:
-    """Of `total` rows, sorted by destination, sent_P go to each device, which has places for `rows` from each."""
+def _padded(sent_P: jax.Array, total: int, rows: int) -> Routes:
+    """Routes of `total` rows, sorted by destination: sent_P go to each device, whose buffer holds `rows` from each."""
     devices = sent_P.shape[0]
     ends_P = jnp.cumsum(sent_P)
     starts_P = ends_P - sent_P
-    places_R = jnp.arange(rows, dtype=jnp.int32)
+    slots_R = jnp.arange(rows, dtype=jnp.int32)
     swap = partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0)
 
     def outward(rows_MI: jax.Array, fill: Any) -> jax.Array:
-        source_PR = jnp.minimum(starts_P[:, None] + places_R[None], total - 1)
-        used_PR1 = (places_R[None] < sent_P[:, None])[:, :, None]
+        source_PR = jnp.minimum(starts_P[:, None] + slots_R[None], total - 1)
+        used_PR1 = (slots_R[None] < sent_P[:, None])[:, :, None]
         buffer_PRI = jnp.where(used_PR1, rows_MI[source_PR], jnp.asarray(fill, rows_MI.dtype))
         return swap(buffer_PRI).reshape(devices * rows, -1)
 
@@ -91,11 +96,11 @@ def _padded(sent_P: jax.Array, total: int, rows: int) -> Ways:
         device_M = jnp.searchsorted(ends_P, number_M, side="right").astype(jnp.int32)
         return back_RI[device_M * rows + number_M - starts_P[device_M]]
 
-    return Ways(outward, homeward)
+    return Routes(outward, homeward)
 
 
-def _ragged(sent_P: jax.Array, total: int, rows: int) -> Ways:
-    """As `_padded`, but only rows that are sent travel, and they arrive one behind the other."""
+def _ragged(sent_P: jax.Array, total: int, rows: int) -> Routes:
+    """Routes like `_padded`, but only rows that are sent travel, and they arrive without gaps."""
     devices = sent_P.shape[0]
     here = jax.lax.axis_index(AXIS)
     sent_PP = jax.lax.all_gather(sent_P, AXIS)  # from, to
@@ -111,8 +116,8 @@ def _ragged(sent_P: jax.Array, total: int, rows: int) -> Ways:
         empty = jnp.zeros((total, rows_RI.shape[1]), rows_RI.dtype)
         return _move(rows_RI, empty, arrivals_PP[:, here], received_P, starts_PP[:, here], sent_P)
 
-    return Ways(outward, homeward)
+    return Routes(outward, homeward)
 
 
-def _move(rows, empty, starts_P, sizes_P, places_P, received_P) -> jax.Array:
-    return jax.lax.ragged_all_to_all(rows, empty, starts_P, sizes_P, places_P, received_P, axis_name=AXIS)
+def _move(rows, empty, starts_P, sizes_P, arrivals_P, received_P) -> jax.Array:
+    return jax.lax.ragged_all_to_all(rows, empty, starts_P, sizes_P, arrivals_P, received_P, axis_name=AXIS)

@@ -1,4 +1,4 @@
-"""Router logits -> chosen experts, their weights, and the statistics that balancing and reports need."""
+"""Routers: logits -> chosen experts, their combine weights, and the statistics that balancing and reports need."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,22 @@ import jax
 import jax.numpy as jnp
 
 from moe_reduce.core.config import MoEConfig
-from moe_reduce.models import products
+from moe_reduce.models.weights import Weight, matmul
 
-MANY = 2048  # experts, from which on ranking them by groups is faster
+MANY = 2048  # experts; from here on ranking them by groups is faster
+
+
+class RouterWeights(NamedTuple):
+    """What a layer routes with: the router [D, E], the selection bias [E], and the offset of its logits, a scalar."""
+
+    weight: Weight
+    bias_E: jax.Array | None = None
+    offset: jax.Array | None = None
+
+    def logits(self, x_SD: jax.Array) -> jax.Array:
+        """fp32 logits [S, E], less the offset."""
+        logits_SE = matmul(x_SD, self.weight)
+        return logits_SE if self.offset is None else logits_SE - self.offset
 
 
 class Routing(NamedTuple):
@@ -16,36 +29,24 @@ class Routing(NamedTuple):
 
     experts_SA: jax.Array  # int32, the chosen experts
     weights_SA: jax.Array  # combine weights
-    # of the tokens that are real:
+    # of real tokens:
     counts_E: jax.Array  # assignments by expert
     probability_E: jax.Array  # mean routing probability by expert
     z: jax.Array  # mean squared logsumexp of the logits (ST-MoE, arXiv:2202.08906)
 
-
-def router_logits(x_SD: jax.Array, router_DE: jax.Array, offset: jax.Array | None, form: str = "plain") -> jax.Array:
-    """Logits [S, E], less the layer's offset (a scalar).
-
-    In true fp32, not the passes in bf16 or tf32 that are a default: else experts tie and swap. Of inputs in bf16 three
-    such passes are as true (models/products.py), except on a CPU, form=transposed, where fp32 is faster; their gradient
-    is that of any product in bf16.
-    """
-    if x_SD.dtype == jnp.bfloat16 and form == "plain":
-        logits_SE: jax.Array = products.exact(x_SD, router_DE)
-    else:
-        x_SD, router_DE = x_SD.astype(jnp.float32), router_DE.astype(jnp.float32)
-        logits_SE = jnp.matmul(x_SD, router_DE, precision=jax.lax.Precision.HIGHEST)
-    return logits_SE if offset is None else logits_SE - offset
+    def statistics(self) -> dict[str, jax.Array]:
+        """Statistics of the call, by name."""
+        return {name: getattr(self, name) for name in ("counts_E", "probability_E", "z")}
 
 
 def route(
     logits_SE: jax.Array, bias_E: jax.Array | None, config: MoEConfig, real_S: jax.Array | None = None
 ) -> Routing:
-    """Top-A experts of each token.
+    """The top A experts of each token, and their combine weights.
 
-    real_S: bool, which tokens count; all without it. What fills up a row would drown the statistics of short texts.
-
-    The bias decides who is chosen and never what the chosen weigh (arXiv:2408.15664); it is added to the logits, of
-    which both score functions are monotone, so that its unit is the same for both.
+    bias_E decides which experts are chosen and never their weights (arXiv:2408.15664). It is added to the logits, in
+    which both score functions are monotone, so that its unit is the same for both. real_S: False for padding, which
+    would drown the statistics of short texts; None counts every token.
     """
     ranking_SE = (
         logits_SE if bias_E is None else logits_SE + jax.lax.stop_gradient(bias_E)[None, :].astype(logits_SE.dtype)
@@ -73,12 +74,12 @@ def route(
 
 
 def only_real(experts_SA: jax.Array, real_S: jax.Array | None, experts: int) -> jax.Array:
-    """The number behind the last expert where a token is not real."""
+    """Chosen experts, with E, the number of no expert, for tokens of padding."""
     return experts_SA if real_S is None else jnp.where(real_S[:, None], experts_SA, experts)
 
 
 def _mean(values_SI: jax.Array, real_S: jax.Array | None) -> jax.Array:
-    """Over the real tokens; 0 where there is none."""
+    """Mean over the real tokens; 0 where there is none."""
     if real_S is None:
         return jnp.mean(values_SI, axis=0)
     return jnp.sum(jnp.where(real_S[:, None], values_SI, 0), axis=0) / jnp.maximum(
@@ -87,9 +88,9 @@ def _mean(values_SI: jax.Array, real_S: jax.Array | None) -> jax.Array:
 
 
 def top_experts(ranking_SE: jax.Array, active: int) -> jax.Array:
-    """[S, A] int32: the highest of each row, highest first, of equal ones the first, as jax.lax.top_k gives them.
+    """Indices of the A highest of each row, int32 [S, A], in the order of jax.lax.top_k.
 
-    Of thousands, only those in the A groups with the highest maxima are ranked, which hold all that can be chosen.
+    With thousands of experts only the A groups with the highest maxima are ranked: they hold all that can be chosen.
     """
     tokens, experts = ranking_SE.shape
     group = next((size for size in (32, 16, 8) if experts % size == 0), experts)
@@ -105,7 +106,7 @@ def top_experts(ranking_SE: jax.Array, active: int) -> jax.Array:
 
 
 def _counts(experts_SA: jax.Array, experts: int) -> jax.Array:
-    """Of assignments by expert. Few experts by comparisons: additions onto few places wait for each other on a GPU."""
+    """Assignments by expert. Few experts are counted by comparisons: atomic additions collide on a GPU."""
     if experts > 64:
         return jnp.zeros(experts).at[experts_SA.reshape(-1)].add(1.0)
     numbers_E = jnp.arange(experts, dtype=experts_SA.dtype)

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from moe_reduce.models.moe.expert_loop import rows_of_a_block
+from moe_reduce.models.moe import expert_loop
 from moe_reduce.models.products import KEPT
 
 
@@ -66,7 +66,7 @@ class Groups(NamedTuple):
 
 def tile_rows(rows: int, experts: int) -> int:
     """Of a tile of a product: as many as an expert gets on average, within what is fast."""
-    return max(FEWEST_ROWS, rows_of_a_block(MOST_ROWS, rows, experts))
+    return max(FEWEST_ROWS, expert_loop.tile_rows(MOST_ROWS, rows, experts))
 
 
 def groups_of(counts_E: jax.Array, rows: int) -> Groups:
@@ -299,41 +299,46 @@ def _activate_back(sums, extras):
     return dhidden * up * (share + activation * (1 - share)), dhidden * activation
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def swiglu(x_SD, token_M, rank_SA, groups, matrices, masters, interpret: bool):
-    """down(silu(gate·x) · up·x) of row m, token_M[m] of x_SD, by the expert whose group holds m: (y_MD, the masters).
+class Places(NamedTuple):
+    """Where sorted rows come from and go to: the token of each, the rank of each assignment, the groups of experts."""
+
+    token_M: jax.Array
+    rank_SA: jax.Array
+    groups: Groups
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def swiglu(x_SD, places: Places, matrices, masters, interpret: bool):
+    """(down(silu(gate·x) · up·x) of row m, token_M[m] of x_SD, by the expert whose group holds m; the masters).
 
     Args:
         x_SD: tokens, in the compute dtype.
-        token_M: token of each assignment, sorted by expert.
-        rank_SA: where each assignment went: the way back.
-        groups: of the assignments; rows of no expert are undefined, and what comes back to them is not read.
+        places: of the sorted rows; rows of no expert are undefined, and their cotangents are not read.
         matrices: gate [E, D, F], up [E, D, F] and down [E, F, D] in the compute dtype. No gradient flows into them.
         masters: what these were cast from, handed on for their gradient (models/moe/expert_loop.py); empty if frozen.
         interpret: off a GPU.
     """
-    del rank_SA  # for the way back
-    (hidden_MF,) = _inward(x_SD, token_M, groups, matrices, interpret, results=1)
-    return by_rows((hidden_MF,), matrices[2:], groups, interpret)[0], masters
+    (hidden_MF,) = _inward(x_SD, places, matrices, interpret, results=1)
+    return by_rows((hidden_MF,), matrices[2:], places.groups, interpret)[0], masters
 
 
-def _inward(x_SD, token_M, groups, matrices, interpret, results: int):
-    """The first so many of hidden, gate and up, [M, F]."""
+def _inward(x_SD, places: Places, matrices, interpret, results: int):
+    """The first `results` of hidden, gate and up, [M, F]."""
     return by_rows(
-        (x_SD,), matrices[:2], groups, interpret, terms=(Term(0, 0, 0), Term(0, 1, 1)), token_M=token_M,
+        (x_SD,), matrices[:2], places.groups, interpret, terms=(Term(0, 0, 0), Term(0, 1, 1)), token_M=places.token_M,
         finish=lambda *values: _activate(*values)[:results], results=results, tile=TWO_MATRICES,
     )  # fmt: skip
 
 
-def _swiglu_forward(x_SD, token_M, rank_SA, groups, matrices, masters, interpret):
-    hidden_MF, gate_MF, up_MF = _inward(x_SD, token_M, groups, matrices, interpret, results=3)
-    (y_MD,) = by_rows((hidden_MF,), matrices[2:], groups, interpret)
+def _swiglu_forward(x_SD, places: Places, matrices, masters, interpret):
+    hidden_MF, gate_MF, up_MF = _inward(x_SD, places, matrices, interpret, results=3)
+    (y_MD,) = by_rows((hidden_MF,), matrices[2:], places.groups, interpret)
     hidden_MF, gate_MF, up_MF, y_MD = (checkpoint_name(kept, KEPT) for kept in (hidden_MF, gate_MF, up_MF, y_MD))
-    return (y_MD, masters), (x_SD, token_M, rank_SA, groups, matrices, hidden_MF, gate_MF, up_MF)
+    return (y_MD, masters), (x_SD, places, matrices, hidden_MF, gate_MF, up_MF)
 
 
 def _swiglu_backward(interpret, saved, cotangents):
-    x_SD, token_M, rank_SA, groups, (gate_EDF, up_EDF, down_EFD), hidden_MF, gate_MF, up_MF = saved
+    x_SD, (token_M, rank_SA, groups), (gate_EDF, up_EDF, down_EFD), hidden_MF, gate_MF, up_MF = saved
     dy_MD, dmasters = cotangents
     dgate_MF, dup_MF = by_rows(
         (dy_MD,), (down_EFD,), groups, interpret, transposed=True, extras=(gate_MF, up_MF),
@@ -352,7 +357,7 @@ def _swiglu_backward(interpret, saved, cotangents):
         dmasters = (dgate, dup, ddown)
     here_SA1 = (rank_SA < groups.end_E[-1])[:, :, None]
     dx_SD = jnp.sum(jnp.where(here_SA1, dx_MD[rank_SA], 0), axis=1)
-    return dx_SD, None, None, None, None, dmasters
+    return dx_SD, None, None, dmasters
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -1,0 +1,117 @@
+"""Assignments of tokens to experts, sorted by expert: the order, the gather of rows and the weighted sum back."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_reduce.models.moe.experts import Masters
+from moe_reduce.models.products import wide
+
+
+class Result(NamedTuple):
+    """What one call of the experts gives. Sizes of raw expert outputs are for scoring; unused, they cost nothing."""
+
+    y_SD: jax.Array
+    masters: Masters  # to hand on to the next call, for their gradient
+    dropped: jax.Array  # assignments that found no room at their expert, a scalar; 0 if dropless
+    norm_SA: jax.Array  # ‖f(x)‖₂ of each assignment, fp32; 0 where no expert ran
+    maximum_SA: jax.Array  # max |f(x)|, likewise
+
+
+class Order(NamedTuple):
+    """Assignments sorted by expert: row m of the sorted buffer is assignment order_M[m]; rank_SA is the inverse."""
+
+    order_M: jax.Array
+    rank_SA: jax.Array
+    counts_E: jax.Array
+
+
+def sort_by_expert(experts_SA: jax.Array, experts: int) -> Order:
+    """A stable sort, so that results depend on nothing but the assignment itself."""
+    flat_M = experts_SA.reshape(-1)
+    order_M = jnp.argsort(flat_M, stable=True).astype(jnp.int32)
+    positions_M = jnp.arange(flat_M.size, dtype=jnp.int32)
+    rank_M = jnp.zeros_like(order_M).at[order_M].set(positions_M, unique_indices=True)
+    # counts from the sorted ids: a search is cheaper than a scatter when there are thousands of experts
+    bounds = jnp.searchsorted(
+        flat_M[order_M], jnp.arange(experts + 1, dtype=flat_M.dtype), method="scan_unrolled"
+    ).astype(jnp.int32)
+    return Order(order_M, rank_M.reshape(experts_SA.shape), jnp.diff(bounds))
+
+
+def _sums(rows_MD: jax.Array, weights_SA: jax.Array, rank_SA: jax.Array) -> jax.Array:
+    """Σ_a weight · row, [S, D]. One assignment after the other on TPU, whose tiles pad an axis of A up to 8."""
+
+    def at_once(rows_MD, weights_SA, rank_SA):
+        return jnp.sum(rows_MD[rank_SA] * weights_SA[:, :, None], axis=1)
+
+    def in_turn(rows_MD, weights_SA, rank_SA):
+        weighted = (
+            rows_MD[rank_S] * weight_S[:, None] for rank_S, weight_S in zip(rank_SA.T, weights_SA.T, strict=True)
+        )
+        total: Any = sum(row_SD.astype(wide(row_SD.dtype)) for row_SD in weighted)
+        return total.astype(rows_MD.dtype)
+
+    return jax.lax.platform_dependent(rows_MD, weights_SA, rank_SA, tpu=in_turn, default=at_once)
+
+
+def _dots(rows_MD: jax.Array, y_SD: jax.Array, rank_SA: jax.Array) -> jax.Array:
+    """row · y, fp32 [S, A]. One assignment after the other on TPU, as in `_sums`."""
+
+    def at_once(rows_MD, y_SD, rank_SA):
+        return jnp.sum(y_SD[:, None].astype(jnp.float32) * rows_MD[rank_SA].astype(jnp.float32), axis=-1)
+
+    def in_turn(rows_MD, y_SD, rank_SA):
+        return jnp.concatenate([at_once(rows_MD, y_SD, rank_S[:, None]) for rank_S in rank_SA.T], axis=1)
+
+    return jax.lax.platform_dependent(rows_MD, y_SD, rank_SA, tpu=in_turn, default=at_once)
+
+
+@jax.custom_vjp
+def gather_rows(x_SD: jax.Array, order: Order) -> jax.Array:
+    """x_SD -> x_MD, the sorted rows. Its gradient is a gather too: a scatter-add would run serially on CPU."""
+    return x_SD[order.order_M // order.rank_SA.shape[1]]
+
+
+def _gather_forward(x_SD: jax.Array, order: Order) -> tuple[jax.Array, Order]:
+    return gather_rows(x_SD, order), order
+
+
+def _gather_backward(order: Order, dx_MD: jax.Array) -> tuple[jax.Array, None]:
+    return _sums(dx_MD, jnp.ones(order.rank_SA.shape, dx_MD.dtype), order.rank_SA), None
+
+
+gather_rows.defvjp(_gather_forward, _gather_backward)
+
+
+@jax.custom_vjp
+def combine_rows(y_MD: jax.Array, weights_SA: jax.Array, order: Order) -> jax.Array:
+    """Sorted expert outputs -> y_SD = Σ_a weight · output."""
+    return _sums(y_MD, weights_SA.astype(y_MD.dtype), order.rank_SA)
+
+
+def _combine_forward(y_MD: jax.Array, weights_SA: jax.Array, order: Order):
+    return combine_rows(y_MD, weights_SA, order), (y_MD, weights_SA, order)
+
+
+def _combine_backward(saved: tuple[jax.Array, jax.Array, Order], dy_SD: jax.Array):
+    y_MD, weights_SA, order = saved
+    weights_M = weights_SA.reshape(-1)[order.order_M].astype(dy_SD.dtype)
+    dy_MD = dy_SD[order.order_M // weights_SA.shape[1]] * weights_M[:, None]
+    return dy_MD, _dots(y_MD, dy_SD, order.rank_SA).astype(weights_SA.dtype), None
+
+
+combine_rows.defvjp(_combine_forward, _combine_backward)
+
+
+def combined(y_MD: jax.Array, weights_SA: jax.Array, order: Order, masters: Masters, dropped: Any = 0.0) -> Result:
+    """The Result of expert outputs in sorted order."""
+    y_float = jax.lax.stop_gradient(y_MD).astype(jnp.float32)
+    return Result(
+        combine_rows(y_MD, weights_SA, order),
+        masters,
+        jnp.asarray(dropped, jnp.float32),
+        jnp.sqrt(jnp.sum(jnp.square(y_float), axis=-1))[order.rank_SA],
+        jnp.max(jnp.abs(y_float), axis=-1)[order.rank_SA],
+    )

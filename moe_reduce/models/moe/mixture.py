@@ -1,0 +1,145 @@
+"""The mixture of experts of one block: routing, then the weighted sum over the chosen experts.
+
+A layer that owns its experts and a layer that calls the shared pool run the same code; they differ in where the
+parameters live, so modules hand out weights and the functions here compute with them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from moe_reduce.core.config import ExecutionConfig, MoEConfig
+from moe_reduce.models.deltas import Delta
+from moe_reduce.models.mesh import BATCH_AXES, on_one_device
+from moe_reduce.models.moe.assignments import Result
+from moe_reduce.models.moe.dispatch import DISPATCHES, Assigned
+from moe_reduce.models.moe.exchange import exchange
+from moe_reduce.models.moe.experts import Experts, Masters, computed, lend
+from moe_reduce.models.moe.routing import RouterWeights, Routing, only_real, route
+from moe_reduce.models.weights import Weight
+
+Run = Callable[[Assigned, Experts, Masters, ExecutionConfig], Result]
+
+
+def choose_experts(
+    x_BTD: jax.Array, router: RouterWeights, moe: MoEConfig, real_BT: jax.Array | None = None
+) -> Routing:
+    """Routing of every token, [S, A]; statistics of real tokens only."""
+    x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    return route(router.logits(x_SD), router.bias_E, moe, None if real_BT is None else real_BT.reshape(-1))
+
+
+def mixture_of_experts(
+    x_BTD: jax.Array, routing: Routing, experts: Experts, masters: Masters, execution: ExecutionConfig, real_BT=None
+):
+    """(y_BTD = Σ weight · expert(x) over the chosen experts, masters to hand on, statistics, assignments).
+
+    statistics: counts_E (assignments), probability_E (mean), z, dropped (share of assignments, 0 if dropless), of real
+    tokens; padding takes no room of a bounded capacity. assignments, each [B, T, A]: expert, weight, and the norm and
+    the largest magnitude of the expert's raw output.
+    """
+    shape = (*x_BTD.shape[:2], routing.experts_SA.shape[1])
+    chosen_BTA, weights_BTA = routing.experts_SA.reshape(shape), routing.weights_SA.reshape(shape)
+    called_BTA = chosen_BTA
+    if execution.dispatch == "capacity":
+        real_S = None if real_BT is None else real_BT.reshape(-1)
+        called_BTA = only_real(routing.experts_SA, real_S, experts.number).reshape(shape)
+    rows = Assigned(x_BTD, called_BTA, weights_BTA)
+    y_BTD, masters, dropped, norm_BTA, maximum_BTA = apply_experts(rows, experts, masters, execution)
+    if real_BT is not None:
+        dropped = dropped * real_BT.size / jnp.maximum(jnp.sum(real_BT, dtype=jnp.float32), 1)
+    assignments = {"expert": chosen_BTA, "weight": weights_BTA, "norm": norm_BTA, "maximum": maximum_BTA}
+    return y_BTD, masters, routing.statistics() | {"dropped": dropped}, assignments
+
+
+def apply_experts(rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig):
+    """(y_BTD, masters to hand on, the share of assignments dropped, output norms_BTA and maxima_BTA).
+
+    rows: with batch and time as leading axes. On one device, or over the mesh in context: tokens are split along the
+    batch axes, experts along `expert` and their hidden width along `tensor`, over which slices of F are summed. Norms
+    and maxima are of whole outputs only where `tensor` is 1.
+    """
+    assignments = rows.experts_SA.size
+    if on_one_device():
+        result = _flattened(DISPATCHES[execution.dispatch], rows, experts, masters, execution)
+        return result.y_SD, result.masters, result.dropped / assignments, result.norm_SA, result.maximum_SA
+    tokens = PartitionSpec(BATCH_AXES)
+    experts, masters = lend(experts, masters)
+    body = jax.shard_map(
+        partial(_sharded, execution=execution),
+        in_specs=(tokens, _specs(experts)),
+        out_specs=(tokens, PartitionSpec(), tokens, tokens),
+        check_vma=False,
+    )
+    y_BTD, dropped, norm_BTA, maximum_BTA = body(rows, experts)
+    return y_BTD, masters, dropped / assignments, norm_BTA, maximum_BTA
+
+
+def _specs(experts: Experts) -> Any:
+    """Where the leaves of experts lie: with their experts, and split along the hidden width."""
+
+    def value(spec: PartitionSpec, one: Weight) -> Any:
+        # a quantised value's scales [E, O] lack the contracted axis
+        scales = PartitionSpec("expert", spec[2] if len(spec) > 2 else None)
+        return jax.tree.map(lambda leaf: spec if leaf.ndim == 3 else scales, one.value)
+
+    inward, outward = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor")
+    placed = {}
+    for name, one in experts._asdict().items():
+        spec = outward if name == "down" else inward
+        delta = None if one.delta is None else _delta_specs(name, one.delta)
+        placed[name] = Weight(value(spec, one), delta, one.inputs, one.layout, one.exact)
+    return Experts(**placed)
+
+
+def _delta_specs(name: str, delta: Delta) -> Any:
+    """Where an adapter's leaves lie: with their experts, and along the hidden width as the matrix of their delta."""
+    hidden_side = "in" if name == "down" else "out"
+
+    def spec(path: Any, leaf: jax.Array) -> PartitionSpec:
+        keys = [part.key for part in path]
+        axes: list[str | None] = [None] * leaf.ndim
+        if keys[-1] == "matrix" and keys[0] == hidden_side:
+            axes[-2 if name == "down" else -1] = "tensor"
+        if leaf.ndim == 3:
+            axes[0] = "expert"
+        return PartitionSpec(*axes)
+
+    return jax.tree_util.tree_map_with_path(spec, delta)
+
+
+def _sharded(rows: Assigned, experts: Experts, execution: ExecutionConfig):
+    experts, masters = computed(experts, rows.x_SD.dtype, execution.expert_gradients)
+    result = _flattened(exchange, rows, experts, masters, execution)
+    y_BTD = jax.lax.psum(result.y_SD, "tensor")
+    dropped = jax.lax.psum(result.dropped, BATCH_AXES)
+    norm_BTA = jax.lax.psum(jax.lax.stop_gradient(result.norm_SA), "tensor")
+    return y_BTD, dropped, norm_BTA, jax.lax.pmax(jax.lax.stop_gradient(result.maximum_SA), "tensor")
+
+
+def some_experts(
+    rows: Assigned, experts: Experts, execution: ExecutionConfig, first_expert: Any, share: float
+) -> Result:
+    """The part of the sum that frozen experts numbered from `first_expert` add; they are this share of all experts.
+
+    rows: with batch and time as leading axes.
+    """
+    here_BTA = rows.experts_SA - first_expert
+    here_BTA = jnp.where((here_BTA >= 0) & (here_BTA < experts.number), here_BTA, experts.number)
+
+    def dispatch(rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig) -> Result:
+        return DISPATCHES[execution.dispatch](rows, experts, masters, execution, share)
+
+    return _flattened(dispatch, rows._replace(experts_SA=here_BTA), experts, (), execution)
+
+
+def _flattened(run: Run, rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig) -> Result:
+    """A dispatch or an exchange of batch and time as one axis; the Result has them apart again."""
+    flat = Assigned(*(array.reshape(-1, array.shape[-1]) for array in rows))
+    result = run(flat, experts, masters, execution)
+    norm_BTA, maximum_BTA = (size.reshape(rows.experts_SA.shape) for size in (result.norm_SA, result.maximum_SA))
+    return Result(result.y_SD.reshape(rows.x_SD.shape), result.masters, result.dropped, norm_BTA, maximum_BTA)

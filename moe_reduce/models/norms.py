@@ -1,0 +1,45 @@
+"""RMSNorm and LayerNorm, computed in fp32."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_reduce.core.config import ModelConfig
+from moe_reduce.models.weights import read
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · scale over the last `axes` axes, in fp32 (arXiv:1910.07467)."""
+
+    config: ModelConfig
+    axes: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        over = tuple(range(-self.axes, 0))
+        x_float = x.astype(jnp.float32)
+        mean = jnp.mean(jnp.square(x_float), axis=over, keepdims=True)
+        inverse = jax.lax.rsqrt(mean + self.config.norm_epsilon)
+        scale = jnp.broadcast_to(read(self, "scale").astype(jnp.float32), x.shape)
+        return (x_float * inverse * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / standard deviation · scale + bias over the last axis, in fp32 (arXiv:1607.06450)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x_float = x.astype(jnp.float32)
+        centred = x_float - jnp.mean(x_float, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(variance + self.config.norm_epsilon)
+        scale, bias = (jnp.broadcast_to(read(self, name).astype(jnp.float32), x.shape) for name in ("scale", "bias"))
+        return (centred * inverse * scale + bias).astype(x.dtype)
+
+
+def residual_norm(config: ModelConfig, name: str) -> RMSNorm | LayerNorm:
+    """The norm of the residual stream, as a submodule of the module that calls."""
+    kind = RMSNorm if config.norm == "rms" else LayerNorm
+    return kind(config, name=name)

@@ -1,0 +1,256 @@
+"""Weights, and the products that read them: the one place that knows how a weight is stored.
+
+A value is an array or a quantised kind such as `Int8`. `weight(module, name)` is a module's value with the adapter's
+delta beside it; `matmul` multiplies rows with it, `grouped_matmul` rows that have an expert each, `logits` and `lookup`
+read a token table. Layout of operands, dequantising and deltas are decided here, and no caller knows them.
+
+A further kind is a class like `Int8`: a pytree whose leaves share the stacked leading axes of the parameter.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_reduce.models import deltas, products
+from moe_reduce.models.deltas import Delta
+from moe_reduce.models.parameters import Parameter, find, in_module
+
+LARGEST_INT8 = 127  # the same on both sides of zero
+Product = Callable[[jax.Array, jax.Array], jax.Array]  # (rows, one matrix for each expert) -> rows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8:
+    """A matrix as int8 with one fp32 scale for each output: w = whole · scale, symmetric, rounded to nearest.
+
+    whole: [*stacked, …] in the layout of the parameter. scale: the same axes without those that a product contracts.
+    """
+
+    whole: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix."""
+        return self.whole.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the matrix."""
+        return self.whole.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the stored values."""
+        return self.whole.dtype
+
+    @classmethod
+    def quantise(cls, matrix: jax.Array, record: Parameter) -> "Int8":
+        """Round a parameter; the largest magnitude of each output becomes 127. Outputs of zeros get scale 0."""
+        matrix = matrix.astype(jnp.float32)
+        scale = jnp.max(jnp.abs(matrix), axis=record.contracted, keepdims=True) / LARGEST_INT8
+        spread = jnp.broadcast_to(jnp.where(scale > 0, scale, 1.0), matrix.shape)
+        return cls(jnp.round(matrix / spread).astype(jnp.int8), jnp.squeeze(scale, axis=record.contracted))
+
+    def dense(self, contracted: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        """The matrix that the integers stand for; contracted: axes that `scale` lacks."""
+        scale = jnp.broadcast_to(jnp.expand_dims(self.scale, contracted), self.whole.shape)
+        return (self.whole.astype(jnp.float32) * scale).astype(dtype)
+
+    def map(self, function: Callable[[tuple[int, ...], Any], Any], record: Parameter) -> "Int8":
+        """function(axes of the parameter that a part has, the part) in place of each part."""
+        every = tuple(range(len(record.axes)))
+        kept = tuple(axis for axis in every if axis not in record.contracted)
+        return Int8(function(every, self.whole), function(kept, self.scale))
+
+
+Value = jax.Array | Int8
+
+
+def map_parts(function: Callable[[tuple[int, ...], Any], Any], record: Parameter, value: Any) -> Any:
+    """function(axes of the parameter that a part has, the part) in place of each array of a value."""
+    return value.map(function, record) if isinstance(value, Int8) else function(tuple(range(len(record.axes))), value)
+
+
+def is_quantised(value: Any) -> bool:
+    """Whether a value is of a quantised kind, which no gradient trains."""
+    return isinstance(value, Int8)
+
+
+def cast(value: Any, dtype: Any) -> Any:
+    """A value in a dtype; quantised ones stay as they are."""
+    return value if is_quantised(value) else jnp.asarray(value, dtype)
+
+
+def dense(value: Any, contracted: tuple[int, ...], dtype: Any) -> jax.Array:
+    """A value as an array of a dtype."""
+    return value.dense(contracted, dtype) if isinstance(value, Int8) else value.astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Weight:
+    """A value to multiply with, and what an adapter adds to it.
+
+    inputs: leading axes of one matrix that a product contracts. layout: of operands (ExecutionConfig.products). exact:
+    products are in true fp32 whatever the compute dtype, as routers need them.
+    """
+
+    value: Any
+    delta: Delta | None = None
+    inputs: int = dataclasses.field(default=1, metadata={"static": True})
+    layout: str = dataclasses.field(default="plain", metadata={"static": True})
+    exact: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+def read(module: Any, name: str) -> Any:
+    """The module's parameter of a name, initialised by its record where the module is initialised."""
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    record = in_module(module.config, module.path, name)
+    return module.param(name, record.init, record.layer_shape)
+
+
+def weight(module: Any, name: str) -> Weight:
+    """The module's matrix of a name with the delta of the adapter in use."""
+    record = in_module(module.config, module.path, name)
+    return Weight(
+        read(module, name), deltas.delta_of(module, name), len(record.inputs), module.execution.products,
+        record.precision == "float32_stored",
+    )  # fmt: skip
+
+
+def linear(module: Any, name: str, x: jax.Array) -> jax.Array:
+    """x · the module's matrix of a name, and its bias where the model has one, [..., *out] in the dtype of x."""
+    y = matmul(x, weight(module, name))
+    if find(module.config, module.path, f"{name}_bias") is None:
+        return y
+    bias = read(module, f"{name}_bias")
+    # in fp32, so that the bias's gradient, a sum over all tokens, is one too
+    return (y.astype(jnp.float32) + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)).astype(y.dtype)
+
+
+def matmul(x: jax.Array, w: Weight, transposed: bool = False) -> jax.Array:
+    """x [..., *in] · w [*in, *out] -> [..., *out] in the dtype of x, or in fp32 where the weight is exact.
+
+    transposed: x [..., *out] · wᵀ -> [..., *in], without deltas. One two-dimensional product: with leading axes apart,
+    XLA on CPU runs the gradient at a third of the speed.
+    """
+    ins, outs = w.value.shape[: w.inputs], w.value.shape[w.inputs :]
+    contracted, kept = (outs, ins) if transposed else (ins, outs)
+    lead = x.shape[: x.ndim - len(contracted)]
+    x_SI = x.reshape(math.prod(lead), math.prod(contracted))
+    matrix = _flat(w.value, w.inputs)
+    if w.exact:
+        return _exact(x_SI, dense(matrix, (0,), jnp.float32), w.layout).reshape(*lead, *kept)
+    y_SO = checkpoint_name(_product(x_SI, matrix, w.layout, transposed), products.KEPT)
+    if w.delta is not None and not transposed:
+        y_SO = deltas.adapted(x_SI, y_SO, partial(_as_array, matrix), w.delta, w.layout)
+    return y_SO.reshape(*lead, *kept)
+
+
+def grouped_matmul(rows: jax.Array, w: Weight, product: Product) -> jax.Array:
+    """Rows, each times the matrix of its expert, and the expert's delta; [..., O] in the dtype of the rows.
+
+    w.value: [E, I, O]. product(rows, matrices [E, I, O]) is how rows are grouped by expert (models/moe/dispatch.py).
+    """
+    y = product(rows, dense(w.value, (1,), rows.dtype))
+    if w.delta is None:
+        return y
+
+    def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        if matrix.ndim == 3:
+            return product(x, matrix)
+        # one matrix for all experts, such as a fixed projection
+        return jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return y + deltas.added(rows, w.delta, w.value.shape[2], multiply)
+
+
+def multiply(x: jax.Array, matrix: Any, layout: str, transposed: bool = False) -> jax.Array:
+    """x [S, I] · one matrix [I, O], or x [S, O] · its transpose; sums, and result, in fp32. No gradient of its own."""
+    if not isinstance(matrix, Int8):
+        return products.dot(x, matrix, 1, int(transposed), layout)
+    return _int8_dot(x, matrix.whole, matrix.scale, int(transposed), transposed, layout)
+
+
+def logits(x: jax.Array, table: Weight) -> jax.Array:
+    """x [B, T, D] · table [V, D]ᵀ -> fp32 [B, T, V]."""
+    x_SD = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+    found: Any
+    if isinstance(table.value, Int8):
+        found = _int8_dot(x_SD, table.value.whole, table.value.scale, 1, False, table.layout)
+    else:
+        found = products.logits(x_SD, table.value, table.layout)
+    return found.reshape(x.shape[0], x.shape[1], -1)
+
+
+def lookup(tokens: jax.Array, table: Weight, dtype: Any) -> jax.Array:
+    """Rows of table [V, D] in a dtype. Cast behind the gather, so that gradients of frequent tokens add up in fp32."""
+    value = table.value
+    if not isinstance(value, Int8):
+        return value[tokens].astype(dtype)
+    return Int8(value.whole[tokens], value.scale[tokens]).dense((-1,), dtype)
+
+
+def _flat(value: Any, inputs: int) -> Any:
+    """One matrix [I, O] of a value [*in, *out]."""
+    if isinstance(value, Int8):
+        return Int8(_flat(value.whole, inputs), value.scale.reshape(-1))
+    return value.reshape(math.prod(value.shape[:inputs]), -1)
+
+
+def _as_array(matrix: Any) -> jax.Array:
+    return matrix.dense((0,)) if isinstance(matrix, Int8) else matrix
+
+
+def _product(x: jax.Array, matrix: Any, layout: str, transposed: bool) -> Any:
+    if isinstance(matrix, Int8):
+        return multiply(x, matrix, layout, transposed).astype(x.dtype)
+    return products.product(x, matrix.T if transposed else matrix, layout)
+
+
+def _exact(x_SI: jax.Array, matrix_IO: jax.Array, layout: str) -> jax.Array:
+    """fp32 product in true fp32, not in the bf16 or tf32 passes that are a default: else experts tie and swap.
+
+    Three bf16 passes are as true for bf16 inputs (models/products.py), and slower than fp32 on a CPU alone.
+    """
+    if x_SI.dtype == jnp.bfloat16 and layout == "plain":
+        return products.exact(x_SI, matrix_IO)
+    return jnp.matmul(x_SI.astype(jnp.float32), matrix_IO, precision=jax.lax.Precision.HIGHEST)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _int8_dot(x: jax.Array, whole: jax.Array, scale: jax.Array, axis: int, scales_x: bool, layout: str) -> jax.Array:
+    """x [S, ·] · whole contracted over its `axis`, fp32. scale: of the inputs where `scales_x`, else of the outputs."""
+    if scales_x:
+        x = _scaled(x, scale)
+    y = products.dot(x, whole.astype(x.dtype), 1, axis, layout)
+    return y if scales_x else _scaled(y, scale)
+
+
+def _int8_dot_forward(x, whole, scale, axis, scales_x, layout):
+    # nothing of x is kept: the matrix is frozen
+    return _int8_dot(x, whole, scale, axis, scales_x, layout), (whole, scale, jnp.zeros((), x.dtype))
+
+
+def _int8_dot_backward(axis, scales_x, layout, saved, dy):
+    whole, scale, like = saved
+    dy = (dy if scales_x else _scaled(dy, scale)).astype(like.dtype)
+    dx = products.dot(dy, whole.astype(like.dtype), 1, 1 - axis, layout)
+    return (_scaled(dx, scale) if scales_x else dx).astype(like.dtype), None, None
+
+
+_int8_dot.defvjp(_int8_dot_forward, _int8_dot_backward)
+
+
+def _scaled(rows: jax.Array, scale: jax.Array) -> jax.Array:
+    return (rows * jnp.broadcast_to(scale, rows.shape)).astype(rows.dtype)

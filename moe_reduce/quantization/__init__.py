@@ -1,0 +1,1 @@
+"""Model -> the same model in fewer bits: pure functions of (config, params)."""
