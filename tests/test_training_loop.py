@@ -21,17 +21,16 @@ from training_runs import (
 
 from moe_reduce.__main__ import main
 from moe_reduce.core.errors import UserError
-from moe_reduce.runs import train as run_module
 from moe_reduce.runs.train import train
 from moe_reduce.storage.model_directory import load
-from moe_reduce.training import optimizer, sharding
+from moe_reduce.training import job, optimizer, sharding
 from moe_reduce.training.checkpoints import Checkpoints
 from moe_reduce.training.metrics import TIMING, read
 
 
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch):
-    monkeypatch.setattr(run_module, "peak", unmeasured_peak)
+    monkeypatch.setattr(job, "peak", unmeasured_peak)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def learned(tmp_path_factory, corpus, token_cache):
     file = write_config(directory, corpus_data(corpus, token_cache), train=changes)
     arguments = ["train", f"--config={file}", f"--workdir={directory / 'run'}", "--config.train.warmup_steps=5"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "peak", unmeasured_peak)
+        patch.setattr(job, "peak", unmeasured_peak)
         assert main(arguments) == 0
     return arguments, directory / "run"
 

@@ -19,8 +19,8 @@ from training_runs import command, environment, losses, metrics, run_config, tok
 from moe_reduce.commands import config_file
 from moe_reduce.core import config
 from moe_reduce.core.config import MeshConfig
-from moe_reduce.runs import train as run_module
 from moe_reduce.runs.train import train
+from moe_reduce.training import job
 
 LOSS = {"rtol": 5e-6}
 PARAMETERS = {"rtol": 1e-4, "atol": 1e-5}
@@ -64,7 +64,7 @@ def on_one_device(tmp_path_factory):
         return directory / kind
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "peak", unmeasured_peak)
+        patch.setattr(job, "peak", unmeasured_peak)
         yield workdir
 
 

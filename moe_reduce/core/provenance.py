@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_reduce.core.config import ModelConfig
+from moe_reduce.core.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,13 @@ import uuid
 
 import numpy as np
 
-from moe_reduce.core.config import DataConfig
+from moe_reduce.core.data_config import UUID_PAIRS, DataConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.data import sources
 from moe_reduce.data.files import has_fields
 from moe_reduce.data.pieces import TRAIN
 from moe_reduce.data.tokenizers import Tokenizer
 
-UUID_PAIRS = "uuid-pairs:"
 UUID_SEED = 0
 
 

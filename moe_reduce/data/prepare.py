@@ -19,7 +19,7 @@ from moe_reduce.core import disk
 from moe_reduce.core.config import DataConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.data import shards, sources
-from moe_reduce.data.completions import UUID_PAIRS, Completions
+from moe_reduce.data.completions import Completions
 from moe_reduce.data.pieces import SPLITS, TRAIN, VALIDATION, Piece, pieces, split_pieces
 from moe_reduce.data.rows import TokenRows
 from moe_reduce.data.shards import Manifest, ShardWriter, TokenSource, TokenStore
@@ -42,7 +42,7 @@ def prepare(config: DataConfig, vocab_size: int) -> tuple[TokenSource, Tokenizer
     """
     if config.source.endswith(".npy"):
         return TokenRows(config, vocab_size), None
-    if config.completion_field is not None or config.source.startswith(UUID_PAIRS):
+    if config.learns_completions:
         if config.tokenizer == TRAIN_A_TOKENIZER:
             raise UserError("completions are learned by a model that has a tokenizer: set data.tokenizer to it")
         tokenizer = _given_tokenizer(config.tokenizer, vocab_size)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from moe_reduce.core import config as configuration
-from moe_reduce.core import validation
 from moe_reduce.core.config import ModelConfig, MoEConfig
 from moe_reduce.core.errors import UserError
 
@@ -137,7 +136,7 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
     else:
         _check_values(raw)
         model = _known_config(_flat(raw))
-    validation.check_model(model)
+    model.check()
     return model
 
 
