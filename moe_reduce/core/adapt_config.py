@@ -27,9 +27,7 @@ class AdapterConfig:
     core_rank: int | None = None
     core_std: float = 0.0  # standard deviation of the initial M; a low-rank core starts from 1e-3 where this is 0
     trainable_sketch: bool = False  # train the projections as well
-    stored_projections: bool = (
-        False  # write the projections with the adapter instead of regenerating them from the seed
-    )
+    stored_projections: bool = False  # write projections with the adapter, do not remake them from the seed
     seed: int = 0
 
 
@@ -43,9 +41,7 @@ class AdaptConfig:
     budget: float | None = None  # share of the base's parameters that the adapter may train; gives rank or sketch_width
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"  # of the base; trained parameters are kept in fp32
     test_source: str | None = None  # text on which the finished model is measured, once
-    recall_pairs: int = (
-        100  # pairs of each split whose completions are generated at every evaluation (completions only)
-    )
+    recall_pairs: int = 100  # pairs of each split to complete at every evaluation (completions only)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     data: DataConfig = field(default_factory=DataConfig)  # data.tokenizer=train: the base's own tokenizer
     mesh: MeshConfig = field(default_factory=MeshConfig)

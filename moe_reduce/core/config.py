@@ -59,7 +59,7 @@ T = TypeVar("T")
 
 
 def base() -> ml_collections.ConfigDict:
-    """Every key of `train` with its default.
+    """Defaults of `train`, every key.
 
     `variants` maps names to the keys that differ, for runs that are compared side by side.
     """
@@ -67,17 +67,17 @@ def base() -> ml_collections.ConfigDict:
 
 
 def reduce_base() -> ml_collections.ConfigDict:
-    """Every key of `reduce` with its default; a variant's `stages` replace those of the configuration."""
+    """Defaults of `reduce`, every key; a variant's `stages` replace those of the configuration."""
     return _with_variants(ReduceConfig())
 
 
 def adapt_base() -> ml_collections.ConfigDict:
-    """Every key of `adapt` with its default."""
+    """Defaults of `adapt`, every key."""
     return _with_variants(AdaptConfig())
 
 
 def moe_base() -> ml_collections.ConfigDict:
-    """Every key of `model.moe` with its default; `base()` describes a dense model, whose `moe` is None."""
+    """Defaults of `model.moe`, every key; `base()` describes a dense model, whose `moe` is None."""
     return config_dict.of(MoEConfig())
 
 
@@ -88,12 +88,12 @@ def _with_variants(defaults: Any) -> ml_collections.ConfigDict:
 
 
 def stage(kind: str, **changes: Any) -> dict[str, Any]:
-    """Every key of a stage with its default, some of them changed."""
+    """Keys of a stage: the defaults of its kind, with some changed."""
     return to_dict(STAGES[kind](**changes))
 
 
 def in_order(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The keys `order` and `stages` of a reduction or variant that runs these stages in this order."""
+    """Keys `order` and `stages` of a reduction, or of a variant, that runs these stages in this order."""
     return {"order": ",".join(stages), "stages": stages}
 
 

@@ -28,7 +28,7 @@ class DataConfig:
 
     @property
     def learns_completions(self) -> bool:
-        """Whether the source is pairs of a prompt and a completion, of which only the completion is learned."""
+        """True where the source is pairs of a prompt and a completion, of which only the completion is learned."""
         return self.completion_field is not None or self.source.startswith(UUID_PAIRS)
 
     def check(self) -> None:

@@ -20,9 +20,7 @@ class MoEConfig:
     router: Literal["layer", "shared"] = "layer"  # a shared router needs a shared pool
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True  # renormalise the weights over the chosen experts (norm_topk_prob)
-    selection_bias: bool = (
-        False  # [N, E], affects only which experts are chosen; set by loss-free balancing and pooling
-    )
+    selection_bias: bool = False  # [N, E], affects only the choice of experts (loss-free balancing, pooling)
     score_offset: bool = False  # [N], subtracted from a layer's router logits before scoring (pooling with sigmoid)
     output_gain: bool = False  # [N, D], scales what the experts of each layer add to the residual stream
     init_scale: float = 1.0  # initial expert weights relative to those of a dense block

@@ -53,9 +53,7 @@ class BalanceConfig:
     bias_rate: float = 0.0  # step of the loss-free selection bias; needs model.moe.selection_bias
     bias_scope: Literal["pooled", "per_call"] = "pooled"  # counts that the loss-free bias evens out
     # Training stops as collapsed when a logged step crosses one of these two limits.
-    entropy_floor: float = (
-        0.0  # lowest entropy of expert use: 0 if all tokens choose the same experts, 1 if use is even
-    )
+    entropy_floor: float = 0.0  # lowest entropy of expert use; 0: all tokens choose the same, 1: even use
     dead_share_limit: float = 1.0  # largest share of experts that get under a tenth of the mean use
 
     def check(self) -> None:
