@@ -133,7 +133,7 @@ class Training:
         initial = partial(init_params, run.model, jax.random.key(0))
         self.mesh = sharding.make_mesh(MeshConfig(data=1))
         program = steps.program(task, run.train, self.mesh, jax.eval_shape(initial))
-        self.new_state = jax.jit(lambda: program.new_state(initial()), out_shardings=program.places)
+        self.new_state = jax.jit(lambda: program.new_state(initial()), out_shardings=program.shardings)
         tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (rows, length + 1), dtype=np.int32)
         weights = np.ones((rows, length), np.float32)
         batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}

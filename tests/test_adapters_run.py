@@ -22,7 +22,7 @@ from moe_reduce.runs import equivalence
 from moe_reduce.storage.manifest import verify
 from moe_reduce.training import job
 from moe_reduce.training.checkpoints import Checkpoints
-from moe_reduce.training.metrics import read
+from moe_reduce.training.metrics import read_metrics
 
 CONFIG = """
 from moe_reduce import config as defaults
@@ -76,7 +76,7 @@ def test_what_a_run_leaves(finished):
     summary = json.loads((work / "summary.json").read_text())
     assert summary["trained_parameters"] == 5 * 16
     assert summary["optimizer_bytes"] == 8 * 80
-    assert {line["mfu"] for line in read(work / "metrics.jsonl") if line["split"] == "train"} == {None}
+    assert {line["mfu"] for line in read_metrics(work / "metrics.jsonl") if line["split"] == "train"} == {None}
     assert (summary["mfu"], summary["train_flops_per_token"]) == (None, None)
     base, merged = moe_reduce.load(finished / "base"), moe_reduce.load(work / "model")
     old, new = trees.flatten(base.params), trees.flatten(merged.params)

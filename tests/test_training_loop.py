@@ -25,7 +25,7 @@ from moe_reduce.runs.train import train
 from moe_reduce.storage.model_directory import load
 from moe_reduce.training import job, optimizer, sharding
 from moe_reduce.training.checkpoints import Checkpoints
-from moe_reduce.training.metrics import TIMING, read
+from moe_reduce.training.metrics import TIMING, read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_training_learns(learned):
 
 def test_metrics_have_all_fields(learned):
     _, workdir = learned
-    lines = read(workdir / "metrics.jsonl")
+    lines = read_metrics(workdir / "metrics.jsonl")
     assert [(line["step"], line["split"]) for line in lines] == [
         *[(step, "train") for step in (10, 20, 30)], (30, "validation"),
         *[(step, "train") for step in (40, 50, 60)], (60, "validation"),
@@ -179,7 +179,7 @@ def test_a_save_holds_no_buffer_that_the_next_step_overwrites(monkeypatch, tmp_p
 def test_half_a_line_of_metrics_is_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert read(file) == [{"step": 1}, {"step": 2}]
+    assert read_metrics(file) == [{"step": 1}, {"step": 2}]
 
 
 def test_a_run_killed_before_its_result_was_written_only_writes_it(tmp_path):

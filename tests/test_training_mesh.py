@@ -145,5 +145,5 @@ def test_one_process_goes_on_over_another_mesh(by_two_processes, on_one_device, 
     variants = config_file.read(str(by_two_processes / "config.py"), [])
     assert variants["rows"] == config.run_from_dict(config.to_dict(variants["rows"]))
     train(dataclasses.replace(variants["rows"], mesh=MeshConfig(**mesh)), tmp_path / "rows")
-    assert "goes on behind step 15" in capsys.readouterr().out
+    assert "after step 15 of" in capsys.readouterr().out
     assert_same_run(tmp_path / "rows", on_one_device("shared"))
