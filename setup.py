@@ -30,6 +30,7 @@ setup(
         "matplotlib>=3.9",
         "tensorboardX>=2.6",
         "zstandard>=0.23",
+        "filelock>=3.13",
     ],
     extras_require={
         "chat": CHAT,

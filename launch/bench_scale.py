@@ -141,7 +141,7 @@ def step(run: Any, repeats: int) -> dict[str, float]:
     batch = {"tokens": tokens, "targets": tokens, "weights": np.ones(rows, np.float32)}
     losses = []
     # not within the mesh: initialisation runs the model on one token, which a mesh could not divide
-    held = [jax.jit(lambda: program.new_state(job.initial()), out_shardings=program.places)()]
+    held = [jax.jit(lambda: program.new_state(job.initial()), out_shardings=program.shardings)()]
     with jax.set_mesh(mesh):
         placed = sharding.put_batch(mesh, batch)
 

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from moe_reduce.models.layers import causal_attention
 from side_by_side import check_learning, options, publish
 
 from moe_reduce.commands import config_file
 from moe_reduce.core.config import GenerateConfig, MeshConfig, MoEConfig, RunConfig
 from moe_reduce.inference.generate import generate, ready
 from moe_reduce.models.decoder import Decoder, init_params
-from moe_reduce.models.layers import causal_attention
 from moe_reduce.models.model import Model
 from moe_reduce.models.moe import dispatch
 from moe_reduce.models.moe.routing import route, router_logits
@@ -133,7 +133,7 @@ class Training:
         initial = partial(init_params, run.model, jax.random.key(0))
         self.mesh = sharding.make_mesh(MeshConfig(data=1))
         program = steps.program(task, run.train, self.mesh, jax.eval_shape(initial))
-        self.new_state = jax.jit(lambda: program.new_state(initial()), out_shardings=program.places)
+        self.new_state = jax.jit(lambda: program.new_state(initial()), out_shardings=program.shardings)
         tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (rows, length + 1), dtype=np.int32)
         weights = np.ones((rows, length), np.float32)
         batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}

@@ -7,7 +7,7 @@ FAILURES="$(mktemp)"
 
 # names of a configuration's variants
 variants() {
-  "$PYTHON" -c "import sys; from moe_reduce.commands.config_file import read; from moe_reduce.config import any_from_dict
+  "$PYTHON" -c "import sys; from moe_reduce.commands.config_file import read; from moe_reduce.core.config import any_from_dict
 print(*read(sys.argv[1], [], any_from_dict))" "$1"
 }
 

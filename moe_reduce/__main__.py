@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
+from moe_reduce.core import compilation_cache
 from moe_reduce.core.errors import PeerLost, UserError
 
 COMMANDS = {
@@ -29,6 +30,7 @@ COMMANDS = {
     "export": "a model as StableHLO or ONNX, for other programs to run",
     "report": "the results table of a document, from summary.json files",
 }
+COMPILES_NOTHING = {"inspect", "report"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
             _module(name).add_arguments(command)
     try:
         parsed, overrides = parser.parse_known_args(arguments)
+        if parsed.command not in COMPILES_NOTHING:
+            compilation_cache.enable()
         print(_module(parsed.command).run(parsed, overrides))
     except UserError as error:
         print(f"moe-reduce{f' {wanted}' if wanted else ''}: {error}", file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ if importlib.metadata.version("jax").startswith("0.10."):  # a flag that is gone
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(FLAGS).strip()
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["MOE_REDUCE_CACHE"] = "off"  # tests leave nothing in the user's cache directory
 
 import jax
 import pytest

@@ -19,10 +19,10 @@ from moe_reduce.data.completions import uuid_pairs
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.runs import equivalence
-from moe_reduce.runs import train as training_run
 from moe_reduce.storage.manifest import verify
+from moe_reduce.training import job
 from moe_reduce.training.checkpoints import Checkpoints
-from moe_reduce.training.metrics import read
+from moe_reduce.training.metrics import read_metrics
 
 CONFIG = """
 from moe_reduce import config as defaults
@@ -45,7 +45,7 @@ def get_config():
 
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch):
-    monkeypatch.setattr(training_run, "peak", unmeasured_peak)
+    monkeypatch.setattr(job, "peak", unmeasured_peak)
 
 
 def write(directory, kind="dense"):
@@ -66,7 +66,7 @@ def _adapt(file, workdir, *more):
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("adapted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_run, "peak", unmeasured_peak)
+        patch.setattr(job, "peak", unmeasured_peak)
         assert _adapt(write(directory), directory / "run") == 0
     return directory
 
@@ -76,7 +76,7 @@ def test_what_a_run_leaves(finished):
     summary = json.loads((work / "summary.json").read_text())
     assert summary["trained_parameters"] == 5 * 16
     assert summary["optimizer_bytes"] == 8 * 80
-    assert {line["mfu"] for line in read(work / "metrics.jsonl") if line["split"] == "train"} == {None}
+    assert {line["mfu"] for line in read_metrics(work / "metrics.jsonl") if line["split"] == "train"} == {None}
     assert (summary["mfu"], summary["train_flops_per_token"]) == (None, None)
     base, merged = moe_reduce.load(finished / "base"), moe_reduce.load(work / "model")
     old, new = trees.flatten(base.params), trees.flatten(merged.params)

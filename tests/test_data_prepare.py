@@ -20,7 +20,6 @@ import zstandard
 
 from moe_reduce.core.config import DataConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.core.validation import check_data
 from moe_reduce.data import prepare as prepare_module
 from moe_reduce.data import sources, tokenizing
 from moe_reduce.data.pieces import TRAIN, VALIDATION
@@ -132,7 +131,7 @@ def test_text_of_its_own_validates(config, tmp_path):
         prepare(dataclasses.replace(config, validation_source="/nowhere"), VOCABULARY)
     for changes in ({"source": "uuid-pairs:4"}, {"validation_source": ""}, {"validation_source": "x.npy"}):
         with pytest.raises(UserError, match="validation_source"):
-            check_data(dataclasses.replace(own, **changes))
+            dataclasses.replace(own, **changes).check()
 
 
 def test_the_second_call_finds_the_tokens_and_any_change_does_not(config, monkeypatch, caplog):

@@ -20,6 +20,7 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.runs import train as run_module
 from moe_reduce.runs.workdir import claim
 from moe_reduce.storage.manifest import read_chain
+from moe_reduce.training import job
 from moe_reduce.training.checkpoints import Checkpoints
 
 CHEAP = {"execution": {"dispatch": "reference"}}  # to compile
@@ -27,7 +28,7 @@ CHEAP = {"execution": {"dispatch": "reference"}}  # to compile
 
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch):
-    monkeypatch.setattr(run_module, "peak", unmeasured_peak)
+    monkeypatch.setattr(job, "peak", unmeasured_peak)
 
 
 @pytest.fixture
@@ -243,7 +244,7 @@ def test_disk_full_during_a_checkpoint(refused, monkeypatch, tmp_path):
     monkeypatch.setattr(Checkpoints, "save", full)
     refused(["--config.train.steps=4"], "cannot write a checkpoint", "No space left", "same command again")
     monkeypatch.undo()
-    monkeypatch.setattr(run_module, "peak", unmeasured_peak)
+    monkeypatch.setattr(job, "peak", unmeasured_peak)
     assert main(["train", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}",
                  "--config.train.steps=4"]) == 0  # fmt: skip
 

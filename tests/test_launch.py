@@ -16,7 +16,6 @@ from moe_reduce.adapters.targets import within_budget
 from moe_reduce.commands import config_file
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdaptConfig, RunConfig, TuneStage, any_from_dict
-from moe_reduce.core.validation import check_mesh
 from moe_reduce.models.parameters import abstract_params, by_path, parameter_count
 from moe_reduce.runs.stages import configurations
 from moe_reduce.training import optimizer
@@ -35,7 +34,7 @@ def test_every_config_builds_abstractly(file):
             params = cached_abstract_params(model)
             assert trees.size(params) == parameter_count(model)
             optimizer.build(train, params, by_path(model))
-            check_mesh(run.mesh, model)
+            run.mesh.check_fits(model)
 
 
 def _models(run):

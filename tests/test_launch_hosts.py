@@ -85,7 +85,7 @@ def test_a_killed_process_ends_the_others_and_all_go_on(tmp_path, processes, vic
         # without the first process, and its store, the runtime may abort the others before they say their line
         assert victim == 0 or f"process {survivor} of {processes} has lost" in hosts.log(survivor)
         assert "Traceback" not in hosts.log(survivor)
-    behind = re.findall(r"goes on behind step (\d+)", hosts.log(0))
+    behind = re.findall(r"after step (\d+) of", hosts.log(0))
     assert len(behind) == 1, "it did not go on, but began again"
     assert 0 < int(behind[0]) < TRAIN["steps"]
     assert _result(tmp_path / "killed") == _result(tmp_path / "whole")

@@ -21,17 +21,16 @@ from training_runs import (
 
 from moe_reduce.__main__ import main
 from moe_reduce.core.errors import UserError
-from moe_reduce.runs import train as run_module
 from moe_reduce.runs.train import train
 from moe_reduce.storage.model_directory import load
-from moe_reduce.training import optimizer, sharding
+from moe_reduce.training import job, optimizer, sharding
 from moe_reduce.training.checkpoints import Checkpoints
-from moe_reduce.training.metrics import TIMING, read
+from moe_reduce.training.metrics import TIMING, read_metrics
 
 
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch):
-    monkeypatch.setattr(run_module, "peak", unmeasured_peak)
+    monkeypatch.setattr(job, "peak", unmeasured_peak)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def learned(tmp_path_factory, corpus, token_cache):
     file = write_config(directory, corpus_data(corpus, token_cache), train=changes)
     arguments = ["train", f"--config={file}", f"--workdir={directory / 'run'}", "--config.train.warmup_steps=5"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "peak", unmeasured_peak)
+        patch.setattr(job, "peak", unmeasured_peak)
         assert main(arguments) == 0
     return arguments, directory / "run"
 
@@ -61,7 +60,7 @@ def test_training_learns(learned):
 
 def test_metrics_have_all_fields(learned):
     _, workdir = learned
-    lines = read(workdir / "metrics.jsonl")
+    lines = read_metrics(workdir / "metrics.jsonl")
     assert [(line["step"], line["split"]) for line in lines] == [
         *[(step, "train") for step in (10, 20, 30)], (30, "validation"),
         *[(step, "train") for step in (40, 50, 60)], (60, "validation"),
@@ -180,7 +179,7 @@ def test_a_save_holds_no_buffer_that_the_next_step_overwrites(monkeypatch, tmp_p
 def test_half_a_line_of_metrics_is_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert read(file) == [{"step": 1}, {"step": 2}]
+    assert read_metrics(file) == [{"step": 1}, {"step": 2}]
 
 
 def test_a_run_killed_before_its_result_was_written_only_writes_it(tmp_path):

@@ -19,8 +19,8 @@ from training_runs import command, environment, losses, metrics, run_config, tok
 from moe_reduce.commands import config_file
 from moe_reduce.core import config
 from moe_reduce.core.config import MeshConfig
-from moe_reduce.runs import train as run_module
 from moe_reduce.runs.train import train
+from moe_reduce.training import job
 
 LOSS = {"rtol": 5e-6}
 PARAMETERS = {"rtol": 1e-4, "atol": 1e-5}
@@ -64,7 +64,7 @@ def on_one_device(tmp_path_factory):
         return directory / kind
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "peak", unmeasured_peak)
+        patch.setattr(job, "peak", unmeasured_peak)
         yield workdir
 
 
@@ -145,5 +145,5 @@ def test_one_process_goes_on_over_another_mesh(by_two_processes, on_one_device, 
     variants = config_file.read(str(by_two_processes / "config.py"), [])
     assert variants["rows"] == config.run_from_dict(config.to_dict(variants["rows"]))
     train(dataclasses.replace(variants["rows"], mesh=MeshConfig(**mesh)), tmp_path / "rows")
-    assert "goes on behind step 15" in capsys.readouterr().out
+    assert "after step 15 of" in capsys.readouterr().out
     assert_same_run(tmp_path / "rows", on_one_device("shared"))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 from training_runs import MODELS, ONE_DEVICE
@@ -103,3 +104,48 @@ def test_what_each_expert_owns_of_an_adapter_lies_with_it():
         split = {path for path, place in places.items() if place.spec != PartitionSpec()}
         assert split == {path for path in leaves if "/experts/" in path and path.endswith("/core")}
         assert {places[path].spec for path in split} == {PartitionSpec(*stacked, "expert")}
+
+
+def abstract_state(model, transformation):
+    """The state of a run with an optimiser of optax's, without its arrays."""
+    train = TrainConfig(steps=1, batch_size=8)
+    return jax.eval_shape(lambda params: steps.new_state(params, train, transformation), abstract_params(model))
+
+
+def two_optimizers(path, leaf):
+    return "adam" if leaf.ndim < 2 or "embedding" in path else "momentum"
+
+
+def test_every_leaf_of_a_multi_transform_lies_with_its_parameter():
+    """optax masks each part's tree, which then differs from the parameters': such leaves used to be replicated."""
+    model = MODELS["dense"]
+    labels = trees.map_with_path(two_optimizers, abstract_params(model))
+    mixed = optax.multi_transform({"adam": optax.adam(1e-3), "momentum": optax.sgd(1e-2, momentum=0.9)}, labels)
+    state = abstract_state(model, optax.chain(optax.clip_by_global_norm(1.0), mixed))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    found = steps.state_shardings(mesh, state, by_path(model))
+    params = trees.flatten(found.params)
+    assert sum(place.spec != PartitionSpec() for place in params.values()) > len(params) / 2
+    pairs = zip(jax.tree_util.tree_leaves_with_path(state.optimizer), jax.tree.leaves(found.optimizer), strict=True)
+    seen = []
+    for (keys, leaf), place in pairs:
+        if leaf.ndim == 0:
+            assert place.spec == PartitionSpec()
+            continue
+        path = "/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+        (owner,) = [name for name in params if path.endswith(name)]
+        assert place == params[owner], path
+        seen.append(owner)
+    moments = [2 if label == "adam" else 1 for label in trees.flatten(labels).values()]
+    assert len(seen) == sum(moments)
+    assert set(seen) == set(params)
+
+
+def test_optimiser_state_that_belongs_to_no_parameter_is_refused():
+    def init(_):
+        return {"layers": {"attention": {"query": {"preconditioner": jnp.zeros((4, 4))}}}, "count": jnp.zeros(())}
+
+    stray = optax.GradientTransformation(init, lambda updates, state, _=None: (updates, state))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with pytest.raises(UserError, match=r"preconditioner.* of shape \[4, 4\] belongs to no parameter"):
+        steps.state_shardings(mesh, abstract_state(MODELS["dense"], stray), by_path(MODELS["dense"]))

@@ -23,7 +23,7 @@ from moe_reduce.core.config import BalanceConfig, DataConfig, TrainConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.parameters import abstract_params, by_path
 from moe_reduce.training import optimizer, sharding
-from moe_reduce.training.loop import Fit, Speed
+from moe_reduce.training.loop import Feed, Fit, Problem, Speed
 from moe_reduce.training.losses import language_model_task
 from moe_reduce.training.task import Task, join, partition
 
@@ -120,18 +120,8 @@ def test_frozen_leaves_stay_and_have_no_optimiser_state(tmp_path):
     before = jax.tree.map(np.array, params)
     mesh = sharding.make_mesh(dataclasses.replace(ONE_DEVICE, data=2))
     batch = {name: np.asarray(value) for name, value in random_batch().items()}
-    fit = Fit(
-        task,
-        trained,
-        frozen,
-        run.train,
-        mesh,
-        Repeated(batch),
-        [batch],
-        tmp_path,
-        Speed(256, 1.0, unmeasured_peak()),
-        "",
-    )
+    problem, feed = Problem(task, trained, frozen, run.train), Feed(Repeated(batch), [batch], corpus="")
+    fit = Fit(problem, feed, mesh, tmp_path, Speed(256, 1.0, unmeasured_peak()))
     moments = [leaf for leaf in jax.tree.leaves(fit._abstract.optimizer) if leaf.ndim]
     assert {leaf.shape for leaf in moments} == {trained["layers"]["router"]["weight"].shape}
     outcome = fit.run()

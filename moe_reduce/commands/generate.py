@@ -59,11 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     """Prints the text as it is made; of several prompts, returns each with its text."""
     model_arguments.no_overrides(overrides)
-    from moe_reduce.core import validation
     from moe_reduce.inference.generate import ready
     from moe_reduce.inference.text import Continuation, end_ids
 
-    validation.check_generate(_settings(arguments, ()))
+    _settings(arguments, ()).check()
     model_arguments.check_utf8("--prompt", *arguments.prompt)
     config = model_arguments.directory_config(arguments.model)
     tokenizer, prompts = _prompts(arguments)

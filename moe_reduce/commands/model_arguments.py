@@ -88,7 +88,6 @@ def add_compute_dtype(parser: argparse.ArgumentParser) -> None:
 
 def data_config(arguments: argparse.Namespace) -> "DataConfig":
     """The corpus that --data names, all of it; raises UserError when a number is out of range."""
-    from moe_reduce.core import validation
     from moe_reduce.core.config import DataConfig
 
     check_positive(arguments, "batch_size", "max_batches")
@@ -100,7 +99,7 @@ def data_config(arguments: argparse.Namespace) -> "DataConfig":
         validation_fraction=0.0,
         cache=arguments.cache,
     )
-    validation.check_data(data)
+    data.check()
     return data
 
 
@@ -142,13 +141,12 @@ def tensor_mesh(arguments: argparse.Namespace, *models: Path) -> "Mesh | None":
 
     import jax
 
-    from moe_reduce.core import validation
     from moe_reduce.core.config import MeshConfig
     from moe_reduce.training import sharding
 
     wanted = MeshConfig(data=1, tensor=arguments.tensor)
     for model in models:
-        validation.check_mesh(wanted, directory_config(model), tensor="--tensor")
+        wanted.check_fits(directory_config(model), tensor="--tensor")
     with contextlib.suppress(RuntimeError):  # jax has looked at its devices already, and their number is fixed
         jax.config.update("jax_num_cpu_devices", arguments.tensor)
     if len(jax.devices()) < arguments.tensor:

@@ -1,8 +1,13 @@
-"""Frozen dataclasses <-> ConfigDict and plain nested values; an unknown, missing or ill-typed key is named."""
+"""Conversion between frozen dataclasses, ConfigDicts and plain nested values.
+
+An unknown, missing or ill-typed key raises a UserError that names it. A field whose value is a dict of named groups
+carries the metadata `kinds`, a mapping from a group's `kind` to its dataclass.
+"""
 
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 import ml_collections
@@ -14,7 +19,7 @@ T = TypeVar("T")
 
 
 def of(value: Any) -> ml_collections.ConfigDict:
-    """Every field of a dataclass with its value; a placeholder of its type for None."""
+    """Copy every field of a dataclass into a ConfigDict; None becomes a placeholder of the field's type."""
     config = ml_collections.ConfigDict()
     hints = typing.get_type_hints(type(value))
     for entry in dataclasses.fields(value):
@@ -34,19 +39,19 @@ def of(value: Any) -> ml_collections.ConfigDict:
 
 
 def merge(raw: Any, changes: dict[str, Any], path: str) -> dict[str, Any]:
-    """Nested values with some changed; a key that is not there yet raises UserError."""
+    """Change some of the nested values; a key that does not exist yet raises UserError. path: the name of `changes`."""
     merged = dict(raw)
     for key, value in changes.items():
         if key not in merged:
             raise UserError(f"config key {path}.{key} is unknown; known here: {', '.join(sorted(merged))}")
-        # stages are a list with names: a variant has its own
+        # `stages` is a named list, which a variant replaces as a whole
         nested = isinstance(value, dict) and isinstance(merged[key], dict) and key != "stages"
         merged[key] = merge(merged[key], value, f"{path}.{key}") if nested else value
     return merged
 
 
 def completed(cls: Any, raw: Any) -> Any:
-    """What an older version wrote for a dataclass, with the defaults of the keys that it did not know."""
+    """Add keys that an older version did not write, with their defaults, to the nested values of a dataclass."""
     if not isinstance(raw, dict):
         return raw
     hints, defaults = typing.get_type_hints(cls), dataclasses.asdict(cls())
@@ -57,17 +62,13 @@ def completed(cls: Any, raw: Any) -> Any:
             result[entry.name] = defaults[entry.name]
         elif dataclasses.is_dataclass(kind):
             result[entry.name] = completed(kind, raw[entry.name])
-        elif typing.get_origin(kind) is dict and isinstance(raw[entry.name], dict):
-            kinds = _by_kind(typing.get_args(typing.get_args(kind)[1]))
+        elif "kinds" in entry.metadata and isinstance(raw[entry.name], dict):
+            kinds = entry.metadata["kinds"]
             result[entry.name] = {
                 name: completed(kinds[group["kind"]], group) if group.get("kind") in kinds else group
                 for name, group in raw[entry.name].items()
             }
     return result
-
-
-def _by_kind(kinds: Any) -> dict[Any, Any]:
-    return {dataclasses.fields(kind)[0].default: kind for kind in kinds}
 
 
 def _alternatives(hint: Any) -> list[Any]:
@@ -77,7 +78,10 @@ def _alternatives(hint: Any) -> list[Any]:
 
 
 def build(cls: type[T], raw: Any, path: str) -> T:
-    """A dataclass of nested plain values that hold each of its keys, and no other; else UserError."""
+    """Make a dataclass of nested plain values. Raises UserError unless they hold exactly its keys, of its types.
+
+    path: the name of the group in the configuration, for messages; empty at the top.
+    """
     if not isinstance(raw, dict):
         raise UserError(f"config key {path} must be a group of keys, got {raw!r}")
     fields = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -86,20 +90,22 @@ def build(cls: type[T], raw: Any, path: str) -> T:
         state = "unknown" if key in raw else "missing"
         raise UserError(f"config key {prefix}{key} is {state}; the keys here are {', '.join(fields)}")
     hints = typing.get_type_hints(cls)
-    return cls(**{key: _checked(hints[key], raw[key], prefix + key) for key in fields})
+    values = {}
+    for key, entry in fields.items():
+        if "kinds" in entry.metadata:
+            values[key] = _groups(entry.metadata["kinds"], raw[key], prefix + key)
+        else:
+            values[key] = _value(hints[key], raw[key], prefix + key)
+    return cls(**values)
 
 
-def _checked(hint: Any, value: Any, path: str) -> Any:
+def _value(hint: Any, value: Any, path: str) -> Any:
+    """Return the value as the type of a field; UserError when it is of another type."""
     (kind,) = _alternatives(hint)
     if value is None and kind is not hint:
         return None
     if dataclasses.is_dataclass(kind):
         return build(kind, value, path)  # type: ignore[arg-type]
-    if typing.get_origin(kind) is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"config key {path} must be a group of named groups, got {value!r}")
-        kinds = typing.get_args(typing.get_args(kind)[1])
-        return {name: _one_of(kinds, entry, f"{path}.{name}") for name, entry in value.items()}
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise UserError(f"config key {path} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
@@ -111,10 +117,14 @@ def _checked(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
-def _one_of(kinds: Any, raw: Any, path: str) -> Any:
-    """One of several dataclasses, by its `kind`."""
-    by_name = _by_kind(kinds)
-    name = raw["kind"] if isinstance(raw, dict) and "kind" in raw else None
-    if name not in by_name:
-        raise UserError(f"config key {path}.kind must be one of {', '.join(by_name)}, got {name!r}")
-    return build(by_name[name], raw, path)
+def _groups(kinds: Mapping[str, Any], raw: Any, path: str) -> dict[str, Any]:
+    """Make a dataclass of each named group, chosen by its `kind`."""
+    if not isinstance(raw, dict):
+        raise UserError(f"config key {path} must be a group of named groups, got {raw!r}")
+    made = {}
+    for name, group in raw.items():
+        kind: Any = group["kind"] if isinstance(group, dict) and "kind" in group else None
+        if kind not in kinds:
+            raise UserError(f"config key {path}.{name}.kind must be one of {', '.join(kinds)}, got {kind!r}")
+        made[name] = build(kinds[kind], group, f"{path}.{name}")
+    return made

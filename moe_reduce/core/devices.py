@@ -1,4 +1,4 @@
-"""What accelerators have (memory, bandwidth and peak, from the makers' data sheets), and what numbers take there."""
+"""Accelerators (memory, bandwidth and peak, from the makers' data sheets) and the sizes of number formats."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from moe_reduce.core.errors import UserError
 GB = 10**9
 GIB = 2**30
 
-# bits a value; of the quantised ones with the scales of their blocks where the format fixes them
+# bits per value, including the scales of a quantised block where the format fixes the block size
 BITS = {
     "float32": 32.0,
     "bfloat16": 16.0,
     "int8": 8.0,
-    "mxfp4": 4.25,  # blocks of 32, a scale of 8 bits each
-    "nf4": 4.127,  # blocks of 64 whose scales are quantised once more (QLoRA, arXiv:2305.14314)
+    "mxfp4": 4.25,  # blocks of 32 with an 8-bit scale
+    "nf4": 4.127,  # blocks of 64 whose scales are quantised themselves (QLoRA, arXiv:2305.14314)
     "int4": 4.0,
     "ternary": 1.58,
 }
@@ -22,14 +22,14 @@ CACHE_BITS = {name: BITS[name] for name in ("float32", "bfloat16", "int8", "int4
 
 @dataclass(frozen=True)
 class Device:
-    """One card or chip. Units: bytes, bytes a second, dense bf16 FLOP/s."""
+    """One card or chip. Units: bytes, bytes per second, dense bf16 FLOP/s."""
 
     name: str
     memory: int
     bandwidth: float
     flops: float
-    kind: str | None = None  # as jax names it
-    cores: str | None = None  # libtpu's word for a chip whose two cores are one device, as on a TPU VM
+    kind: str | None = None  # jax's name of the device
+    cores: str | None = None  # libtpu's setting that makes a chip's two cores one device, as on a TPU VM
 
 
 DEVICES = {
@@ -51,7 +51,7 @@ DEVICES = {
 
 
 def device(name: str) -> Device:
-    """The device of that name; raises UserError with the known ones."""
+    """Look up a device by name; UserError lists the known names."""
     if name not in DEVICES:
         raise UserError(f"device {name!r} is unknown; known: {', '.join(DEVICES)}")
     return DEVICES[name]

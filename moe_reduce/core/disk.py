@@ -1,4 +1,4 @@
-"""Files and directories that are written whole or not at all."""
+"""Atomic files and directories: readers see the old content or the new, never a part."""
 
 import contextlib
 import json
@@ -11,20 +11,23 @@ from typing import Any
 
 from moe_reduce.core.errors import UserError
 
-ASIDE = ".old"  # behind the name of a directory that another replaces
+ASIDE = ".old"  # suffix of a directory that is being replaced by another
 
 
 @contextlib.contextmanager
-def writing(place: str | Path, remedy: str) -> Iterator[None]:
-    """OSErrors inside (a full disk, no permission, a disk that is gone) become a UserError in one line."""
+def writing(target: str | Path, remedy: str) -> Iterator[None]:
+    """Turn an OSError inside the context (full disk, no permission, lost disk) into a UserError.
+
+    target: what is written; remedy: what the user can do about it.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {place} ({error.strerror or error}): {remedy}") from error
+        raise UserError(f"cannot write {target} ({error.strerror or error}): {remedy}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """What a JSON file holds; UserError when it is damaged."""
+    """Read a JSON object; UserError when the file is damaged."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -32,12 +35,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: Any, indent: int | None = 2) -> None:
-    """Content as JSON; see `write_text`."""
+    """Write content as JSON, atomically."""
     write_text(file, json.dumps(content, indent=indent) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:
-    """Whole or not at all, whoever else writes it."""
+    """Write a file atomically, even while other processes write the same file."""
     temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         temporary.write_text(text)
@@ -48,9 +51,12 @@ def write_text(file: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def temporary_beside(target: Path) -> Iterator[Path]:
-    """An empty directory for unfinished work, gone afterwards; those of killed processes of this host go as well."""
+    """Make an empty directory for unfinished work beside `target`, removed at the end of the context.
+
+    Directories that killed processes of this host left behind are removed first.
+    """
     put_back(target)
-    target = target.resolve()  # beside what a link points to
+    target = target.resolve()  # a link is followed: the work lies beside the directory that it points to
     for found in _left_behind(target):
         shutil.rmtree(found, ignore_errors=True)
     unfinished = target.parent / f"{_prefix(target)}{os.getpid()}"
@@ -62,7 +68,7 @@ def temporary_beside(target: Path) -> Iterator[Path]:
 
 
 def put_back(target: Path) -> None:
-    """A directory that a killed process had moved aside, to put another in its place, takes its name again."""
+    """Undo a replacement that a kill interrupted: a directory that was moved aside gets its name back."""
     target = target.resolve()
     if not target.exists():
         for found in _left_behind(target):
@@ -72,7 +78,7 @@ def put_back(target: Path) -> None:
 
 
 def _left_behind(target: Path) -> list[Path]:
-    """What killed processes of this host, and an earlier try of this one, left beside a target."""
+    """Directories that killed processes of this host, or an earlier attempt of this process, left beside a target."""
     prefix, found = _prefix(target), []
     for path in target.parent.glob(f"{prefix}*"):
         owner = path.name.removeprefix(prefix).removesuffix(ASIDE)
@@ -86,9 +92,10 @@ def _prefix(target: Path) -> str:
 
 
 def check_directory(target: Path, overwrite: bool, marker: str, kind: str) -> None:
-    """Raises UserError unless a directory may be written here: nothing is, or what `marker` tells to be of this kind.
+    """Raise UserError unless a directory may be written at `target`.
 
-    kind: with its article, such as "a model directory"; only such a directory is ever overwritten.
+    It may where nothing exists, and with `overwrite` where an empty directory or one of the same kind does. marker: the
+    file by which a directory of this kind is recognised. kind: its name with an article, such as "a model directory".
     """
     put_back(target)
     if not os.path.lexists(target):
@@ -100,12 +107,12 @@ def check_directory(target: Path, overwrite: bool, marker: str, kind: str) -> No
 
 
 def replace_directory(unfinished: Path, target: Path) -> None:
-    """Renames a finished directory to its name, in place of one that may be there."""
+    """Rename a finished directory to its name, replacing a directory that has it."""
     target = target.resolve()
     if not target.exists():
         unfinished.rename(target)
         return
-    # A directory cannot be renamed over a full one: the old one steps aside, whole, for the moment between.
+    # a directory cannot be renamed over one that is not empty, so the old one is first moved aside, whole
     aside = unfinished.with_name(f"{unfinished.name}{ASIDE}")
     target.rename(aside)
     unfinished.rename(target)
@@ -113,11 +120,11 @@ def replace_directory(unfinished: Path, target: Path) -> None:
 
 
 def is_running(process: int) -> bool:
-    """Whether this host runs a process of this number, anyone's."""
+    """Tell whether this host runs a process with this id, of any user."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it runs, as another user
+    except PermissionError:  # another user's process
         return True
     return True

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from moe_reduce.core.config import ModelConfig
+from moe_reduce.core.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
 class Input:
-    """Something a step read: its path as it was given, and a SHA-256, of its manifest or as `input_of` says."""
+    """An input of a step: its path as given, and the SHA-256 of its manifest or, without one, as `input_of` says."""
 
     path: str
     sha256: str
@@ -26,12 +26,12 @@ class Step:
     inputs: tuple[Input, ...]
     parameters_before: int
     parameters_after: int
-    quality: dict[str, Any] | None = None  # measured, by metric name
+    quality: dict[str, Any] | None = None  # measured figures, by metric name
     kept_experts: Any = None  # original (layer, index) of each expert kept, in the order of the new pool or pools
 
 
 def originals(config: ModelConfig, chain: tuple[Step, ...]) -> list[list[list[int]]]:
-    """For each row of experts, the original (layer, index) of each, as the chain of what was done says."""
+    """Original (layer, index) of every expert, by row of experts, according to the chain."""
     for step in reversed(chain):
         if step.kept_experts is not None:
             return step.kept_experts
@@ -43,22 +43,23 @@ def originals(config: ModelConfig, chain: tuple[Step, ...]) -> list[list[list[in
 
 
 def home_layers(config: ModelConfig, chain: tuple[Step, ...]) -> np.ndarray | None:
-    """For each row of experts, the layer of this model that each came from, [N, E], or [1, E] of a pool.
+    """Home layer of every expert: the layer of this model that it came from, [N, E], or [1, E] for a pool.
 
-    N where that layer was dropped since. None for a pool whose chain does not say, such as one that was trained as one.
+    The number of layers, N, stands for a home layer that was dropped since. None for a pool whose chain does not record
+    home layers, such as a pool that was trained from scratch.
     """
     moe = config.moe
     assert moe is not None
     if moe.placement == "layer":
         return np.repeat(np.arange(config.layers)[:, None], moe.experts, axis=1)
-    # layers go by their original numbers, which are not the present ones: in one row for the first time, all are there
+    # the chain names layers by their index at the pooling step, which lists them all; later steps may drop some
     pooled = [*itertools.dropwhile(lambda step: step.kept_experts is None or len(step.kept_experts) > 1, chain)]
     layers = [*dict.fromkeys(layer for layer, _ in pooled[0].kept_experts[0])] if pooled else []
     for step in pooled[1:]:
         if step.command == "drop-layers":
-            layers = [layer for place, layer in enumerate(layers) if place not in step.arguments["layers"]]
+            layers = [layer for index, layer in enumerate(layers) if index not in step.arguments["layers"]]
     if len(layers) != config.layers:
         return None
-    places = {layer: place for place, layer in enumerate(layers)}
+    present = {layer: index for index, layer in enumerate(layers)}
     (row,) = originals(config, chain)
-    return np.array([[places.get(layer, config.layers) for layer, _ in row]])
+    return np.array([[present.get(layer, config.layers) for layer, _ in row]])

@@ -14,7 +14,7 @@ Tree = Mapping[str, Any]
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": x}} -> {"a/b": x}, in sorted path order."""
+    """Map paths to leaves, {"a": {"b": x}} -> {"a/b": x}, in sorted order."""
     flat: dict[str, Any] = {}
     for key in sorted(tree):
         path = f"{prefix}/{key}" if prefix else key
@@ -26,7 +26,7 @@ def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Rebuild the nested tree of `flatten`."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")
@@ -38,9 +38,9 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def select(tree: Tree, pattern: str, expect: int) -> dict[str, Any]:
-    """The leaves whose whole path matches the regular expression, by path.
+    """Select the leaves whose whole path matches a regular expression, by path.
 
-    Raises UserError when their number is not `expect`: a renamed parameter must not be missed silently.
+    Raises UserError when their number is not `expect`, so that a renamed parameter is not missed silently.
     """
     found = {path: leaf for path, leaf in flatten(tree).items() if re.fullmatch(pattern, path)}
     if len(found) != expect:
@@ -49,7 +49,7 @@ def select(tree: Tree, pattern: str, expect: int) -> dict[str, Any]:
 
 
 def update(tree: Tree, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """A new tree with the leaves at existing paths replaced; a path that does not exist raises UserError."""
+    """Return a new tree with the leaves at some paths replaced; a path that does not exist raises UserError."""
     flat = flatten(tree)
     unknown = sorted(set(leaves) - set(flat))
     if unknown:
@@ -58,7 +58,7 @@ def update(tree: Tree, leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def map_with_path(function: Callable[[str, Any], Any], tree: Tree) -> dict[str, Any]:
-    """function(path, leaf) at every leaf, in a tree of the same structure."""
+    """Apply function(path, leaf) to every leaf; return a tree of the same structure."""
     return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
 
 

@@ -1,9 +1,12 @@
 """Batches of a prepared corpus through grain: shuffled, divided over processes, resumable at any step.
 
-A batch is a dict of arrays with this process's rows (B sequences over all processes, T tokens):
-`tokens` int32 [B, T]; `targets` int32 [B, T], the token behind each; `weights` float32 [B, T], 1 where the target
-counts and 0 where not; and with data.document_mask also `segments` int32 [B, T], the document's number within the row
-from 1, and `positions` int32 [B, T], from 0 in each document.
+A batch is a dict of arrays that hold this process's rows of B sequences of T tokens:
+
+    tokens     int32 [B, T]
+    targets    int32 [B, T], the next token
+    weights    float32 [B, T], 1 where the target counts, else 0
+    segments   int32 [B, T], number of the document within the row, from 1 (with data.document_mask only)
+    positions  int32 [B, T], from 0 in each document (with data.document_mask only)
 """
 
 import hashlib
@@ -18,36 +21,38 @@ from moe_reduce.data.pieces import TRAIN, VALIDATION
 from moe_reduce.data.shards import TokenSource
 
 Batch = dict[str, np.ndarray]
-EPOCHS = 1 << 31  # endless, but finite: grain's own endless length overflows in batches of one row
-SAMPLES = 256  # sequences of a split that a fingerprint reads
-READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)  # memory-mapped: little to wait for
+EPOCHS = 1 << 31  # practically endless; grain's own endless repeat overflows in batches of one row
+SAMPLES = 256  # sequences of each split that a fingerprint reads
+READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)  # reads of mapped files rarely wait
 
 
 class Examples:
-    """Random access to the examples of one split, for grain: without a batch dimension."""
+    """Random access to the examples of one split, without a batch dimension, for grain."""
 
     def __init__(self, source: TokenSource, split: str, config: DataConfig):
         self._source, self._split = source, split
         self._length, self._document_mask = config.sequence_length, config.document_mask
 
     def __len__(self) -> int:
-        """How many whole sequences there are."""
+        """Number of whole sequences."""
         return self._source.rows(self._split, self._length)
 
     def __getitem__(self, index: int) -> Batch:
-        """One example: `tokens`, `targets`, `weights`, and with a document mask `segments`, `positions`; each [T]."""
+        """Read one example, with the arrays of a batch, each [T]."""
         row, counts = self._source.row(self._split, int(index), self._length)
         example = {"tokens": row[:-1], "targets": row[1:], "weights": counts}
         if self._document_mask:
-            assert self._source.end_of_text is not None  # rows without documents refuse the mask
+            assert self._source.end_of_text is not None  # sources without documents refuse the mask
             example |= _document_arrays(row[:-1], self._source.end_of_text)
             example["weights"] = np.where(row[:-1] == self._source.end_of_text, np.float32(0), counts)
         return example
 
 
 def fingerprint(source: TokenSource, config: DataConfig) -> str:
-    """SHA-256 of how many sequences there are and of some, spread over each split: another text, or the same by another
-    tokenizer, has another. Reading all would take minutes of a large corpus at each start.
+    """SHA-256 that differs for another text and for another tokenizer.
+
+    Covers the number of sequences and a sample spread over each split: reading all of a large corpus would take minutes
+    at every start.
     """
     total = hashlib.sha256()
     for split in (TRAIN, VALIDATION):
@@ -63,11 +68,11 @@ def fingerprint(source: TokenSource, config: DataConfig) -> str:
 def train_batches(
     source: TokenSource, config: DataConfig, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
-    """Endless training batches of batch_size / process_count rows for this process.
+    """Iterate endlessly over training batches of batch_size / process_count rows for this process.
 
-    Each epoch visits every sequence once, in its own order; a batch may hold the end of one epoch and the start of the
-    next. Step s holds the same sequences whatever the number of processes. The iterator's get_state() is JSON-able,
-    and set_state() goes on bit for bit from there. Raises UserError when the corpus does not fill one batch.
+    Each epoch visits every sequence once, in an order of its own; a batch may hold the end of one epoch and the start
+    of the next. Step s holds the same sequences whatever the number of processes. The iterator's get_state() is plain
+    JSON, and set_state() continues bit for bit from there. Raises UserError when the corpus does not fill one batch.
     """
     examples = Examples(source, TRAIN, config)
     rows = _rows_per_process(batch_size, process_count)
@@ -77,7 +82,7 @@ def train_batches(
             f"{config.sequence_length}, fewer than train.batch_size={batch_size}: give more text, or lower "
             "train.batch_size or data.sequence_length"
         )
-    # grain orders epoch e of a seed by seed + e: spread the seeds, so that two runs share no order.
+    # grain orders epoch e by seed + e: hash the seed, so that runs with neighbouring seeds share no order
     spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     sequences = grain.MapDataset.source(examples).shuffle(seed=spread_seed).repeat(EPOCHS)
     mine = sequences.slice(slice(process_index, None, process_count))
@@ -92,9 +97,9 @@ def validation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[Batch]:
-    """At most `batches` batches, the same each time, of sequences spread evenly over the validation split.
+    """Make at most `batches` batches of sequences spread evenly over the validation split, the same each time.
 
-    Each sequence comes at most once; rows that fill up the last batch have weight 0. Raises UserError when the split
+    No sequence repeats, except as filler rows of weight 0 in the last batch. Raises UserError when the split
     holds no whole sequence.
     """
     examples = Examples(source, VALIDATION, config)
@@ -102,25 +107,25 @@ def validation_batches(
     if len(examples) == 0:
         raise UserError(
             f"the corpus has {source.describe(VALIDATION)} for validation, less than one sequence of "
-            f"{config.sequence_length}: give more text, {_more_of_it(config)}or lower data.sequence_length"
+            f"{config.sequence_length}: give more text, {_raise_fraction(config)}or lower data.sequence_length"
         )
     count = min(len(examples), batch_size * batches)
     chosen = [number * len(examples) // count for number in range(count)]
     found = []
     for start in range(0, count, batch_size):
-        places = range(start + process_index, start + process_index + rows * process_count, process_count)
-        found.append(_stack([_example_or_filler(examples, chosen, place) for place in places]))
+        mine = range(start + process_index, start + process_index + rows * process_count, process_count)
+        found.append(_stack([_example_or_filler(examples, chosen, row) for row in mine]))
     return found
 
 
-def _more_of_it(config: DataConfig) -> str:
+def _raise_fraction(config: DataConfig) -> str:
     if config.validation_source is not None or config.validation_fraction == 1.0:
         return ""
     return f"raise data.validation_fraction ({config.validation_fraction}) "
 
 
 class WholeSplit:
-    """Every sequence of the training split once, in order, as batches; the last is filled up with weight 0."""
+    """Batches of every sequence of the training split, once and in order; filler rows of the last have weight 0."""
 
     def __init__(self, source: TokenSource, config: DataConfig, batch_size: int):
         self._examples, self._rows = Examples(source, TRAIN, config), batch_size
@@ -135,15 +140,15 @@ class WholeSplit:
         return -(-len(self._examples) // self._rows)
 
     def __getitem__(self, index: int) -> Batch:
-        """Batch `index`."""
+        """Read batch `index`."""
         chosen = range(len(self._examples))
-        places = range(index * self._rows, (index + 1) * self._rows)
-        return _stack([_example_or_filler(self._examples, chosen, place) for place in places])
+        rows = range(index * self._rows, (index + 1) * self._rows)
+        return _stack([_example_or_filler(self._examples, chosen, row) for row in rows])
 
 
-def _example_or_filler(examples: Examples, chosen: Sequence[int], place: int) -> Batch:
-    if place < len(chosen):
-        return examples[chosen[place]]
+def _example_or_filler(examples: Examples, chosen: Sequence[int], row: int) -> Batch:
+    if row < len(chosen):
+        return examples[chosen[row]]
     filler = examples[chosen[0]]
     return filler | {"weights": np.zeros_like(filler["weights"])}
 
@@ -159,8 +164,8 @@ def _rows_per_process(batch_size: int, process_count: int) -> int:
 
 
 def _document_arrays(tokens: np.ndarray, end_of_text: int) -> Batch:
-    """`segments` and `positions` of one row, int32 [T]: a document starts behind each end of text."""
+    """Make `segments` and `positions` of one row, int32 [T]: a document starts after each end of text."""
     starts = np.concatenate([[True], tokens[:-1] == end_of_text])
-    places = np.arange(len(tokens), dtype=np.int32)
+    indices = np.arange(len(tokens), dtype=np.int32)
     segments = np.cumsum(starts, dtype=np.int32)
-    return {"segments": segments, "positions": places - np.maximum.accumulate(np.where(starts, places, 0))}
+    return {"segments": segments, "positions": indices - np.maximum.accumulate(np.where(starts, indices, 0))}

@@ -1,4 +1,4 @@
-"""The byte-level BPE of Qwen2, 2.5 and 3 from vocab.json and merges.txt, where there is no tokenizer.json."""
+"""Byte-level BPE of Qwen2, 2.5 and 3 from vocab.json and merges.txt, for directories without a tokenizer.json."""
 
 from pathlib import Path
 from typing import Any
@@ -8,16 +8,16 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from moe_reduce.core.errors import UserError
 
-# Qwen2 (arXiv:2407.10671), as in its published tokenizer.json: one digit a token, at most one symbol before a word.
+# from the published tokenizer.json of Qwen2 (arXiv:2407.10671): one digit per token, at most one symbol before a word
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def from_vocabulary(directory: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer of a directory with vocab.json and merges.txt; `settings` is its tokenizer_config.json.
+    """Make the tokenizer of a directory with vocab.json and merges.txt. settings: its tokenizer_config.json.
 
-    Raises UserError for another family than Qwen's, whose way of splitting words is not known here.
+    Raises UserError for families other than Qwen's, whose pattern for splitting words is not known here.
     """
     if "tokenizer_class" not in settings or settings["tokenizer_class"] not in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
         raise UserError(

@@ -1,7 +1,7 @@
-"""Prompts and their completions, of which only the completions are learned: a row each, with the interface of a corpus.
+"""Pairs of a prompt and a completion, one a row, with the interface of a corpus; only completions are learned.
 
-`data.completion_field` names the field behind the prompt (`data.text_field`). `uuid-pairs:N` as data.source is N random
-keys and values, made here: what can be memorised, and nothing else.
+`data.text_field` names the prompt's field and `data.completion_field` the completion's. The source `uuid-pairs:N` makes
+N random keys and values, which can only be memorised.
 """
 
 import dataclasses
@@ -11,22 +11,21 @@ import uuid
 
 import numpy as np
 
-from moe_reduce.core.config import DataConfig
+from moe_reduce.core.data_config import UUID_PAIRS, DataConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.data import sources
 from moe_reduce.data.files import has_fields
 from moe_reduce.data.pieces import TRAIN
 from moe_reduce.data.tokenizers import Tokenizer
 
-UUID_PAIRS = "uuid-pairs:"
 UUID_SEED = 0
 
 
 class Completions:
-    """int32 rows: prompt, completion, end of text, filled up with end of text. Held in memory.
+    """Rows of a prompt, its completion and end of text, padded with end of text; held in memory.
 
-    The last `validation_fraction` of the rows are for validation. Targets count from the completion's first token to
-    the end of text behind it.
+    The last `validation_fraction` of the rows are for validation. The targets that count are the completion's tokens
+    and the end of text after them.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer):
@@ -55,16 +54,16 @@ class Completions:
         self._training = len(self.pairs) - math.ceil(len(self.pairs) * config.validation_fraction)
 
     def numbers(self, split: str) -> range:
-        """Of the pairs in a split."""
+        """Indices of the pairs in a split."""
         return range(self._training) if split == TRAIN else range(self._training, len(self.pairs))
 
     def rows(self, split: str, sequence_length: int) -> int:
-        """Pairs in the split."""
+        """Number of pairs in the split."""
         del sequence_length  # checked when the pairs were read
         return len(self.numbers(split))
 
     def row(self, split: str, index: int, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """A pair, int32 [T + 1], and where its targets count, float32 [T]."""
+        """Read a pair: ids, int32 [T + 1], and which of the T targets count, float32 [T]."""
         number = self.numbers(split)[index]
         ids = np.full(sequence_length + 1, self.end_of_text, np.int32)
         ids[: len(self._ids[number])] = self._ids[number]
@@ -73,7 +72,7 @@ class Completions:
         return ids, counts
 
     def describe(self, split: str) -> str:
-        """The size of the split, for messages."""
+        """Size of the split, for messages."""
         return f"{self.rows(split, 0):,} pairs"
 
 
@@ -90,7 +89,7 @@ def _pairs(config: DataConfig) -> list[tuple[str, str]]:
 
 
 def uuid_pairs(count: str) -> list[tuple[str, str]]:
-    """So many random keys, as prompts, and random values; always the same ones."""
+    """Make `count` pairs of a random key, as prompt, and a random value; the same ones every time."""
     if not count.isdigit() or not int(count):
         raise UserError(f"data.source={UUID_PAIRS}{count}: give a number of pairs, such as {UUID_PAIRS}1000")
     generator = random.Random(UUID_SEED)

@@ -1,4 +1,7 @@
-"""Readers of local corpus files: txt, jsonl and parquet, compressed or not. Light imports: nothing here needs JAX."""
+"""Readers of local corpus files: txt, jsonl and parquet, compressed or not.
+
+Tokenizing processes import this module: keep it free of JAX.
+"""
 
 import gzip
 import json
@@ -19,10 +22,10 @@ UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdE
 
 
 def read_documents(path: Path, text_field: str) -> Iterator[Iterable[str]]:
-    """The documents of one file, each as consecutive fragments of its text.
+    """Read the documents of one file, each as consecutive fragments of its text.
 
-    A text file is one document; a jsonl line and a parquet row are one document each, in `text_field`.
-    Raises UserError for a kind of file that is not known, one that cannot be read and a missing field.
+    A text file is one document; every jsonl line and parquet row is one document, in `text_field`. Raises UserError for
+    an unknown kind of file, an unreadable file and a missing field.
     """
     reader = READERS[_suffix(path)]
     try:
@@ -32,29 +35,29 @@ def read_documents(path: Path, text_field: str) -> Iterator[Iterable[str]]:
 
 
 def is_known(path: Path) -> bool:
-    """Whether the file's name ends in a suffix that `read_documents` reads."""
+    """Tell whether the file's name ends in a suffix that `read_documents` knows."""
     return path.name.lower().endswith(tuple(READERS))
 
 
 def has_fields(path: Path) -> bool:
-    """Whether the file's documents are rows with fields, and not plain text."""
+    """Tell whether the file's documents are rows with fields rather than plain text."""
     rows = tuple(suffix for suffix, reader in READERS.items() if reader is not _read_text)
     return path.name.lower().endswith(rows)
 
 
-def text_of(row: dict[str, Any], text_field: str, place: str) -> str:
-    """row[text_field], or a UserError that names the place (file and line) and the fields that exist."""
+def text_of(row: dict[str, Any], text_field: str, location: str) -> str:
+    """Return row[text_field]; UserError names the location (file and line) and the fields that exist."""
     if text_field not in row:
         raise UserError(
-            f"{place} has no field {text_field!r}, only {', '.join(row) or 'none'}: name one of them (data.text_field, "
-            "--text-field)"
+            f"{location} has no field {text_field!r}, only {', '.join(row) or 'none'}: name one of them "
+            "(data.text_field, --text-field)"
         )
     if not isinstance(row[text_field], str):
-        raise UserError(f"{place}: field {text_field!r} holds {type(row[text_field]).__name__}, not text")
+        raise UserError(f"{location}: field {text_field!r} holds {type(row[text_field]).__name__}, not text")
     text: str = row[text_field]
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell: no tokenizer takes it
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can express and no tokenizer accepts
         text = text.encode(errors="replace").decode()
     return text
 
@@ -89,7 +92,7 @@ def _text_fragments(path: Path) -> Iterator[str]:
         try:
             while fragment := file.read(READ_CHARACTERS):
                 yield fragment
-        except UNREADABLE as error:  # consumed after read_documents has handed the fragments out
+        except UNREADABLE as error:  # fragments are read after read_documents has yielded them
             raise _unreadable(path, error) from error
 
 
@@ -100,13 +103,13 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Iterable[str]]:
                 yield (text_of(_parse_line(line, f"{path}:{number}"), text_field, f"{path}:{number}"),)
 
 
-def _parse_line(line: str, place: str) -> dict[str, Any]:
+def _parse_line(line: str, location: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{place} is not JSON ({error}): is the file cut short?") from error
+        raise UserError(f"{location} is not JSON ({error}): is the file cut short?") from error
     if not isinstance(row, dict):
-        raise UserError(f"{place} holds {type(row).__name__}, not an object with a text field")
+        raise UserError(f"{location} holds {type(row).__name__}, not an object with a text field")
     return row
 
 

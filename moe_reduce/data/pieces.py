@@ -1,7 +1,7 @@
 """Documents cut into bounded pieces, and each piece assigned to training or validation.
 
 Pieces bound memory, spread one long document over several processes, and let a corpus of a few long books hold out
-some text. Light imports: tokenizing processes import this module.
+some text for validation. Tokenizing processes import this module: keep it free of JAX.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ SPLITS = (TRAIN, VALIDATION)
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive text of one document; `last` where the document ends."""
+    """Consecutive text of one document; `last` is true of its last piece."""
 
     document: int
     text: str
@@ -25,7 +25,7 @@ class Piece:
 
 
 def cut(fragments: Iterable[str], limit: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """The same text in pieces of at most `limit` characters, each ending with a line, or else a word, if it can."""
+    """Cut text into pieces of at most `limit` characters, at the end of a line if possible, else of a word."""
     rest = ""
     for fragment in fragments:
         text, start = rest + fragment, 0
@@ -42,12 +42,12 @@ def _boundary(text: str, start: int, end: int) -> int:
     newline = text.rfind("\n", start, end)
     if newline >= 0:
         return newline + 1
-    space = text.rfind(" ", start + 1, end)  # the space goes with the word behind it, as in most vocabularies
+    space = text.rfind(" ", start + 1, end)  # a space belongs to the word that follows it, as in most vocabularies
     return space if space >= 0 else end
 
 
 def pieces(documents: Iterable[Iterable[str]], limit: int = PIECE_CHARACTERS) -> Iterator[Piece]:
-    """The pieces of all documents in order; an empty document has none."""
+    """Cut all documents into pieces, in order; an empty document has none."""
     for index, fragments in enumerate(documents):
         held = None
         for text in cut(fragments, limit):
@@ -59,16 +59,16 @@ def pieces(documents: Iterable[Iterable[str]], limit: int = PIECE_CHARACTERS) ->
 
 
 def split_pieces(documents: Iterable[Iterable[str]], validation_fraction: float) -> Iterator[Piece]:
-    """The pieces, about `validation_fraction` of them for validation, chosen by a hash of their place.
+    """Cut documents into pieces and assign about `validation_fraction` of them to validation, by a hash of their index.
 
-    A corpus so small that the hash chooses none holds out that share of its end instead (at most one piece's worth),
-    so validation is empty only if the fraction is 0 or there is no text to divide.
+    If the corpus is so small that the hash chooses none, that share of its end is held out instead (at most one piece's
+    worth). So validation is empty only if the fraction is 0 or there is no text to divide.
     """
-    tail: deque[Piece] = deque()  # the last piece's worth of text, kept back until its split is certain
+    tail: deque[Piece] = deque()  # the last piece's worth of text, held until its split is certain
     tail_characters = seen_characters = 0
     missing = validation_fraction > 0
     for number, piece in enumerate(pieces(documents)):
-        if share(f"{piece.document}/{number}") < validation_fraction:
+        if hash_fraction(f"{piece.document}/{number}") < validation_fraction:
             piece, missing = replace(piece, split=VALIDATION), False
         tail.append(piece)
         tail_characters += len(piece.text)
@@ -82,13 +82,13 @@ def split_pieces(documents: Iterable[Iterable[str]], validation_fraction: float)
         yield from tail
 
 
-def share(place: str) -> float:
-    """A number in [0, 1) that looks random but depends on the place's name only."""
-    return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "big") / 2**64
+def hash_fraction(name: str) -> float:
+    """Pseudorandom number in [0, 1) that depends on the name only."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def _hold_out(tail: list[Piece], wanted: int) -> Iterator[Piece]:
-    """The tail with about its last `wanted` characters (whole lines, if there are lines) for validation."""
+    """Assign about the last `wanted` characters of the tail to validation, cutting at a line if there is one."""
     kept = sum(len(piece.text) for piece in tail) - max(wanted, 1)
     for piece in tail:
         end = max(0, min(kept, len(piece.text)))

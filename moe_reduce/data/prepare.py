@@ -1,6 +1,6 @@
-"""Corpus -> tokens on disk, once: later calls with the same text, tokenizer and split find them.
+"""Preparation of a corpus: text -> tokens on disk, cached by text, tokenizer and split.
 
-Several processes or hosts may prepare the same corpus at once; the first to finish is the one that all of them use.
+Several processes or hosts may prepare the same corpus at once; all of them use the tokens of the first to finish.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from moe_reduce.core import disk
 from moe_reduce.core.config import DataConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.data import shards, sources
-from moe_reduce.data.completions import UUID_PAIRS, Completions
+from moe_reduce.data.completions import Completions
 from moe_reduce.data.pieces import SPLITS, TRAIN, VALIDATION, Piece, pieces, split_pieces
 from moe_reduce.data.rows import TokenRows
 from moe_reduce.data.shards import Manifest, ShardWriter, TokenSource, TokenStore
@@ -28,21 +28,21 @@ from moe_reduce.data.tokenizers import Tokenizer, load_tokenizer
 from moe_reduce.data.tokenizing import tokenize
 
 TRAIN_A_TOKENIZER = "train"
-SAMPLED_CHARACTERS = 1 << 13  # pieces that a tokenizer's sample is made of
+SAMPLED_CHARACTERS = 1 << 13  # size of the pieces that a tokenizer's training sample is made of
 REMEDY = "free space there, or set data.cache to another place"
-SCANNED_CHARACTERS = 1_000_000_000  # of the corpus, for that sample: a hub data set may be endless
+SCANNED_CHARACTERS = 1_000_000_000  # limit of the text scanned for that sample; a hub data set may be endless
 logger = logging.getLogger(__name__)
 
 
 def prepare(config: DataConfig, vocab_size: int) -> tuple[TokenSource, Tokenizer | None]:
-    """The tokens of `config.source` and their tokenizer (None for .npy), from the cache or made now.
+    """Return the tokens of `config.source` and their tokenizer (None for .npy), from the cache or made now.
 
-    `vocab_size` is the model's: a tokenizer trained here has exactly that many pieces, a given one at most.
-    Raises UserError for every mistake in the configuration or its files, and when the cache cannot be written.
+    vocab_size: the model's; a tokenizer trained here has exactly that many pieces, a given one at most.
+    Raises UserError for a mistake in the configuration or its files, and when the cache cannot be written.
     """
     if config.source.endswith(".npy"):
         return TokenRows(config, vocab_size), None
-    if config.completion_field is not None or config.source.startswith(UUID_PAIRS):
+    if config.learns_completions:
         if config.tokenizer == TRAIN_A_TOKENIZER:
             raise UserError("completions are learned by a model that has a tokenizer: set data.tokenizer to it")
         tokenizer = _given_tokenizer(config.tokenizer, vocab_size)
@@ -98,14 +98,14 @@ def _make(config: DataConfig, vocab_size: int, given: Tokenizer | None, corpus: 
             try:
                 unfinished.rename(directory)
             except OSError:
-                if not directory.exists():  # otherwise another process finished first: its tokens are the same
+                if not directory.exists():  # otherwise another process has finished first, with the same tokens
                     raise
 
 
 def _trained_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
-    found = pieces(sources.document_fragments(config), SAMPLED_CHARACTERS)
+    cut = pieces(sources.document_fragments(config), SAMPLED_CHARACTERS)
     with _progress("sampling text") as bar:
-        return train_tokenizer(_scanned((piece.text for piece in found), bar), vocab_size)
+        return train_tokenizer(_scanned((piece.text for piece in cut), bar), vocab_size)
 
 
 def _scanned(texts: Iterable[str], bar: "tqdm.tqdm") -> Iterator[str]:
@@ -144,22 +144,22 @@ def _write_tokens(config: DataConfig, tokenizer: Tokenizer, corpus: str, unfinis
 def _append_documents(
     config: DataConfig, end_of_text: int, writers: dict[str, ShardWriter], unfinished: Path, directory: Path
 ) -> tuple[int, int]:
-    """Tokenizes the corpus into the writers; returns the numbers of documents and of bytes of text (UTF-8).
+    """Tokenize the corpus into the writers; return the numbers of documents and of bytes of text (UTF-8).
 
-    A document's end is marked in each split that holds a part of it.
+    Every split that holds a part of a document gets its end of text.
     """
     found = _divided(config)
     documents = bytes_of_text = 0
-    parts_in: set[str] = set()
+    splits: set[str] = set()  # that hold a part of the present document
     with _progress("tokenizing") as bar:
         for piece, ids in tokenize(found, unfinished, config.workers):
-            parts_in.add(piece.split)
+            splits.add(piece.split)
             with _writing(directory):
                 writers[piece.split].append(ids)
-                for split in sorted(parts_in) if piece.last else ():
+                for split in sorted(splits) if piece.last else ():
                     writers[split].append(np.array([end_of_text]))
             if piece.last:
-                parts_in.clear()
+                splits.clear()
                 documents += 1
             size = len(piece.text.encode())
             bytes_of_text += size
@@ -170,7 +170,7 @@ def _append_documents(
 
 
 def _divided(config: DataConfig) -> Iterator[Piece]:
-    """Every piece of the corpus and what it is for."""
+    """Cut the corpus into pieces and assign each to training or validation."""
     fragments = sources.document_fragments(config)
     if config.validation_source is None:
         return split_pieces(fragments, config.validation_fraction)
@@ -184,7 +184,7 @@ def _held_out(config: DataConfig) -> DataConfig:
 
 
 def _close_quietly(writer: ShardWriter) -> None:
-    """After a full disk closing fails as well; what made the writing end is the error to show."""
+    """Close a writer whose disk may be full: closing then fails too, and the first error is the one to show."""
     with contextlib.suppress(OSError):
         writer.close()
 

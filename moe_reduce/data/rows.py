@@ -1,4 +1,4 @@
-"""Token ids given directly: a .npy file of whole sequences, with the interface of a prepared corpus."""
+"""Token ids from a .npy file of whole sequences, with the interface of a prepared corpus."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ CHECKED_ROWS = 4096
 
 
 class TokenRows:
-    """int32 [sequences, T], memory-mapped; the last `validation_fraction` of the sequences are for validation.
+    """Memory-mapped int32 [sequences, T]; the last `validation_fraction` of the sequences are for validation.
 
     A row's targets are the row shifted by one; its last position has no target.
     """
@@ -30,19 +30,19 @@ class TokenRows:
         self._training = len(self._tokens) - math.ceil(len(self._tokens) * config.validation_fraction)
 
     def rows(self, split: str, sequence_length: int) -> int:
-        """Sequences in the split."""
+        """Number of sequences in the split."""
         del sequence_length  # checked when the file was opened
         return self._training if split == TRAIN else len(self._tokens) - self._training
 
     def row(self, split: str, index: int, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """A sequence and a filler behind it, int32 [T + 1]; the last target does not count, float32 [T]."""
+        """Read a sequence with a filler at its end, int32 [T + 1]; the last target does not count, float32 [T]."""
         sequence = self._tokens[index if split == TRAIN else self._training + index]
         counts = np.ones(sequence_length, dtype=np.float32)
         counts[-1] = 0
         return np.append(sequence, 0).astype(np.int32), counts
 
     def describe(self, split: str) -> str:
-        """The size of the split, for messages."""
+        """Size of the split, for messages."""
         return f"{self.rows(split, 0):,} rows"
 
 

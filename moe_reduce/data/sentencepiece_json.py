@@ -1,6 +1,7 @@
-"""A SentencePiece BPE as a `tokenizers` tokenizer, for transformers and others that read tokenizer.json.
+"""Conversion of a SentencePiece BPE into a tokenizer.json, which transformers and other programs read.
 
-transformers converts a lone tokenizer.model too, but ranks merges by id: Llama 2's runs of spaces come out otherwise.
+transformers can convert a tokenizer.model too, but it ranks merges by id, which tokenizes runs of spaces differently
+from Llama 2's own tokenizer.
 """
 
 import sentencepiece
@@ -12,7 +13,10 @@ PROBE = "def  f(x):\n\treturn [x, 12345]\r\n\n  naïve ﬁ ① 漢字 🙂\u00a0
 
 
 def to_json_tokenizer(processor: sentencepiece.SentencePieceProcessor) -> tokenizers.Tokenizer | None:
-    """The same ids from the other library; None for models that it cannot copy (unigram, or a normalisation)."""
+    """Convert to a tokenizer that gives the same ids; None for models that cannot be converted.
+
+    Unigram models and models that normalise text cannot.
+    """
     pieces = [processor.id_to_piece(identity) for identity in range(processor.get_piece_size())]
     if len(set(pieces)) != len(pieces):
         return None
@@ -39,12 +43,12 @@ def to_json_tokenizer(processor: sentencepiece.SentencePieceProcessor) -> tokeni
 
 
 def begins_with_space(processor: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether the model puts a space before each text (add_dummy_prefix)."""
+    """Tell whether the model puts a space before each text (add_dummy_prefix)."""
     return processor.encode("a", out_type=str)[0].startswith(META_SPACE)
 
 
 def _merges(processor: sentencepiece.SentencePieceProcessor, pieces: list[str]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, in the order in which SentencePiece prefers the result."""
+    """List every pair of pieces that joins into a third, in the order in which SentencePiece prefers the result."""
     known = {piece: identity for identity, piece in enumerate(pieces)}
     ranked = []
     for identity, piece in enumerate(pieces):

@@ -1,9 +1,9 @@
-"""Token ids in memory-mapped files under a manifest.
+"""Token ids in memory-mapped files with a manifest.
 
-    manifest.json        what made the tokens, how many there are, and the files of each split with their lengths
+    manifest.json        origin and number of the tokens, and the files of each split with their lengths
     train-00000.bin ...  little-endian uint16, or uint32 for vocabularies beyond 65,536
 
-A directory is complete once its manifest is there; `prepare` renames it into place only then.
+The manifest is written last, and `prepare` gives a directory its name only then.
 """
 
 import json
@@ -23,7 +23,7 @@ SHARD_TOKENS = 1 << 25
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a split; its length in tokens."""
+    """One file of a split, and its length in tokens."""
 
     file: str
     tokens: int
@@ -31,7 +31,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What made the tokens and how many there are; `end_of_text` follows each document."""
+    """Origin and number of the tokens of a corpus; the id `end_of_text` follows each document."""
 
     format_version: int
     tokenizer_hash: str
@@ -45,38 +45,38 @@ class Manifest:
     splits: dict[str, list[Shard]]
 
     def save(self, directory: Path) -> None:
-        """Writes manifest.json."""
+        """Write manifest.json."""
         (directory / MANIFEST_FILE).write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
 
 class TokenSource(Protocol):
-    """Rows of T + 1 consecutive tokens to train on: what batches are made of."""
+    """Source of rows of T + 1 consecutive tokens, from which batches are made."""
 
     @property
     def end_of_text(self) -> int | None:
-        """The id behind each document; None where a row knows no documents."""
+        """Id that follows each document; None for a source without documents."""
         ...
 
     def rows(self, split: str, sequence_length: int) -> int:
-        """How many whole rows the split has."""
+        """Number of whole rows in the split."""
         ...
 
     def row(self, split: str, index: int, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs with the token behind them, int32 [T + 1], and whether each of the T targets counts, float32 [T]."""
+        """Read a row: inputs and the token after them, int32 [T + 1], and which of the T targets count, float32 [T]."""
         ...
 
     def describe(self, split: str) -> str:
-        """The size of the split, for messages."""
+        """Size of the split, for messages."""
         ...
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of the two types that holds every id."""
+    """Smaller of the two types that holds every id."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 class ShardWriter:
-    """Appends the tokens of one split to files of about `shard_tokens` each."""
+    """Writer of the tokens of one split, to files of about `shard_tokens` each."""
 
     def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS):
         self._directory, self._split, self._dtype, self._limit = directory, split, dtype, shard_tokens
@@ -85,7 +85,7 @@ class ShardWriter:
         self._tokens = 0
 
     def append(self, ids: np.ndarray) -> None:
-        """Adds ids, any integer [tokens]; OSError when the disk is full."""
+        """Append ids, any integer [tokens]; OSError when the disk is full."""
         if len(ids) == 0:
             return
         if self._file is None:
@@ -96,7 +96,7 @@ class ShardWriter:
             self.close()
 
     def close(self) -> list[Shard]:
-        """Ends the current file and returns all shards so far; `append` may go on with the next."""
+        """End the current file and return all shards so far; `append` then starts the next file."""
         if self._file is not None:
             name = self._name()
             file, self._file = self._file, None
@@ -110,7 +110,7 @@ class ShardWriter:
 
 
 class TokenStore:
-    """A prepared corpus: one long sequence of tokens for each split, read without loading it."""
+    """A prepared corpus: one long sequence of tokens per split, memory-mapped."""
 
     def __init__(self, directory: Path):
         """Raises UserError when the manifest or a shard is missing, damaged or cut short."""
@@ -122,15 +122,15 @@ class TokenStore:
 
     @property
     def end_of_text(self) -> int:
-        """The id behind each document."""
+        """Id that follows each document."""
         return self.manifest.end_of_text
 
     def length(self, split: str) -> int:
-        """Tokens in "train" or "validation"."""
+        """Number of tokens in "train" or "validation"."""
         return sum(shard.tokens for shard in self.manifest.splits[split])
 
     def window(self, split: str, start: int, length: int) -> np.ndarray:
-        """int32 [length]: consecutive tokens from `start`, across the borders of shards."""
+        """Read `length` consecutive tokens from `start`, across shards, as int32 [length]."""
         if start < 0 or start + length > self.length(split):
             raise IndexError(f"tokens {start} to {start + length} of {self.length(split)} in {split}")
         found = np.empty(length, dtype=np.int32)
@@ -146,16 +146,16 @@ class TokenStore:
         return found
 
     def rows(self, split: str, sequence_length: int) -> int:
-        """Windows of T + 1 tokens, each T behind the one before: every token but the first is a target once."""
+        """Number of windows of T + 1 tokens that start every T tokens; every token but the first is a target once."""
         return max(0, (self.length(split) - 1) // sequence_length)
 
     def row(self, split: str, index: int, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Window `index`, int32 [T + 1]; every target counts, float32 [T]."""
+        """Read window `index`, int32 [T + 1]; every target counts, float32 [T]."""
         tokens = self.window(split, index * sequence_length, sequence_length + 1)
         return tokens, np.ones(sequence_length, dtype=np.float32)
 
     def describe(self, split: str) -> str:
-        """The size of the split, for messages."""
+        """Size of the split, for messages."""
         return f"{self.length(split):,} tokens"
 
     def _map(self, shard: Shard) -> np.ndarray:

@@ -1,11 +1,11 @@
-"""What `data.source` names, as a stream of documents and as a hash of its content.
+"""Sources of text that `data.source` names: their documents as a stream, and a hash of their content.
 
     python-stdlib                    source and docstrings of the running Python's standard library (no network)
     PATH[,PATH...]                   files, directories or globs: txt, txt.gz, jsonl, jsonl.gz, jsonl.zst, parquet
     hub:OWNER/NAME[:CONFIG[:SPLIT]][@COMMIT]  a split (train) of a data set of the Hugging Face hub, streamed
     PATH.npy                         token ids, int32 [sequences, T]: no text, see moe_reduce.data.rows
 
-Light imports: tokenizing processes may import this module.
+Tokenizing processes may import this module: keep it free of JAX.
 """
 
 import glob
@@ -22,11 +22,11 @@ from moe_reduce.data import files
 
 PYTHON_STDLIB = "python-stdlib"
 HUB_PREFIX = "hub:"
-NOT_LIBRARY = {"site-packages", "test", "tests", "idle_test", "__pycache__"}  # below the stdlib directory
+NOT_LIBRARY = {"site-packages", "test", "tests", "idle_test", "__pycache__"}  # directories of the stdlib to skip
 
 
 class HubName(NamedTuple):
-    """The parts of hub:OWNER/NAME[:CONFIG[:SPLIT]][@COMMIT]; the config may be empty."""
+    """Parts of hub:OWNER/NAME[:CONFIG[:SPLIT]][@COMMIT]; the config may be empty."""
 
     name: str
     config: str | None
@@ -35,17 +35,17 @@ class HubName(NamedTuple):
 
 
 def documents(config: DataConfig) -> Iterator[str]:
-    """The text of the corpus, one document at a time, at most `max_documents`.
+    """Read the corpus, one document at a time, at most `max_documents`.
 
-    Raises UserError when the source is not there, empty or unreadable.
+    Raises UserError when the source does not exist, is empty or cannot be read.
     """
     return ("".join(fragments) for fragments in document_fragments(config))
 
 
 def document_fragments(config: DataConfig) -> Iterator[Iterable[str]]:
-    """As `documents`, each document as consecutive fragments, so that a huge text file needs little memory.
+    """Read the corpus like `documents`, each as consecutive fragments, so that a huge file needs little memory.
 
-    Read the fragments of one document before asking for the next.
+    Consume the fragments of one document before asking for the next.
     """
     if config.source.startswith(HUB_PREFIX):
         found = _hub_documents(config)
@@ -56,9 +56,9 @@ def document_fragments(config: DataConfig) -> Iterator[Iterable[str]]:
 
 
 def corpus_hash(config: DataConfig) -> str:
-    """SHA-256 over what the tokens depend on: content of local files, or the hub's name, and the limits.
+    """SHA-256 of everything that the tokens depend on: the content of local files, or the hub name, and the limits.
 
-    A hub data set without @COMMIT is known by its name only: delete data.cache to fetch a newer version.
+    A hub data set without @COMMIT is identified by its name only: delete data.cache to fetch a newer version.
     """
     digest = hashlib.sha256(f"{config.text_field}\0{config.max_documents}\0".encode())
     if config.source.startswith(HUB_PREFIX):
@@ -73,7 +73,7 @@ def corpus_hash(config: DataConfig) -> str:
 
 
 def file_digest(path: Path) -> bytes:
-    """SHA-256 of a file's content; UserError when it cannot be read."""
+    """SHA-256 of a file's content; UserError when the file cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
@@ -86,7 +86,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 
 def source_files(source: str) -> list[Path]:
-    """The files of a local source, sorted within each comma-separated part, each once; never empty."""
+    """List the files of a local source, each once, sorted within each comma-separated part; never empty."""
     if source == PYTHON_STDLIB:
         return _stdlib_files()
     return list(dict.fromkeys(path for part in source.split(",") for path in _matches(part.strip())))
@@ -120,14 +120,14 @@ def _read(path: Path, config: DataConfig) -> Iterator[Iterable[str]]:
     if config.source != PYTHON_STDLIB:
         return files.read_documents(path, config.text_field)
     try:
-        # A distribution may carry a module in another encoding: its text still counts.
+        # a distribution may contain a module in another encoding, whose text is still used
         return iter([(path.read_text(encoding="utf-8", errors="replace"),)])
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
 def parse_hub(source: str) -> HubName:
-    """hub:OWNER/NAME[:CONFIG[:SPLIT]][@COMMIT] in its parts; UserError when there is no name."""
+    """Parse hub:OWNER/NAME[:CONFIG[:SPLIT]][@COMMIT]; UserError when there is no name."""
     rest, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
     name, _, rest = rest.partition(":")
     config, _, split = rest.partition(":")
@@ -137,7 +137,7 @@ def parse_hub(source: str) -> HubName:
 
 
 def _hub_documents(config: DataConfig) -> Iterator[Iterable[str]]:
-    import datasets  # seconds to import, and only this kind of source needs it
+    import datasets  # takes seconds to import, and only hub sources need it
 
     hub = parse_hub(config.source)
     try:
@@ -148,7 +148,7 @@ def _hub_documents(config: DataConfig) -> Iterator[Iterable[str]]:
             yield (files.text_of(row, config.text_field, f"{config.source}, row {number}"),)
     except UserError:
         raise
-    except Exception as error:  # the hub's client raises many kinds; none of them is a defect of this package
+    except Exception as error:  # the hub's client raises many types, none of which is a defect of this package
         reason = str(error).strip() or type(error).__name__
         raise UserError(
             f"{config.source!r} cannot be read: {reason}; check the name, its config and the network, "

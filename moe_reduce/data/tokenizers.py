@@ -1,6 +1,6 @@
-"""Tokenizers behind one protocol: SentencePiece models (given, or trained here) and tokenizer.json files.
+"""One protocol for tokenizers: SentencePiece models (given, or trained here) and tokenizer.json files.
 
-Light imports: tokenizing processes import this module.
+Tokenizing processes import this module: keep it free of JAX.
 """
 
 import functools
@@ -23,13 +23,13 @@ from moe_reduce.data.sentencepiece_json import META_SPACE, PROBE, begins_with_sp
 SENTENCEPIECE_FILE, JSON_FILE, SETTINGS_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 BEGIN_KEY = "add_bos_token"
 WORD = re.compile(" *[^ ]+| +")
-CACHED_WORDS, CACHED_LENGTH = 1 << 17, 32  # tens of MB
-# What separates documents in pretraining, first of those that a vocabulary has; else the file's own eos_token.
+CACHED_WORDS, CACHED_LENGTH = 1 << 17, 32  # tens of MB in all
+# the token that separates documents is the first of these in the vocabulary, else the file's own eos_token
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back."""
+    """Conversion of text to token ids and back."""
 
     @property
     def vocab_size(self) -> int:
@@ -38,12 +38,12 @@ class Tokenizer(Protocol):
 
     @property
     def end_of_text(self) -> int:
-        """The id that follows each document."""
+        """Id that follows each document."""
         ...
 
     @property
     def begin_of_text(self) -> int | None:
-        """The id that may stand before a text; None where there is none."""
+        """Id that may start a text; None if the vocabulary has none."""
         ...
 
     @property
@@ -52,31 +52,31 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: nothing is put before or behind it."""
+        """Encode the text alone, with no token added before or after it."""
         ...
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of the start of a text: behind what transformers puts there, such as a beginning-of-text token."""
+        """Encode the start of a text, with the tokens that transformers puts before it, such as beginning-of-text."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
+        """Encode each text, as `encode` does."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens included."""
+        """Decode ids, special tokens included."""
         ...
 
     def save(self, directory: Path) -> None:
-        """Writes the files from which `load_tokenizer` and transformers' AutoTokenizer read it back."""
+        """Write the files that `load_tokenizer` and transformers' AutoTokenizer read."""
         ...
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model; text that only looks like a control token (`</s>`) stays text."""
+    """A SentencePiece model; text that looks like a control token (`</s>`) is encoded as text."""
 
     def __init__(self, model: bytes, settings: dict[str, Any] | None = None, origin: str = SENTENCEPIECE_FILE):
-        """`model`: the bytes of a tokenizer.model; UserError names `origin` when they are not one."""
+        """model: the bytes of a tokenizer.model. Raises UserError, naming `origin`, when they are not one."""
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -97,9 +97,9 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         if META_SPACE not in text or not self._falls_back:
             return self._encode(text)
-        # SentencePiece would turn the character itself into a space; its bytes survive.
-        first, *others = [self._encode(part) for part in text.split(META_SPACE)]
-        return first + list(itertools.chain.from_iterable(self._meta_space + part for part in others))
+        # SentencePiece would turn this character into a space, so it is encoded by its bytes
+        first, *rest = [self._encode(part) for part in text.split(META_SPACE)]
+        return first + list(itertools.chain.from_iterable(self._meta_space + part for part in rest))
 
     def encode_prompt(self, text: str) -> list[int]:
         wanted = self._settings is not None and BEGIN_KEY in self._settings and self._settings[BEGIN_KEY]
@@ -109,7 +109,7 @@ class SentencePieceTokenizer:
     def _encode(self, text: str) -> list[int]:
         if not self._by_word:
             return self._processor.encode(text)
-        # No piece goes on behind a word, so words can be encoded one by one: most are known, which is twice as fast.
+        # no piece spans two words, so words can be encoded one by one; a cache of frequent words makes it twice as fast
         words = WORD.findall(text)
         found = (self._cached(word) if len(word) <= CACHED_LENGTH else self._processor.encode(word) for word in words)
         return list(itertools.chain.from_iterable(found))
@@ -139,17 +139,17 @@ def _words_are_independent(processor: sentencepiece.SentencePieceProcessor) -> b
     pieces = (processor.id_to_piece(identity) for identity in range(processor.get_piece_size()))
     if not all(re.fullmatch(f"{META_SPACE}*[^{META_SPACE}]*", piece) for piece in pieces):
         return False
-    # A model that adds or removes spaces does so for each text that it is given.
+    # a model that adds or removes spaces would do so for each word
     return list(itertools.chain.from_iterable(map(processor.encode, WORD.findall(PROBE)))) == processor.encode(PROBE)
 
 
 class JsonTokenizer:
-    """A tokenizer of the `tokenizers` library; special tokens written out in a text count as such."""
+    """A tokenizer of the `tokenizers` library; special tokens spelled out in a text are encoded as special tokens."""
 
     def __init__(
         self, tokenizer: tokenizers.Tokenizer, settings: dict[str, Any] | None = None, origin: str = JSON_FILE
     ):
-        """UserError names `origin` when no token separates documents."""
+        """Raises UserError, naming `origin`, when the vocabulary has no token that separates documents."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -181,8 +181,11 @@ class JsonTokenizer:
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """A tokenizer from a .model or .json file, or from a directory that holds tokenizer.model, tokenizer.json,
-    or Qwen's vocab.json and merges.txt. Raises UserError when there is none or it is damaged."""
+    """Load a tokenizer from a .model or .json file, or from a directory.
+
+    A directory holds tokenizer.model, tokenizer.json, or Qwen's vocab.json and merges.txt.
+    Raises UserError when there is no tokenizer or it is damaged.
+    """
     path = Path(path).expanduser()
     if path.is_dir():
         return _load_directory(path)
@@ -201,7 +204,7 @@ def _load_directory(directory: Path) -> Tokenizer:
     found = [
         load_tokenizer(directory / name) for name in (SENTENCEPIECE_FILE, JSON_FILE) if (directory / name).is_file()
     ]
-    if found:  # of two, the one that knows added tokens; else the original, which keeps more of unusual text
+    if found:  # of two, the larger, which has added tokens; if equal, the SentencePiece model, which loses less text
         return max(found, key=lambda tokenizer: tokenizer.vocab_size)
     if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         return JsonTokenizer(byte_level.from_vocabulary(directory, settings or {}), settings, str(directory))
@@ -228,7 +231,7 @@ def _write_settings(directory: Path, settings: dict[str, Any]) -> None:
 
 def _named(settings: dict[str, Any] | None, key: str) -> str | None:
     found = settings[key] if settings and key in settings else None
-    # older files hold a whole AddedToken
+    # older files hold an AddedToken as a dict
     names = [found, found["content"] if isinstance(found, dict) and "content" in found else None]
     return next((name for name in names if isinstance(name, str)), None)
 

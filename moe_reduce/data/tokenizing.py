@@ -1,7 +1,7 @@
-"""Pieces -> token ids, in parallel processes, in order, with bounded work under way.
+"""Tokenizing of pieces in parallel processes, in order, with a bounded number of tasks in flight.
 
-The processes import this module and what it imports: keep it free of JAX, grain and datasets. They are spawned, because
-forking a process that runs JAX's threads can deadlock.
+The processes import this module: keep it free of JAX, grain and datasets. They are spawned, because forking a process
+that runs JAX's threads can deadlock.
 """
 
 import contextlib
@@ -23,28 +23,28 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.data.pieces import Piece
 from moe_reduce.data.tokenizers import Tokenizer, load_tokenizer
 
-TASK_CHARACTERS = 1 << 18  # enough to outweigh the cost of handing a task over
-TASKS_PER_WORKER = 4  # under way at once: never idle, never more than a few MB
+TASK_CHARACTERS = 1 << 18  # enough to outweigh the cost of sending a task to a process
+TASKS_PER_WORKER = 4  # in flight at once: no worker idles, and memory stays at a few MB
 
-_tokenizer: Tokenizer | None = None  # of a tokenizing process, set once by _start
+_tokenizer: Tokenizer | None = None  # in a tokenizing process: set once, by _start
 
 
 def tokenize(pieces: Iterable[Piece], tokenizer: Path, workers: int) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Each piece with its ids, uint32 [tokens], in order; `tokenizer` is the directory it was saved in.
+    """Tokenize pieces, in order: each piece with its ids, uint32 [tokens]. tokenizer: the directory that holds it.
 
-    Raises UserError when a process is killed (as for lack of memory).
+    Raises UserError when a process is killed, for example for lack of memory.
     """
     context = multiprocessing.get_context("spawn")
-    under_way: deque[tuple[list[Piece], Future[tuple[np.ndarray, list[int]]]]] = deque()
+    in_flight: deque[tuple[list[Piece], Future[tuple[np.ndarray, list[int]]]]] = deque()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(tokenizer,)) as executor:
         try:
             for task in _tasks(pieces):
                 with _bare_main():
-                    under_way.append((task, executor.submit(_encode, [piece.text for piece in task])))
-                if len(under_way) >= TASKS_PER_WORKER * workers:
-                    yield from _collect(*under_way.popleft())
-            while under_way:
-                yield from _collect(*under_way.popleft())
+                    in_flight.append((task, executor.submit(_encode, [piece.text for piece in task])))
+                if len(in_flight) >= TASKS_PER_WORKER * workers:
+                    yield from _collect(*in_flight.popleft())
+            while in_flight:
+                yield from _collect(*in_flight.popleft())
         except BrokenProcessPool as error:
             raise UserError(
                 "a tokenizing process was killed, probably for lack of memory: lower data.workers and run again"
@@ -73,7 +73,10 @@ def _collect(task: list[Piece], result: "Future[tuple[np.ndarray, list[int]]]") 
 
 @contextlib.contextmanager
 def _bare_main() -> Iterator[None]:
-    """Spawned processes run the main module again: needless imports, and endless processes from an unguarded script."""
+    """Hide the main module from spawned processes, which would import it again.
+
+    That is slow, and a script without `if __name__ == "__main__"` would start processes without end.
+    """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -84,13 +87,13 @@ def _bare_main() -> Iterator[None]:
 
 def _start(tokenizer: Path) -> None:
     global _tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process
     _tokenizer = load_tokenizer(tokenizer)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A parent killed outright cannot tell its processes to end."""
+    """End this process when its parent ends, since a killed parent cannot tell its processes to end."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

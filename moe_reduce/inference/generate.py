@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from moe_reduce.core import trees, validation
+from moe_reduce.core import trees
 from moe_reduce.core.config import DISPATCH_BY_PLATFORM, ExecutionConfig, GenerateConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.inference.sampling import Choice, Sampler, choose
@@ -154,7 +154,7 @@ def bucket(length: int) -> int:
 
 def _arguments(model: Model | Ready, prompts: Sequence[Sequence[int]], settings: GenerateConfig):
     """(the model made ready, its program, (tokens_BT, lengths_B), places of the cache) once all is checked."""
-    validation.check_generate(settings)
+    settings.check()
     check_prompts(prompts, model.config.vocab_size)
     found = ready(model)
     sampler = Sampler.of(settings, found.config.vocab_size)

@@ -16,7 +16,7 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.reports import drawing
 from moe_reduce.reports.reduction_pictures import ladder_picture
 from moe_reduce.reports.run_table import entropy, is_baseline
-from moe_reduce.training.metrics import read
+from moe_reduce.training.metrics import read_metrics
 
 COLUMNS = [
     "model", "parameters", "of the first", "training MFLOP a token", "tokens", "seeds", "validation loss", "gap",
@@ -184,7 +184,7 @@ def _learning(one: Measured, asked: bool) -> list[list[float]]:
         return one.summary["curve"]
     if not (one.source / "metrics.jsonl").is_file():
         raise UserError(f"{one.source} has no metrics.jsonl: give the workdir of a finished run, or an earlier result")
-    lines = [line for line in read(one.source / "metrics.jsonl") if line["split"] == "validation"]
+    lines = [line for line in read_metrics(one.source / "metrics.jsonl") if line["split"] == "validation"]
     return [[line["step"], round(line["recall_train" if asked else "loss"], 5)] for line in lines]
 
 
@@ -289,7 +289,7 @@ def _curve(one: Measured) -> dict[str, Any]:
     if (one.source / CURVES).is_file():  # an earlier result has no metrics any more
         kept = [json.loads(line) for line in (one.source / CURVES).read_text().splitlines()]
         return next(curve for curve in kept if (curve["name"], curve["seed"]) == (one.name, run["seed"]))
-    lines = [line for line in read(one.source / "metrics.jsonl") if line["split"] == "validation"]
+    lines = [line for line in read_metrics(one.source / "metrics.jsonl") if line["split"] == "validation"]
     lines = lines[:: max(1, len(lines) // POINTS)]
     per_step = run["tokens"] / run["steps"]
     return {

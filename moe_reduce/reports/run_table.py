@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moe_reduce.reports import drawing
-from moe_reduce.training.metrics import read
+from moe_reduce.training.metrics import read_metrics
 
 Summary = dict[str, Any]
 
@@ -84,7 +84,7 @@ def plot(workdirs: dict[str, Path], file: Path) -> None:
     """Training (thin) and validation (thick) loss of every run against steps."""
     figure, [[axes]] = drawing.panels()
     for index, (name, workdir) in enumerate(workdirs.items()):
-        lines = read(workdir / "metrics.jsonl")
+        lines = read_metrics(workdir / "metrics.jsonl")
         for split, (alpha, linewidth) in (("train", (0.3, 0.8)), ("validation", (1.0, 2.0))):
             points = [(line["step"], line["loss"]) for line in lines if line["split"] == split]
             if points:

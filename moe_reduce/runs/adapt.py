@@ -16,7 +16,6 @@ from moe_reduce.core import disk, trees
 from moe_reduce.core.config import AdaptConfig, AdapterConfig, ModelConfig, to_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input, Step
-from moe_reduce.core.validation import check_mesh
 from moe_reduce.data.batches import fingerprint, validation_batches
 from moe_reduce.data.completions import Completions
 from moe_reduce.data.prepare import prepare
@@ -43,7 +42,7 @@ SAMPLE_BATCHES = 4  # of the validation split, for the equivalence report
 def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     """Trains, or goes on, or finds it done; returns the content of summary.json."""
     run, config = _resolved(run)
-    check_mesh(run.mesh, config)
+    run.mesh.check_fits(config)
     mesh = sharding.make_mesh(run.mesh)
     steps.check_batch(mesh, run.train)
     shardings = sharding.model_shardings(mesh, config)

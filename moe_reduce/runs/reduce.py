@@ -16,7 +16,6 @@ from moe_reduce.core import config_dict, disk
 from moe_reduce.core.config import ModelConfig, ReduceConfig, Stage, to_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
-from moe_reduce.core.validation import check_mesh
 from moe_reduce.data.batches import validation_batches
 from moe_reduce.data.prepare import prepare
 from moe_reduce.data.shards import TokenSource
@@ -44,7 +43,7 @@ def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     first_config, _ = read_config(Path(run.model))
     _check_architecture(run, first_config)
     for _, config in [("", first_config), *configurations(first_config, run)]:
-        check_mesh(run.mesh, config)
+        run.mesh.check_fits(config)
         sharding.model_shardings(mesh, config)
     check_origins(run, first_config, manifest.read_chain(Path(run.model)))
     done = begin(workdir, run)

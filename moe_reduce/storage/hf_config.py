@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from moe_reduce.core import config as configuration
-from moe_reduce.core import validation
 from moe_reduce.core.config import ModelConfig, MoEConfig
 from moe_reduce.core.errors import UserError
 
@@ -102,7 +101,8 @@ NEOX_VALUES = {
 LATER_FIELDS = {
     field.name: field.default
     for field in dataclasses.fields(ModelConfig)
-    if field.name in ("norm", "biases", "parallel_residual", "feed_forward", "rotary_share")
+    if field.name
+    in ("norm", "biases", "parallel_residual", "feed_forward", "rotary_share", "qk_norm_scope", "clip_qkv")
 }
 # Keys that describe the tokenizer and the weights rather than the architecture: they survive a change of model_type.
 CARRIED = ("bos_token_id", "dtype", "eos_token_id", "pad_token_id", "torch_dtype", "transformers_version")
@@ -137,7 +137,7 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
     else:
         _check_values(raw)
         model = _known_config(_flat(raw))
-    validation.check_model(model)
+    model.check()
     return model
 
 

@@ -1,1 +1,1 @@
-"""Batches -> parameters: tasks (what is learned), one loop, sharding, checkpoints, metrics."""
+"""Batches -> parameters: tasks (losses and what trains), the loop, sharding, checkpoints and metrics."""

@@ -1,4 +1,4 @@
-"""Asynchronous Orbax checkpoints of everything that a run needs to go on: state and data position."""
+"""Asynchronous Orbax checkpoints of everything that a run needs to resume: training state and data position."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ from moe_reduce.training.steps import State
 
 
 class Checkpoints:
-    """The checkpoints of one run; a kill during a save leaves the previous ones whole."""
+    """The checkpoints of one run; a kill during a save leaves the earlier checkpoints intact."""
 
     def __init__(self, directory: Path, train: TrainConfig):
         self._directory = directory.absolute()
@@ -25,12 +25,12 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest(self) -> int | None:
-        """Steps done at the newest complete checkpoint."""
+        """Number of steps done at the newest complete checkpoint; None where there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: State, data_position: dict[str, Any]) -> None:
-        """Starts a save and returns once the state is copied; the step function may then reuse its buffers."""
-        # on CPU a host view of a device buffer is the buffer itself, which the next step overwrites (donation)
+        """Start a save and return once the state is copied; the step function may then reuse its buffers."""
+        # on CPU a host view shares the device buffer, which is donated to the next step and overwritten
         copy = jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(copy), data=ocp.args.JsonSave(data_position))
         try:
@@ -39,7 +39,7 @@ class Checkpoints:
             raise self._unwritable(error) from error
 
     def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
-        """State and data position at `step`; `abstract` carries shapes and the shardings wanted now."""
+        """Restore state and data position of `step`; `abstract` gives the shapes and the present mesh's shardings."""
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=arguments)
@@ -51,14 +51,14 @@ class Checkpoints:
         return State(*restored["state"]), restored["data"]
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk."""
+        """Block until every started save is on disk."""
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
             raise self._unwritable(error) from error
 
     def close(self) -> None:
-        """Waits and lets go of the background threads."""
+        """Wait for saves and end the background threads."""
         self._manager.close()
 
     def _unwritable(self, error: Exception) -> UserError:
@@ -69,9 +69,9 @@ class Checkpoints:
 
 
 def quiet_failures() -> None:
-    """For a command: of a failed save only our one line is shown.
+    """Silence the threads of Orbax and TensorStore, so that a failed save prints only its UserError.
 
-    The threads of Orbax and TensorStore add hundreds, some of them long afterwards.
+    They log hundreds of lines about one failure, some of them long afterwards. For commands only.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -85,6 +85,6 @@ def quiet_failures() -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The end of the first line, without the settings of the store behind it: there it says what happened."""
+    """Cut an error of TensorStore to the end of its first line, which says what happened; store settings follow it."""
     first, *_ = str(error).splitlines() or [type(error).__name__]
     return first.split(" [")[0].rsplit('": ', 1)[-1][-150:]

@@ -1,4 +1,4 @@
-"""One use of the training loop: what trains, from where, on what, and for how long."""
+"""Training jobs: a model, its task and its data, turned into a problem for the loop and figures for a summary."""
 
 import time
 from collections.abc import Callable
@@ -15,66 +15,69 @@ from moe_reduce.core.config import DataConfig, ExecutionConfig, ModelConfig, Tra
 from moe_reduce.data.batches import fingerprint, train_batches, validation_batches
 from moe_reduce.data.shards import TokenSource
 from moe_reduce.training import sharding
-from moe_reduce.training.loop import Fit, Speed
+from moe_reduce.training.loop import Feed, Fit, Outcome, Problem, Speed
 from moe_reduce.training.task import Params, Task, join, partition
 from moe_reduce.training.throughput import peak
 
 
 @dataclass(frozen=True)
 class Job:
-    """One use of the loop: what trains, from where, on what, and for how long."""
+    """One use of the training loop: a task, its model and starting parameters, and the data and schedule."""
 
     task: Task
     model: ModelConfig
-    initial: Params | Callable[[], Params]  # all leaves of the model; made under jit where they are to lie, or given
+    initial: Params | Callable[[], Params]  # all leaves of the model, or a function that makes them sharded, under jit
     execution: ExecutionConfig
     data: DataConfig
     train: TrainConfig
     others: Params = field(default_factory=dict)  # frozen leaves that the task reads and the model does not have
-    flops_per_token: float | None = None  # None: not counted, as where a part of the model trains
+    flops_per_token: float | None = None  # None: not counted, as when only a part of the model trains
 
 
 def fit(job: Job, mesh: Mesh, tokens: TokenSource, workdir: Path) -> tuple[Params, dict[str, Any]]:
-    """(all leaves of the model after training, the figures of a summary), going on where an earlier call stopped."""
+    """Train, or resume an earlier call in the same workdir; return (all leaves of the model, figures of a summary)."""
     started = time.time()
     trained, frozen = (job.initial, {}) if callable(job.initial) else partition(job.initial, job.task.trainable)
-    if not callable(trained):  # copies: the loop gives the buffers of its state away
+    if not callable(trained):  # copies, because the loop donates the buffers of its state
         trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
     tokens_per_step = job.train.batch_size * job.data.sequence_length
     highest = peak(list(mesh.devices.flat), job.execution.compute_dtype)
     speed = Speed(tokens_per_step, job.flops_per_token, highest)
+    problem = Problem(job.task, trained, join(frozen, job.others), job.train)
+    outcome = Fit(problem, feed(job, mesh, tokens), mesh, workdir, speed).run()
+    figures = _figures(job, outcome, speed) | {"seconds": time.time() - started}
+    return join(outcome.params, frozen), figures
+
+
+def feed(job: Job, mesh: Mesh, tokens: TokenSource) -> Feed:
+    """Make the batches of a job, of which this process reads its own rows."""
     share = sharding.batch_share(mesh)
-    outcome = Fit(
-        task=job.task,
-        initial=trained,
-        frozen=join(frozen, job.others),
-        train=job.train,
-        mesh=mesh,
-        batches=train_batches(tokens, job.data, job.train.batch_size, job.train.seed, *share),
-        validation=validation_batches(tokens, job.data, job.train.batch_size, job.train.evaluate_batches, *share),
-        workdir=workdir,
-        speed=speed,
+    size, seed = job.train.batch_size, job.train.seed
+    return Feed(
+        batches=train_batches(tokens, job.data, size, seed, *share),
+        validation=validation_batches(tokens, job.data, size, job.train.evaluate_batches, *share),
         corpus=fingerprint(tokens, job.data),
-    ).run()
+    )
+
+
+def _figures(job: Job, outcome: Outcome, speed: Speed) -> dict[str, Any]:
     rate = outcome.tokens_per_second if outcome.intervals else None
-    figures = {
+    return {
         "train_flops_per_token": job.flops_per_token,
-        "tokens": job.train.steps * tokens_per_step,
+        "tokens": job.train.steps * speed.tokens_per_step,
         "steps": job.train.steps,
         **quality(outcome.validation),
         "measured": outcome.measured,
         "tokens_per_second": rate,
         "mfu": None if rate is None else speed.mfu(rate),
-        "peak_flops": highest.flops,
-        "peak_source": highest.source,
+        "peak_flops": speed.peak.flops,
+        "peak_source": speed.peak.source,
         "compile_seconds": outcome.compile_seconds,
-        "seconds": time.time() - started,
     }
-    return join(outcome.params, frozen), figures
 
 
 def quality(validation: dict[str, Any]) -> dict[str, Any]:
-    """What a summary says about a validation's sums."""
+    """Select what a summary keeps of a validation: losses, and the use of experts."""
     losses = {name: validation[name] for name in ("loss", "perplexity", "accuracy")}
     return {"validation": losses, "expert_use": expert_use(validation)}
 

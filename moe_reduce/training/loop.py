@@ -1,4 +1,4 @@
-"""The one training loop. It knows tasks, batches and meshes; never models, adapters or routers."""
+"""The training loop. It knows tasks, batches and meshes; never models, adapters or routers."""
 
 import math
 import sys
@@ -25,75 +25,83 @@ from moe_reduce.training.task import Batch, Params, Task, join
 from moe_reduce.training.throughput import Peak
 
 CORPUS = "corpus"  # key of a checkpoint's data position
-MUST_BE_FINITE = ("loss", "gradient_norm", "parameter_norm")  # norms hide what the loss shows a step late, or never
+# the norms show a divergence that the loss shows a step later, or never
+MUST_BE_FINITE = ("loss", "gradient_norm", "parameter_norm")
 HostBatch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
+class Problem:
+    """An optimisation problem: the task, where its parameters start, and the method's settings."""
+
+    task: Task
+    initial: Params | Callable[[], Params]  # the leaves that train, or a function that makes them under jit
+    frozen: Params  # all other leaves that the task reads
+    train: TrainConfig
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The batches of a run."""
+
+    batches: grain.DatasetIterator  # training batches, endless and resumable
+    validation: Sequence[HostBatch]
+    corpus: str  # fingerprint of the text; a run resumes only with the corpus that it began with
+
+
+@dataclass(frozen=True)
 class Speed:
-    """What turns seconds into tokens/s and MFU."""
+    """Conversion of seconds into tokens/s and MFU."""
 
     tokens_per_step: int
     flops_per_token: float | None  # None: not counted, and no MFU
     peak: Peak
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Share of the peak."""
+        """Model FLOPs utilisation: the share of the peak that is reached."""
         return None if self.flops_per_token is None else tokens_per_second * self.flops_per_token / self.peak.flops
 
 
 @dataclass
 class Outcome:
-    """What a finished run hands back."""
+    """Result of a finished run."""
 
-    params: Params  # the trained leaves; their average when that is on
+    params: Params  # the trained leaves, or their moving average where train.ema_decay is set
     validation: dict[str, Any]  # loss, perplexity, accuracy, and summed arrays such as counts_NE
-    measured: dict[str, float]  # what the task measures beside
-    tokens_per_second: float  # median over the logged intervals of this session; nan if it trained nothing
+    measured: dict[str, float]  # the task's own measurements
+    tokens_per_second: float  # median over the logged intervals of this process; NaN if it trained nothing
     compile_seconds: float
     intervals: list[float] = field(default_factory=list)
 
 
 class Fit:
-    """One run of the loop: `Fit(...).run()`. Running it again in the same directory goes on where it stopped."""
+    """One run of the loop: `Fit(...).run()`. Running it again in the same workdir resumes at the last checkpoint."""
 
-    def __init__(
-        self,
-        task: Task,
-        initial: Params | Callable[[], Params],
-        frozen: Params,
-        train: TrainConfig,
-        mesh: Mesh,
-        batches: grain.DatasetIterator,
-        validation: Sequence[HostBatch],
-        workdir: Path,
-        speed: Speed,
-        corpus: str,
-    ):
-        """corpus: what tells it from others; a run goes on with the one that it began with."""
-        self.task, self.train, self.mesh, self.speed = task, train, mesh, speed
-        self.frozen = jax.device_put(frozen, sharding.shardings(mesh, frozen, task.records))
-        self.batches, self.corpus = batches, corpus
-        steps.check_batch(mesh, train)
-        self.checkpoints = Checkpoints(workdir / "checkpoints", train)
-        self.workdir = workdir
+    def __init__(self, problem: Problem, feed: Feed, mesh: Mesh, workdir: Path, speed: Speed):
+        """Compile nothing yet; raises UserError when the batch does not divide over the mesh."""
+        self.task, self.train, self.mesh = problem.task, problem.train, mesh
+        self.feed, self.workdir, self.speed = feed, workdir, speed
+        self.frozen = jax.device_put(problem.frozen, sharding.shardings(mesh, problem.frozen, problem.task.records))
+        steps.check_batch(mesh, problem.train)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", problem.train)
         self.clock = Stopwatch()
         self.intervals: list[float] = []
+        self._last_logged = (0, 0.0)  # step, and seconds on the clock
         self._measured: tuple[int, dict[str, float]] = (-1, {})
-        self.validation = [sharding.put_batch(mesh, batch) for batch in validation]
-        self._build(initial)
+        self.validation = [sharding.put_batch(mesh, batch) for batch in feed.validation]
+        self._build(problem.initial)
 
     def _build(self, initial: Params | Callable[[], Params]) -> None:
         params = jax.eval_shape(initial) if callable(initial) else initial
         program = steps.program(self.task, self.train, self.mesh, params)
-        place = partial(jax.jit, out_shardings=program.places)
+        sharded = partial(jax.jit, out_shardings=program.shardings)
         make = program.new_state
-        self._initial_state = place(lambda: make(initial())) if callable(initial) else partial(place(make), initial)
+        self._initial_state = sharded(lambda: make(initial())) if callable(initial) else partial(sharded(make), initial)
         self._abstract, self._step, self._evaluate = program.state, program.step, program.evaluate
 
     def run(self) -> Outcome:
-        """Trains to the last step. Raises UserError when a loss is not finite; the last good checkpoint stays."""
-        # not within the mesh: initialisation runs the model on one token, which a mesh could not divide
+        """Train to the last step. Raises UserError when a loss is not finite; the last good checkpoint stays."""
+        # outside the mesh: initialisation runs the model on a single token, which a mesh cannot divide
         state, start = self._restore_or_start()
         with jax.set_mesh(self.mesh):
             self.log = MetricsLog(self.workdir, start, active=jax.process_index() == 0)
@@ -113,21 +121,21 @@ class Fit:
         if latest is None:
             return self._initial_state(), 0
         state, position = self.checkpoints.restore(latest, self._abstract)
-        if position.pop(CORPUS, self.corpus) != self.corpus:
+        if position.pop(CORPUS, self.feed.corpus) != self.feed.corpus:
             raise UserError(
                 f"data.source, or its tokenizer, is not what {self.workdir} began with: restore it, or choose another "
                 "workdir"
             )
-        self.batches.set_state(position)
+        self.feed.batches.set_state(position)
         if jax.process_index() == 0:
-            print(f"{self.workdir} goes on behind step {latest}", flush=True)
+            print(f"resuming {self.workdir} after step {latest} of {self.train.steps}", flush=True)
         return state, latest
 
     def _compile(self, state: State) -> float:
-        """Compiles the training step ahead of time, so that its cost is known and kept out of the speed."""
-        position = self.batches.get_state()
-        batch = sharding.put_batch(self.mesh, next(self.batches))
-        self.batches.set_state(position)
+        """Compile the training step ahead of time, so that its seconds are known and do not count as training."""
+        position = self.feed.batches.get_state()
+        batch = sharding.put_batch(self.mesh, next(self.feed.batches))
+        self.feed.batches.set_state(position)
         started = time.perf_counter()
         self._step = self._step.lower(state, self.frozen, batch).compile()
         return time.perf_counter() - started
@@ -140,9 +148,9 @@ class Fit:
         with bar, jax.transfer_guard("disallow"):
             self.clock.start()
             for step in range(start + 1, train.steps + 1):
-                batch = sharding.put_batch(self.mesh, next(self.batches))
+                batch = sharding.put_batch(self.mesh, next(self.feed.batches))
                 state, metrics = self._step(state, self.frozen, batch)
-                if pending is not None:  # fetched only now, while the device is busy with this step
+                if pending is not None:  # fetch the previous step's metrics while the device computes this step
                     self._record(*pending, bar)
                 pending = (step, metrics)
                 evaluating = step % train.evaluate_every == 0 or step == train.steps
@@ -154,8 +162,10 @@ class Fit:
         return state
 
     def _pause(self, state: State, step: int, evaluating: bool, saving: bool) -> None:
+        """Evaluate and save, with the clock stopped."""
         self.clock.stop()
-        # before a save one batch at least: the loss of this step came before its update, which may have ruined all
+        # Before a save, evaluate at least one batch: this step's loss was computed before its update, which may have
+        # ruined the parameters.
         validation = self._validate(state, self.validation if evaluating else self.validation[:1])
         if not math.isfinite(validation["loss"]):
             self._stop_diverged(step, f"validation loss is {validation['loss']} after")
@@ -165,11 +175,11 @@ class Fit:
             validation |= self._measured[1]
             self.log.write(step, "validation", {k: v for k, v in validation.items() if isinstance(v, float)})
         if saving:
-            self.checkpoints.save(step, state, {CORPUS: self.corpus, **self.batches.get_state()})
+            self.checkpoints.save(step, state, {CORPUS: self.feed.corpus, **self.feed.batches.get_state()})
         self.clock.start()
 
     def _record(self, step: int, metrics: dict[str, jax.Array], bar: tqdm) -> None:
-        """Logs one step, whose metrics may still be on their way from the device."""
+        """Check one step's metrics and log them where due; waits until the device has computed them."""
         scalars = {name: value for name, value in metrics.items() if value.ndim == 0}
         if step % self.train.log_every and step != self.train.steps:
             scalars = {name: metrics[name] for name in MUST_BE_FINITE}
@@ -187,7 +197,7 @@ class Fit:
 
     def _speed_since_last(self, step: int) -> dict[str, float | None]:
         last_step, last_seconds = self._last_logged
-        seconds = self.clock.read()
+        seconds = self.clock.elapsed()
         self._last_logged = (step, seconds)
         if step == last_step or seconds <= last_seconds:
             return {"tokens_per_second": None, "mfu": None}
@@ -217,17 +227,18 @@ class Fit:
         params = _evaluated(state)
         rate = float(np.median(self.intervals)) if self.intervals else math.nan
         step, measured = self._measured
-        if step != self.train.steps:  # resumed behind the last step
+        if step != self.train.steps:  # resumed after the last step
             measured = self.task.measure(join(params, self.frozen))
         return Outcome(params, self._validate(state, self.validation), measured, rate, compile_seconds, self.intervals)
 
 
 def _evaluated(state: State) -> Params:
+    """Return the parameters that are evaluated and kept: the moving average where there is one."""
     return state.params if state.average is None else state.average
 
 
 def summarize(sums: dict[str, Any]) -> dict[str, Any]:
-    """Summed nll, correct and weight -> loss (nats a token), perplexity, accuracy; other sums are kept."""
+    """Turn summed nll, correct and weight into loss (nats a token), perplexity and accuracy; keep all other sums."""
     weight = max(float(sums["weight"]), 1.0)
     loss = float(sums["nll"]) / weight
     rest = {name: value for name, value in sums.items() if name not in ("nll", "correct", "weight")}

@@ -16,7 +16,7 @@ from moe_reduce.training.task import Batch, Params, Sums, Task, never, no_change
 
 
 def language_model_task(model: ModelConfig, execution: ExecutionConfig, balance: BalanceConfig) -> Task:
-    """Pretraining: every leaf trains on the cross-entropy of the next token plus the balancing terms."""
+    """Pretraining task: every leaf trains on next-token cross-entropy plus the balancing terms."""
     skeleton = Model(model, {}, execution)
 
     def loss(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -36,7 +36,7 @@ def language_model_task(model: ModelConfig, execution: ExecutionConfig, balance:
 
 
 def predict(model: Model, balance: BalanceConfig, batch: Batch) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """(logits_BTV, the balancing penalty, metrics of which `loss` is the mean negative log likelihood)."""
+    """Run the model on a batch: (logits_BTV, balancing penalty, metrics); metrics["loss"] is the mean nll."""
     moe = model.config.moe
     logits_BTV, collected = model.apply(batch, collect=() if moe is None else ("routing",))
     metrics = {"loss": mean_nll(logits_BTV, batch)}
@@ -54,9 +54,10 @@ def mean_nll(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
 
 @jax.custom_vjp
 def negative_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Of each target, nats, [B, T] fp32.
+    """Negative log likelihood of each target, nats, [B, T] fp32.
 
-    As optax has it, but for the gradient: one pass over the logits, in place of zeros, a scatter and a sum.
+    Equals optax.softmax_cross_entropy_with_integer_labels, with a faster gradient: one pass over the logits instead of
+    a scatter into zeros and a sum.
     """
     return _likelihood_forward(logits_BTV, targets_BT)[0]
 
@@ -77,13 +78,13 @@ negative_log_likelihood.defvjp(_likelihood_forward, _likelihood_backward)
 
 
 def token_losses(logits_BTV: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """(negative log likelihood of each target, 1 where it is the most probable token), [B, T] fp32."""
+    """(negative log likelihood, 1 if the target is the most probable token, else 0), each [B, T] fp32."""
     nll_BT = negative_log_likelihood(logits_BTV, batch["targets"])
     return nll_BT, (jnp.argmax(logits_BTV, axis=-1) == batch["targets"]).astype(jnp.float32)
 
 
 def evaluator(model: Model) -> Callable[[Params, Batch], Sums]:
-    """evaluate(params, batch) for any language model: nll, correct, weight and, with experts, counts_NE."""
+    """Make evaluate(params, batch) of a language model: sums nll, correct, weight and, with experts, counts_NE."""
 
     def evaluate(params: Params, batch: Batch) -> Sums:
         moe = model.config.moe
@@ -103,10 +104,11 @@ def evaluator(model: Model) -> Callable[[Params, Batch], Sums]:
 
 
 def balance_terms(routing: Any, balance: BalanceConfig, moe: MoEConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The weighted penalty and its metrics; `routing` holds the statistics of all N layer calls, stacked.
+    """Weighted balancing penalty and its metrics. routing: statistics of all N layer calls, stacked.
 
-    GShard/Switch form E · Σ_e f_e · P_e (arXiv:2006.16668, 2101.03961): 1 when balanced. `per_call`: of each call,
-    averaged; `pooled`: of f and P averaged over all calls, so that a layer may specialise while the pool stays in use.
+    The GShard/Switch loss E · Σ_e f_e · P_e (arXiv:2006.16668, 2101.03961) is 1 when balanced. `per_call` averages the
+    losses of all calls; `pooled` takes the loss of f and P averaged over all calls, so that a layer may specialise
+    while the pool as a whole stays in use.
     """
     counts_NE, probability_NE = routing["counts_E"], routing["probability_E"]
     share_NE = counts_NE / jnp.sum(counts_NE, axis=1, keepdims=True)
@@ -127,23 +129,23 @@ def balance_terms(routing: Any, balance: BalanceConfig, moe: MoEConfig) -> tuple
 
 
 def _evenness(share_NE: jax.Array, moe: MoEConfig) -> dict[str, jax.Array]:
-    """Entropy of the experts' use, 0 where every token chooses the same and 1 where all are used evenly; share of
-    experts under a tenth of the mean use.
+    """Evenness of expert use: entropy (0: all tokens choose the same experts, 1: even) and share of dead experts.
 
-    Of a shared pool as a whole, where a layer may specialise; of each layer's experts otherwise, averaged.
+    An expert is dead under a tenth of the mean use. A shared pool is measured as a whole, since a layer may specialise;
+    otherwise each layer's experts are measured, and the entropies averaged.
     """
     rows = jnp.mean(share_NE, axis=0, keepdims=True) if moe.placement == "shared" else share_NE
     experts = rows.shape[1]
-    entropy = jnp.ones(())  # where all experts are active
+    entropy = jnp.ones(())  # if all experts are active
     if experts > moe.active:
-        # a token's experts differ, so that no entropy is below log A
+        # a token's A experts are distinct, so the entropy is at least log A
         least, most = np.log(moe.active), np.log(experts)
         entropy = (jnp.mean(jnp.sum(jax.scipy.special.entr(rows), axis=1)) - least) / (most - least)
     return {"expert_entropy": entropy, "dead_expert_share": jnp.mean((rows < 0.1 / experts).astype(jnp.float32))}
 
 
 def collapse(balance: BalanceConfig, metrics: dict[str, float]) -> str | None:
-    """What a user reads when routing has collapsed, by the metrics of one step; None while it has not."""
+    """Message that routing has collapsed, judged by the metrics of one step; None while it has not."""
     if metrics["expert_entropy"] < balance.entropy_floor:
         return f"routing collapsed: expert_entropy {metrics['expert_entropy']:.3f} is under balance.entropy_floor"
     if metrics["dead_expert_share"] > balance.dead_share_limit:

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard, and the speed of a run."""
+"""Logs of a run: metrics.jsonl, TensorBoard, and a stopwatch for its speed."""
 
 import json
 import os
@@ -8,17 +8,20 @@ from typing import Any
 
 import tensorboardX
 
-TIMING = ("tokens_per_second", "mfu")  # fields that two identical runs do not share
+TIMING = ("tokens_per_second", "mfu")  # fields that differ between two identical runs
 
 
 class MetricsLog:
-    """One JSON object a line, in step order even after a crash: resuming drops what lies behind the checkpoint."""
+    """Writer of metrics.jsonl, one JSON object a line, in step order.
+
+    A resumed run first drops the lines after its checkpoint, which it will write again.
+    """
 
     def __init__(self, workdir: Path, resumed_step: int, active: bool = True):
         self._path, self._active = workdir / "metrics.jsonl", active
         if not active:
             return
-        kept = [json.dumps(line) + "\n" for line in read(self._path) if line["step"] <= resumed_step]
+        kept = [json.dumps(line) + "\n" for line in read_metrics(self._path) if line["step"] <= resumed_step]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, self._path)
@@ -26,7 +29,7 @@ class MetricsLog:
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, step: int, split: str, values: dict[str, Any]) -> None:
-        """Appends a line; only the first process of a run writes."""
+        """Append a line; only the first process of a run writes."""
         if not self._active:
             return
         self._stream.write(json.dumps({"step": step, "split": split} | values) + "\n")
@@ -36,14 +39,14 @@ class MetricsLog:
                 self._board.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
-        """Flushes both files."""
+        """Flush and close both files."""
         if self._active:
             self._stream.close()
             self._board.close()
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a line that a kill cut short is left out."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the complete lines of a metrics file; skip a line that a kill cut short."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
@@ -51,24 +54,24 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class Stopwatch:
-    """Seconds spent training, without the evaluations and saves in between."""
+    """Counter of seconds spent training, without evaluations and saves."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._started: float | None = None
 
     def start(self) -> None:
-        """Goes on counting."""
+        """Start counting, or continue."""
         if self._started is None:
             self._started = time.perf_counter()
 
     def stop(self) -> None:
-        """Stands still until started again."""
+        """Pause until started again."""
         if self._started is not None:
             self.seconds += time.perf_counter() - self._started
             self._started = None
 
-    def read(self) -> float:
-        """Seconds so far."""
+    def elapsed(self) -> float:
+        """Seconds counted so far."""
         running = 0.0 if self._started is None else time.perf_counter() - self._started
         return self.seconds + running

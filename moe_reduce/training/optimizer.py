@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _mixing(function: F) -> F:
-    """optax multiplies its integer step counts with floats, which strict promotion (in our tests) refuses."""
+    """Allow optax to multiply its integer step counts by floats, which strict promotion (used in tests) forbids."""
 
     @wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
@@ -26,7 +26,7 @@ def _mixing(function: F) -> F:
 
 
 def learning_rate(train: TrainConfig) -> optax.Schedule:
-    """Of the step that follows `count` steps: linear from 0 to the peak, then cosine towards the final rate."""
+    """Learning rate after `count` steps: linear from 0 to the peak, then a cosine down to the final rate."""
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if train.warmup_steps else train.learning_rate,
         peak_value=train.learning_rate,
@@ -38,12 +38,12 @@ def learning_rate(train: TrainConfig) -> optax.Schedule:
 
 
 def decay_mask(params: trees.Tree, records: Records) -> dict[str, Any]:
-    """True where weight decay applies; a leaf without a record raises UserError."""
+    """Tree of booleans, True where weight decay applies; a leaf without a record raises UserError."""
     return trees.map_with_path(lambda path, _: lookup(records, path).decays, params)
 
 
 def build(train: TrainConfig, params: trees.Tree, records: Records) -> optax.GradientTransformation:
-    """The optimiser of a run. params: real or abstract; with their records they decide the masks."""
+    """Build the optimiser of a run. params: real or abstract leaves, whose records decide which of them decay."""
     parts = [
         optax.clip_by_global_norm(train.clip_norm),
         optax.scale_by_adam(b1=train.beta1, b2=train.beta2, eps=train.epsilon),

@@ -1,7 +1,8 @@
-"""Several processes as one run: how they find each other, and what each does when another is gone.
+"""Runs of several processes: joining them, and ending all when one is lost.
 
-A process that waits for another in a collective, or in a checkpoint's barrier, would wait for many minutes, or be
-aborted by the runtime with a page of addresses. So each says every few seconds that it lives, and watches the others.
+A process that waits for a lost one, in a collective or in a checkpoint's barrier, would wait for many minutes, or the
+runtime would abort it with a page of addresses. So every process writes a heartbeat to the shared key-value store every
+few seconds, and watches the heartbeats of all others.
 """
 
 import contextlib
@@ -13,24 +14,25 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax._src import distributed  # the key-value store of the processes, which Orbax uses as well
+from jax._src import distributed  # gives the processes' key-value store, which Orbax uses as well
 
 from moe_reduce.core.errors import PeerLost, UserError
 
 PULSE_SECONDS = 2.0
-SILENCE_SECONDS = 20.0  # after which a process counts as gone
+SILENCE_SECONDS = 20.0  # without a heartbeat, after which a process counts as lost
 KEYS = "moe_reduce/alive/"
 LEFT, FAILED = "left", "failed"
-# what gloo, NCCL and the coordination service say when a process goes while something is exchanged with it
+# words in the errors of gloo, NCCL and the coordination service when a process is lost during an exchange
 SIGNS = ("closed by peer", "connection reset", "connection refused", "gloo", "nccl", "socket closed", "coordination")
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Joins the other processes; without an address they are found through the platform (TPU metadata, SLURM).
+    """Join the processes of a run.
 
-    Raises UserError when they are not found.
+    coordinator: HOST:PORT of the first process; None: found through the platform (TPU metadata, SLURM).
+    Raises UserError when the other processes are not found.
     """
-    jax.config.update("jax_enable_recoverability", True)  # else the runtime aborts before we say a word
+    jax.config.update("jax_enable_recoverability", True)  # otherwise the runtime aborts before our message
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (RuntimeError, ValueError) as error:
@@ -41,7 +43,10 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Inside, the end of another process is noticed: PeerLost, or where this one is waiting, the end with its line."""
+    """Watch the other processes inside the context.
+
+    When one is lost, raise PeerLost; if this process is waiting for it, print the same line and exit.
+    """
     if jax.process_count() == 1:
         yield
         return
@@ -53,10 +58,10 @@ def together() -> Iterator[None]:
     except Exception as error:
         over.set()
         if any(sign in f"{error} {error.__cause__ or ''}".lower() for sign in SIGNS):
-            _keep_the_store(client)
+            _keep_store(client)
             raise PeerLost(_line("another one, whose log says why")) from error
         _say(client, FAILED)
-        _keep_the_store(client)
+        _keep_store(client)
         raise
     over.set()
     _say(client, LEFT)
@@ -69,7 +74,7 @@ def _watch(client: Any, over: threading.Event) -> None:
         try:
             _say(client, str(number := number + 1))
             found = {key.rsplit("/", 1)[-1]: value for key, value in client.key_value_dir_get(KEYS)}
-        except Exception:  # whatever the client raises: the first process keeps the store
+        except Exception:  # of any kind: the first process, which holds the store, is lost
             found = {"0": FAILED}
         for process, value in found.items():
             since = pulses[process][1] if pulses.get(process, ("", 0.0))[0] == value else time.monotonic()
@@ -77,13 +82,16 @@ def _watch(client: Any, over: threading.Event) -> None:
             silent = value != LEFT and time.monotonic() - since > SILENCE_SECONDS
             if (value == FAILED or silent) and not over.is_set():
                 print(f"moe-reduce: {_line(f'process {process}, whose log says why')}", file=sys.stderr, flush=True)
-                _keep_the_store(client)
-                os._exit(PeerLost.status)  # the main thread is waiting for what will never come
+                _keep_store(client)
+                os._exit(PeerLost.status)  # the main thread may be waiting for the lost process
         over.wait(PULSE_SECONDS)
 
 
-def _keep_the_store(client: Any) -> None:
-    """By the first process before it ends: without the store, the runtime aborts the others before they say a word."""
+def _keep_store(client: Any) -> None:
+    """Delay the end of the first process, which holds the store, until the others have read that it failed.
+
+    Without the store the runtime aborts them before their message.
+    """
     if jax.process_index() == 0:
         _say(client, FAILED)
         time.sleep(3 * PULSE_SECONDS)

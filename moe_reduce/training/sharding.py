@@ -1,4 +1,4 @@
-"""Device meshes, and where parameters and batches lie on them."""
+"""Device meshes, and the shardings of parameters and batches over them."""
 
 import math
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from moe_reduce.models.mesh import BATCH_AXES
 from moe_reduce.models.parameters import Parameter, Records, abstract_params, by_path, lookup
 from moe_reduce.models.weights import map_parts
 
-PIECE_BYTES = 2**30  # of a leaf, replicated at a time
+PIECE_BYTES = 2**30  # largest piece of a leaf that is replicated at a time
 AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """The mesh of a run over the first data·fsdp·expert·tensor devices; raises UserError when there are too few."""
+    """Make the mesh of a run from the first data·fsdp·expert·tensor devices; UserError when there are too few."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
     chosen = np.array(devices[: math.prod(shape)]).reshape(shape)
@@ -33,19 +33,19 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
-    """Sizes of AXES over so many devices; raises UserError when there are too few."""
-    others = config.fsdp * config.expert * config.tensor
-    data = devices // others if config.data == -1 else config.data
-    if data == 0 or data * others > devices:
+    """Sizes of AXES over this number of devices; UserError when there are too few."""
+    per_row = config.fsdp * config.expert * config.tensor
+    data = devices // per_row if config.data == -1 else config.data
+    if data == 0 or data * per_row > devices:
         raise UserError(
             f"the mesh data={config.data} fsdp={config.fsdp} expert={config.expert} tensor={config.tensor} needs "
-            f"{max(data, 1) * others} devices and there are {devices}: lower mesh.*"
+            f"{max(data, 1) * per_row} devices and there are {devices}: lower mesh.*"
         )
     return data, config.fsdp, config.expert, config.tensor
 
 
 def shardings(mesh: Mesh, params: trees.Tree, records: Records) -> dict[str, Any]:
-    """NamedShardings in the structure of `params`, by the records of its leaves.
+    """NamedShardings of `params`, in its structure, by the records of its leaves.
 
     Raises UserError when a leaf has no record, or a size does not divide over its mesh axes.
     """
@@ -73,20 +73,20 @@ def _sharding(mesh: Mesh, record: Parameter, leaf: Any) -> Any:
     return map_parts(place, record, leaf)
 
 
-def placed(shapes: Any, places: Any) -> Any:
-    """Abstract leaves with their shardings."""
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Give abstract leaves their shardings."""
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same value on every device."""
+    """Sharding that keeps the whole value on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def to_host(mesh: Mesh, params: trees.Tree) -> dict[str, Any]:
-    """Whole leaves as numpy arrays in every process, gathered in pieces that fit beside the shards on a device."""
+    """Gather whole leaves as numpy arrays in every process, in pieces small enough to fit beside a device's shards."""
     gather: Any = jax.jit(lambda piece: piece, out_shardings=replicated(mesh))
 
     def whole(leaf: Any) -> np.ndarray:
@@ -102,7 +102,7 @@ def to_host(mesh: Mesh, params: trees.Tree) -> dict[str, Any]:
 
 
 def compiled(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """The function under jit; on a mesh, if there is one, with results that are whole on every device."""
+    """Jit a function; on a mesh its results are replicated. mesh: None for one device."""
     if mesh is None:
         return jax.jit(function)
     on_mesh = jax.jit(function, out_shardings=replicated(mesh))
@@ -115,17 +115,17 @@ def compiled(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., A
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over every axis but `tensor`."""
+    """Sharding of a batch: rows over every mesh axis but `tensor`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """Number of parts into which the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """(which share of a batch's rows this process feeds, how many shares there are).
+    """This process's share of a batch's rows: (index, number of shares).
 
     Processes whose devices hold the same rows (the tensor axis across hosts) feed the same share.
     """
@@ -144,8 +144,8 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a global batch -> global arrays on the mesh."""
+    """Put this process's rows of a global batch on the mesh, as global arrays."""
     sharding = batch_sharding(mesh)
-    # meant, but with several processes jax takes it for an implicit transfer, which the loop forbids
+    # explicit, but with several processes jax treats it as an implicit transfer, which the loop forbids
     with jax.transfer_guard_host_to_device("allow"):
         return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

@@ -19,9 +19,9 @@ from moe_reduce.training.task import Batch, Params, Sums, Task, join
 
 
 class State(NamedTuple):
-    """All that training changes, and so all that a checkpoint holds."""
+    """Everything that training changes, and so what a checkpoint holds."""
 
-    step: jax.Array  # int32: steps done
+    step: jax.Array  # int32, number of steps done
     params: Params  # the leaves that train, fp32
     optimizer: optax.OptState
     average: Params | None  # exponential moving average of params
@@ -29,69 +29,72 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """What a run compiles, and where its arguments lie: enough to compile it for devices that are not there."""
+    """The functions that a run compiles, and the shardings of their state.
+
+    Enough to compile a run for devices that this machine does not have.
+    """
 
     new_state: Callable[[Params], State]
     state: State  # abstract leaves with their shardings
-    places: State  # the shardings alone
-    step: Any  # (state, frozen, batch) -> (state, metrics), jitted; takes the state's buffers
+    shardings: State
+    step: Any  # (state, frozen, batch) -> (state, metrics), jitted; donates the state's buffers
     evaluate: Any  # (params, frozen, batch) -> sums, jitted
 
 
 def program(task: Task, train: TrainConfig, mesh: Mesh, params: Params) -> Program:
-    """The program of a run. params: the leaves that train, real or abstract."""
+    """Build the program of a run. params: the leaves that train, real or abstract."""
     tx = optimizer.build(train, params, task.records)
     make = partial(new_state, train=train, tx=tx)
     shapes = jax.eval_shape(make, params)
-    places = state_shardings(mesh, shapes, task.records)
+    shardings = state_shardings(mesh, shapes, task.records)
     everywhere = sharding.replicated(mesh)
-    step = jax.jit(partial(train_step, task, train, tx), donate_argnums=0, out_shardings=(places, everywhere))
+    step = jax.jit(partial(train_step, task, train, tx), donate_argnums=0, out_shardings=(shardings, everywhere))
     evaluate = jax.jit(partial(evaluate_step, task), out_shardings=everywhere)
-    return Program(make, sharding.placed(shapes, places), places, step, evaluate)
+    return Program(make, sharding.placed(shapes, shardings), shardings, step, evaluate)
 
 
 def new_state(params: Params, train: TrainConfig, tx: optax.GradientTransformation) -> State:
-    """Step 0. Called under jit, so that every leaf is made where it stays."""
+    """State at step 0. Call it under jit with output shardings, so that no leaf is made whole on one device."""
     average = jax.tree.map(jnp.copy, params) if train.ema_decay else None
     return State(jnp.zeros((), jnp.int32), params, tx.init(params), average)
 
 
 def state_shardings(mesh: Mesh, abstract: State, records: Records) -> State:
-    """Shardings of a run's state: what belongs to a parameter lies where the parameter does; scalars are replicated.
+    """Shardings of a run's state: every optimiser leaf is sharded like its parameter, and scalars are replicated.
 
-    The optimiser's leaves find their parameter by the end of their path, whatever optax wraps around it. Raises
-    UserError for a leaf that matches no parameter, which would otherwise be replicated silently.
+    The end of an optimiser leaf's path names its parameter, whatever optax wraps around it. Raises UserError for a leaf
+    that matches no parameter, rather than replicating it silently.
     """
     params = sharding.shardings(mesh, abstract.params, records)
-    shapes, places = trees.flatten(abstract.params), trees.flatten(params)
+    shapes, by_path = trees.flatten(abstract.params), trees.flatten(params)
 
-    def place(keys: tuple[Any, ...], leaf: Any) -> Any:
+    def shard(keys: tuple[Any, ...], leaf: Any) -> Any:
         if not leaf.shape:
             return sharding.replicated(mesh)
-        path = _parameter_path(keys, places)
+        path = _parameter_path(keys, by_path)
         if path is None or shapes[path].shape != leaf.shape:
             raise UserError(
                 f"optimiser state {jax.tree_util.keystr(keys)} of shape {list(leaf.shape)} belongs to no parameter: "
                 "it cannot be sharded"
             )
-        return places[path]
+        return by_path[path]
 
-    moments = jax.tree_util.tree_map_with_path(place, abstract.optimizer)
+    moments = jax.tree_util.tree_map_with_path(shard, abstract.optimizer)
     step: Any = sharding.replicated(mesh)
     return State(step, params, moments, params if abstract.average is not None else None)
 
 
 def _parameter_path(keys: tuple[Any, ...], known: Mapping[str, Any]) -> str | None:
-    """The longest end of a key path that names a parameter; None where there is none."""
+    """Longest end of a key path that names a parameter; None where no end does."""
     names: list[str] = []
-    for key in keys:  # anything but a dict's key, such as a field of optax's states, starts anew
+    for key in keys:  # any key that is not a dict's, such as a field of an optax state, ends the path so far
         names = [*names, str(key.key)] if isinstance(key, jax.tree_util.DictKey) else []
     paths = ("/".join(names[start:]) for start in range(len(names)))
     return next((path for path in paths if path in known), None)
 
 
 def train_step(task: Task, train: TrainConfig, tx: optax.GradientTransformation, state: State, frozen, batch: Batch):
-    """(state, metrics) after one optimiser step over a batch, in `accumulation` parts."""
+    """Take one optimiser step over a batch in `train.accumulation` micro-batches; return (state, metrics)."""
     (_, metrics), gradients = _gradients(task, train.accumulation, state.params, frozen, batch)
     updates, optimizer_state = tx.update(gradients, state.optimizer, state.params)
     params: Any = task.after_step(optax.apply_updates(state.params, updates), metrics)  # type: ignore[arg-type]
@@ -112,7 +115,7 @@ def _gradients(task: Task, parts: int, params: Params, frozen: Params, batch: Ba
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:
         return value_and_grad(params, batch, jnp.ones(()))
-    # rows i, i + parts, … : every device keeps rows of its own in every part
+    # part i holds rows i, i + parts, …, so that every device has rows in every part
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
     total = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
 
@@ -127,12 +130,12 @@ def _gradients(task: Task, parts: int, params: Params, frozen: Params, batch: Ba
 
 
 def evaluate_step(task: Task, params: Params, frozen: Params, batch: Batch) -> Sums:
-    """Sums over one batch."""
+    """Evaluate one batch; return its sums."""
     return task.evaluate(join(params, frozen), batch)
 
 
 def check_batch(mesh: Mesh, train: TrainConfig) -> None:
-    """Raises UserError when the batch does not divide over the devices and parts."""
+    """Raise UserError when the batch does not divide over devices and micro-batches."""
     rows = sharding.batch_shards(mesh)
     if train.batch_size % (rows * train.accumulation):
         raise UserError(

@@ -1,4 +1,4 @@
-"""What the loop is given: it learns whatever a task describes, and never what an adapter or a router is."""
+"""Tasks: descriptions of what the loop learns, so that it needs to know no adapter and no router."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,48 +9,51 @@ import jax
 from moe_reduce.core import trees
 from moe_reduce.models.parameters import Records
 
-TEACHER = "teacher"  # the frozen leaves of a second model that a task compares with lie below this name
+TEACHER = "teacher"  # path below which a task finds the frozen leaves of a second model
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
 Sums = dict[str, Any]
 
 
 def no_change(params: Params, metrics: dict[str, jax.Array]) -> Params:
-    """The `after_step` of a task in which everything is learned by gradients."""
+    """Return the parameters as they are: the `after_step` of a task that learns by gradients alone."""
     del metrics
     return params
 
 
 def never(metrics: dict[str, float]) -> str | None:
-    """The `stop` of a task that has no reason to end early."""
+    """Return None: the `stop` of a task that never ends early."""
     del metrics
     return None
 
 
 def nothing_else(params: Params) -> dict[str, float]:
-    """The `measure` of a task whose batches say all there is to say."""
+    """Return no figures: the `measure` of a task that needs batches only."""
     del params
     return {}
 
 
 def every_leaf(path: str) -> bool:
-    """The `trainable` of a task in which everything trains."""
+    """Return True: the `trainable` of a task that trains every leaf."""
     del path
     return True
 
 
 @dataclass(frozen=True)
 class Task:
-    """A loss, which leaves train, and how to evaluate.
+    """A loss, the leaves that it trains, and their evaluation.
 
-    loss(params, batch) -> (scalar, metrics): a mean over the batch's counted targets (`weights`). Metrics are fp32
-    scalars, to be logged, or arrays, for `after_step`. evaluate(params, batch) -> fp32 sums over the counted targets,
-    at least `nll`, `correct` and `weight`; arrays are summed over batches and handed back. trainable(path) says which
-    leaves train; the others get no gradient and no optimiser state. after_step(trained params, metrics) -> trained
-    params makes changes that no gradient makes, such as loss-free balancing, or annealing. stop(logged scalars) -> why
-    training must end, or None. measure(params) -> scalars, called at every evaluation outside of jit, for what takes
-    more than a batch, such as generating text. records: of every leaf, trained or frozen, by path; they decide
-    shardings and weight decay.
+    - loss(params, batch) -> (scalar, metrics): the mean over the targets that `weights` count. Metrics are fp32:
+      scalars are logged, arrays are for `after_step`.
+    - evaluate(params, batch) -> fp32 sums over the counted targets, at least `nll`, `correct` and `weight`; arrays are
+      summed over batches and returned.
+    - records: the record of every leaf, trained or frozen, by path; they decide shardings and weight decay.
+    - trainable(path): whether a leaf trains. All others get no gradient and no optimiser state.
+    - after_step(trained params, metrics) -> trained params: changes that no gradient makes, such as loss-free balancing
+      and annealing.
+    - stop(logged scalars) -> why training must end, or None.
+    - measure(params) -> scalars: called at every evaluation, outside jit, for figures that batches do not give, such as
+      those of generated text.
     """
 
     loss: Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
@@ -63,7 +66,7 @@ class Task:
 
 
 def partition(params: Params, trainable: Callable[[str], bool]) -> tuple[Params, Params]:
-    """(leaves that train, leaves that do not), two trees that `join` puts together again."""
+    """Split a tree into (leaves that train, leaves that do not)."""
     flat = trees.flatten(params)
     trained = {path: leaf for path, leaf in flat.items() if trainable(path)}
     frozen = {path: leaf for path, leaf in flat.items() if not trainable(path)}
@@ -71,5 +74,5 @@ def partition(params: Params, trainable: Callable[[str], bool]) -> tuple[Params,
 
 
 def join(trained: Params, frozen: Params) -> Params:
-    """The inverse of `partition`."""
+    """Merge the two trees of `partition`."""
     return trees.unflatten(trees.flatten(trained) | trees.flatten(frozen))

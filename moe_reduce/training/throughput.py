@@ -1,4 +1,4 @@
-"""The peak against which MFU is stated: published for known accelerators, measured where there is none."""
+"""Peak FLOP/s, the denominator of MFU: published for known accelerators, measured for all other devices."""
 
 import time
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ import jax.numpy as jnp
 
 from moe_reduce.core.devices import DEVICES
 
-PUBLISHED_BF16 = {device.kind: device.flops for device in DEVICES.values() if device.kind}  # by jax's name
+PUBLISHED_BF16 = {device.kind: device.flops for device in DEVICES.values() if device.kind}  # by jax's device kind
 
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s of all devices of a run, and where the number comes from."""
+    """FLOP/s of all devices of a run together, and the source of the number."""
 
     flops: float
     source: str
 
 
 def peak(devices: list[Any], dtype: str) -> Peak:
-    """Published bf16 peak if the device is known; otherwise the best of several matmuls in `dtype`, measured now.
+    """Published bf16 peak of a known device; otherwise the best of several matmuls in `dtype`, measured now.
 
     Simulated CPU devices share one machine, so the measurement is not multiplied by their number.
     """
@@ -34,7 +34,7 @@ def peak(devices: list[Any], dtype: str) -> Peak:
     return Peak(measured * (1 if shared else len(devices)), f"matmul of 2048² in {dtype}, measured in this process")
 
 
-@lru_cache  # once a process: runs side by side are stated against the same peak
+@lru_cache  # once a process, so that runs compared side by side share a peak
 def measure(device: Any, dtype: str, size: int = 2048, repeats: int = 5) -> float:
     """FLOP/s of a square matmul on one device, best of `repeats`."""
     matrix = jax.device_put(jnp.ones((size, size), jnp.dtype(dtype)), device)

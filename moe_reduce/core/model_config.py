@@ -1,0 +1,107 @@
+"""Architecture of a model: sizes and layer types, from which parameter shapes follow."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_reduce.core.checks import positive
+from moe_reduce.core.errors import UserError
+
+REQUIRED_INT = 0  # default of sizes that have no sensible default; `check` refuses it by name
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts in place of the feed-forward block: E experts of width F, of which A run for each token."""
+
+    experts: int = REQUIRED_INT
+    active: int = REQUIRED_INT
+    width: int = REQUIRED_INT
+    placement: Literal["layer", "shared"] = "layer"  # each layer owns E experts | one pool of E serves every layer
+    router: Literal["layer", "shared"] = "layer"  # a shared router needs a shared pool
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True  # renormalise the weights over the chosen experts (norm_topk_prob)
+    selection_bias: bool = False  # [N, E], affects only the choice of experts (loss-free balancing, pooling)
+    score_offset: bool = False  # [N], subtracted from a layer's router logits before scoring (pooling with sigmoid)
+    output_gain: bool = False  # [N, D], scales what the experts of each layer add to the residual stream
+    init_scale: float = 1.0  # initial expert weights relative to those of a dense block
+
+    def check(self) -> None:
+        """Raise UserError when the sizes contradict each other."""
+        positive("model.moe", self, "experts", "active", "width", "init_scale")
+        if self.active > self.experts:
+            raise UserError(f"model.moe.active ({self.active}) must not exceed model.moe.experts ({self.experts})")
+        if self.router == "shared" and self.placement == "layer":
+            raise UserError(
+                "model.moe.router=shared needs model.moe.placement=shared: a router names experts of one pool"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and layer types of a decoder; moe_reduce.models defines the letters V, D, N, H, G, C, F and K."""
+
+    vocab_size: int = REQUIRED_INT
+    layers: int = REQUIRED_INT
+    width: int = REQUIRED_INT
+    query_heads: int = REQUIRED_INT
+    key_value_heads: int = REQUIRED_INT
+    head_width: int = REQUIRED_INT
+    feed_forward_width: int | None = None  # dense models; None when `moe` is given
+    moe: MoEConfig | None = None
+    embedding_factor: int | None = None  # K of E = U·W (ALBERT, arXiv:1909.11942); None: one full matrix
+    tied_embeddings: bool = True
+    qk_norm: bool = False  # RMSNorm of queries and keys
+    qk_norm_scope: Literal["head", "projection"] = "head"  # normalise each head | all heads of a token together
+    clip_qkv: float | None = None  # clip queries, keys and values to ±clip_qkv, after their norm
+    norm: Literal["rms", "layer"] = "rms"  # layer: LayerNorm with a bias
+    biases: bool = False  # on every linear map of attention and feed-forward
+    parallel_residual: bool = False  # attention and feed-forward read the same x, and both outputs are added to it
+    feed_forward: Literal["swiglu", "gelu"] = "swiglu"  # gelu: two matrices and the exact erf
+    rotary_share: float = 1.0  # share of a head's width, from its start, that is rotated by position
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    max_positions: int = 2048  # intended context length; only written to config.json
+    init_std: float = 0.02
+
+    def check(self) -> None:
+        """Raise UserError when the sizes contradict each other."""
+        positive(
+            "model", self, "vocab_size", "layers", "width", "query_heads", "key_value_heads", "head_width",
+            "rope_theta", "norm_epsilon", "max_positions", "init_std",
+        )  # fmt: skip
+        if self.query_heads % self.key_value_heads:
+            raise UserError(
+                f"model.query_heads ({self.query_heads}) must be a multiple of model.key_value_heads "
+                f"({self.key_value_heads})"
+            )
+        self._check_rotary()
+        if self.embedding_factor is not None:
+            positive("model", self, "embedding_factor")
+            if not self.tied_embeddings:
+                raise UserError("model.embedding_factor needs model.tied_embeddings=True: the factors serve both ends")
+        if (self.moe is None) == (self.feed_forward_width is None):
+            raise UserError("give exactly one of model.feed_forward_width (dense) and model.moe (experts)")
+        if self.feed_forward_width is not None:
+            positive("model", self, "feed_forward_width")
+        if self.moe is not None:
+            self._check_dense_only()
+            self.moe.check()
+
+    def _check_rotary(self) -> None:
+        if self.head_width % 2:
+            raise UserError(f"model.head_width must be even for rotary embeddings, got {self.head_width}")
+        if not 0 < self.rotary_share <= 1:
+            raise UserError(f"model.rotary_share must be above 0 and at most 1, got {self.rotary_share}")
+        rotated = int(self.rotary_share * self.head_width)
+        if rotated == 0 or rotated % 2:
+            raise UserError(
+                f"model.rotary_share={self.rotary_share} turns {rotated} of the {self.head_width} numbers of a head: "
+                "choose a share that makes this even and above 0"
+            )
+
+    def _check_dense_only(self) -> None:
+        """Raise UserError for an option that the decoder supports only without experts."""
+        for name, only in (("feed_forward", "swiglu"), ("biases", False), ("norm", "rms")):
+            value = getattr(self, name)
+            if value != only:
+                raise UserError(f"model.{name}={value} is for dense models: with model.moe set it to {only}")

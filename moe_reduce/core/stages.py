@@ -1,0 +1,113 @@
+"""Configurations of the stages of a reduction, one dataclass for each `kind`."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_reduce.core.adapt_config import AdapterConfig
+from moe_reduce.core.checks import in_range, positive
+from moe_reduce.core.errors import UserError
+from moe_reduce.core.model_config import REQUIRED_INT
+from moe_reduce.core.train_config import MeshConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class PoolStage:
+    """Merge the experts of all layers into one pool (reduction/pool.py)."""
+
+    kind: Literal["pool"] = "pool"
+    canonical: bool = True  # first fold norm scales and output sizes into the experts, so that layers can share them
+    start: Literal["lossless", "concat", "random"] = "lossless"
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    router: Literal["shared", "layer"] = "shared"
+    bias: float | None = None  # subtracted from logits of other layers' experts; None: enough to keep the model exact
+    offset: float = 0.0  # subtracted before sigmoid scores
+
+    def check(self, path: str, mesh: MeshConfig, train: TrainConfig) -> None:
+        """Accept every combination: its values are limited by their types."""
+        del path, mesh, train
+
+
+@dataclass(frozen=True)
+class PruneStage:
+    """Score the experts on training text and keep the best."""
+
+    kind: Literal["prune"] = "prune"
+    # share of the first model's experts, or their number; every layer keeps equally many, rounded up
+    keep: float = 1.0
+    criterion: str = "reap"
+    protect_super_experts: bool = False
+    calibration_batches: int = 16  # batches of train.batch_size sequences
+    seed: int = 0  # added to train.seed; decides the batches and the random criterion
+
+    def check(self, path: str, mesh: MeshConfig, train: TrainConfig) -> None:
+        """Raise UserError at the first key that cannot work; path: the stage's name in the configuration."""
+        del train
+        positive(path, self, "keep", "calibration_batches")
+        if mesh.tensor > 1:
+            raise UserError(
+                f"{path} scores experts by their whole outputs, which mesh.tensor={mesh.tensor} splits: "
+                "set mesh.tensor=1"
+            )
+
+
+@dataclass(frozen=True)
+class TuneStage:
+    """Train some components. The schedule is the stage's own; everything else comes from `train`."""
+
+    kind: Literal["tune"] = "tune"
+    # language_model: next token (and the teacher's distribution) | router: each layer keeps choosing its own experts
+    objective: Literal["language_model", "router"] = "language_model"
+    components: str = "router"  # comma separated component names, as `plan` lists them
+    adapter: AdapterConfig | None = None  # trains as well, and is merged into the model at the end
+    teacher_weight: float = 0.0  # share of KL(first model ‖ this model) in the loss
+    bias_from: float | None = None  # selection bias against experts of other layers at the first step
+    bias_to: float = 0.0  # the same after anneal_share of the steps
+    anneal_share: float = 0.8
+    steps: int = REQUIRED_INT
+    learning_rate: float = 1e-4
+    final_learning_rate: float = 1e-5
+    warmup_steps: int = 0
+
+    def schedule(self, train: TrainConfig) -> TrainConfig:
+        """Replace the steps and rates of `train` by those of this stage."""
+        names = ("steps", "learning_rate", "final_learning_rate", "warmup_steps")
+        return dataclasses.replace(train, **{name: getattr(self, name) for name in names})
+
+    def check(self, path: str, mesh: MeshConfig, train: TrainConfig) -> None:
+        """Raise UserError at the first key that cannot work; path: the stage's name in the configuration."""
+        del mesh
+        self.schedule(train).check_schedule(path)
+        if not 0 <= self.teacher_weight <= 1:
+            raise UserError(f"{path}.teacher_weight must be from 0 to 1, got {self.teacher_weight}")
+        self._check_annealing(path, train)
+        self._check_objective(path)
+
+    def _check_annealing(self, path: str, train: TrainConfig) -> None:
+        in_range(path, self, "anneal_share", 0.0, 1.0001)
+        if self.bias_from is None:
+            if self.bias_to:
+                raise UserError(f"{path}.bias_to needs {path}.bias_from: there is nothing to anneal")
+            return
+        if not self.bias_from >= self.bias_to >= 0:
+            raise UserError(
+                f"{path}.bias_from ({self.bias_from}) must fall to {path}.bias_to ({self.bias_to}), 0 or more"
+            )
+        if train.ema_decay:
+            raise UserError(
+                f"{path}.bias_from needs train.ema_decay=0: an average would keep the bias that annealing takes"
+            )
+
+    def _check_objective(self, path: str) -> None:
+        if self.objective != "router":
+            return
+        if self.teacher_weight:
+            raise UserError(f"{path}.teacher_weight is for objective=language_model")
+        if self.adapter is not None:
+            raise UserError(f"{path}.adapter learns nothing from objective=router: leave it out")
+        if self.components != "router":
+            raise UserError(f"{path}.objective=router trains routers only: set {path}.components=router")
+
+
+Stage = PoolStage | PruneStage | TuneStage
+STAGES = {"pool": PoolStage, "prune": PruneStage, "tune": TuneStage}  # by kind
