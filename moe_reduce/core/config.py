@@ -63,6 +63,9 @@ class ModelConfig:
     norm_epsilon: float = 1e-6
     max_positions: int = 2048  # context length the model is meant for; only written to config.json
     init_std: float = 0.02
+    # Family whose config.json and tensor names describe the model on disk (families/); None: the first that can. Two
+    # configs that differ in it alone are the same architecture, and compare equal.
+    family: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

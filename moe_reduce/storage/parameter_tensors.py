@@ -1,4 +1,4 @@
-"""The parameter tree <-> tensors on disk under Hugging Face names (see names.py), lazily and leaf by leaf."""
+"""The parameter tree <-> tensors on disk under Hugging Face names , as families name them, lazily and leaf by leaf."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ import numpy as np
 from moe_reduce.core import trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.storage.names import IGNORED, Leaf, leaves, table, to_stored
+from moe_reduce.families import Leaf, leaves, of_config, to_stored
 from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem
 
 
@@ -23,10 +23,11 @@ def check_names(files: TensorFiles, config: ModelConfig) -> None:
         entry = files.entries[name]
         if entry.shape != shape:
             raise UserError(f"tensor {name} in {entry.file} has shape {entry.shape}, config.json says {shape}: fix one")
-    unknown = [name for name in files.entries if name not in expected and not IGNORED.fullmatch(name)]
-    output, *_ = table(config)["unembedding/table"]
+    family = of_config(config)
+    unknown = [name for name in files.entries if name not in expected and not family.ignored.fullmatch(name)]
+    output = family.tensors["unembedding/table"].name
     if config.tied_embeddings and output in unknown and config.embedding_factor is None:
-        _check_tied(files, table(config)["embedding/table"][0], output)
+        _check_tied(files, family.tensors["embedding/table"].name, output)
         unknown.remove(output)
     if unknown:
         raise UserError(
