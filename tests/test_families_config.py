@@ -229,7 +229,7 @@ def test_change_of_type_keeps_the_token_ids():
         ({"rope_parameters": 3}, "rope_parameters"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"model_type": "mamba"}, "llama, qwen3, qwen3_moe, gpt_neox, moe_reduce"),
+        ({"model_type": "mamba"}, "llama, qwen3, qwen3_moe, gpt_neox, olmoe, moe_reduce"),
         ({"model_type": None}, "model_type"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"num_attention_heads": 0}, "query_heads"),

@@ -154,6 +154,8 @@ def check_model(model: "ModelConfig") -> None:
             f"({model.key_value_heads})"
         )
     _check_rotary(model)
+    if model.clip_qkv is not None:
+        positive("model", model, "clip_qkv")
     if model.embedding_factor is not None:
         positive("model", model, "embedding_factor")
         if not model.tied_embeddings:

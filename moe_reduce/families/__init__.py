@@ -14,7 +14,7 @@ from typing import Any
 from moe_reduce.core import validation
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.families import gpt_neox, llama, own, qwen3, qwen3_moe
+from moe_reduce.families import gpt_neox, llama, olmoe, own, qwen3, qwen3_moe
 from moe_reduce.families.family import CARRIED, Family
 from moe_reduce.families.layout import Leaf, to_stored
 from moe_reduce.models.parameters import parameters
@@ -28,7 +28,7 @@ CONFIG_FILE = "config.json"
 MODEL_TYPE = "model_type"  # key of config.json that names the family
 # In the order in which they are asked whether they represent a config that states none; our own takes the rest.
 FAMILIES: tuple[Family, ...] = (
-    llama.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, gpt_neox.FAMILY, own.FAMILY,
+    llama.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, gpt_neox.FAMILY, olmoe.FAMILY, own.FAMILY,
 )  # fmt: skip
 
 

@@ -28,15 +28,17 @@ def residual_std(config: ModelConfig) -> float:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale over the last axis, in fp32 (arXiv:1910.07467)."""
+    """x / rms(x) · scale over the last axes together, in fp32 (arXiv:1910.07467)."""
 
     epsilon: float
+    axes: int = 1  # how many
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.ones, x.shape[-self.axes :])
         x_float = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_float), axis=-1, keepdims=True) + self.epsilon)
+        axes = tuple(range(-self.axes, 0))
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_float), axis=axes, keepdims=True) + self.epsilon)
         scale = jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
         return (x_float * inverse * scale).astype(x.dtype)
 
@@ -191,8 +193,12 @@ class Attention(nn.Module):
         k_BTGC = self._project("key", x_BTD, config.key_value_heads)
         v_BTGC = self._project("value", x_BTD, config.key_value_heads)
         if config.qk_norm:
-            q_BTHC = RMSNorm(config.norm_epsilon, name="query_norm")(q_BTHC)
-            k_BTGC = RMSNorm(config.norm_epsilon, name="key_norm")(k_BTGC)
+            axes = 2 if config.qk_norm_scope == "projection" else 1
+            q_BTHC = RMSNorm(config.norm_epsilon, axes, name="query_norm")(q_BTHC)
+            k_BTGC = RMSNorm(config.norm_epsilon, axes, name="key_norm")(k_BTGC)
+        if config.clip_qkv is not None:
+            largest = config.clip_qkv
+            q_BTHC, k_BTGC, v_BTGC = (jnp.clip(x, -largest, largest) for x in (q_BTHC, k_BTGC, v_BTGC))
         width, stored = int(config.rotary_share * config.head_width), self.execution.attention == "blocks"
         turned = turns(positions_BT, width, config.rope_theta, stored)
         q_BTHC, k_BTGC = rotate(q_BTHC, turned), rotate(k_BTGC, turned)
