@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_reduce.storage.hf_config import read_config
+from moe_reduce.families import read_config
 from moe_reduce.storage.tensors import TensorFiles
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from moe_reduce.core.config import ModelConfig, MoEConfig
+from moe_reduce.families import leaves
 from moe_reduce.storage.model_directory import Contents, write_directory
-from moe_reduce.storage.names import leaves
 
 STD = 0.02
 

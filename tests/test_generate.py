@@ -215,9 +215,15 @@ def test_an_active_adapter_takes_part():
     assert found != whole_greedy(base, [3, 4], 8)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe", "gpt_neox"])
-def test_greedy_text_is_that_of_transformers(tmp_path, kind):
-    theirs = written(tmp_path, kind)
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        *((kind, {}) for kind in ("llama", "qwen3", "qwen3_moe", "gpt_neox", "olmoe")),
+        ("olmoe", {"clip_qkv": 0.9, "norm_topk_prob": True, "num_key_value_heads": 4}),
+    ],
+)
+def test_greedy_text_is_that_of_transformers(tmp_path, kind, changes):
+    theirs = written(tmp_path, kind, **changes)
     found = generate(moe_reduce.load(tmp_path), PROMPTS, GenerateConfig(max_tokens=20))
     for prompt, ids in zip(PROMPTS, found, strict=True):
         inputs = torch.tensor([prompt])

@@ -69,7 +69,7 @@ def test_products_and_their_gradients_are_those_of_the_dense_matrix(dtype, trans
     layout = "transposed" if dtype == "bfloat16" else "plain"
     x = _normal(0, 5, 7, 16 if transposed else 12, dtype=dtype)
     whole = jnp.round(127 * jax.random.uniform(jax.random.key(1), (12, 16), minval=-1)).astype(jnp.int8)
-    value = Int8(whole, jax.random.uniform(jax.random.key(2), (16,)))
+    value = Int8(whole, 0.01 * jax.random.uniform(jax.random.key(2), (16,)))
 
     def total(x, value):
         y = matmul(x, Weight(value, layout=layout), transposed)
@@ -108,7 +108,7 @@ def test_experts_in_int8_are_dispatched_like_dense_ones(name):
     quantised = []
     for seed, shape in enumerate(shapes):
         whole = jnp.round(127 * jax.random.uniform(jax.random.key(seed), shape, minval=-1)).astype(jnp.int8)
-        quantised.append(Int8(whole, 0.1 * jax.random.uniform(jax.random.key(9 + seed), (4, shape[2]))))
+        quantised.append(Int8(whole, 0.01 * jax.random.uniform(jax.random.key(9 + seed), (4, shape[2]))))
     arrays = [value.dense((1,)) for value in quantised]
     rows = Assigned(_normal(5, 20, 8), jax.random.randint(jax.random.key(6), (20, 2), 0, 4), jnp.full((20, 2), 0.5))
     execution = dataclasses.replace(EXECUTION, capacity_factor=4.0)

@@ -36,6 +36,12 @@ CASES = [
     ],
     pytest.param("gpt_neox", {"tie_word_embeddings": True, "layer_norm_eps": 1e-2}, id="gpt_neox-tied"),
     pytest.param("gpt_neox", {"rotary_emb_base": 100, "rotary_pct": 0.5}, id="gpt_neox-theta"),
+    pytest.param("olmoe", {"num_key_value_heads": 4, "norm_topk_prob": False}, id="olmoe-mha-raw-weights"),
+    pytest.param(
+        "olmoe",
+        {"clip_qkv": 0.9, "norm_topk_prob": True, "rms_norm_eps": 1e-2, "tie_word_embeddings": True},
+        id="olmoe-gqa-clipped-normalised-tied",
+    ),
 ]
 
 

@@ -16,7 +16,7 @@ from transformers_models import CLASSES, tensors_by_name, tiny, written
 
 import moe_reduce
 from moe_reduce.core import trees
-from moe_reduce.core.config import MeshConfig, ModelConfig, MoEConfig
+from moe_reduce.core.config import ExecutionConfig, MeshConfig, ModelConfig, MoEConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.parameters import abstract_params
 from moe_reduce.storage.parameter_tensors import check_names, read_params, write_items
@@ -56,7 +56,7 @@ def random_params(config: ModelConfig, dtype: Any = np.float32) -> dict[str, Any
 
 
 def model_of(config: ModelConfig, params: dict[str, Any]) -> moe_reduce.Model:
-    return moe_reduce.Model(config, params, moe_reduce.storage.model.ExecutionConfig().resolve("cpu"))
+    return moe_reduce.Model(config, params, ExecutionConfig().resolve("cpu"))
 
 
 def assert_same_tensors(left: Path, right: Path) -> None:

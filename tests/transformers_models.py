@@ -11,6 +11,7 @@ CLASSES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
     "gpt_neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM),
+    "olmoe": (transformers.OlmoeConfig, transformers.OlmoeForCausalLM),
 }
 SIZES = {
     "vocab_size": 61,
@@ -30,6 +31,15 @@ SIZES_OF = {
     "qwen3": SIZES,
     "qwen3_moe": SIZES | EXPERTS,
     "gpt_neox": MULTI_HEAD | {"hidden_size": 64},  # 4 heads of 16, of which a quarter is 4
+    "olmoe": MULTI_HEAD
+    | {
+        "num_key_value_heads": 2,
+        "intermediate_size": 20,  # of each expert
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "eos_token_id": None,
+        "pad_token_id": None,  # a padding token's embedding has no gradient in torch
+    },
 }
 
 

@@ -17,13 +17,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from moe_reduce import families
 from moe_reduce.adapters import projections
 from moe_reduce.adapters.adapter import Adapter, check_fits
 from moe_reduce.adapters.targets import ATTENTION, Target, targets_of
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, ModelConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.storage.names import leaves
 from moe_reduce.storage.tensors import TensorFiles, TensorItem, write_file
 
 CONFIG_FILE = "adapter_config.json"
@@ -121,16 +121,16 @@ def _config(config: AdapterConfig, ranks: dict[str, int], scales: dict[str, floa
 def _outputs(model: ModelConfig) -> dict[str, int]:
     """Outputs of every module that a leaf of the model is (a part of)."""
     return {
-        name.removesuffix(".weight"): leaf.stored_shape[0]
-        for leaf in leaves(model)
+        leaf.module(index): leaf.stored_shape[0]
+        for leaf in families.leaves(model)
         if leaf.stored_shape
-        for name in leaf.names()
+        for index in np.ndindex(leaf.stacked)
     }
 
 
 def _modules(targets: Sequence[Target], model: ModelConfig) -> dict[str, list[Place]]:
     """Linear maps by their names in transformers, and what is changed of each."""
-    by_path = {leaf.path: leaf for leaf in leaves(model)}
+    by_path = families.by_path(model)
     found: dict[str, list[Place]] = {}
     for target in targets:
         if target.experts is not None:
@@ -139,7 +139,7 @@ def _modules(targets: Sequence[Target], model: ModelConfig) -> dict[str, list[Pl
         numbered = np.broadcast_to(np.arange(leaf.stored_shape[0])[:, None], leaf.stored_shape)
         rows = leaf.from_stored(numbered).reshape(target.inputs, target.outputs)[0]
         for number, layer in enumerate(target.layers or ()):
-            found.setdefault(leaf.name((layer,)).removesuffix(".weight"), []).append(Place(target, number, rows))
+            found.setdefault(leaf.module((layer,)), []).append(Place(target, number, rows))
     return found
 
 

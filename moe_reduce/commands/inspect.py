@@ -31,8 +31,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
 def describe(directory: Path, verify: bool) -> dict[str, Any]:
     """Architecture, tensors and chain; raises UserError when the directory is not whole."""
     from moe_reduce.core.config import to_dict
+    from moe_reduce.families import MODEL_TYPE, of_config, read_config
     from moe_reduce.storage import manifest
-    from moe_reduce.storage.hf_config import model_type, read_config
     from moe_reduce.storage.parameter_tensors import check_names
     from moe_reduce.storage.tensors import TensorFiles
 
@@ -41,7 +41,7 @@ def describe(directory: Path, verify: bool) -> dict[str, Any]:
     check_names(files, config)
     content: dict[str, Any] = {
         "model": str(directory),
-        "model_type": model_type(config),
+        MODEL_TYPE: of_config(config).name,
         "architecture": to_dict(config),
         "parameters": parameter_count(config),
         "by_component": counts_by_component(config),

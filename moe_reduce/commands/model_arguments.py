@@ -227,6 +227,6 @@ def _lines(content: dict[str, Any], depth: int) -> list[str]:
 
 def directory_config(directory: Path) -> ModelConfig:
     """The architecture of a model directory, from its config.json alone."""
-    from moe_reduce.storage.hf_config import read_config
+    from moe_reduce.families import read_config
 
     return read_config(directory)[0]

@@ -133,7 +133,9 @@ def _ours(arguments: argparse.Namespace, directory: Path, mesh: "Mesh | None") -
 
 
 def _family(model: Any) -> str:
-    return model.hf_config["model_type"] if model.hf_config else "moe_reduce"
+    from moe_reduce.families import of_config
+
+    return of_config(model.config).name
 
 
 def _stored(model: Any) -> str:

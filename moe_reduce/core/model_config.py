@@ -1,6 +1,6 @@
 """Architecture of a model: sizes and layer types, from which parameter shapes follow."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from moe_reduce.core.checks import positive
@@ -62,6 +62,9 @@ class ModelConfig:
     norm_epsilon: float = 1e-6
     max_positions: int = 2048  # intended context length; only written to config.json
     init_std: float = 0.02
+    # Family whose config.json and tensor names describe the model on disk (families/); None: the first that can. Two
+    # configs that differ in their family alone are the same architecture, and compare equal.
+    family: str | None = field(default=None, compare=False)
 
     def check(self) -> None:
         """Raise UserError when the sizes contradict each other."""
@@ -75,6 +78,8 @@ class ModelConfig:
                 f"({self.key_value_heads})"
             )
         self._check_rotary()
+        if self.clip_qkv is not None:
+            positive("model", self, "clip_qkv")
         if self.embedding_factor is not None:
             positive("model", self, "embedding_factor")
             if not self.tied_embeddings:

@@ -38,22 +38,25 @@ def feed_forward_leaves(config: ModelConfig) -> int:
 def group_heads(model: Model, key_value_heads: int) -> Model:
     """Fewer key/value heads: those of a group become their mean (GQA, arXiv:2305.13245).
 
-    Exact when the heads within a group are equal. Touches 2 leaves, 4 with biases. Raises UserError unless
-    `key_value_heads` divides their number now.
+    Exact when the heads within a group are equal. Touches 2 leaves, 4 with biases, 1 more where keys are normalised
+    over their whole projection. Raises UserError unless `key_value_heads` divides their number now.
     """
     present = model.config.key_value_heads
     if key_value_heads < 1 or present % key_value_heads:
         fitting = ", ".join(str(number) for number in range(1, present + 1) if present % number == 0)
         raise UserError(f"key_value_heads={key_value_heads} does not divide the model's {present}: give {fitting}")
 
-    def mean(heads: jax.Array) -> jax.Array:  # matrices [N, D, G, C] or biases [N, G, C]
+    whole_norm = model.config.qk_norm and model.config.qk_norm_scope == "projection"
+
+    def mean(heads: jax.Array) -> jax.Array:  # matrices [N, D, G, C], biases or scales [N, G, C]
         groups = heads.astype(jnp.float32).reshape(*heads.shape[:-2], key_value_heads, -1, heads.shape[-1])
         first = groups[..., :1, :]
         # around the first head: equal heads give exactly that head, whatever their number
         return (first + jnp.mean(groups - first, axis=-2, keepdims=True))[..., 0, :].astype(heads.dtype)
 
-    expect = 4 if model.config.biases else 2
-    found = trees.select(model.params, "layers/attention/(key|value)(_bias)?", expect=expect)
+    expect = (4 if model.config.biases else 2) + whole_norm
+    norm = "|layers/attention/key_norm/scale" if whole_norm else ""
+    found = trees.select(model.params, f"layers/attention/(key|value)(_bias)?{norm}", expect=expect)
     leaves = {path: _computed(mean, leaf) for path, leaf in found.items()}
     return _changed(model, leaves, key_value_heads=key_value_heads)
 

@@ -1,6 +1,5 @@
 """Pruning from file to file: the bytes of kept experts are copied, and no model need fit into memory."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,16 @@ import numpy as np
 from moe_reduce.core.config import ModelConfig, MoEConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step, originals
+from moe_reduce.families import Leaf, by_path, leaves, read_config
 from moe_reduce.reduction.pool import LOSSLESS_BIAS, check_poolable, foreign_bias, pooled_config
 from moe_reduce.reduction.prune import check_kept, smaller_config
 from moe_reduce.reduction.selection import Kept
-from moe_reduce.storage import hf_config, manifest
+from moe_reduce.storage import manifest
 from moe_reduce.storage.model_directory import Contents
-from moe_reduce.storage.names import LAYER, TABLE, leaves
 from moe_reduce.storage.parameter_tensors import check_names, check_weight
 from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem
 
 Source = Entry | Callable[[], np.ndarray]
-EXPERT_NAME = f"{LAYER}.mlp.experts.{{expert}}."
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Directory:
 def open_directory(path: Path) -> Directory:
     """Reads config.json, headers and manifest; raises UserError when tensors are missing, unknown or mis-shaped, or
     those of one leaf differ in dtype."""
-    config, raw = hf_config.read_config(path)
+    config, raw = read_config(path)
     files = TensorFiles(path)
     check_names(files, config)
     for name, entry in files.entries.items():
@@ -64,9 +62,10 @@ def prune_files(directory: Directory, kept: Kept, step: Step) -> Contents:
     """
     config = pruned_config(directory, kept)
     items = _pooled_items if _uneven(directory, kept) else _smaller_items
-    table = directory.files.entries[next(name for name in directory.files.entries if "embed_tokens" in name)]
+    embedding = next(leaf for leaf in leaves(directory.config) if leaf.record.component == "embedding")
+    dtype = str(directory.files.entries[embedding.name()].dtype)
     chain = (*directory.chain, step)
-    return Contents(config, items(directory, config, kept), str(table.dtype), directory.path, directory.raw, chain)
+    return Contents(config, items(directory, config, kept), dtype, directory.path, directory.raw, chain)
 
 
 def pruned_config(directory: Directory, kept: Kept) -> ModelConfig:
@@ -93,17 +92,17 @@ def _check_uneven(moe: MoEConfig, kept: Kept, layers: int) -> None:
 def _smaller_items(directory: Directory, config: ModelConfig, kept: Kept) -> Iterator[TensorItem]:
     shared = directory.moe.placement == "shared"
     for leaf in leaves(config):
-        name, stored, _ = TABLE[leaf.path]
-        letters = re.findall(r"{(\w+)}", name)
+        before = by_path(directory.config)[leaf.path]
         for index in np.ndindex(leaf.stacked):
-            place = dict(zip(letters, index, strict=True))
-            row = kept[0 if shared or "layer" not in place else place["layer"]]
-            if "expert" in place:
-                place["expert"] = row[place["expert"]]
-            entry = directory.files.entries[name.format(**place)]
+            place = dict(zip(leaf.numbered, index, strict=True))
+            row = kept[0 if shared or "N" not in place else place["N"]]
+            if "E" in place:
+                place["E"] = row[place["E"]]
+            name = before.name([place[letter] for letter in before.numbered])
+            entry = directory.files.entries[name]
             source: Source = entry
-            if "E" in stored.split():
-                source = _rows(directory.files, name.format(**place), stored.split().index("E"), row)
+            if "E" in before.stored_axes:
+                source = _rows(directory.files, name, before.stored_axes.index("E"), row)
             yield leaf.name(index), leaf.stored_shape, entry.dtype, source
 
 
@@ -113,40 +112,42 @@ def _rows(files: TensorFiles, name: str, axis: int, row: tuple[int, ...]) -> Cal
 
 def _pooled_items(directory: Directory, config: ModelConfig, kept: Kept) -> Iterator[TensorItem]:
     order = [(layer, index) for layer, row in enumerate(kept) for index in row]
+    before = by_path(directory.config)
     for leaf in leaves(config):
         for index in np.ndindex(leaf.stacked):
             name = leaf.name(index)
-            if leaf.path.startswith("experts/"):
-                layer, expert = order[index[0]]
-                suffix = name.split(".", 3)[3]
-                entry = directory.files.entries[EXPERT_NAME.format(layer=layer, expert=expert) + suffix]
-                yield name, leaf.stored_shape, entry.dtype, entry
-            elif leaf.path == "router/weight":
-                dtype = directory.files.entries[_stored_name("layers/router/weight", 0)].dtype
+            if leaf.path == "router/weight":
+                dtype = directory.files.entries[_router(directory).name((0,))].dtype
                 yield name, leaf.stored_shape, dtype, _concatenated(directory, kept)
             elif leaf.path == "layers/router_bias":
                 yield name, leaf.stored_shape, np.dtype(np.float32), _own_only(directory, kept, index[0])
             else:
-                entry = directory.files.entries[name]
+                of_layer = leaf.path.startswith("experts/")  # in the pool now, and in a layer before
+                source = (
+                    before[f"layers/{leaf.path}"].name(order[index[0]]) if of_layer else before[leaf.path].name(index)
+                )
+                entry = directory.files.entries[source]
                 yield name, leaf.stored_shape, entry.dtype, entry
 
 
-def _stored_name(path: str, layer: int) -> str:
-    return TABLE[path][0].format(layer=layer)
+def _router(directory: Directory) -> Leaf:
+    return by_path(directory.config)["layers/router/weight"]
 
 
-def _kept_rows(directory: Directory, path: str, kept: Kept) -> list[np.ndarray]:
-    """Of a leaf with one row for each expert, each layer's kept ones."""
-    return [directory.files.read(_stored_name(path, layer))[list(row)] for layer, row in enumerate(kept)]
+def _kept_rows(directory: Directory, leaf: Leaf, kept: Kept) -> list[np.ndarray]:
+    """Rows of each layer's kept experts, of a leaf that stores one row for each expert."""
+    assert leaf.stored_axes[0] == "E", leaf.path
+    return [directory.files.read(leaf.name((layer,)))[list(row)] for layer, row in enumerate(kept)]
 
 
 def _concatenated(directory: Directory, kept: Kept) -> Callable[[], np.ndarray]:
-    return lambda: np.concatenate(_kept_rows(directory, "layers/router/weight", kept))
+    return lambda: np.concatenate(_kept_rows(directory, _router(directory), kept))
 
 
 def _own_only(directory: Directory, kept: Kept, layer: int) -> Callable[[], np.ndarray]:
     def make() -> np.ndarray:
-        own = _kept_rows(directory, "layers/router_bias", kept) if directory.moe.selection_bias else None
+        bias = by_path(directory.config).get("layers/router_bias")
+        own = None if bias is None else _kept_rows(directory, bias, kept)
         return foreign_bias([len(row) for row in kept], LOSSLESS_BIAS, own)[layer]
 
     return make
@@ -159,7 +160,7 @@ def sole_callers(directory: Directory) -> np.ndarray | None:
     """
     if directory.moe.placement == "layer" or not directory.moe.selection_bias:
         return None
-    names = [_stored_name("layers/router_bias", layer) for layer in range(directory.config.layers)]
+    names = by_path(directory.config)["layers/router_bias"].names()
     callable_NE = np.stack([directory.files.read(name).astype(np.float32) for name in names]) > -LOSSLESS_BIAS / 2
     return np.argmax(callable_NE, axis=0) if np.all(np.sum(callable_NE, axis=0) == 1) else None
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from moe_reduce.core import trees
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.families import by_path, leaves
 from moe_reduce.models.decoder import AttentionHalf, LayerRouter
 from moe_reduce.models.moe.dispatch import Assigned
 from moe_reduce.models.moe.experts import Experts, computed
@@ -23,7 +24,6 @@ from moe_reduce.models.moe.mixture import some_experts
 from moe_reduce.models.weights import Weight
 from moe_reduce.reduction.files import Directory
 from moe_reduce.reduction.scores import Sums, fetched, sums_of
-from moe_reduce.storage.names import Leaf, leaves
 from moe_reduce.training.task import Batch
 
 CHUNK_BYTES = 40 * 1024**2  # of experts in memory at a time
@@ -55,8 +55,9 @@ def collect(directory: Directory, batches: Sequence[Batch], execution: Execution
 
 def _embed(directory: Directory, tokens_BT: Any, dtype: jnp.dtype) -> jax.Array:
     """Only the rows of the table that occur are read."""
-    rows = directory.files.read("model.embed_tokens.weight")[np.asarray(tokens_BT)]
-    return jnp.asarray(rows).astype(dtype)
+    leaf = by_path(directory.config)["embedding/table"]
+    table_VD = leaf.from_stored(directory.files.read(leaf.name()))
+    return jnp.asarray(table_VD[np.asarray(tokens_BT)]).astype(dtype)
 
 
 def _layer(directory: Directory, layer: int, states: list, weights: list, execution: ExecutionConfig):
@@ -118,12 +119,8 @@ def _add(left, right):
     return left[0] + right[0], left[1] + right[1], jnp.maximum(left[2], right[2])
 
 
-def _leaf_of(directory: Directory, path: str) -> Leaf:
-    return next(leaf for leaf in leaves(directory.config) if leaf.path == path)
-
-
 def _leaf(directory: Directory, path: str, layer: int) -> jax.Array:
-    leaf = _leaf_of(directory, path)
+    leaf = by_path(directory.config)[path]
     return jnp.asarray(leaf.from_stored(directory.files.read_whole(leaf.name((layer,)))))
 
 
@@ -135,7 +132,7 @@ def _half(directory: Directory, layer: int) -> Iterator[tuple[str, jax.Array]]:
 
 def _chunks(directory: Directory, layer: int, layout: str) -> Iterator[tuple[int, Experts]]:
     """(number of the first, matrices) of a few experts of a layer at a time; all chunks are of one size."""
-    described = [_leaf_of(directory, f"layers/experts/{name}") for name in ("gate", "up", "down")]
+    described = [by_path(directory.config)[f"layers/experts/{name}"] for name in ("gate", "up", "down")]
     names = [[leaf.name((layer, expert)) for leaf in described] for expert in range(directory.moe.experts)]
     one = sum(directory.files.entries[name].stop - directory.files.entries[name].start for name in names[0])
     count = max(1, min(directory.moe.experts, CHUNK_BYTES // one))

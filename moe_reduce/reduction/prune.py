@@ -10,8 +10,8 @@ from moe_reduce.core import trees
 from moe_reduce.core.config import ModelConfig, MoEConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import by_path, lookup
 from moe_reduce.reduction.selection import Kept
-from moe_reduce.storage.names import expert_axis
 
 
 def prune(model: Model, kept: Kept) -> Model:
@@ -25,7 +25,8 @@ def prune(model: Model, kept: Kept) -> Model:
         raise UserError("a dense model has no experts to prune")
     check_kept(moe, kept, model.config.layers)
     trees.select(model.params, r"(layers/)?experts/(gate|up|down)", expect=3)
-    params = trees.map_with_path(lambda path, leaf: _keep(path, leaf, kept), model.params)
+    known = by_path(model.config)
+    params = trees.map_with_path(lambda path, leaf: _keep(lookup(known, path).expert_axis, leaf, kept), model.params)
     return dataclasses.replace(model, config=smaller_config(model.config, kept), params=params)
 
 
@@ -53,9 +54,8 @@ def check_kept(moe: MoEConfig, kept: Kept, layers: int) -> None:
             raise UserError(f"kept experts {row} are not ascending numbers below {moe.experts}")
 
 
-def _keep(path: str, leaf: Any, kept: Kept) -> Any:
-    """The kept slices of one leaf; leaves without experts are returned as they are."""
-    axis = expert_axis(path)
+def _keep(axis: int | None, leaf: Any, kept: Kept) -> Any:
+    """The kept slices of one leaf along its expert axis; leaves without experts are returned as they are."""
     if axis is None:
         return leaf
     if len(kept) == 1:

@@ -20,6 +20,7 @@ from moe_reduce.data.batches import fingerprint, validation_batches
 from moe_reduce.data.completions import Completions
 from moe_reduce.data.prepare import prepare
 from moe_reduce.data.shards import TokenSource
+from moe_reduce.families import read_config
 from moe_reduce.inference.evaluate import measure
 from moe_reduce.inference.recall import recall
 from moe_reduce.models.deltas import ADAPTER
@@ -29,7 +30,6 @@ from moe_reduce.planning.flops import train_flops_per_token
 from moe_reduce.runs import equivalence
 from moe_reduce.runs.workdir import begin, describe, finish, machine, writing
 from moe_reduce.storage import manifest
-from moe_reduce.storage.hf_config import read_config
 from moe_reduce.storage.model_directory import load
 from moe_reduce.training import sharding, steps
 from moe_reduce.training.job import Job, fit, quality

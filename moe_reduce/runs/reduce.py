@@ -19,6 +19,7 @@ from moe_reduce.core.provenance import Step
 from moe_reduce.data.batches import validation_batches
 from moe_reduce.data.prepare import prepare
 from moe_reduce.data.shards import TokenSource
+from moe_reduce.families import read_config
 from moe_reduce.inference.evaluate import measure
 from moe_reduce.models.model import Model
 from moe_reduce.reports import reduction_pictures as pictures
@@ -26,7 +27,6 @@ from moe_reduce.reports.run_table import align
 from moe_reduce.runs.stages import Place, check_origins, configurations, experts_of, run_stage
 from moe_reduce.runs.workdir import SUMMARY, begin, describe, finish, finished, machine, writing
 from moe_reduce.storage import manifest
-from moe_reduce.storage.hf_config import read_config
 from moe_reduce.storage.model_directory import load
 from moe_reduce.training import sharding, steps
 from moe_reduce.training.job import quality

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 
+from moe_reduce import families
 from moe_reduce.core import disk, trees
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.core.provenance import Step
 from moe_reduce.models.model import Model
-from moe_reduce.storage import hf_config, manifest
+from moe_reduce.storage import manifest
 from moe_reduce.storage.parameter_tensors import read_params, write_items
 from moe_reduce.storage.tensors import SHARD_BYTES, TensorFiles, TensorItem, write_tensors
 
@@ -32,14 +33,14 @@ def load(
     execution: ExecutionConfig | None = None,
     shardings: trees.Tree | None = None,
 ) -> Model:
-    """The model in a directory of ours or of Hugging Face (llama, qwen3, qwen3_moe, gpt_neox).
+    """The model in a directory of ours or of Hugging Face, of a family in moe_reduce.families.
 
     dtype: of the parameters, such as "bfloat16"; None keeps what is stored. execution: how to compute; None lets the
     platform decide. shardings: tree of jax.sharding.Sharding like the parameters; each device reads its own slices.
     Raises UserError, in one line naming file and tensor or key, when the directory cannot be read as it is.
     """
     directory = Path(path)
-    config, raw = hf_config.read_config(directory)
+    config, raw = families.read_config(directory)
     params = read_params(TensorFiles(directory), config, dtype, shardings)
     execution = (execution or ExecutionConfig()).resolve(jax.default_backend())
     return Model(config, params, execution, directory, raw, manifest.read_chain(directory))
@@ -93,7 +94,7 @@ def write_directory(
 ) -> None:
     """Writes a model directory whole or not at all; see `save`."""
     target = Path(path).absolute()
-    disk.check_directory(target, overwrite, hf_config.CONFIG_FILE, "a model directory")
+    disk.check_directory(target, overwrite, families.CONFIG_FILE, "a model directory")
     with disk.writing(target, "free the space or choose another path"), disk.temporary_beside(target) as unfinished:
         _write(contents, unfinished, shard_bytes, also)
         disk.replace_directory(unfinished, target)
@@ -101,8 +102,8 @@ def write_directory(
 
 def _write(contents: Contents, directory: Path, shard_bytes: int, also: Also | None) -> None:
     hashes = write_tensors(directory, contents.items, shard_bytes)
-    raw = hf_config.to_hf(contents.config, contents.hf_config, contents.dtype)
-    (directory / hf_config.CONFIG_FILE).write_text(hf_config.dumps(raw))
+    raw = families.to_hf(contents.config, contents.hf_config, contents.dtype)
+    (directory / families.CONFIG_FILE).write_text(families.dumps(raw))
     companions = () if contents.source is None else [contents.source / name for name in COMPANIONS]
     for file in companions:
         if file.is_file():

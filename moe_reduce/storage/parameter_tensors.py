@@ -1,8 +1,11 @@
-"""The parameter tree <-> tensors on disk under Hugging Face names (see names.py), lazily and leaf by leaf."""
+"""The parameter tree <-> tensors on disk, under the names and in the layouts that the model's family states.
+
+A kind of weight with several arrays is stored as several tensors: `_read` and `_arrays` are the only places that know.
+"""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,12 +13,16 @@ import numpy as np
 from moe_reduce.core import trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.storage.names import IGNORED, Leaf, leaves, table, to_stored
+from moe_reduce.families import Leaf, by_path, leaves, of_config, to_stored
 from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem
 
 
 def check_names(files: TensorFiles, config: ModelConfig) -> None:
-    """Raises UserError when a tensor is missing, unknown or mis-shaped, or contradicts the tied output."""
+    """Check that the files hold exactly the tensors of a model, without reading them.
+
+    Raises UserError when a tensor is missing, unknown or of another shape, or when an output table that config.json
+    ties to the embedding differs from it.
+    """
     expected = {name: leaf.stored_shape for leaf in leaves(config) for name in leaf.names()}
     for name, shape in expected.items():
         if name not in files.entries:
@@ -23,10 +30,11 @@ def check_names(files: TensorFiles, config: ModelConfig) -> None:
         entry = files.entries[name]
         if entry.shape != shape:
             raise UserError(f"tensor {name} in {entry.file} has shape {entry.shape}, config.json says {shape}: fix one")
-    unknown = [name for name in files.entries if name not in expected and not IGNORED.fullmatch(name)]
-    output, *_ = table(config)["unembedding/table"]
+    family = of_config(config)
+    unknown = [name for name in files.entries if name not in expected and not family.ignored.fullmatch(name)]
+    output = family.tensors["unembedding/table"].name
     if config.tied_embeddings and output in unknown and config.embedding_factor is None:
-        _check_tied(files, table(config)["embedding/table"][0], output)
+        _check_tied(files, family.tensors["embedding/table"].name, output)
         unknown.remove(output)
     if unknown:
         raise UserError(
@@ -37,7 +45,7 @@ def check_names(files: TensorFiles, config: ModelConfig) -> None:
 
 def _check_tied(files: TensorFiles, input_name: str, output_name: str) -> None:
     first, last = files.read(input_name), files.read(output_name)
-    # Bytes, so that the comparison needs no dtype of its own and NaN equals itself.
+    # Compared as bytes, because numpy may lack the dtype and NaN must equal itself.
     if first.dtype != last.dtype or not np.array_equal(first.view(np.uint8), last.view(np.uint8)):
         raise UserError(
             f"{output_name} in {files.directory} differs from the embedding, but config.json ties them: "
@@ -48,30 +56,26 @@ def _check_tied(files: TensorFiles, input_name: str, output_name: str) -> None:
 def read_params(
     files: TensorFiles, config: ModelConfig, dtype: Any = None, shardings: trees.Tree | None = None
 ) -> dict[str, Any]:
-    """The parameter tree as jax arrays, leaf by leaf; only one leaf at a time is held beside them.
+    """Read the parameter tree as jax arrays, one parameter at a time, so that host memory holds no second copy.
 
-    dtype: of every leaf; None keeps what is stored. shardings: a tree of jax.sharding.Sharding with the structure of
-    the parameters; each device then reads only its own slices.
+    dtype: dtype of every parameter; None keeps the stored one. shardings: a tree of jax.sharding.Sharding with the
+    structure of the parameters; each device then reads only its own slices.
     """
     check_names(files, config)
-    by_path = None if shardings is None else trees.flatten(shardings)
-    described = leaves(config)
-    if by_path is not None and set(by_path) != {leaf.path for leaf in described}:
-        raise UserError(f"shardings do not match the parameters: {sorted(set(by_path) ^ {x.path for x in described})}")
-    params = {}
-    for leaf in described:
-        kind = _dtype(files, leaf, dtype)
-        if by_path is None:
-            params[leaf.path] = jax.device_put(_gather(files, leaf, (slice(None),) * len(leaf.shape), kind))
-        else:
-            params[leaf.path] = _sharded(files, leaf, kind, by_path[leaf.path])
-    return trees.unflatten(params)
+    places = dict.fromkeys(by_path(config)) if shardings is None else trees.flatten(shardings)
+    if set(places) != set(by_path(config)):
+        raise UserError(f"shardings do not match the parameters: {sorted(set(places) ^ set(by_path(config)))}")
+    return trees.unflatten({leaf.path: _read(files, leaf, dtype, places[leaf.path]) for leaf in leaves(config)})
 
 
-def _sharded(files: TensorFiles, leaf: Leaf, dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
+def _read(files: TensorFiles, leaf: Leaf, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    kind = _dtype(files, leaf, dtype)
+    if sharding is None:
+        return jax.device_put(_gather(files, leaf, (slice(None),) * len(leaf.shape), kind))
+
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None, "only arrays of opaque dtypes have no index"
-        return _gather(files, leaf, index, dtype)
+        return _gather(files, leaf, index, kind)
 
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
@@ -79,8 +83,10 @@ def _sharded(files: TensorFiles, leaf: Leaf, dtype: np.dtype, sharding: jax.shar
 def _dtype(files: TensorFiles, leaf: Leaf, dtype: Any) -> np.dtype:
     stored = {files.entries[name].dtype: name for name in leaf.names()}
     if dtype is None and len(stored) > 1:
-        raise UserError(f"tensors of {leaf.path} in {files.directory} differ in dtype {sorted(map(str, stored))}: "
-                        "choose one with dtype=")  # fmt: skip
+        raise UserError(
+            f"tensors of {leaf.path} in {files.directory} differ in dtype {sorted(map(str, stored))}: "
+            "choose one with dtype="
+        )
     for name in stored.values():
         check_weight(name, files.entries[name])
     kind = np.dtype(next(iter(stored)) if dtype is None else dtype)
@@ -93,13 +99,13 @@ def _dtype(files: TensorFiles, leaf: Leaf, dtype: Any) -> np.dtype:
 
 
 def check_weight(name: str, entry: Entry) -> None:
-    """Raises UserError for a tensor that is no floating-point weight, such as one quantised by another tool."""
+    """Raise UserError for a tensor that is not a floating-point weight, such as one quantised by another tool."""
     if entry.dtype.kind not in "fV" or entry.dtype.itemsize < 2:  # ml_dtypes' bfloat16 is of kind V
         raise UserError(f"tensor {name} in {entry.file} is {entry.dtype}, not a floating-point weight: convert it")
 
 
 def _gather(files: TensorFiles, leaf: Leaf, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-    """The slice `index` of the leaf, copied from the slices of the tensors it covers."""
+    """The slice `index` of a parameter, copied from the slices of the tensors that it covers."""
     count = len(leaf.stacked)
     ranges = [range(size)[part] for size, part in zip(leaf.shape, index, strict=True)]
     result = np.empty([len(numbers) for numbers in ranges], dtype)
@@ -109,29 +115,52 @@ def _gather(files: TensorFiles, leaf: Leaf, index: tuple[slice, ...], dtype: np.
     return result
 
 
+class Piece(NamedTuple):
+    """One array's share of one tensor: its layout, the numbers of the layer and expert, and the whole array."""
+
+    leaf: Leaf
+    numbers: tuple[int, ...]
+    array: Any
+
+    def fetch(self) -> np.ndarray:
+        """The values of that layer and expert, on the host."""
+        return np.asarray(self.array[self.numbers])
+
+
 def write_items(params: Mapping[str, Any], config: ModelConfig) -> Iterator[TensorItem]:
-    """What `write_tensors` takes, layer by layer as a reader wants it; arrays are fetched one tensor at a time.
+    """Tensors for `write_tensors`, layer by layer as a reader wants them; arrays are fetched one tensor at a time.
 
     Raises UserError when the parameters are not those of the configuration.
     """
     flat = trees.flatten(params)
-    expected = {leaf.path: leaf for leaf in leaves(config)}
+    _check_params(flat, config)
+    tensors: dict[str, list[Piece]] = {}
+    for leaf in leaves(config):
+        for part, array in _arrays(leaf, flat[leaf.path]):
+            for index in np.ndindex(part.stacked):
+                tensors.setdefault(part.name(index), []).append(Piece(part, index, array))
+    for name in sorted(tensors, key=_natural):
+        pieces = tensors[name]
+        yield name, pieces[0].leaf.stored_shape, _one_dtype(name, pieces), _source(pieces)
+
+
+def _arrays(leaf: Leaf, weight: Any) -> list[tuple[Leaf, Any]]:
+    """Arrays that hold a weight, each with its layout."""
+    return [(leaf, weight)]
+
+
+def _check_params(flat: Mapping[str, Any], config: ModelConfig) -> None:
+    expected = by_path(config)
     for path in sorted(set(flat) ^ set(expected)):
         state = "not called for by" if path in flat else "missing from the model, but called for by"
         raise UserError(f"parameter {path} is {state} its config: change params and config together")
     for path, leaf in expected.items():
         if tuple(flat[path].shape) != leaf.shape:
             raise UserError(f"parameter {path} has shape {tuple(flat[path].shape)}, its config says {leaf.shape}")
-    tensors: dict[str, list[tuple[Leaf, tuple[int, ...]]]] = {}
-    for leaf in expected.values():
-        for index in np.ndindex(leaf.stacked):
-            tensors.setdefault(leaf.name(index), []).append((leaf, index))
-    for name in sorted(tensors, key=_natural):
-        dtype = _one_dtype(name, {leaf.path: np.dtype(flat[leaf.path].dtype) for leaf, _ in tensors[name]})
-        yield name, tensors[name][0][0].stored_shape, dtype, _fetch(flat, tensors[name])
 
 
-def _one_dtype(name: str, dtypes: dict[str, np.dtype]) -> np.dtype:
+def _one_dtype(name: str, pieces: list[Piece]) -> np.dtype:
+    dtypes = {piece.leaf.path: np.dtype(piece.array.dtype) for piece in pieces}
     if len(set(dtypes.values())) > 1:
         described = ", ".join(f"{path} {dtype}" for path, dtype in dtypes.items())
         raise UserError(f"parameters that share tensor {name} differ in dtype ({described}): convert them to one")
@@ -142,5 +171,5 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
-def _fetch(flat: Mapping[str, Any], pieces: list[tuple[Leaf, tuple[int, ...]]]) -> Callable[[], np.ndarray]:
-    return lambda: to_stored([(leaf, np.asarray(flat[leaf.path][index])) for leaf, index in pieces])
+def _source(pieces: list[Piece]) -> Callable[[], np.ndarray]:
+    return lambda: to_stored([(piece.leaf, piece.fetch()) for piece in pieces])

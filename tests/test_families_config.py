@@ -10,7 +10,7 @@ from transformers_models import CLASSES, SIZES_OF
 
 from moe_reduce.core.config import ModelConfig, MoEConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.storage.hf_config import dumps, from_hf, model_type, read_config, to_hf
+from moe_reduce.families import dumps, from_hf, of_config, read_config, to_hf
 
 PUBLISHED = {  # the spelling of Qwen3-30B-A3B on the hub
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -82,13 +82,13 @@ def test_published_spelling():
         vocab_size=151936, layers=48, width=2048, query_heads=32, key_value_heads=4, head_width=128, qk_norm=True,
         moe=MoEConfig(experts=128, active=8, width=768), tied_embeddings=False, rope_theta=1e6, max_positions=40960,
     )  # fmt: skip
-    assert model_type(model) == "qwen3_moe"
+    assert of_config(model).name == "qwen3_moe"
     assert to_hf(model, PUBLISHED, "bfloat16") == PUBLISHED
 
 
 def test_published_spelling_of_pythia():
     assert from_hf(PYTHIA) == PYTHIA_160M
-    assert model_type(PYTHIA_160M) == "gpt_neox"
+    assert of_config(PYTHIA_160M).name == "gpt_neox"
     assert to_hf(PYTHIA_160M, PYTHIA, "float16") == PYTHIA
     other = dataclasses.replace(PYTHIA_160M, rotary_share=0.5, parallel_residual=False, rope_theta=2e4)
     changes = {"rotary_pct": 0.5, "use_parallel_residual": False, "rotary_emb_base": 2e4}
@@ -100,7 +100,7 @@ def test_published_spelling_of_pythia():
 def test_unchanged_file_keeps_every_byte(tmp_path: Path, kind: str):
     config_of(kind).save_pretrained(tmp_path)
     model, raw = read_config(tmp_path)
-    assert model_type(model) == kind
+    assert of_config(model).name == kind
     assert dumps(to_hf(model, raw, "float32")) == (tmp_path / "config.json").read_text()
 
 
@@ -164,8 +164,8 @@ def test_own_type_holds_every_field():
 def test_what_transformers_lacks_is_ours(change: dict):
     model = from_hf(PUBLISHED)
     assert model.moe is not None
-    assert model_type(dataclasses.replace(model, moe=dataclasses.replace(model.moe, **change))) == "moe_reduce"
-    assert model_type(dataclasses.replace(model, qk_norm=False)) == "moe_reduce"
+    assert of_config(dataclasses.replace(model, moe=dataclasses.replace(model.moe, **change))).name == "moe_reduce"
+    assert of_config(dataclasses.replace(model, qk_norm=False)).name == "moe_reduce"
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_what_gpt_neox_lacks_is_ours(change: dict):
 def test_one_family_with_a_trait_of_another_is_ours():
     llama = from_hf(config_of("llama").to_dict())
     for change in ({"parallel_residual": True}, {"rotary_share": 0.5}, {"biases": True}, {"norm": "layer"}):
-        assert model_type(dataclasses.replace(llama, **change)) == "moe_reduce"
+        assert of_config(dataclasses.replace(llama, **change)).name == "moe_reduce"
 
 
 def test_own_files_name_later_fields_only_where_they_differ():
@@ -229,7 +229,7 @@ def test_change_of_type_keeps_the_token_ids():
         ({"rope_parameters": 3}, "rope_parameters"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"model_type": "mamba"}, "llama, qwen3, qwen3_moe, gpt_neox, moe_reduce"),
+        ({"model_type": "mamba"}, "llama, qwen3, qwen3_moe, gpt_neox, olmoe, moe_reduce"),
         ({"model_type": None}, "model_type"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"num_attention_heads": 0}, "query_heads"),

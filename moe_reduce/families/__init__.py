@@ -1,0 +1,123 @@
+"""Families of models: how each spells its config.json and names its tensors, one module each.
+
+A config states its family (`ModelConfig.family`), which `read_config` sets. A config without one, such as that of a
+fresh training run, is of the first family that represents it exactly. Where a transform leads out of a family, as
+pooling does, the model becomes one of our own (families/own.py). To add a family, write its module and list it below.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_reduce.core.config import ModelConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.families import gpt_neox, llama, olmoe, own, qwen3, qwen3_moe
+from moe_reduce.families.family import CARRIED, Family
+from moe_reduce.families.layout import Leaf, to_stored
+from moe_reduce.models.parameters import parameters
+
+__all__ = [
+    "CONFIG_FILE", "FAMILIES", "MODEL_TYPE", "Leaf", "by_path", "dumps", "from_hf", "leaves", "named", "of_config",
+    "read_config", "to_hf", "to_stored",
+]  # fmt: skip
+
+CONFIG_FILE = "config.json"
+MODEL_TYPE = "model_type"  # key of config.json that names the family
+# In the order in which they are asked whether they represent a config that states none; our own takes the rest.
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, gpt_neox.FAMILY, olmoe.FAMILY, own.FAMILY,
+)  # fmt: skip
+
+
+def named(name: Any) -> Family:
+    """The family of this name; UserError names those that are known."""
+    found = {family.name: family for family in FAMILIES}
+    if not isinstance(name, str) or name not in found:
+        raise UserError(f"{MODEL_TYPE} {name!r} is not supported; known: {', '.join(found)}")
+    return found[name]
+
+
+def of_config(config: ModelConfig) -> Family:
+    """The family that a model is saved as: the stated one if it represents the config, else our own.
+
+    Without a stated family, the first that represents the config. UserError for an unknown name.
+    """
+    return _family(config.family, config)
+
+
+@functools.cache  # by the stated family as well, since equal configs may state different ones
+def _family(stated: str | None, config: ModelConfig) -> Family:
+    if stated is None:
+        return next(family for family in FAMILIES if family.represents(config))
+    family = named(stated)
+    return family if family.represents(config) else own.FAMILY
+
+
+def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
+    """Layout of every parameter on disk, in path order."""
+    return tuple(by_path(config).values())
+
+
+def by_path(config: ModelConfig) -> Mapping[str, Leaf]:
+    """The layouts of `leaves` by parameter path."""
+    return _layouts(config.family, config)
+
+
+@functools.cache
+def _layouts(stated: str | None, config: ModelConfig) -> dict[str, Leaf]:
+    tensors = _family(stated, config).tensors
+    found = {record.path: (record, tensors[record.path]) for record in parameters(config)}
+    names = [tensor.name for _, tensor in found.values()]
+    return {path: Leaf(record, tensor, names.count(tensor.name)) for path, (record, tensor) in found.items()}
+
+
+def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """(ModelConfig, content of config.json) of a model directory; UserError names the file and the key."""
+    file = directory / CONFIG_FILE
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory: give a model directory, with {CONFIG_FILE} and safetensors")
+    if not file.is_file():
+        raise UserError(f"{directory} has no {CONFIG_FILE}: give a model directory, as transformers or we write it")
+    try:
+        raw = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}): fetch it again") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{file} must hold a JSON object, got {type(raw).__name__}: fetch it again")
+    try:
+        return from_hf(raw), raw
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig that the content of a config.json describes; UserError for anything it cannot represent."""
+    config = named(raw.get(MODEL_TYPE)).read(raw)
+    config.check()
+    return config
+
+
+def to_hf(config: ModelConfig, original: Mapping[str, Any] | None, dtype: str) -> dict[str, Any]:
+    """The content of config.json. Keys of `original` that still hold are kept as they are.
+
+    dtype: dtype of the weights, for readers that allocate before they open the tensors.
+    """
+    family = of_config(config)
+    original = {"dtype": dtype} if original is None else original
+    if original.get(MODEL_TYPE) == family.name:
+        raw = dict(original)
+        if not family.same(from_hf(raw), config):
+            raw = family.update(raw, config)
+    else:
+        carried = {key: value for key, value in original.items() if key in CARRIED}
+        raw = family.write(config) | carried | {MODEL_TYPE: family.name, "architectures": [family.architecture]}
+    for key in {"dtype", "torch_dtype"} & set(raw):
+        raw[key] = dtype
+    return raw
+
+
+def dumps(raw: Mapping[str, Any]) -> str:
+    """The text of config.json, in the format of transformers."""
+    return json.dumps(raw, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,77 @@
+"""Keys and tensor names that families of the LLaMA line share."""
+
+import re
+
+from moe_reduce.families.huggingface import Key
+from moe_reduce.families.layout import Tensor
+
+SIZES = {
+    "vocab_size": Key("vocab_size", int),
+    "layers": Key("num_hidden_layers", int),
+    "width": Key("hidden_size", int),
+    "query_heads": Key("num_attention_heads", int),
+    "tied_embeddings": Key("tie_word_embeddings", bool),
+    "max_positions": Key("max_position_embeddings", int),
+    "init_std": Key("initializer_range", float),
+}
+KEYS = SIZES | {
+    "key_value_heads": Key("num_key_value_heads", int),
+    "rope_theta": Key("rope_theta", float),
+    "norm_epsilon": Key("rms_norm_eps", float),
+}
+HEAD_WIDTH = {"head_width": Key("head_dim", int)}
+DENSE_KEYS = {"feed_forward_width": Key("intermediate_size", int)}
+EXPERT_KEYS = {
+    "moe.experts": Key("num_experts", int),
+    "moe.active": Key("num_experts_per_tok", int),
+    "moe.normalize": Key("norm_topk_prob", bool),
+}
+EXPERT_ALIASES = {"num_local_experts": "num_experts"}
+DEFAULTS = {
+    "tie_word_embeddings": False,
+    "rope_theta": 10_000.0,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+}
+ACCEPTED = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "hidden_act": ("silu",),
+    "use_sliding_window": (False,),
+    "mlp_only_layers": ([], None),
+    "decoder_sparse_step": (1,),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1.0,),
+}
+CONSTANTS = {"attention_bias": False, "hidden_act": "silu"}
+
+LAYER = "model.layers.{layer}"
+ATTENTION = f"{LAYER}.self_attn"
+EXPERT = f"{LAYER}.mlp.experts.{{expert}}"
+TENSORS = {
+    "embedding/table": Tensor("model.embed_tokens.weight"),
+    "unembedding/table": Tensor("lm_head.weight"),
+    "final_norm/scale": Tensor("model.norm.weight"),
+    "layers/attention_norm/scale": Tensor(f"{LAYER}.input_layernorm.weight"),
+    "layers/mlp_norm/scale": Tensor(f"{LAYER}.post_attention_layernorm.weight"),
+    "layers/attention/query": Tensor(f"{ATTENTION}.q_proj.weight"),
+    "layers/attention/key": Tensor(f"{ATTENTION}.k_proj.weight"),
+    "layers/attention/value": Tensor(f"{ATTENTION}.v_proj.weight"),
+    "layers/attention/output": Tensor(f"{ATTENTION}.o_proj.weight"),
+}
+QK_NORM_TENSORS = {
+    "layers/attention/query_norm/scale": Tensor(f"{ATTENTION}.q_norm.weight"),
+    "layers/attention/key_norm/scale": Tensor(f"{ATTENTION}.k_norm.weight"),
+}
+DENSE_TENSORS = {
+    "layers/mlp/gate": Tensor(f"{LAYER}.mlp.gate_proj.weight"),
+    "layers/mlp/up": Tensor(f"{LAYER}.mlp.up_proj.weight"),
+    "layers/mlp/down": Tensor(f"{LAYER}.mlp.down_proj.weight"),
+}
+EXPERT_TENSORS = {
+    "layers/experts/gate": Tensor(f"{EXPERT}.gate_proj.weight"),
+    "layers/experts/up": Tensor(f"{EXPERT}.up_proj.weight"),
+    "layers/experts/down": Tensor(f"{EXPERT}.down_proj.weight"),
+    "layers/router/weight": Tensor(f"{LAYER}.mlp.gate.weight"),
+}
+IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # transformers ignores them as well

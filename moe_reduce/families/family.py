@@ -1,0 +1,48 @@
+"""What a family is: the spelling of one architecture's config.json, and the names of its tensors."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_reduce.core.config import ModelConfig
+from moe_reduce.families.layout import Tensor
+
+# Keys that describe the tokenizer and the weights rather than the architecture: they survive a change of family.
+CARRIED = ("bos_token_id", "dtype", "eos_token_id", "pad_token_id", "torch_dtype", "transformers_version")
+NOTHING = re.compile(r"(?!)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(ABC):
+    """One architecture on disk.
+
+    name: `model_type` in config.json. architecture: the class that config.json names. tensors: layout by path of the
+    parameter. ignored: names of constants that old checkpoints stored.
+    """
+
+    name: str
+    architecture: str
+    tensors: Mapping[str, Tensor]
+    ignored: re.Pattern[str] = NOTHING
+
+    @abstractmethod
+    def read(self, raw: Mapping[str, Any]) -> ModelConfig:
+        """The ModelConfig of a config.json of this family; UserError names a key that cannot be represented."""
+
+    @abstractmethod
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """The keys of a new config.json that describe the architecture."""
+
+    @abstractmethod
+    def update(self, raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+        """A config.json of this family with the keys of changed fields replaced; all other keys stay as they are."""
+
+    @abstractmethod
+    def represents(self, config: ModelConfig) -> bool:
+        """Whether a config.json of this family says exactly this."""
+
+    @abstractmethod
+    def same(self, left: ModelConfig, right: ModelConfig) -> bool:
+        """Whether the config.json of two configs of this family is the same."""

@@ -1,0 +1,151 @@
+"""Families of transformers: config.json read and written by a table of keys."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_reduce.core.config import ModelConfig, MoEConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.families.family import Family
+
+ROPE = {"rope_theta": "rope_theta"}
+MOE = "moe."  # before the fields of MoEConfig
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of config.json and the type of its value. optional: null, or left out, is the value None."""
+
+    name: str
+    kind: type
+    optional: bool = False
+
+    def value(self, flat: Mapping[str, Any]) -> Any:
+        """The value in a config.json; UserError when it is missing or of another type."""
+        value = flat.get(self.name)
+        if value is None and self.optional:
+            return None
+        if value is None:
+            raise UserError(f"{self.name} is missing: add it")
+        if self.kind is float and type(value) is int:
+            return float(value)
+        if type(value) is not self.kind:
+            raise UserError(f"{self.name} must be {self.kind.__name__}, got {value!r}")
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceFamily(Family):
+    """A family whose config.json transformers reads.
+
+    keys: by field of ModelConfig, those of MoEConfig with "moe." in front; without a key for them, there are as many
+    key/value heads as query heads, and heads divide the width. fixed: fields that every model of the family has.
+    defaults: what transformers assumes where a file leaves a key out. accepted: keys that change what a model computes,
+    with the only values that the decoder computes. constants: keys of a new file that no field gives. rope: key of
+    published files -> the same within `rope_parameters`, as transformers 5 writes it. aliases: other spelling -> key.
+    """
+
+    keys: Mapping[str, Key]
+    defaults: Mapping[str, Any]
+    accepted: Mapping[str, tuple[Any, ...]]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    rope: Mapping[str, str] = field(default_factory=lambda: ROPE)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def read(self, raw: Mapping[str, Any]) -> ModelConfig:
+        """See Family."""
+        self._check(raw)
+        flat = self._flat(raw)
+        values = {name: key.value(flat) for name, key in self.keys.items()} | dict(self.fixed)
+        experts = {name.removeprefix(MOE): values.pop(name) for name in list(values) if name.startswith(MOE)}
+        heads, width = values["query_heads"], values["width"]
+        values.setdefault("key_value_heads", heads)
+        if "head_width" not in values:
+            if heads > 0 and width % heads:
+                raise UserError(f"hidden_size ({width}) must be a multiple of num_attention_heads ({heads})")
+            values["head_width"] = width // max(heads, 1)
+        return ModelConfig(**values, moe=MoEConfig(**experts) if experts else None, family=self.name)
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """See Family."""
+        values = self._values(config)
+        raw = {key: value for key, value in values.items() if key not in self.rope}
+        rope = {name: values[key] for key, name in self.rope.items()}
+        raw |= {"rope_parameters": {"rope_type": "default"} | rope, "bos_token_id": None, "eos_token_id": None}
+        return raw | dict(self.constants)
+
+    def update(self, raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+        """See Family. A changed field's key is given even where it was left out: its default may not fit."""
+        flat, raw = self._flat(raw), dict(raw)
+        spellings = {key: name for name, key in self.aliases.items() if name in raw}
+        for key, value in self._values(config).items():
+            if key in self.rope and raw.get("rope_parameters") is not None:
+                if flat[key] != value:
+                    raw["rope_parameters"] = raw["rope_parameters"] | {self.rope[key]: value}
+                continue
+            name = spellings.get(key, key)
+            if flat.get(key) != value or name not in raw:
+                raw[name] = value
+        if raw.get("layer_types") is not None:
+            raw["layer_types"] = ["full_attention"] * config.layers
+        return raw
+
+    def represents(self, config: ModelConfig) -> bool:
+        """See Family. Decided by writing the config and reading it back."""
+        if self._has_experts != (config.moe is not None):
+            return False
+        try:
+            return self.same(self.read({"model_type": self.name} | self.write(config)), config)
+        except UserError:
+            return False
+
+    def same(self, left: ModelConfig, right: ModelConfig) -> bool:
+        """See Family. No file of transformers gives the experts' initial scale."""
+        if left.moe is not None and right.moe is not None:
+            left = dataclasses.replace(left, moe=dataclasses.replace(left.moe, init_scale=right.moe.init_scale))
+        return left == right
+
+    @property
+    def _has_experts(self) -> bool:
+        return any(name.startswith(MOE) for name in self.keys)
+
+    def _values(self, config: ModelConfig) -> dict[str, Any]:
+        """Values of the fields under the keys of published files."""
+        return {
+            key.name: getattr(config.moe if name.startswith(MOE) else config, name.removeprefix(MOE))
+            for name, key in self.keys.items()
+        }
+
+    def _flat(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys as published files spell them, with those left out filled in as transformers fills them."""
+        given = {key: value for key, value in raw.items() if value is not None}
+        rope = given.get("rope_parameters", {})
+        given |= {key: rope[name] for key, name in self.rope.items() if name in rope}
+        given |= {key: given[name] for name, key in self.aliases.items() if name in given}
+        flat = dict(self.defaults) | given
+        heads, width = (self.keys[name].value(flat) for name in ("query_heads", "width"))
+        return {"num_key_value_heads": heads, "head_dim": width // max(heads, 1)} | flat
+
+    def _check(self, raw: Mapping[str, Any]) -> None:
+        for key, accepted in self.accepted.items():
+            if key in raw and raw[key] not in accepted:
+                raise UserError(f"{key}={raw[key]!r} is not supported, only {accepted[0]!r}")
+        for key in ("rope_scaling", "rope_parameters"):
+            if raw.get(key) is not None:
+                self._check_rope(key, raw[key])
+        types = raw.get("layer_types")
+        if types is not None and (not isinstance(types, list) or any(one != "full_attention" for one in types)):
+            raise UserError(f"layer_types={types!r} is not supported, only 'full_attention' in every layer")
+
+    def _check_rope(self, key: str, rope: Any) -> None:
+        if not isinstance(rope, dict):
+            raise UserError(f"{key} must be an object, got {rope!r}")
+        names = self.rope.values()
+        for name, value in rope.items():
+            plain = name in ("rope_type", "type") and value == "default"
+            readable = key == "rope_parameters" and name in names
+            neutral = name == "partial_rotary_factor" and name not in names and value == 1
+            if not (plain or readable or neutral):
+                raise UserError(f"{key}.{name}={value!r} is not supported, only rope_theta with rope_type 'default'")

@@ -1,0 +1,141 @@
+"""Layout of a parameter on disk: the names of its tensors, and how their axes relate to those of the parameter.
+
+A family states a `Tensor` for each parameter path; everything else about the parameter comes from its record in
+models/parameters.py. Letters are those of moe_reduce.models. Rotary halves follow Hugging Face: no permutation.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_reduce.models.parameters import Parameter
+
+NUMBERED = {"layer": "N", "expert": "E"}  # placeholder in a tensor's name -> the axis of the parameter that it numbers
+MODULE_SUFFIX = ".weight"
+
+
+class Tensor(NamedTuple):
+    """Name and axes on disk of the tensors of one parameter.
+
+    name: with {layer} and {expert} it names one tensor for each, stacked on the first axes of the parameter.
+    axes: letters of the axes on disk; "HC D" is a matrix whose rows are heads times head width. A digit says that
+    parameters share the tensor: "H0C D", "H1C D" and "H2C D" under one name are its three parts, interleaved by head.
+    None: [outputs, inputs] for a matrix, as torch's Linear stores it, and one flat axis for any other parameter.
+    """
+
+    name: str
+    axes: str | None = None
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Layout of one parameter. parts: number of parameters that share its tensors."""
+
+    record: Parameter
+    tensor: Tensor
+    parts: int = 1
+
+    @property
+    def path(self) -> str:
+        """Path of the parameter."""
+        return self.record.path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        return self.record.shape
+
+    @property
+    def numbered(self) -> str:
+        """Letters of the leading axes that number tensors: N, E, NE or none."""
+        letters = "".join(letter for key, letter in NUMBERED.items() if f"{{{key}}}" in self.tensor.name)
+        assert self.record.axes.startswith(letters), (self.path, self.record.axes, self.tensor.name)
+        return letters
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """Sizes of the `numbered` axes."""
+        return self.shape[: len(self.numbered)]
+
+    @property
+    def stored_axes(self) -> tuple[str, ...]:
+        """Letters of each axis on disk."""
+        if self.tensor.axes is not None:
+            return tuple(self.tensor.axes.split())
+        inner = self._inner_axes
+        if self.record.is_matrix:
+            return tuple("".join(x for x in side if x in inner) for side in (self.record.outputs, self.record.inputs))
+        return (inner,) if inner else ()
+
+    @property
+    def _inner_axes(self) -> str:
+        """Axes of the parameter within one tensor."""
+        return self.record.axes[len(self.numbered) :]
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        """Size by letter; a digit stands for the parts."""
+        sizes = dict(zip(self.record.axes, self.shape, strict=True))
+        return sizes | {letter: self.parts for letter in "".join(self.stored_axes) if letter.isdigit()}
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor on disk."""
+        sizes = self._sizes
+        return tuple(math.prod(sizes[letter] for letter in group) for group in self.stored_axes)
+
+    def name(self, index: Sequence[int] = ()) -> str:
+        """Name of the tensor at this index on the `numbered` axes."""
+        numbers = dict(zip(self.numbered, index, strict=True))
+        return self.tensor.name.format(**{key: numbers.get(letter) for key, letter in NUMBERED.items()})
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order of the parameter's values."""
+        return [self.name(index) for index in np.ndindex(self.stacked)]
+
+    def module(self, index: Sequence[int] = ()) -> str:
+        """Name of the module that owns the tensor, as PyTorch and PEFT call it."""
+        return self.name(index).removesuffix(MODULE_SUFFIX)
+
+    def from_stored(self, tensor: np.ndarray) -> np.ndarray:
+        """View of the part of a tensor on disk that is the parameter's, with the parameter's axes."""
+        letters, sizes = "".join(self.stored_axes), self._sizes
+        part = [int(letter) if letter.isdigit() else slice(None) for letter in letters]
+        left = [letter for letter in letters if letter.isalpha()]
+        # the ellipsis keeps a scalar an array
+        return tensor.reshape([sizes[x] for x in letters])[*part, ...].transpose(
+            [left.index(x) for x in self._inner_axes]
+        )
+
+    def to_stored(self, array: np.ndarray) -> np.ndarray:
+        """Inverse of `from_stored`, for a parameter that does not share its tensors."""
+        assert self.parts == 1, self.path
+        axes = self._inner_axes
+        return array.transpose([axes.index(x) for x in "".join(self.stored_axes)]).reshape(self.stored_shape)
+
+    def without(self, letters: str, suffix: str) -> "Leaf":
+        """Layout of tensors that lack some axes of these, such as scales: named like them, with a suffix."""
+        kept = [place for place, letter in enumerate(self.record.axes) if letter not in letters]
+        record = dataclasses.replace(
+            self.record,
+            axes="".join(self.record.axes[place] for place in kept),
+            shape=tuple(self.shape[place] for place in kept),
+            mesh_axes=tuple(self.record.mesh_axes[place] for place in kept),
+        )
+        groups = ("".join(x for x in group if x not in letters) for group in self.stored_axes)
+        return Leaf(record, Tensor(self.tensor.name + suffix, " ".join(filter(None, groups))), self.parts)
+
+
+def to_stored(pieces: Sequence[tuple[Leaf, np.ndarray]]) -> np.ndarray:
+    """The tensor on disk of all the parameters that share it, or of one that shares it with none, at one index."""
+    first, array = pieces[0]
+    if first.parts == 1:
+        return first.to_stored(array)
+    tensor = np.empty(first.stored_shape, array.dtype)
+    for leaf, array in pieces:
+        leaf.from_stored(tensor)[...] = array
+    return tensor

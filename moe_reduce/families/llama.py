@@ -1,0 +1,15 @@
+"""LLaMA (arXiv:2302.13971): dense, SwiGLU, RMSNorm, rotary embedding, optionally grouped heads."""
+
+from moe_reduce.families import common
+from moe_reduce.families.huggingface import HuggingFaceFamily
+
+FAMILY = HuggingFaceFamily(
+    name="llama",
+    architecture="LlamaForCausalLM",
+    keys=common.KEYS | common.HEAD_WIDTH | common.DENSE_KEYS,
+    defaults=common.DEFAULTS | {"max_position_embeddings": 2048},
+    accepted=common.ACCEPTED,
+    constants=common.CONSTANTS,
+    tensors=common.TENSORS | common.DENSE_TENSORS,
+    ignored=common.IGNORED,
+)

@@ -1,0 +1,19 @@
+"""OLMoE (arXiv:2409.02060): experts in every layer, RMSNorm over all query heads together, and over all key heads."""
+
+from moe_reduce.families import common
+from moe_reduce.families.huggingface import HuggingFaceFamily, Key
+
+FAMILY = HuggingFaceFamily(
+    name="olmoe",
+    architecture="OlmoeForCausalLM",
+    keys=common.KEYS
+    | common.EXPERT_KEYS
+    | {"moe.width": Key("intermediate_size", int), "clip_qkv": Key("clip_qkv", float, optional=True)},
+    fixed={"qk_norm": True, "qk_norm_scope": "projection"},
+    defaults=common.DEFAULTS | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "norm_topk_prob": False},
+    accepted=common.ACCEPTED | {"head_dim": (None,)},
+    constants=common.CONSTANTS,
+    aliases=common.EXPERT_ALIASES,
+    tensors=common.TENSORS | common.QK_NORM_TENSORS | common.EXPERT_TENSORS,
+    ignored=common.IGNORED,
+)

@@ -1,0 +1,84 @@
+"""Our own architectures: every ModelConfig, under the names of its fields, and tensor names in the style of LLaMA."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_reduce.core import config as configuration
+from moe_reduce.core.config import ModelConfig
+from moe_reduce.families import common
+from moe_reduce.families.common import ATTENTION, LAYER
+from moe_reduce.families.family import CARRIED, Family
+from moe_reduce.families.layout import Tensor
+
+NAME = "moe_reduce"
+# Fields that the first version did not have: config.json holds those that differ from the default.
+LATER_FIELDS = {
+    field.name: field.default
+    for field in dataclasses.fields(ModelConfig)
+    if field.name
+    in (
+        "norm", "biases", "parallel_residual", "feed_forward", "rotary_share", "qk_norm_scope", "clip_qkv", "family",
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Family):
+    """The family that represents every config."""
+
+    def read(self, raw: Mapping[str, Any]) -> ModelConfig:
+        """See Family."""
+        outside = {"architectures", "model_type", *CARRIED}
+        inside = {key: value for key, value in raw.items() if key not in outside}
+        return dataclasses.replace(configuration.model_from_dict(LATER_FIELDS | inside, NAME), family=NAME)
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """See Family."""
+        fields = configuration.to_dict(dataclasses.replace(config, family=None))
+        return {key: value for key, value in fields.items() if key not in LATER_FIELDS or value != LATER_FIELDS[key]}
+
+    def update(self, raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+        """See Family."""
+        return {key: value for key, value in raw.items() if key not in LATER_FIELDS} | self.write(config)
+
+    def represents(self, config: ModelConfig) -> bool:  # noqa: ARG002
+        """See Family."""
+        return True
+
+    def same(self, left: ModelConfig, right: ModelConfig) -> bool:
+        """See Family."""
+        return left == right
+
+
+FAMILY = Own(
+    name=NAME,
+    architecture="MoeReduceForCausalLM",
+    tensors=common.TENSORS
+    | common.QK_NORM_TENSORS
+    | common.DENSE_TENSORS
+    | common.EXPERT_TENSORS
+    | {
+        "embedding/factor": Tensor("model.embed_tokens.factor"),
+        "embedding/projection": Tensor("model.embed_tokens.projection", "K D"),
+        "final_norm/bias": Tensor("model.norm.bias"),
+        "layers/attention_norm/bias": Tensor(f"{LAYER}.input_layernorm.bias"),
+        "layers/mlp_norm/bias": Tensor(f"{LAYER}.post_attention_layernorm.bias"),
+        "layers/attention/query_bias": Tensor(f"{ATTENTION}.q_proj.bias"),
+        "layers/attention/key_bias": Tensor(f"{ATTENTION}.k_proj.bias"),
+        "layers/attention/value_bias": Tensor(f"{ATTENTION}.v_proj.bias"),
+        "layers/attention/output_bias": Tensor(f"{ATTENTION}.o_proj.bias"),
+        "layers/mlp/gate_bias": Tensor(f"{LAYER}.mlp.gate_proj.bias"),
+        "layers/mlp/up_bias": Tensor(f"{LAYER}.mlp.up_proj.bias"),
+        "layers/mlp/down_bias": Tensor(f"{LAYER}.mlp.down_proj.bias"),
+        "experts/gate": Tensor("model.experts.{expert}.gate_proj.weight"),
+        "experts/up": Tensor("model.experts.{expert}.up_proj.weight"),
+        "experts/down": Tensor("model.experts.{expert}.down_proj.weight"),
+        "router/weight": Tensor("model.router.weight"),
+        "layers/router_bias": Tensor(f"{LAYER}.router_bias"),
+        "layers/score_offset": Tensor(f"{LAYER}.score_offset"),
+        "layers/output_gain": Tensor(f"{LAYER}.output_gain"),
+    },
+    ignored=common.IGNORED,
+)

@@ -1,0 +1,16 @@
+"""Qwen3, dense (arXiv:2505.09388): LLaMA with an RMSNorm of each query and key head."""
+
+from moe_reduce.families import common
+from moe_reduce.families.huggingface import HuggingFaceFamily
+
+FAMILY = HuggingFaceFamily(
+    name="qwen3",
+    architecture="Qwen3ForCausalLM",
+    keys=common.KEYS | common.HEAD_WIDTH | common.DENSE_KEYS,
+    fixed={"qk_norm": True},
+    defaults=common.DEFAULTS | {"max_position_embeddings": 32_768, "head_dim": 128},
+    accepted=common.ACCEPTED,
+    constants=common.CONSTANTS,
+    tensors=common.TENSORS | common.QK_NORM_TENSORS | common.DENSE_TENSORS,
+    ignored=common.IGNORED,
+)

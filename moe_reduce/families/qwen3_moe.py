@@ -1,0 +1,30 @@
+"""Qwen3-MoE (arXiv:2505.09388): Qwen3 with experts and a router in every layer."""
+
+from typing import Any
+
+from moe_reduce.core.config import ModelConfig
+from moe_reduce.families import common
+from moe_reduce.families.huggingface import HuggingFaceFamily, Key
+
+
+class Qwen3MoE(HuggingFaceFamily):
+    """The family, with a key that transformers wants although nothing reads it."""
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """See Family. `intermediate_size` would be the width of dense layers, of which there are none."""
+        raw = super().write(config)
+        return raw | {"intermediate_size": raw["moe_intermediate_size"]}
+
+
+FAMILY = Qwen3MoE(
+    name="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    keys=common.KEYS | common.HEAD_WIDTH | common.EXPERT_KEYS | {"moe.width": Key("moe_intermediate_size", int)},
+    fixed={"qk_norm": True},
+    defaults=common.DEFAULTS | {"max_position_embeddings": 32_768, "norm_topk_prob": False},
+    accepted=common.ACCEPTED,
+    constants=common.CONSTANTS | {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    aliases=common.EXPERT_ALIASES,
+    tensors=common.TENSORS | common.QK_NORM_TENSORS | common.EXPERT_TENSORS,
+    ignored=common.IGNORED,
+)

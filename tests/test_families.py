@@ -1,0 +1,180 @@
+"""Every family: layouts of all parameters, config.json there and back, and which family a config belongs to."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from moe_reduce import families
+from moe_reduce.core.config import ModelConfig, MoEConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.families import FAMILIES, Leaf, by_path, from_hf, leaves, of_config, to_hf
+from moe_reduce.families.layout import Tensor
+from moe_reduce.models.parameters import Parameter, parameter_count, parameters
+
+SIZES = {"vocab_size": 60, "layers": 3, "width": 24, "query_heads": 4, "key_value_heads": 2, "head_width": 6}
+DENSE = SIZES | {"feed_forward_width": 40}
+EXPERTS = MoEConfig(experts=5, active=2, width=20, normalize=False)
+POOL = dataclasses.replace(
+    EXPERTS, placement="shared", router="shared", selection_bias=True, score_offset=True, output_gain=True
+)
+UNTIED = {"tied_embeddings": False, "rope_theta": 5e5, "norm_epsilon": 1e-5, "max_positions": 99, "init_std": 0.1}
+NEOX = DENSE | {"key_value_heads": 4, "norm": "layer", "biases": True, "feed_forward": "gelu", "rotary_share": 1 / 3}
+OLMOE = SIZES | {"qk_norm": True, "qk_norm_scope": "projection", "moe": EXPERTS}
+CONFIGS = {  # several of each family, which between them have all of its parameters
+    "llama": [ModelConfig(**DENSE), ModelConfig(**DENSE, **UNTIED), ModelConfig(**DENSE | {"head_width": 8})],
+    "qwen3": [ModelConfig(**DENSE, qk_norm=True), ModelConfig(**DENSE, **UNTIED, qk_norm=True)],
+    "qwen3_moe": [
+        ModelConfig(**SIZES, qk_norm=True, moe=EXPERTS),
+        ModelConfig(**SIZES, **UNTIED, qk_norm=True, moe=dataclasses.replace(EXPERTS, normalize=True, init_scale=2.0)),
+    ],
+    "gpt_neox": [ModelConfig(**NEOX), ModelConfig(**NEOX, **UNTIED, parallel_residual=True)],
+    "olmoe": [
+        ModelConfig(**OLMOE),
+        ModelConfig(**OLMOE, **UNTIED, clip_qkv=8.0),
+        ModelConfig(**OLMOE | {"moe": dataclasses.replace(EXPERTS, normalize=True)}),
+    ],
+    "moe_reduce": [
+        ModelConfig(**SIZES, qk_norm=True, moe=POOL, embedding_factor=6),
+        ModelConfig(**SIZES, **UNTIED, moe=dataclasses.replace(POOL, router="layer")),
+        ModelConfig(**SIZES, moe=EXPERTS),
+        ModelConfig(**DENSE, clip_qkv=3.0, biases=True, norm="layer"),
+        ModelConfig(**DENSE, qk_norm=True, qk_norm_scope="projection"),
+    ],
+}
+CASES = [pytest.param(name, config, id=f"{name}-{number}")
+         for name, found in CONFIGS.items() for number, config in enumerate(found)]  # fmt: skip
+
+
+def test_every_family_is_walked():
+    assert [family.name for family in FAMILIES] == list(CONFIGS)
+
+
+@pytest.mark.parametrize(("name", "config"), CASES)
+def test_a_config_is_of_the_first_family_that_represents_it(name: str, config: ModelConfig):
+    assert of_config(config).name == name
+    assert [family.name for family in FAMILIES if family.represents(config)] in ([name, "moe_reduce"], ["moe_reduce"])
+
+
+@pytest.mark.parametrize(("name", "config"), CASES)
+def test_config_json_there_and_back(name: str, config: ModelConfig):
+    raw = to_hf(config, None, "float32")
+    found = from_hf(raw)
+    assert raw["model_type"] == found.family == name
+    if config.moe is not None and name != "moe_reduce":  # no file of transformers has it
+        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, init_scale=1.0))
+    assert found == config
+    assert to_hf(found, raw, "float32") == raw
+
+
+@pytest.mark.parametrize(("name", "config"), CASES)
+def test_every_parameter_has_a_layout_and_every_tensor_one_name(name: str, config: ModelConfig):
+    assert [leaf.path for leaf in leaves(config)] == [record.path for record in parameters(config)]
+    stored: dict[str, list[Leaf]] = {}
+    for leaf in leaves(config):
+        assert len(set(leaf.names())) == math.prod(leaf.stacked)
+        for tensor in leaf.names():
+            stored.setdefault(tensor, []).append(leaf)
+    assert all(len(sharing) == leaf.parts for sharing in stored.values() for leaf in sharing)
+    assert all("{" not in tensor for tensor in stored)
+    assert sum(math.prod(sharing[0].stored_shape) for sharing in stored.values()) == parameter_count(config)
+    assert not any(of_config(config).ignored.fullmatch(tensor) for tensor in stored), name
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_no_layout_is_left_over(family: families.Family):
+    paths = {record.path for config in CONFIGS[family.name] for record in parameters(config)}
+    assert paths == set(family.tensors)
+
+
+@pytest.mark.parametrize(("name", "config"), CASES)
+def test_tensors_hold_every_value_of_a_parameter_once(name: str, config: ModelConfig):
+    for leaf in leaves(config):
+        shape = leaf.shape[len(leaf.stacked) :]
+        array = np.arange(math.prod(shape)).reshape(shape)
+        tensor = np.full(leaf.stored_shape, -1)
+        leaf.from_stored(tensor)[...] = array
+        np.testing.assert_array_equal(leaf.from_stored(tensor), array, err_msg=f"{name} {leaf.path}")
+        assert np.sum(tensor >= 0) == array.size
+        if leaf.parts == 1:
+            np.testing.assert_array_equal(leaf.to_stored(array), tensor)
+
+
+def test_matrices_are_stored_as_torch_stores_them():
+    config = CONFIGS["olmoe"][0]
+    shapes = {path: leaf.stored_shape for path, leaf in by_path(config).items()}
+    assert shapes["layers/attention/key"] == (12, 24)
+    assert shapes["layers/attention/output"] == (24, 24)
+    assert shapes["layers/experts/down"] == (24, 20)
+    assert shapes["layers/router/weight"] == (5, 24)
+    assert shapes["layers/attention/key_norm/scale"] == (12,)
+    assert by_path(CONFIGS["qwen3_moe"][0])["layers/attention/key_norm/scale"].stored_shape == (6,)
+    assert by_path(config)["layers/experts/up"].name((2, 4)) == "model.layers.2.mlp.experts.4.up_proj.weight"
+    assert by_path(config)["layers/experts/up"].module((2, 4)) == "model.layers.2.mlp.experts.4.up_proj"
+
+
+@pytest.fixture
+def twin(monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    """A config that states a family with the fields of LLaMA and tensor names of its own."""
+    llama = families.named("llama")
+    tensors = {path: tensor._replace(name=f"twin.{tensor.name}") for path, tensor in llama.tensors.items()}
+    family = dataclasses.replace(llama, name="twin", architecture="TwinForCausalLM", tensors=tensors)
+    monkeypatch.setattr(families, "FAMILIES", (*FAMILIES, family))
+    return dataclasses.replace(CONFIGS["llama"][0], family="twin")
+
+
+def test_families_with_equal_fields_are_told_apart_by_what_a_config_states(twin: ModelConfig):
+    plain = CONFIGS["llama"][0]
+    assert twin == plain
+    assert hash(twin) == hash(plain)  # the same architecture, and compiled once
+    assert of_config(twin).name == "twin"
+    assert of_config(plain).name == "llama"
+    raw = to_hf(twin, None, "float32")
+    assert (raw["model_type"], raw["architectures"]) == ("twin", ["TwinForCausalLM"])
+    assert from_hf(raw).family == "twin"
+    assert by_path(plain)["final_norm/scale"].name() == "model.norm.weight"
+    assert by_path(twin)["final_norm/scale"].name() == "twin.model.norm.weight"
+    assert by_path(plain)["final_norm/scale"].name() == "model.norm.weight"  # no cache takes one for the other
+    changed = to_hf(dataclasses.replace(twin, layers=1), raw, "float32")
+    assert (changed["model_type"], changed["num_hidden_layers"]) == ("twin", 1)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "moe_reduce"])
+def test_a_stated_family_that_cannot_say_it_any_more_becomes_ours(name: str):
+    stated = dataclasses.replace(CONFIGS[name][0], family=name)
+    assert of_config(stated).name == name
+    moved = dataclasses.replace(stated, tied_embeddings=True, embedding_factor=6)
+    assert of_config(moved).name == "moe_reduce"
+    assert to_hf(moved, to_hf(stated, None, "float32"), "float32")["model_type"] == "moe_reduce"
+    for other in CONFIGS:
+        if other != name:
+            assert of_config(dataclasses.replace(stated, family=other)).name == "moe_reduce"
+
+
+def test_an_unknown_family_is_refused_by_name():
+    with pytest.raises(UserError, match=r"'mamba' is not supported; known: llama, .*, moe_reduce"):
+        of_config(dataclasses.replace(CONFIGS["llama"][0], family="mamba"))
+    for raw in ({}, {"model_type": ["llama"]}):
+        with pytest.raises(UserError, match="model_type"):
+            from_hf(raw)
+
+
+def test_a_scale_is_laid_out_like_its_matrix():
+    for name, path, shape, stored in (
+        ("llama", "layers/attention/query", (3, 4, 6), (24,)),
+        ("olmoe", "layers/experts/down", (3, 5, 24), (24,)),
+        ("gpt_neox", "layers/attention/key", (3, 4, 6), (72,)),
+    ):
+        leaf = by_path(CONFIGS[name][0])[path]
+        scale = leaf.without(leaf.record.inputs, "_scale")
+        assert (scale.shape, scale.stored_shape, scale.stacked) == (shape, stored, leaf.stacked)
+        assert scale.names() == [f"{tensor}_scale" for tensor in leaf.names()]
+    rows = np.arange(72).reshape(4, 3, 6)
+    np.testing.assert_array_equal(scale.from_stored(rows.reshape(-1)), rows[:, 1])
+
+
+def test_a_layout_numbers_the_leading_axes_only():
+    record = Parameter("x", "DN", (2, 3), lambda *_: None, "x", False, "compute", (None, None))
+    with pytest.raises(AssertionError):
+        Leaf(record, Tensor("x.{layer}")).stacked  # noqa: B018
