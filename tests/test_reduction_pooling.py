@@ -15,6 +15,7 @@ from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.models.moe.routing import route
 from moe_reduce.reduction import pool as pooling
+from moe_reduce.reduction.canonical import canonical as canonical_form
 
 
 @pytest.fixture
@@ -38,21 +39,21 @@ def _relative(found, wanted):
 
 
 def test_canonical_form_changes_the_parameters_and_not_the_logits(model):
-    canonical = pooling.canonical(model)
+    canonical = canonical_form(model)
     assert _relative(canonical(_tokens(model)), model(_tokens(model))) < 1e-5
     flat = trees.flatten(canonical.params)
     np.testing.assert_array_equal(flat["layers/mlp_norm/scale"], 1.0)
     gains = flat["layers/output_gain"]
     assert float(jnp.max(jnp.abs(gains - 1))) > 0.1
     # after it, every layer's experts have outputs of unit RMS on inputs of unit RMS
-    again = pooling.canonical(canonical)
+    again = canonical_form(canonical)
     np.testing.assert_allclose(trees.flatten(again.params)["layers/output_gain"], gains, rtol=1e-5)
 
 
 @pytest.mark.parametrize("router", ["shared", "layer"])
 @pytest.mark.parametrize("canonical", [True, False])
 def test_lossless_start(model, router, canonical):
-    start = pooling.canonical(model) if canonical else model
+    start = canonical_form(model) if canonical else model
     pooled = pooling.pool(start, router=router)
     assert pooled.config.moe.experts == 12
     assert _relative(pooled(_tokens(model)), model(_tokens(model))) < 1e-5

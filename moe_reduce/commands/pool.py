@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the pooled model and returns its path."""
     from moe_reduce.reduction.pool import check_options
-    from moe_reduce.runs.stages import pool_experts
+    from moe_reduce.runs.stages.pool import pool_experts
 
     names = ("canonical", "start", "score_function", "router", "bias", "offset")
     stage = PoolStage(**{name: getattr(arguments, name) for name in names})
