@@ -22,9 +22,9 @@ from moe_reduce.models.model import Model
 from moe_reduce.reduction import scores
 from moe_reduce.runs import reduce as run_module
 from moe_reduce.runs import stages
-from moe_reduce.runs import train as training_run
 from moe_reduce.runs.stages import prune, tune
 from moe_reduce.storage.manifest import verify
+from moe_reduce.training import job
 from moe_reduce.training.checkpoints import Checkpoints
 
 CONFIG = """
@@ -50,7 +50,7 @@ def get_config():
 
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch):
-    monkeypatch.setattr(training_run, "peak", unmeasured_peak)
+    monkeypatch.setattr(job, "peak", unmeasured_peak)
 
 
 def write(directory, router="shared"):
@@ -69,7 +69,7 @@ def finished(tmp_path_factory):
     """A directory with model/, config.py and the finished run/ of it."""
     directory = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_run, "peak", unmeasured_peak)
+        patch.setattr(job, "peak", unmeasured_peak)
         assert _reduce(write(directory), directory / "run") == 0
     return directory
 

@@ -55,8 +55,8 @@ class Directory:
 def open_directory(path: Path) -> Directory:
     """Open a model directory and check its headers.
 
-    Raises UserError when a tensor is missing, unknown or of the wrong shape, or when the tensors of one parameter differ
-    in dtype.
+    Raises UserError when a tensor is missing, unknown or of the wrong shape, or when the tensors of one parameter
+    differ in dtype.
     """
     config, raw = hf_config.read_config(path)
     files = TensorFiles(path)
