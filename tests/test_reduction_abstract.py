@@ -11,7 +11,7 @@ from training_runs import MODELS
 
 from moe_reduce.adapters.adapter import activate, init
 from moe_reduce.core import trees
-from moe_reduce.core.config import AdapterConfig, ExecutionConfig
+from moe_reduce.core.config import AdapterConfig, ExecutionConfig, PoolStage
 from moe_reduce.models.model import Model
 from moe_reduce.reduction.canonical import canonical
 from moe_reduce.reduction.embedding import factorise_embedding
@@ -56,17 +56,26 @@ def _keep_some(model):
     return prune(model, tuple((row, 3) if row < 3 else (0, 3) for row in range(rows)))
 
 
-POOLS = {
-    f"pool_{start}_{router}_{score}": (functools.partial(pool, start=start, router=router, score_function=score))
+POOLS = [
+    PoolStage(canonical=False, start=start, router=router, score_function=score)
     for start, router, score in itertools.product(
         ("lossless", "concat", "random"), ("shared", "layer"), ("softmax", "sigmoid")
     )
-}
+]
 TRANSFORMS = {
-    **{name: (transform, PER_LAYER) for name, transform in POOLS.items()},
+    **{
+        f"pool_{options.start}_{options.router}_{options.score_function}": (
+            functools.partial(pool, options=options),
+            PER_LAYER,
+        )
+        for options in POOLS
+    },
     "canonical": (canonical, PER_LAYER),
-    "canonical_pool": (lambda model: pool(canonical(model)), PER_LAYER),
-    "pruned_pool": (lambda model: prune(pool(model, router="layer"), ((0, 1, 6),)), PER_LAYER),
+    "canonical_pool": (lambda model: pool(model, PoolStage()), PER_LAYER),
+    "pruned_pool": (
+        lambda model: prune(pool(model, PoolStage(canonical=False, router="layer")), ((0, 1, 6),)),
+        PER_LAYER,
+    ),
     "prune": (_keep_some, MIXTURES),
     "group_heads": (lambda model: group_heads(model, 1), tuple(CONFIGS)),
     "drop_layers": (lambda model: drop_layers(model, [0]), tuple(CONFIGS)),

@@ -1,6 +1,7 @@
 """The losses that train a reduced model, by hand and at the points where they must be zero."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from training_runs import MODELS, initial_params, random_batch
 
 from moe_reduce.core import trees
-from moe_reduce.core.config import BalanceConfig, ExecutionConfig, TuneStage
+from moe_reduce.core.config import BalanceConfig, ExecutionConfig, PoolStage, TuneStage
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
 from moe_reduce.models.model import Model
@@ -17,6 +18,7 @@ from moe_reduce.reduction import pool as pooling
 from moe_reduce.runs.stages import recovery, tune
 from moe_reduce.training.task import TEACHER
 
+plain = functools.partial(PoolStage, canonical=False)
 EXECUTION = ExecutionConfig(dispatch="reference").resolve("cpu")
 CHAIN = (Step("pool", {}, (), 0, 0, kept_experts=[[[layer, index] for layer in range(2) for index in range(4)]]),)
 
@@ -36,15 +38,15 @@ def _loss(pooled, teacher, **settings):
 @pytest.mark.parametrize("router", ["shared", "layer"])
 def test_concatenated_routers_have_nothing_to_learn_and_random_ones_do(model, router):
     """The router's loss says nothing about foreign experts, so it is zero for the concatenation."""
-    concat = pooling.pool(model, start="concat", router=router)
+    concat = pooling.pool(model, plain(start="concat", router=router))
     loss, _ = _loss(concat, model, objective="router")
     assert float(loss) == pytest.approx(0.0, abs=1e-6)
-    random, _ = _loss(pooling.pool(model, start="random", router=router), model, objective="router")
+    random, _ = _loss(pooling.pool(model, plain(start="random", router=router)), model, objective="router")
     assert float(random) > 1e-3
 
 
 def test_router_divergence_by_hand(model):
-    pooled = pooling.pool(model, start="random")
+    pooled = pooling.pool(model, plain(start="random"))
     found, _ = _loss(pooled, model, objective="router")
     batch = {"tokens": random_batch()["tokens"]}
     x = np.asarray(model.apply(batch, collect=("hidden",)).collected["hidden"]["router_input"], np.float64)
@@ -94,7 +96,7 @@ def test_only_the_named_components_train():
 
 
 def test_foreign_experts_are_those_of_other_layers(model):
-    pooled = dataclasses.replace(pooling.pool(model), chain=CHAIN)
+    pooled = dataclasses.replace(pooling.pool(model, plain()), chain=CHAIN)
     expected = np.repeat([[False, True], [True, False]], 4, axis=1)
     np.testing.assert_array_equal(tune.foreign_experts(pooled.config, pooled.chain), expected)
     with pytest.raises(UserError, match="which layer"):
@@ -102,7 +104,7 @@ def test_foreign_experts_are_those_of_other_layers(model):
 
 
 def test_annealing_is_done_after_its_share_of_the_steps(model):
-    pooled = dataclasses.replace(pooling.pool(model), chain=CHAIN)
+    pooled = dataclasses.replace(pooling.pool(model, plain()), chain=CHAIN)
     foreign = tune.foreign_experts(pooled.config, pooled.chain)
     stage = TuneStage(steps=10, anneal_share=0.5, bias_from=4.0, bias_to=1.0)
     task = recovery.recovery_task(pooled, model.config, stage, BalanceConfig(), foreign)

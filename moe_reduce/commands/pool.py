@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
 
     names = ("canonical", "start", "score_function", "router", "bias", "offset")
     stage = PoolStage(**{name: getattr(arguments, name) for name in names})
-    check_options(stage.start, stage.score_function, stage.bias, stage.offset)
+    check_options(stage)
     model = transforming.read(arguments, overrides)
     result = pool_experts(stage, model, arguments.seed)
     settings = to_dict(stage) | {"seed": arguments.seed}

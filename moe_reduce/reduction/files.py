@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_reduce.core.config import ModelConfig, MoEConfig
+from moe_reduce.core.config import ModelConfig, MoEConfig, PoolStage
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step, originals
 from moe_reduce.models.model import Model
@@ -90,7 +90,7 @@ def pruned(directory: Directory, kept: Kept) -> Model:
     model = abstract_model(directory.config, chain=directory.chain)
     if not _uneven(directory, kept):
         return prune(model, kept)
-    pooled = pool(model)
+    pooled = pool(model, PoolStage(canonical=False))
     for row in kept:
         check_kept(directory.config, (row,) * len(kept))  # each layer by itself
     offsets = np.arange(len(kept)) * directory.moe.experts

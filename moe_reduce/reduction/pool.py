@@ -11,69 +11,63 @@ e^(max z - t). Training then lowers c towards 0.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_reduce.core.config import ModelConfig
+from moe_reduce.core.config import ModelConfig, PoolStage
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Parameter, one, parameters
-from moe_reduce.reduction.canonical import check_per_layer, expert_matrices
+from moe_reduce.reduction.canonical import canonical, check_per_layer, expert_matrices
 from moe_reduce.reduction.transform import Leaves, expert_count, moe_of, transform
 
-Start = Literal["lossless", "concat", "random"]
 # c of the lossless start: beyond any difference of logits, and small enough that a logit beside it keeps 0.001 in fp32
 LOSSLESS_BIAS = 1e4
 POOLED = ("experts", "router", "router_bias", "score_offset")  # components whose parameters the pool replaces
 
 
-def pool(
-    model: Model,
-    start: Start = "lossless",
-    score_function: Literal["softmax", "sigmoid"] = "softmax",
-    router: Literal["shared", "layer"] = "shared",
-    bias: float | None = None,
-    offset: float = 0.0,
-    seed: int = 0,
-) -> Model:
+def pool(model: Model, options: PoolStage, seed: int = 0) -> Model:
     """Move all experts into one pool; attention and norms stay in their layers.
 
-    start: `lossless` (concatenated routers, experts of other layers biased by -bias), `concat` (the same without a
-    bias) or `random` (a new router from `seed`, no bias). router: one for all layers, or one for each. bias: c in
-    units of the logits; None is large enough to be exact. offset: t of sigmoid scores, the same in each layer. Raises
-    UserError when the model has no per-layer experts, or when its weights are not renormalised over the chosen experts,
-    which no pool can reproduce.
+    options.start: `lossless` (concatenated routers, experts of other layers biased by -bias), `concat` (the same
+    without a bias) or `random` (a new router from `seed`, no bias). options.router: one for all layers, or one for
+    each. options.bias: c in units of the logits; None is large enough to be exact. options.offset: t of sigmoid scores,
+    the same in each layer. options.canonical: first bring the model into canonical form. Raises UserError when the
+    model has no per-layer experts, or when its weights are not renormalised over the chosen experts, which no pool can
+    reproduce, or when the options contradict each other.
     """
-    check_options(start, score_function, bias, offset)
+    check_options(options)
     _check_poolable(model.config)
-    moe = dataclasses.replace(
-        moe_of(model.config), experts=expert_count(model.config), placement="shared", router=router,
-        score_function=score_function, selection_bias=True, score_offset=score_function == "sigmoid",
-    )  # fmt: skip
-    config = dataclasses.replace(model.config, moe=moe)
-    strength = (LOSSLESS_BIAS if bias is None else bias) if start == "lossless" else 0.0
+    model = canonical(model) if options.canonical else model
+    config = _pooled(model.config, options)
+    old, new = expert_matrices(model.config), expert_matrices(config)
+    strength = (LOSSLESS_BIAS if options.bias is None else options.bias) if options.start == "lossless" else 0.0
 
     def concatenate(leaves: Leaves) -> Leaves:
-        pooled = {
-            matrix.path: leaves[expert_matrices(model.config)[name].path].reshape(matrix.shape)
-            for name, matrix in expert_matrices(config).items()
-        }
+        pooled = {new[name].path: leaves[old[name].path].reshape(new[name].shape) for name in new}
         router_NDE, routers = leaves[one(model.config, "router").path], one(config, "router")
-        if start == "random":
+        if options.start == "random":
             fresh = config.init_std * jax.random.normal(jax.random.key(seed), routers.shape, jnp.float32)
             pooled[routers.path] = fresh.astype(router_NDE.dtype)
         else:
             pooled[routers.path] = _concatenated(router_NDE, routers)
         pooled[one(config, "router_bias").path] = _selection_bias(model.config, leaves, strength)
-        if score_function == "sigmoid":
-            pooled[one(config, "score_offset").path] = jnp.full(config.layers, offset, jnp.float32)
+        if options.score_function == "sigmoid":
+            pooled[one(config, "score_offset").path] = jnp.full(config.layers, options.offset, jnp.float32)
         return pooled
 
     replaced = [record for record in parameters(model.config) if record.component in POOLED]
     return transform(model, config, replaced, concatenate)
+
+
+def _pooled(config: ModelConfig, options: PoolStage) -> ModelConfig:
+    moe = dataclasses.replace(
+        moe_of(config), experts=expert_count(config), placement="shared", router=options.router, selection_bias=True,
+        score_function=options.score_function, score_offset=options.score_function == "sigmoid",
+    )  # fmt: skip
+    return dataclasses.replace(config, moe=moe)
 
 
 def _concatenated(router_NDE: jax.Array, pooled: Parameter) -> jax.Array:
@@ -104,8 +98,9 @@ def foreign_bias(sizes: Sequence[int], strength: float) -> np.ndarray:
     return np.where(own_experts(sizes), np.float32(0), np.float32(-strength))
 
 
-def check_options(start: Start, score_function: str, bias: float | None, offset: float) -> None:
+def check_options(options: PoolStage) -> None:
     """Raises UserError when nothing would read the bias or the offset, or when they are out of range."""
+    start, score_function, bias, offset = options.start, options.score_function, options.bias, options.offset
     if bias is not None and start != "lossless":
         raise UserError(f"a bias is for the lossless start, and this one is {start}: leave one of them out")
     if bias is not None and not 0 <= bias < math.inf:

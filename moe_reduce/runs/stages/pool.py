@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from moe_reduce.core.config import PoolStage
 from moe_reduce.core.provenance import originals
 from moe_reduce.models.model import Model
-from moe_reduce.reduction.canonical import canonical
 from moe_reduce.reduction.pool import pool
 from moe_reduce.reduction.transform import moe_of
 from moe_reduce.runs.stages.stage import Result, RunContext, Stage, StageContext
@@ -30,6 +29,4 @@ def pool_experts(config: PoolStage, model: Model, seed: int) -> Result:
     """Pool the experts of a model. seed: of a random start. Raises UserError when the model cannot be pooled."""
     moe_of(model.config)
     home = [pair for row in originals(model.config, model.chain) for pair in row]
-    start = canonical(model) if config.canonical else model
-    pooled = pool(start, config.start, config.score_function, config.router, config.bias, config.offset, seed)
-    return Result(pooled, [home])
+    return Result(pool(model, config, seed), [home])
