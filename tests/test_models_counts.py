@@ -15,6 +15,7 @@ from moe_reduce.planning.flops import (
     matmul_parameters_per_token,
     train_flops_per_token,
 )
+from moe_reduce.reduction.transform import expert_count
 from moe_reduce.runs import stages
 
 PYTHIA_160M = ModelConfig(
@@ -68,7 +69,7 @@ def test_qwen3_30b_a3b_as_a_pool_and_pruned():
     found = {"original": run.architecture} | dict(stages.configurations(run.architecture, run))
     counts = {name: counts_by_component(config) for name, config in found.items()}
     one = 3 * 2048 * 768
-    assert stages.experts_of(found["pool"]) == 6144
+    assert expert_count(found["pool"]) == 6144
     assert counts["original"] == {
         "attention": 48 * 2 * 2048 * 128 * (32 + 4),
         "embedding": 151_936 * 2048,

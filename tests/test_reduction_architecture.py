@@ -19,18 +19,14 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import abstract_params
-from moe_reduce.reduction import architecture
-from moe_reduce.reduction.architecture import (
-    block_influence,
-    drop_layers,
-    factorise_embedding,
-    group_heads,
-    prune_magnitude,
-    prune_neurons,
-    prune_two_four,
-)
+from moe_reduce.reduction.embedding import factorise_embedding
+from moe_reduce.reduction.heads import group_heads
+from moe_reduce.reduction.layers import block_influence, drop_layers
+from moe_reduce.reduction.neurons import prune_neurons
+from moe_reduce.reduction.sparsity import prune_magnitude, prune_two_four
 from moe_reduce.storage import manifest
 
+FEED_FORWARD = r"(layers/)?(mlp|experts)/(gate|up|down)"
 KINDS = ["tiny_dense", "tiny_neox", "tiny_shared", "tiny_layer_moe"]
 
 
@@ -257,7 +253,7 @@ def test_keeping_all_neurons_is_the_identity(model):
 
 def test_neurons_that_write_nothing_are_removed_first(model):
     """Three of each block, others in each layer and expert."""
-    paths = trees.select(model.params, architecture.FEED_FORWARD, expect=2 if model.config.biases else 3)
+    paths = trees.select(model.params, FEED_FORWARD, expect=2 if model.config.biases else 3)
     (down_path,) = [path for path in paths if path.endswith("down")]
     down, random = np.array(paths[down_path]), np.random.default_rng(0)
     width = feed_forward_width(model.config)

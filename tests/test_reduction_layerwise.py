@@ -10,7 +10,7 @@ import pytest
 import moe_reduce
 from moe_reduce.__main__ import main
 from moe_reduce.core import trees
-from moe_reduce.core.config import ExecutionConfig
+from moe_reduce.core.config import ExecutionConfig, PoolStage
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.reduction import files, layerwise, scores
@@ -53,7 +53,7 @@ def test_command_and_what_it_refuses(model, tmp_path, capsys):
     plain = dataclasses.replace(model.config, moe=moe)
     plain = dataclasses.replace(model, config=plain, params=init_params(plain, jax.random.key(0)))
     moe_reduce.save(plain, tmp_path / "model")
-    moe_reduce.save(pooling.pool(plain), tmp_path / "pool")
+    moe_reduce.save(pooling.pool(plain, PoolStage(canonical=False)), tmp_path / "pool")
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 64, (8, 16)).astype(np.int32))
     data = [f"--data={tmp_path / 'tokens.npy'}", "--sequence-length=16", "--criteria=all"]
     for name, more in (("whole", []), ("layers", ["--layer-wise"])):

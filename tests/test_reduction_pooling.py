@@ -1,6 +1,7 @@
 """Pooling is exact: canonical form and the lossless start leave the logits as they were."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 
 from moe_reduce.core import trees
-from moe_reduce.core.config import ExecutionConfig
+from moe_reduce.core.config import ExecutionConfig, PoolStage
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.models.moe.routing import route
 from moe_reduce.reduction import pool as pooling
+from moe_reduce.reduction.canonical import canonical as canonical_form
+
+plain = functools.partial(PoolStage, canonical=False)
 
 
 @pytest.fixture
@@ -38,22 +42,21 @@ def _relative(found, wanted):
 
 
 def test_canonical_form_changes_the_parameters_and_not_the_logits(model):
-    canonical = pooling.canonical(model)
+    canonical = canonical_form(model)
     assert _relative(canonical(_tokens(model)), model(_tokens(model))) < 1e-5
     flat = trees.flatten(canonical.params)
     np.testing.assert_array_equal(flat["layers/mlp_norm/scale"], 1.0)
     gains = flat["layers/output_gain"]
     assert float(jnp.max(jnp.abs(gains - 1))) > 0.1
     # after it, every layer's experts have outputs of unit RMS on inputs of unit RMS
-    again = pooling.canonical(canonical)
+    again = canonical_form(canonical)
     np.testing.assert_allclose(trees.flatten(again.params)["layers/output_gain"], gains, rtol=1e-5)
 
 
 @pytest.mark.parametrize("router", ["shared", "layer"])
 @pytest.mark.parametrize("canonical", [True, False])
 def test_lossless_start(model, router, canonical):
-    start = pooling.canonical(model) if canonical else model
-    pooled = pooling.pool(start, router=router)
+    pooled = pooling.pool(model, PoolStage(router=router, canonical=canonical))
     assert pooled.config.moe.experts == 12
     assert _relative(pooled(_tokens(model)), model(_tokens(model))) < 1e-5
 
@@ -67,16 +70,16 @@ def test_a_layer_short_of_experts_still_chooses_the_best_of_the_others(model):
 
 
 def test_without_the_bias_other_layers_experts_compete(model):
-    concat = pooling.pool(model, start="concat")
+    concat = pooling.pool(model, plain(start="concat"))
     assert _relative(concat(_tokens(model)), model(_tokens(model))) > 0.05
-    weak = pooling.pool(model, bias=0.5)
+    weak = pooling.pool(model, plain(bias=0.5))
     assert _relative(weak(_tokens(model)), model(_tokens(model))) > 1e-3
 
 
 def test_sigmoid_gates_approach_softmax_gates_with_the_offset(model):
     wanted = model(_tokens(model))
     errors = [
-        _relative(pooling.pool(model, score_function="sigmoid", offset=offset)(_tokens(model)), wanted)
+        _relative(pooling.pool(model, plain(score_function="sigmoid", offset=offset))(_tokens(model)), wanted)
         for offset in (4.0, 7.0, 10.0)
     ]
     for weaker, stronger in itertools.pairwise(errors):
@@ -85,11 +88,11 @@ def test_sigmoid_gates_approach_softmax_gates_with_the_offset(model):
 
 
 def test_random_start_has_no_bias_and_a_router_of_its_own(model):
-    pooled = pooling.pool(model, start="random", score_function="sigmoid")
+    pooled = pooling.pool(model, plain(start="random", score_function="sigmoid"))
     flat = trees.flatten(pooled.params)
     np.testing.assert_array_equal(flat["layers/router_bias"], 0.0)
     assert flat["router/weight"].shape == (16, 12)
-    other = trees.flatten(pooling.pool(model, start="random", score_function="sigmoid", seed=1).params)
+    other = trees.flatten(pooling.pool(model, plain(start="random", score_function="sigmoid"), seed=1).params)
     assert not np.array_equal(other["router/weight"], flat["router/weight"])
 
 
@@ -97,10 +100,10 @@ def test_what_cannot_be_pooled(model, tiny_dense, tiny_shared):
     for config, part in ((tiny_dense, "dense"), (tiny_shared, "one pool already")):
         other = dataclasses.replace(model, config=config)
         with pytest.raises(UserError, match=part):
-            pooling.pool(other)
+            pooling.pool(other, plain())
     moe = dataclasses.replace(model.config.moe, normalize=False)
     with pytest.raises(UserError, match="norm_topk_prob"):
-        pooling.pool(dataclasses.replace(model, config=dataclasses.replace(model.config, moe=moe)))
+        pooling.pool(dataclasses.replace(model, config=dataclasses.replace(model.config, moe=moe)), plain())
 
 
 @pytest.mark.parametrize(
@@ -116,12 +119,12 @@ def test_what_cannot_be_pooled(model, tiny_dense, tiny_shared):
 )
 def test_options_that_mean_nothing(model, options, part):
     with pytest.raises(UserError, match=part):
-        pooling.pool(model, **options)
+        pooling.pool(model, plain(**options))
 
 
 def test_pooling_needs_shapes_only(model):
     abstract = jax.eval_shape(
-        lambda params: pooling.pool(dataclasses.replace(model, params=params)).params, model.params
+        lambda params: pooling.pool(dataclasses.replace(model, params=params), plain()).params, model.params
     )
     assert trees.flatten(abstract)["experts/gate"].shape == (12, 16, 24)
     assert trees.flatten(abstract)["layers/router_bias"].shape == (3, 12)

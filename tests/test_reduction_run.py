@@ -19,14 +19,16 @@ from moe_reduce.core.config import AdapterConfig, ExecutionConfig, MeshConfig, P
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
+from moe_reduce.reduction import scores
 from moe_reduce.runs import reduce as run_module
 from moe_reduce.runs import stages
+from moe_reduce.runs.stages import prune, tune
 from moe_reduce.storage.manifest import verify
 from moe_reduce.training import job
 from moe_reduce.training.checkpoints import Checkpoints
 
 CONFIG = """
-from moe_reduce import config as defaults
+from moe_reduce.core import config as defaults
 
 
 def get_config():
@@ -316,7 +318,7 @@ def test_a_pool_knows_its_layers_when_some_were_dropped(tmp_path):
         ("1-pool", np.ones((1, 4), bool)),
     ):
         model = moe_reduce.load(tmp_path / name)
-        np.testing.assert_array_equal(~stages.foreign(model.config, model.chain), wanted, err_msg=name)
+        np.testing.assert_array_equal(~tune.foreign_experts(model.config, model.chain), wanted, err_msg=name)
 
 
 def test_a_pool_of_unknown_origin_is_refused_before_anything_is_measured(tmp_path, capsys):
@@ -339,9 +341,9 @@ def test_protection_of_a_pool_ends_with_the_first_layers(tmp_path, monkeypatch):
     maximum = np.ones((4, 256), np.float32)
     maximum[:, 64 + 7], maximum[:, 3 * 64 + 5] = 50.0, 90.0
     worth = np.where(maximum > 1, np.float32(0), np.float32(1))
-    found = stages.scores.Sums(1, np.ones((4, 256), np.float32), worth, worth, maximum)
-    monkeypatch.setattr(stages.scores, "collect", lambda *_: found)
-    monkeypatch.setattr(stages, "_calibration", lambda *_: None)
+    found = scores.Sums(1, np.ones((4, 256), np.float32), worth, worth, maximum)
+    monkeypatch.setattr(scores, "collect", lambda *_: found)
+    monkeypatch.setattr(prune, "_calibration", lambda *_: None)
     (run,) = config_file.read(str(write(tmp_path)), [], reduce_from_dict).values()
     place: Any = SimpleNamespace(run=run, name="prune", mesh=None, first=config, directory=tmp_path)
     stage = PruneStage(keep=0.5, protect_super_experts=True)
@@ -390,6 +392,6 @@ def test_an_adapter_that_a_mesh_cannot_split_is_refused(finished):
     (run,) = config_file.read(file, [], reduce_from_dict).values()
     first = moe_reduce.load(finished / "model").config
     adapter = AdapterConfig(method="skema", sketch_width=4, targets="mlp", projection="srht")
-    tune = TuneStage(steps=1, components="router", adapter=adapter)
+    entry = TuneStage(steps=1, components="router", adapter=adapter)
     with pytest.raises(UserError, match=r"stages.t: adapter.projection=srht mixes the whole width"):
-        list(stages.configurations(first, dataclasses.replace(run, stages={"t": tune}, mesh=MeshConfig(tensor=2))))
+        list(stages.configurations(first, dataclasses.replace(run, stages={"t": entry}, mesh=MeshConfig(tensor=2))))

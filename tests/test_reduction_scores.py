@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_reduce.core import trees
-from moe_reduce.core.config import ExecutionConfig
+from moe_reduce.core.config import ExecutionConfig, PoolStage
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
@@ -174,7 +174,7 @@ def test_super_experts_stand_out_or_are_an_error():
 @pytest.mark.parametrize("kind", ["layer", "shared", "pooled"])
 def test_keeping_all_is_the_identity(kind, tiny_layer_moe, tiny_shared):
     model = _model(tiny_shared if kind == "shared" else tiny_layer_moe)
-    model = pooling.pool(model) if kind == "pooled" else model
+    model = pooling.pool(model, PoolStage(canonical=False)) if kind == "pooled" else model
     moe = model.config.moe
     rows = 1 if moe.placement == "shared" else model.config.layers
     kept = prune(model, (tuple(range(moe.experts)),) * rows)

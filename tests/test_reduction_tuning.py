@@ -1,6 +1,7 @@
 """The losses that train a reduced model, by hand and at the points where they must be zero."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,15 @@ import pytest
 from training_runs import MODELS, initial_params, random_batch
 
 from moe_reduce.core import trees
-from moe_reduce.core.config import BalanceConfig, ExecutionConfig, TuneStage
+from moe_reduce.core.config import BalanceConfig, ExecutionConfig, PoolStage, TuneStage
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
 from moe_reduce.models.model import Model
 from moe_reduce.reduction import pool as pooling
-from moe_reduce.runs import stages, tuning
+from moe_reduce.runs.stages import recovery, tune
 from moe_reduce.training.task import TEACHER
 
+plain = functools.partial(PoolStage, canonical=False)
 EXECUTION = ExecutionConfig(dispatch="reference").resolve("cpu")
 CHAIN = (Step("pool", {}, (), 0, 0, kept_experts=[[[layer, index] for layer in range(2) for index in range(4)]]),)
 
@@ -29,22 +31,22 @@ def model():
 
 def _loss(pooled, teacher, **settings):
     stage = TuneStage(steps=10, **settings)
-    task = tuning.tuning_task(pooled.config, teacher.config, stage, EXECUTION, BalanceConfig(weight=0.0))
+    task = recovery.recovery_task(pooled, teacher.config, stage, BalanceConfig(weight=0.0))
     return task.loss({**pooled.params, TEACHER: teacher.params}, random_batch())
 
 
 @pytest.mark.parametrize("router", ["shared", "layer"])
 def test_concatenated_routers_have_nothing_to_learn_and_random_ones_do(model, router):
-    """METHODS: the router's loss says nothing about foreign experts, so it is zero for the concatenation."""
-    concat = pooling.pool(model, start="concat", router=router)
+    """The router's loss says nothing about foreign experts, so it is zero for the concatenation."""
+    concat = pooling.pool(model, plain(start="concat", router=router))
     loss, _ = _loss(concat, model, objective="router")
     assert float(loss) == pytest.approx(0.0, abs=1e-6)
-    random, _ = _loss(pooling.pool(model, start="random", router=router), model, objective="router")
+    random, _ = _loss(pooling.pool(model, plain(start="random", router=router)), model, objective="router")
     assert float(random) > 1e-3
 
 
 def test_router_divergence_by_hand(model):
-    pooled = pooling.pool(model, start="random")
+    pooled = pooling.pool(model, plain(start="random"))
     found, _ = _loss(pooled, model, objective="router")
     batch = {"tokens": random_batch()["tokens"]}
     x = np.asarray(model.apply(batch, collect=("hidden",)).collected["hidden"]["router_input"], np.float64)
@@ -76,36 +78,37 @@ def test_divergence_by_hand():
     q = np.exp(found) / np.exp(found).sum(-1, keepdims=True)
     by_token = np.sum(p * np.log(p / q), axis=-1)
     expected = (by_token[0, 0] + by_token[0, 1] + by_token[1, 0]) / 3
-    np.testing.assert_allclose(tuning.mean_divergence(wanted, found, batch), expected, rtol=1e-5)
+    np.testing.assert_allclose(recovery.mean_divergence(wanted, found, batch), expected, rtol=1e-5)
 
 
 def test_only_the_named_components_train():
     stage = TuneStage(steps=1, components="router,norm")
     trained = {
-        path for path in trees.flatten(initial_params(MODELS["layer"])) if tuning.trains(stage, MODELS["layer"], path)
+        path for path in trees.flatten(initial_params(MODELS["layer"])) if recovery.trains(stage, MODELS["layer"], path)
     }
     assert all("router" in path or "norm" in path for path in trained)
     assert "layers/router/weight" in trained
     assert "layers/attention/query_norm/scale" in trained
+    bias = "layers/router_bias"
     annealing = dataclasses.replace(stage, components="norm", bias_from=1.0)
-    assert tuning.trains(annealing, MODELS["shared"], tuning.BIAS)
-    assert not tuning.trains(stage, MODELS["shared"], tuning.BIAS)
+    assert recovery.trains(annealing, MODELS["pool"], bias)
+    assert not recovery.trains(stage, MODELS["pool"], bias)
 
 
 def test_foreign_experts_are_those_of_other_layers(model):
-    pooled = dataclasses.replace(pooling.pool(model), chain=CHAIN)
+    pooled = dataclasses.replace(pooling.pool(model, plain()), chain=CHAIN)
     expected = np.repeat([[False, True], [True, False]], 4, axis=1)
-    np.testing.assert_array_equal(stages.foreign(pooled.config, pooled.chain), expected)
+    np.testing.assert_array_equal(tune.foreign_experts(pooled.config, pooled.chain), expected)
     with pytest.raises(UserError, match="which layer"):
-        stages.foreign(pooled.config, ())
+        tune.foreign_experts(pooled.config, ())
 
 
 def test_annealing_is_done_after_its_share_of_the_steps(model):
-    pooled = dataclasses.replace(pooling.pool(model), chain=CHAIN)
-    foreign = stages.foreign(pooled.config, pooled.chain)
+    pooled = dataclasses.replace(pooling.pool(model, plain()), chain=CHAIN)
+    foreign = tune.foreign_experts(pooled.config, pooled.chain)
     stage = TuneStage(steps=10, anneal_share=0.5, bias_from=4.0, bias_to=1.0)
-    task = tuning.tuning_task(pooled.config, model.config, stage, EXECUTION, BalanceConfig(), foreign)
-    params = tuning.start_annealing(pooled.params, stage, foreign)
+    task = recovery.recovery_task(pooled, model.config, stage, BalanceConfig(), foreign)
+    params = recovery.start_annealing(pooled, stage, foreign).params
     for wanted in (4.0, 3.4, 2.8, 2.2, 1.6, 1.0, 1.0, 1.0):
         np.testing.assert_allclose(params["layers"]["router_bias"], np.where(foreign, -wanted, 0.0), rtol=1e-5)
         params = task.after_step(params, {})

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     if arguments.count is not None and arguments.data is None:
         raise UserError(f"--count={arguments.count} measures Block Influence: give --data, or --layers")
     model = transforming.read(arguments, overrides)
-    from moe_reduce.reduction.architecture import drop_layers
+    from moe_reduce.reduction.layers import drop_layers
 
     settings = {"layers": arguments.layers} if arguments.count is None else _least_influential(arguments, model)
     dropped = settings["layers"]
@@ -52,7 +52,7 @@ def _least_influential(arguments: argparse.Namespace, model: "Model") -> dict[st
     """{count, layers, block_influence}: all are measured once, in the whole model, as ShortGPT does."""
     import numpy as np
 
-    from moe_reduce.reduction.architecture import block_influence
+    from moe_reduce.reduction.layers import block_influence
 
     if not 1 <= arguments.count < model.config.layers:
         raise UserError(f"--count={arguments.count} must be at least 1 and below the {model.config.layers} layers")

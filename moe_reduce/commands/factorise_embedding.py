@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the model with the factorised embedding and returns its path."""
     model = transforming.read(arguments, overrides)
-    from moe_reduce.reduction.architecture import factorise_embedding
+    from moe_reduce.reduction.embedding import factorise_embedding
 
     factorised = factorise_embedding(model, arguments.inner)
     return transforming.write(arguments, model, factorised, {"inner": arguments.inner})

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the model with grouped heads and returns its path."""
     model = transforming.read(arguments, overrides)
-    from moe_reduce.reduction.architecture import group_heads
+    from moe_reduce.reduction.heads import group_heads
 
     grouped = group_heads(model, arguments.key_value_heads)
     return transforming.write(arguments, model, grouped, {"key_value_heads": arguments.key_value_heads})

@@ -34,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the pooled model and returns its path."""
     from moe_reduce.reduction.pool import check_options
-    from moe_reduce.runs.stages import pool_experts
+    from moe_reduce.runs.stages.pool import pool_experts
 
     names = ("canonical", "start", "score_function", "router", "bias", "offset")
     stage = PoolStage(**{name: getattr(arguments, name) for name in names})
-    check_options(stage.start, stage.score_function, stage.bias, stage.offset)
+    check_options(stage)
     model = transforming.read(arguments, overrides)
     result = pool_experts(stage, model, arguments.seed)
     settings = to_dict(stage) | {"seed": arguments.seed}

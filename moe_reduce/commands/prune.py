@@ -43,8 +43,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         )
     kept = _choose(arguments, directory, found)
     before = parameter_count(directory.config)
-    pruned = files.pruned_config(directory, kept)
-    after = parameter_count(pruned)
+    after = parameter_count(files.pruned(directory, kept).config)
     step = Step(
         command="prune",
         arguments={name: getattr(arguments, name) for name in ("criterion", "keep", "scope", "floor")}

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the narrower model and returns its path."""
     model = transforming.read(arguments, overrides)
-    from moe_reduce.reduction.architecture import prune_neurons
+    from moe_reduce.reduction.neurons import prune_neurons
 
     pruned = prune_neurons(model, arguments.keep)
     return transforming.write(arguments, model, pruned, {"keep": arguments.keep})

@@ -61,9 +61,10 @@ def _files(out: Path) -> list[Path]:
 
 def _whole(arguments: argparse.Namespace) -> "tuple[Sums, MoEConfig]":
     from moe_reduce.reduction import scores
+    from moe_reduce.reduction.transform import moe_of
 
     model = model_arguments.load_model(arguments)
-    moe = scores.moe_of(model.config)
+    moe = moe_of(model.config)
     return scores.collect(model, model_arguments.batches(arguments, model.config.vocab_size)), moe
 
 

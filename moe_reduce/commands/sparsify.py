@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the sparse model, as dense tensors that hold zeros, and returns its path."""
     model = transforming.read(arguments, overrides)
-    from moe_reduce.reduction.architecture import prune_magnitude, prune_two_four
+    from moe_reduce.reduction.sparsity import prune_magnitude, prune_two_four
 
     sparse = prune_two_four(model) if arguments.share is None else prune_magnitude(model, arguments.share)
     zeros = _zeros(model), _zeros(sparse)

@@ -195,6 +195,22 @@ def select(config: ModelConfig, *, component: str | None = None, matrix: bool | 
     return found
 
 
+def one(config: ModelConfig, component: str, name: str | None = None) -> Parameter:
+    """The only record of a component, or of a name within it; ValueError where there is none, or more than one."""
+    (record,) = [p for p in parameters(config) if p.component == component and name in (None, p.name)]
+    return record
+
+
+def bias_of(config: ModelConfig, matrix: Parameter) -> Parameter | None:
+    """Record of the bias that is added to what a matrix yields; None without one."""
+    return by_path(config).get(f"{matrix.path}_bias")
+
+
+def ffn_norm_scale(config: ModelConfig) -> Parameter:
+    """Record of the scale of the norm in front of the feed-forward block, or of router and experts."""
+    return by_path(config)["layers/mlp_norm/scale"]
+
+
 def normal_init(std: float) -> nn.initializers.Initializer:
     """Gaussian of a standard deviation."""
     return nn.initializers.normal(std)

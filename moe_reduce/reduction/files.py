@@ -1,18 +1,22 @@
-"""Pruning from file to file: the bytes of kept experts are copied, and no model need fit into memory."""
+"""Pruning from file to file: the bytes of kept experts are copied, and no model needs to fit into memory."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from moe_reduce.core.config import ModelConfig, MoEConfig
+from moe_reduce.core.config import ModelConfig, MoEConfig, PoolStage
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step, originals
-from moe_reduce.families import Leaf, by_path, leaves, read_config
-from moe_reduce.reduction.pool import LOSSLESS_BIAS, check_poolable, foreign_bias, pooled_config
-from moe_reduce.reduction.prune import check_kept, smaller_config
+from moe_reduce.families import Leaf, leaves, read_config
+from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import by_path, one, select
+from moe_reduce.reduction.pool import LOSSLESS_BIAS, foreign_bias, own_experts, pool
+from moe_reduce.reduction.prune import check_kept, prune
 from moe_reduce.reduction.selection import Kept
+from moe_reduce.reduction.transform import abstract_model
 from moe_reduce.storage import manifest
 from moe_reduce.storage.model_directory import Contents
 from moe_reduce.storage.parameter_tensors import check_names, check_weight
@@ -23,7 +27,7 @@ Source = Entry | Callable[[], np.ndarray]
 
 @dataclass(frozen=True)
 class Directory:
-    """A model directory of which only headers have been read."""
+    """A model directory of which only configuration, headers and manifest have been read."""
 
     path: Path
     config: ModelConfig
@@ -33,15 +37,27 @@ class Directory:
 
     @property
     def moe(self) -> MoEConfig:
-        """Raises UserError for a dense model."""
+        """Configuration of the experts; raises UserError for a dense model."""
         if self.config.moe is None:
-            raise UserError(f"{self.path} is a dense model: it has no experts to prune")
+            raise UserError(f"{self.path} is a dense model and has no experts: give a mixture of experts")
         return self.config.moe
+
+    def layout(self, component: str, name: str | None = None) -> Leaf:
+        """Layout on disk of the only parameter of a component, or of a name within it."""
+        path = one(self.config, component, name).path
+        return next(leaf for leaf in leaves(self.config) if leaf.path == path)
+
+    def view(self, leaf: Leaf, index: tuple[int, ...] = ()) -> np.ndarray:
+        """View of one tensor on disk, with the axes of its parameter behind the stacked ones."""
+        return leaf.from_stored(self.files.read(leaf.name(index)))
 
 
 def open_directory(path: Path) -> Directory:
-    """Reads config.json, headers and manifest; raises UserError when tensors are missing, unknown or mis-shaped, or
-    those of one leaf differ in dtype."""
+    """Open a model directory and check its headers.
+
+    Raises UserError when a tensor is missing, unknown or of the wrong shape, or when the tensors of one parameter
+    differ in dtype.
+    """
     config, raw = read_config(path)
     files = TensorFiles(path)
     check_names(files, config)
@@ -55,118 +71,120 @@ def open_directory(path: Path) -> Directory:
 
 
 def prune_files(directory: Directory, kept: Kept, step: Step) -> Contents:
-    """The directory's model with the kept experts only, as `storage.model.write_directory` takes it.
+    """Return the model with the kept experts only, as `model_directory.write_directory` takes it.
 
-    Layers of a per-layer model that keep different numbers become one pool, with each layer's own experts the only
-    ones that it can choose: no config of a per-layer model says otherwise. Raises UserError as `pruning.prune` does.
+    Layers of a per-layer model that keep different numbers of experts become one pool, in which each layer can choose
+    only its own: no configuration of a per-layer model can express that. step: appended to the chain. Raises UserError
+    as `pruned` does.
     """
-    config = pruned_config(directory, kept)
+    config = pruned(directory, kept).config
     items = _pooled_items if _uneven(directory, kept) else _smaller_items
-    embedding = next(leaf for leaf in leaves(directory.config) if leaf.record.component == "embedding")
-    dtype = str(directory.files.entries[embedding.name()].dtype)
+    embedding = _layouts(directory)[select(directory.config, component="embedding")[0].path]
+    dtype = str(directory.files.entries[embedding.name(())].dtype)
     chain = (*directory.chain, step)
     return Contents(config, items(directory, config, kept), dtype, directory.path, directory.raw, chain)
 
 
-def pruned_config(directory: Directory, kept: Kept) -> ModelConfig:
-    """The architecture that is left; raises UserError when the model cannot keep these experts."""
-    if _uneven(directory, kept):
-        check_poolable(directory.config)
-        _check_uneven(directory.moe, kept, directory.config.layers)
-        return pooled_config(directory.config, sum(map(len, kept)))
-    check_kept(directory.moe, kept, directory.config.layers)
-    return smaller_config(directory.config, kept)
+def pruned(directory: Directory, kept: Kept) -> Model:
+    """Return the pruned model with abstract leaves; raises UserError when the model cannot keep these experts."""
+    model = abstract_model(directory.config, chain=directory.chain)
+    if not _uneven(directory, kept):
+        return prune(model, kept)
+    pooled = pool(model, PoolStage(canonical=False))
+    for row in kept:
+        check_kept(directory.config, (row,) * len(kept))  # each layer by itself
+    offsets = np.arange(len(kept)) * directory.moe.experts
+    return prune(
+        pooled, (tuple(int(start) + index for start, row in zip(offsets, kept, strict=True) for index in row),)
+    )
 
 
 def _uneven(directory: Directory, kept: Kept) -> bool:
     return directory.moe.placement == "layer" and len({len(row) for row in kept}) > 1
 
 
-def _check_uneven(moe: MoEConfig, kept: Kept, layers: int) -> None:
-    if len(kept) != layers:
-        raise UserError(f"kept experts are given for {len(kept)} layers, the model has {layers} pools")
-    for row in kept:
-        check_kept(moe, (row,) * layers, layers)
+def _layouts(directory: Directory) -> dict[str, Leaf]:
+    return {leaf.path: leaf for leaf in leaves(directory.config)}
 
 
 def _smaller_items(directory: Directory, config: ModelConfig, kept: Kept) -> Iterator[TensorItem]:
-    shared = directory.moe.placement == "shared"
+    """Tensors of a model that keeps as many experts in each row."""
+    before, records, by_layer = _layouts(directory), by_path(config), len(kept) > 1
     for leaf in leaves(config):
-        before = by_path(directory.config)[leaf.path]
+        axis, numbered = records[leaf.path].expert_axis, len(leaf.stacked)
         for index in np.ndindex(leaf.stacked):
-            place = dict(zip(leaf.numbered, index, strict=True))
-            row = kept[0 if shared or "N" not in place else place["N"]]
-            if "E" in place:
-                place["E"] = row[place["E"]]
-            name = before.name([place[letter] for letter in before.numbered])
-            entry = directory.files.entries[name]
-            source: Source = entry
-            if "E" in before.stored_axes:
-                source = _rows(directory.files, name, before.stored_axes.index("E"), row)
-            yield leaf.name(index), leaf.stored_shape, entry.dtype, source
+            row = kept[index[0] if by_layer and index else 0]
+            old, source = list(index), None
+            if axis is not None and axis < numbered:  # each expert has a tensor of its own, which is copied whole
+                old[axis] = row[index[axis]]
+            entry = directory.files.entries[before[leaf.path].name(tuple(old))]
+            if axis is not None and axis >= numbered:
+                source = partial(_taken, directory, (before[leaf.path], leaf), index, axis - numbered, row)
+            yield leaf.name(index), leaf.stored_shape, entry.dtype, source or entry
 
 
-def _rows(files: TensorFiles, name: str, axis: int, row: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    return lambda: np.take(files.read(name), np.asarray(row), axis=axis)
+def _taken(
+    directory: Directory, layouts: tuple[Leaf, Leaf], index: tuple[int, ...], axis: int, row: tuple[int, ...]
+) -> np.ndarray:
+    """The kept slices of one tensor, in its layout before -> in its layout after."""
+    before, after = layouts
+    return after.to_stored(np.take(directory.view(before, index), np.asarray(row), axis=axis))
 
 
 def _pooled_items(directory: Directory, config: ModelConfig, kept: Kept) -> Iterator[TensorItem]:
-    order = [(layer, index) for layer, row in enumerate(kept) for index in row]
-    before = by_path(directory.config)
+    """Tensors of a pool of layers that keep different numbers of experts."""
+    places = [(layer, index) for layer, row in enumerate(kept) for index in row]
+    before, records = _layouts(directory), by_path(config)
     for leaf in leaves(config):
+        record = records[leaf.path]
         for index in np.ndindex(leaf.stacked):
             name = leaf.name(index)
-            if leaf.path == "router/weight":
-                dtype = directory.files.entries[_router(directory).name((0,))].dtype
-                yield name, leaf.stored_shape, dtype, _concatenated(directory, kept)
-            elif leaf.path == "layers/router_bias":
-                yield name, leaf.stored_shape, np.dtype(np.float32), _own_only(directory, kept, index[0])
+            if record.component == "experts":
+                layout = directory.layout("experts", record.name)
+                entry = directory.files.entries[layout.name(places[index[0]])]
+                yield name, leaf.stored_shape, entry.dtype, entry
+            elif record.component == "router":
+                dtype = directory.files.entries[directory.layout("router").name((0,))].dtype
+                yield name, leaf.stored_shape, dtype, partial(_router, directory, leaf, kept)
+            elif record.component == "router_bias":
+                yield name, leaf.stored_shape, np.dtype(np.float32), partial(_bias, directory, kept, index[0])
             else:
-                of_layer = leaf.path.startswith("experts/")  # in the pool now, and in a layer before
-                source = (
-                    before[f"layers/{leaf.path}"].name(order[index[0]]) if of_layer else before[leaf.path].name(index)
-                )
-                entry = directory.files.entries[source]
+                entry = directory.files.entries[before[leaf.path].name(index)]
                 yield name, leaf.stored_shape, entry.dtype, entry
 
 
-def _router(directory: Directory) -> Leaf:
-    return by_path(directory.config)["layers/router/weight"]
+def _router(directory: Directory, leaf: Leaf, kept: Kept) -> np.ndarray:
+    """Kept columns of the routers of all layers, side by side."""
+    router = directory.layout("router")
+    columns = [directory.view(router, (layer,))[:, list(row)] for layer, row in enumerate(kept)]
+    return leaf.to_stored(np.concatenate(columns, axis=1))
 
 
-def _kept_rows(directory: Directory, leaf: Leaf, kept: Kept) -> list[np.ndarray]:
-    """Rows of each layer's kept experts, of a leaf that stores one row for each expert."""
-    assert leaf.stored_axes[0] == "E", leaf.path
-    return [directory.files.read(leaf.name((layer,)))[list(row)] for layer, row in enumerate(kept)]
-
-
-def _concatenated(directory: Directory, kept: Kept) -> Callable[[], np.ndarray]:
-    return lambda: np.concatenate(_kept_rows(directory, _router(directory), kept))
-
-
-def _own_only(directory: Directory, kept: Kept, layer: int) -> Callable[[], np.ndarray]:
-    def make() -> np.ndarray:
-        bias = by_path(directory.config).get("layers/router_bias")
-        own = None if bias is None else _kept_rows(directory, bias, kept)
-        return foreign_bias([len(row) for row in kept], LOSSLESS_BIAS, own)[layer]
-
-    return make
+def _bias(directory: Directory, kept: Kept, layer: int) -> np.ndarray:
+    """Selection bias of one layer, with which it can choose only its own experts, fp32 [P]."""
+    sizes = [len(row) for row in kept]
+    bias_P = foreign_bias(sizes, LOSSLESS_BIAS)[layer]
+    if directory.moe.selection_bias:
+        own_E = directory.view(directory.layout("router_bias"), (layer,))[list(kept[layer])]
+        bias_P[own_experts(sizes)[layer]] = own_E.astype(np.float32)
+    return bias_P
 
 
 def sole_callers(directory: Directory) -> np.ndarray | None:
-    """The only layer that can choose each expert of a pool, [E]; None where layers share experts, or own them.
+    """Return the only layer that can choose each expert of a pool, [E]; None where layers share or own their experts.
 
-    So it is behind an uneven pruning and the lossless start, until the bias is annealed.
+    A pool has such layers after an uneven pruning or a lossless start, until the bias is annealed.
     """
     if directory.moe.placement == "layer" or not directory.moe.selection_bias:
         return None
-    names = by_path(directory.config)["layers/router_bias"].names()
-    callable_NE = np.stack([directory.files.read(name).astype(np.float32) for name in names]) > -LOSSLESS_BIAS / 2
+    bias = directory.layout("router_bias")
+    rows = [directory.view(bias, (layer,)).astype(np.float32) for layer in range(directory.config.layers)]
+    callable_NE = np.stack(rows) > -LOSSLESS_BIAS / 2
     return np.argmax(callable_NE, axis=0) if np.all(np.sum(callable_NE, axis=0) == 1) else None
 
 
 def kept_originals(directory: Directory, kept: Kept) -> list[list[list[int]]]:
-    """What a manifest says about a pruning: the original (layer, index) of the experts kept, in their new order."""
+    """Original (layer, index) of the experts kept, by row and in their new order, as a manifest records them."""
     before = originals(directory.config, directory.chain)
     rows = [[before[row][index] for index in indices] for row, indices in enumerate(kept)]
     return [[pair for row in rows for pair in row]] if _uneven(directory, kept) else rows

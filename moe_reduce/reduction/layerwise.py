@@ -1,6 +1,6 @@
-"""Scoring a model that does not fit into memory: layer by layer, and the experts of a layer a few at a time.
+"""Scores of a model that does not fit into memory: one layer at a time, and of its experts a few at a time.
 
-The hidden states of the whole calibration set go from layer to layer; each weight is read once.
+The hidden states of the whole calibration set pass from layer to layer, so that each weight is read once.
 """
 
 import sys
@@ -16,25 +16,26 @@ from tqdm import tqdm
 from moe_reduce.core import trees
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.families import by_path, leaves
-from moe_reduce.models.decoder import AttentionHalf, LayerRouter
+from moe_reduce.families import Leaf, leaves
+from moe_reduce.models.decoder import STACK, AttentionHalf, LayerRouter
 from moe_reduce.models.moe.dispatch import Assigned
 from moe_reduce.models.moe.experts import Experts, computed
 from moe_reduce.models.moe.mixture import some_experts
+from moe_reduce.models.parameters import by_path
 from moe_reduce.models.weights import Weight
 from moe_reduce.reduction.files import Directory
 from moe_reduce.reduction.scores import Sums, fetched, sums_of
 from moe_reduce.training.task import Batch
 
-CHUNK_BYTES = 40 * 1024**2  # of experts in memory at a time
-HALF = ("layers/attention_norm", "layers/attention/", "layers/mlp_norm")
+CHUNK_BYTES = 40 * 1024**2  # size of the experts that are in memory at a time
+ATTENTION_HALF = ("attention", "norm", "bias")  # components of a layer's parameters that are not about experts
 
 
 def collect(directory: Directory, batches: Sequence[Batch], execution: ExecutionConfig) -> Sums:
-    """As scores.collect, of a directory of which one layer's attention and a few experts are in memory at a time.
+    """Collect what scores.collect does, with the attention and a few experts of one layer in memory at a time.
 
-    Hidden states of all batches are, so 4 bytes · D · 3 for each token. Raises UserError for a shared pool, whose
-    experts every layer needs, for a factorised embedding, and without a batch.
+    The hidden states of all batches stay in memory as well: 4 bytes · D · 3 for each token. Raises UserError for a
+    shared pool, whose experts every layer needs, for a factorised embedding, and without a batch.
     """
     config = directory.config
     if directory.moe.placement == "shared" or config.embedding_factor is not None:
@@ -54,21 +55,20 @@ def collect(directory: Directory, batches: Sequence[Batch], execution: Execution
 
 
 def _embed(directory: Directory, tokens_BT: Any, dtype: jnp.dtype) -> jax.Array:
-    """Only the rows of the table that occur are read."""
-    leaf = by_path(directory.config)["embedding/table"]
-    table_VD = leaf.from_stored(directory.files.read(leaf.name()))
-    return jnp.asarray(table_VD[np.asarray(tokens_BT)]).astype(dtype)
+    """Embed tokens; only the rows of the table that occur are read."""
+    rows = directory.view(directory.layout("embedding"))[np.asarray(tokens_BT)]
+    return jnp.asarray(rows).astype(dtype)
 
 
 def _layer(directory: Directory, layer: int, states: list, weights: list, execution: ExecutionConfig):
-    """One layer for all batches: their new states, and the summed statistics of the layer's experts, [E] each."""
+    """Run one layer on all batches: their new states, and the summed statistics of the layer's experts, [E] each."""
     config, moe = directory.config, directory.moe
-    half = trees.unflatten({path.removeprefix("layers/"): leaf for path, leaf in _half(directory, layer)})
-    router: dict[str, Any] = {"router": {"weight": _leaf(directory, "layers/router/weight", layer)}}
+    half = trees.unflatten(dict(_attention_half(directory, layer)))[STACK]
+    router: dict[str, Any] = {"router": {"weight": _read(directory, directory.layout("router"), layer)}}
     for name, present in (("router_bias", moe.selection_bias), ("score_offset", moe.score_offset)):
         if present:
-            router[name] = _leaf(directory, f"layers/{name}", layer)
-    gain_D = _leaf(directory, "layers/output_gain", layer) if moe.output_gain else jnp.ones(config.width)
+            router[name] = _read(directory, directory.layout(name), layer)
+    gain_D = _read(directory, directory.layout("output_gain"), layer) if moe.output_gain else jnp.ones(config.width)
     before = [_attend(config, execution, half, router, x_BTD) for x_BTD in states]
     parts: list[Any] = [None] * len(states)
     for first, experts in _chunks(directory, layer, execution.products):
@@ -96,7 +96,7 @@ def _merge(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> dict[st
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _attend(config: ModelConfig, execution: ExecutionConfig, half, router, x_BTD):
-    """The state behind attention, the input of the experts, and who is chosen with which weight."""
+    """Return the residual stream after attention, the experts' input, and the chosen experts with their weights."""
     batch, time, _ = x_BTD.shape
     positions_BT = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32)[None], (batch, time))
     applied: Any = AttentionHalf(config, execution).apply({"params": half}, x_BTD, positions_BT)
@@ -119,20 +119,20 @@ def _add(left, right):
     return left[0] + right[0], left[1] + right[1], jnp.maximum(left[2], right[2])
 
 
-def _leaf(directory: Directory, path: str, layer: int) -> jax.Array:
-    leaf = by_path(directory.config)[path]
+def _read(directory: Directory, leaf: Leaf, layer: int) -> jax.Array:
     return jnp.asarray(leaf.from_stored(directory.files.read_whole(leaf.name((layer,)))))
 
 
-def _half(directory: Directory, layer: int) -> Iterator[tuple[str, jax.Array]]:
+def _attention_half(directory: Directory, layer: int) -> Iterator[tuple[str, jax.Array]]:
+    records = by_path(directory.config)
     for leaf in leaves(directory.config):
-        if leaf.path.startswith(HALF):
-            yield leaf.path, _leaf(directory, leaf.path, layer)
+        if records[leaf.path].stacked and records[leaf.path].component in ATTENTION_HALF:
+            yield leaf.path, _read(directory, leaf, layer)
 
 
 def _chunks(directory: Directory, layer: int, layout: str) -> Iterator[tuple[int, Experts]]:
-    """(number of the first, matrices) of a few experts of a layer at a time; all chunks are of one size."""
-    described = [by_path(directory.config)[f"layers/experts/{name}"] for name in ("gate", "up", "down")]
+    """Read a few experts of a layer at a time, always equally many: (number of the first, their matrices)."""
+    described = [directory.layout("experts", name) for name in ("gate", "up", "down")]
     names = [[leaf.name((layer, expert)) for leaf in described] for expert in range(directory.moe.experts)]
     one = sum(directory.files.entries[name].stop - directory.files.entries[name].start for name in names[0])
     count = max(1, min(directory.moe.experts, CHUNK_BYTES // one))

@@ -1,7 +1,7 @@
-"""How much each expert matters: REAP (arXiv:2510.13999) and the other criteria, from one pass over a corpus.
+"""Scores of how much each expert matters, by REAP (arXiv:2510.13999) and other criteria, from one pass over a corpus.
 
 Letters: N layers, E experts a layer (or of the shared pool), S tokens. For an assignment of a token x to an expert e,
-g is the combine weight that the model really uses and f the raw output of the expert, before weighting.
+g is the combine weight that the model uses and f the output of the expert before weighting.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from moe_reduce.core.disk import write_json
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input
 from moe_reduce.models.model import Model
+from moe_reduce.reduction.transform import moe_of
 from moe_reduce.training.sharding import compiled
 
 CRITERIA = (
@@ -35,15 +36,15 @@ CRITERIA = (
     "max_activation",  # largest |f|
     "random",  # for comparison
 )
-TINY = np.float32(1e-30)  # of a layer that adds nothing
+TINY = np.float32(1e-30)  # divisor for a layer that adds nothing
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What one pass adds up, by layer call and expert: arrays [N, E].
+    """Statistics that one pass sums up by layer call and expert: arrays [N, E].
 
-    Each batch is summed in fp32, batches in float64: exact, and so the same however passes are split, while no batch
-    adds less than 2^-29 of an expert's total. Scores round to fp32.
+    Each batch is summed in fp32 and batches are added in float64. This is exact, and so independent of how passes are
+    split, as long as no batch adds less than 2^-29 of an expert's total. Scores are rounded to fp32.
     """
 
     tokens: int
@@ -62,7 +63,7 @@ class Sums:
         )
 
     def pooled(self) -> "Sums":
-        """One row for a pool that every layer calls, [1, E]."""
+        """Add the layer calls of a pool that every layer calls, [1, E]."""
         return Sums(
             self.tokens,
             np.sum(self.counts, axis=0, keepdims=True),
@@ -73,7 +74,10 @@ class Sums:
 
 
 def sums_of(assignments: dict[str, jax.Array], weights_BT: jax.Array, experts: int) -> dict[str, jax.Array]:
-    """Sums over one layer call; `assignments` as the decoder sows them, [B, T, A]. Tokens of weight 0 do not count."""
+    """Sum one layer call, [E] each. Tokens of weight 0 do not count.
+
+    assignments: expert, weight, norm and maximum of each assignment, [B, T, A], as Model.apply collects them.
+    """
     counted_BTA = (weights_BT > 0)[:, :, None].astype(jnp.float32)
     index = assignments["expert"].reshape(-1)
     norm_BTA = assignments["norm"] * counted_BTA
@@ -90,14 +94,16 @@ def sums_of(assignments: dict[str, jax.Array], weights_BT: jax.Array, experts: i
 
 
 def collect(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> Sums:
-    """Streams batches through the model, on a mesh if one is given; no assignment is dropped, however the model runs.
+    """Stream batches through the model, on a mesh if one is given; no assignment is dropped, whatever the dispatch.
 
-    Raises UserError when the model has no experts or there is no batch."""
+    Raises UserError when the model has no experts, when the mesh splits their outputs, when there is no batch, or when
+    outputs are not finite.
+    """
     moe = moe_of(model.config)
     if mesh is not None and mesh.shape["tensor"] > 1:
         raise UserError("experts are scored by their whole outputs, which mesh.tensor > 1 splits: set mesh.tensor=1")
     execution = model.execution
-    if execution.dispatch == "capacity":  # what it drops has no output, and would count as an output of 0
+    if execution.dispatch == "capacity":  # a dropped assignment would count as an output of 0
         execution = dataclasses.replace(execution, dispatch=DISPATCH_BY_PLATFORM[execution.platform])
     step = _step(model.config, moe, execution, mesh)
     found: Sums | None = None
@@ -113,11 +119,11 @@ def collect(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> S
 
 
 def fetched(sums: dict[str, jax.Array]) -> dict[str, np.ndarray]:
-    """One batch's sums as Sums adds them."""
+    """Fetch the sums of one batch from the device, as float64."""
     return {name: values.astype(np.float64) for name, values in jax.device_get(sums).items()}
 
 
-@cache  # compiled once for all passes over models of one shape
+@cache  # one compiled program for all passes over models of one shape
 def _step(config: ModelConfig, moe: MoEConfig, execution: ExecutionConfig, mesh: Mesh | None) -> Callable[..., Any]:
     skeleton = Model(config, {}, execution)
 
@@ -129,22 +135,19 @@ def _step(config: ModelConfig, moe: MoEConfig, execution: ExecutionConfig, mesh:
     return compiled(sums, mesh)
 
 
-def moe_of(config: ModelConfig) -> MoEConfig:
-    """Raises UserError for a dense model."""
-    if config.moe is None:
-        raise UserError("a dense model has no experts: give a mixture of experts")
-    return config.moe
-
-
 def check_criteria(names: Iterable[str]) -> None:
-    """Raises UserError when one is unknown."""
+    """Raises UserError when a criterion is unknown."""
     for name in names:
         if name not in CRITERIA:
             raise UserError(f"criterion {name!r} is unknown; known: {', '.join(CRITERIA)}")
 
 
 def criterion(name: str, sums: Sums, seed: int = 0) -> np.ndarray:
-    """Scores [N, E], fp32; higher is more worth keeping, and 0 for experts that no token was routed to."""
+    """Compute the scores of one criterion, fp32 [N, E].
+
+    Higher scores are more worth keeping; an expert that no token was routed to has 0. seed: of the random criterion.
+    Raises UserError when the criterion is unknown.
+    """
     counts = np.maximum(sums.counts, 1)
     formulas = {
         "reap": lambda: sums.weighted_norm / counts,
@@ -163,35 +166,35 @@ def criterion(name: str, sums: Sums, seed: int = 0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score` writes: counts and scores of each criterion, [N, E] (N = 1 for a shared pool)."""
+    """Counts and the scores of each criterion, [N, E] (N = 1 for a shared pool), as the command `score` writes them."""
 
     tokens: int
     counts: np.ndarray
     scores: dict[str, np.ndarray]
-    counts_by_layer: np.ndarray | None = None  # of a shared pool, [N, E]
-    model: Input | None = None  # whose experts they are; None in files of before, and where a run knows
+    counts_by_layer: np.ndarray | None = None  # counts of a shared pool by layer call, [N, E]
+    model: Input | None = None  # the model that was scored; None in older files and within a run
 
     def of(self, name: str) -> np.ndarray:
-        """Raises UserError when the criterion was not scored."""
+        """Return the scores of one criterion, [N, E]; raises UserError when it was not scored."""
         if name not in self.scores:
-            raise UserError(f"criterion {name!r} is not among the scores: {', '.join(self.scores)}")
+            raise UserError(f"criterion {name!r} was not scored: choose one of {', '.join(self.scores)}")
         return self.scores[name]
 
 
 def scores(moe: MoEConfig, sums: Sums, criteria: Iterable[str], seed: int = 0) -> Scores:
-    """Scores of a model's experts under several criteria, from the sums of one pass."""
+    """Score the experts of a model under several criteria, from the sums of one pass."""
     shared = moe.placement == "shared"
     rows = sums.pooled() if shared else sums
     by_name = {name: criterion(name, rows, seed) for name in criteria}
     if shared and "reap_share" in by_name:
-        # Outputs grow with depth, so that sums over layers strip a pool of experts that one of the first needs: worse
-        # while nothing recovers, better once it does (docs/reduction.md).
+        # Outputs grow with depth, so that scores summed over layers remove the experts that early layers need. Without
+        # recovery that is worse than the largest share in any layer; with recovery it is better.
         by_name["reap_share"] = np.max(criterion("reap_share", sums), axis=0, keepdims=True)
     return Scores(sums.tokens, rows.counts, by_name, sums.counts if shared else None)
 
 
 def write(found: Scores, file: Path) -> None:
-    """As JSON; see DESIGN's contract for the keys."""
+    """Write scores as JSON: tokens, counts, scores, and counts_by_layer and model where they are known."""
     content: dict[str, Any] = {
         "tokens": found.tokens,
         "counts": found.counts.tolist(),
@@ -205,12 +208,12 @@ def write(found: Scores, file: Path) -> None:
 
 
 def write_arrays(sums: Sums, file: Path) -> None:
-    """The sums themselves, of every layer call, as .npz."""
+    """Write the sums of every layer call as .npz."""
     np.savez(file, **{name: getattr(sums, name) for name in ("tokens", "counts", "weighted_norm", "norm", "maximum")})
 
 
 def read(file: Path) -> Scores:
-    """Raises UserError when the file is not what `score` writes."""
+    """Read a file that `write` wrote; raises UserError when it is no such file, or its numbers are damaged."""
     try:
         content = json.loads(file.read_text())
         by_name = {name: np.asarray(values, np.float32) for name, values in content["scores"].items()}

@@ -21,10 +21,13 @@ from moe_reduce.training.losses import language_model_task
 
 
 def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
-    """Trains, or goes on, or finds it done; returns the content of summary.json."""
+    """Train from the start or from the newest checkpoint, unless the run is done; return the content of summary.json.
+
+    name: of the variant.
+    """
     run = dataclasses.replace(run, execution=run.execution.resolve(jax.default_backend()))
     mesh = sharding.make_mesh(run.mesh)
-    sharding.model_shardings(mesh, run.model)  # refused before anything is prepared
+    sharding.model_shardings(mesh, run.model)  # refuse a mesh before the text is prepared
     steps.check_batch(mesh, run.train)
     done = begin(workdir, run)
     if done is not None:
@@ -48,7 +51,7 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
 
 
 def pretraining(run: RunConfig) -> Job:
-    """Every leaf of a new model, on the next token. run.execution: resolved."""
+    """Return the job of a run: all parameters of a new model, on the next token. run.execution: resolved."""
     task = language_model_task(run.model, run.execution, run.balance)
     initial = partial(init_params, run.model, jax.random.key(run.train.seed))
     flops = train_flops_per_token(run.model, run.data.sequence_length)

@@ -1,4 +1,4 @@
-"""The workdir of a run: claimed by a configuration, finished by its summary."""
+"""The workdir of a run: a configuration claims it, and summary.json marks it as done."""
 
 import contextlib
 import json
@@ -25,24 +25,25 @@ SUMMARY = "summary.json"
 def finish(
     workdir: Path, model: Model, step: Step, summary: dict[str, Any], report: Callable[[], None] = lambda: None
 ) -> None:
-    """model/ first, then what there is to report about it, summary.json last: its presence means that the run is done.
+    """Write the result of a run: model/, then its report, and summary.json last, whose presence means "done".
 
-    By the first process alone."""
+    Only the first process writes. step: appended to the chain of the model. report: writes what belongs beside model/.
+    """
     if jax.process_index() == 0:
         save(model, workdir / "model", step, overwrite=True)
         report()
         disk.write_json(workdir / SUMMARY, summary)
-    if jax.process_count() > 1:  # none leaves, and takes the others' connection down, before the result is written
+    if jax.process_count() > 1:  # a process that left earlier would take down the connection of the others
         multihost_utils.sync_global_devices("result written")
 
 
 def writing(workdir: Path) -> contextlib.AbstractContextManager[None]:
-    """A full disk below a workdir is one line, and nothing is lost."""
+    """Turn a full disk below a workdir into a UserError; what is written stays usable."""
     return disk.writing(f"below {workdir}", "free some space, then run the same command again to go on")
 
 
 def begin(workdir: Path, run: Any) -> dict[str, Any] | None:
-    """Claims the workdir; says so, and returns the summary, when its run is done already."""
+    """Claim the workdir for a run; if the run is done already, say so and return its summary."""
     claim(workdir, run)
     done = finished(workdir)
     if done is not None:
@@ -51,10 +52,10 @@ def begin(workdir: Path, run: Any) -> dict[str, Any] | None:
 
 
 def finished(workdir: Path) -> dict[str, Any] | None:
-    """The summary of a run that is done, {} where only the first process's disk has it; None while it is not."""
+    """Return the summary of a run that is done, {} where only the first process can read it; None if it is not done."""
     file = workdir / SUMMARY
     done = file.exists()
-    if jax.process_count() > 1:  # disks differ, or show each other's files late, and all must do the same
+    if jax.process_count() > 1:  # disks differ or show files late, but all processes must decide alike
         done = bool(multihost_utils.broadcast_one_to_all(np.asarray(done)))
     if not done:
         return None
@@ -62,11 +63,12 @@ def finished(workdir: Path) -> dict[str, Any] | None:
 
 
 def claim(workdir: Path, run: Any) -> None:
-    """Makes the workdir this run's, by its resolved configuration; raises UserError when it is another's, or read-only.
+    """Make the workdir that of a run, by its resolved configuration.
 
-    run: a dataclass of moe_reduce.config. Keys that are newer than the workdir have their defaults there. It may go on
-    over another mesh, onto which checkpoints are restored. A run that ended before its first step, as for a missing
-    corpus, may be corrected and started in the same place.
+    run: a configuration dataclass. A key that the workdir's version did not know counts as its default. `mesh` may
+    change, because checkpoints are restored onto any mesh. A run that ended before its first step, for example because
+    its corpus was missing, may be corrected and started in the same workdir. Raises UserError when the workdir belongs
+    to another configuration, or cannot be written.
     """
     file, wanted = workdir / "config.json", to_dict(run)
     try:
@@ -86,6 +88,7 @@ def claim(workdir: Path, run: Any) -> None:
 
 
 def _first_difference(found: Any, wanted: Any, path: str = "") -> str:
+    """Describe the first key in which two configurations differ; empty when they are equal."""
     if not (isinstance(found, dict) and isinstance(wanted, dict)):
         return "" if found == wanted else f"{path} is {found!r} there and {wanted!r} here"
     for key in sorted(set(found) | set(wanted)):
@@ -98,12 +101,12 @@ def _first_difference(found: Any, wanted: Any, path: str = "") -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Where a summary's figures were measured."""
+    """Describe the machine on which the figures of a summary were measured."""
     device = f"{jax.device_count()} × {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
     return {"machine": device, "jax": jax.__version__}
 
 
 def describe(model: ModelConfig) -> dict[str, Any]:
-    """Exact parameter counts and fp32 bytes, from abstract initialisation."""
+    """Count parameters and their bytes in fp32, exactly and without allocating any."""
     total = parameter_count(model)
     return {"parameters": total, "by_component": counts_by_component(model), "bytes": 4 * total}

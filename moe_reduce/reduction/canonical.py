@@ -1,0 +1,82 @@
+"""The canonical form of a per-layer MoE, in which experts of different layers read and write on comparable scales."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_reduce.core.config import ModelConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import Parameter, ffn_norm_scale, one, select
+from moe_reduce.reduction.transform import Leaves, moe_of, transform
+
+PROBES = 64  # random inputs that measure the output size of an expert
+
+
+def canonical(model: Model, seed: int = 0) -> Model:
+    """Rescale a model, which computes the same, so that experts map inputs of unit RMS to outputs of comparable size.
+
+    The scale of each layer's norm is folded into its router and the input matrices of its experts. The output size of
+    a layer's experts (RMS over random inputs of unit RMS) moves from `down` into the layer's output gain, which the
+    model gets if it has none. Arithmetic is in fp32, and each result has the dtype of its parameter. seed: of the
+    random inputs. Raises UserError for a dense model, a shared pool and sigmoid routers.
+    """
+    check_per_layer(model.config)
+    moe = moe_of(model.config)
+    config = dataclasses.replace(model.config, moe=dataclasses.replace(moe, output_gain=True))
+    norm, router, output_gain = ffn_norm_scale(config), one(config, "router"), one(config, "output_gain")
+    experts = expert_matrices(config)
+    replaced = [norm, router, *experts.values(), *([output_gain] if moe.output_gain else [])]
+
+    def fold(leaves: Leaves) -> Leaves:
+        wide = {path: leaf.astype(jnp.float32) for path, leaf in leaves.items()}
+        scale_ND = wide[norm.path]
+        gate, up = (wide[experts[name].path] * scale_ND[:, None, :, None] for name in ("gate", "up"))
+        down = wide[experts["down"].path]
+        size_N = _output_sizes(gate, up, down, seed)
+        gain_ND = jnp.broadcast_to(size_N[:, None], scale_ND.shape)
+        folded = {
+            norm.path: jnp.ones_like(scale_ND),
+            router.path: wide[router.path] * scale_ND[:, :, None],
+            experts["gate"].path: gate,
+            experts["up"].path: up,
+            experts["down"].path: down / size_N[:, None, None, None],
+            output_gain.path: gain_ND * wide[output_gain.path] if moe.output_gain else gain_ND,
+        }
+        return {path: leaf.astype(leaves[path].dtype) if path in leaves else leaf for path, leaf in folded.items()}
+
+    return transform(model, config, replaced, fold)
+
+
+def expert_matrices(config: ModelConfig) -> dict[str, Parameter]:
+    """Records of the matrices of experts: gate, up and down."""
+    return {record.name: record for record in select(config, component="experts")}
+
+
+def check_per_layer(config: ModelConfig) -> None:
+    """Raises UserError unless each layer has experts of its own, which a softmax router chooses."""
+    moe = moe_of(config)
+    if moe.placement != "layer":
+        raise UserError("the experts of this model are one pool already: give a model with experts in each layer")
+    if moe.score_function == "sigmoid":
+        raise UserError(
+            "pooling starts from softmax routers, and this model's score function is sigmoid: pool the model that "
+            "it was made from"
+        )
+
+
+def _output_sizes(gate_NEDF: jax.Array, up_NEDF: jax.Array, down_NEFD: jax.Array, seed: int) -> jax.Array:
+    """RMS of the outputs of each layer's experts on the same random inputs of unit RMS, [N]; one expert at a time."""
+    x_PD = jax.random.normal(jax.random.key(seed), (PROBES, gate_NEDF.shape[2]), jnp.float32)
+    x_PD = x_PD / jnp.sqrt(jnp.mean(jnp.square(x_PD), axis=-1, keepdims=True))
+
+    def mean_square(matrices: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        gate_DF, up_DF, down_FD = matrices
+        return jnp.mean(jnp.square((jax.nn.silu(x_PD @ gate_DF) * (x_PD @ up_DF)) @ down_FD))
+
+    def layer(matrices: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return jnp.sqrt(jnp.mean(jax.lax.map(mean_square, matrices)))
+
+    size_N = jax.lax.map(layer, (gate_NEDF, up_NEDF, down_NEFD))
+    return jnp.where(size_N > 0, size_N, 1.0)

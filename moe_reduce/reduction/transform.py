@@ -1,0 +1,68 @@
+"""Shared mechanism of all reductions: one function changes the parameters of a real model or of an abstract one.
+
+A transform states the new configuration, the records of the parameters that it replaces, and a function from their
+values to the new values. The function runs as it is on arrays, and under jax.eval_shape on abstract leaves
+(jax.ShapeDtypeStruct), so that planning a reduction is running it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_reduce.core import trees
+from moe_reduce.core.config import ExecutionConfig, ModelConfig, MoEConfig
+from moe_reduce.core.errors import UserError
+from moe_reduce.core.provenance import Step
+from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import Parameter, by_path, stored_params
+
+Leaves = dict[str, Any]  # parameter values by path
+
+
+def transform(
+    model: Model, config: ModelConfig, replaced: Iterable[Parameter], change: Callable[[Leaves], Leaves]
+) -> Model:
+    """Return a model with this configuration, in which other parameters stand in place of the replaced ones.
+
+    replaced: records of the model's present parameters. change: maps their values, by path, to the values of the new
+    parameters, by path in the new configuration. All other parameters stay as they are.
+    """
+    flat = trees.flatten(model.params)
+    before = {record.path: flat.pop(record.path) for record in replaced}
+    after = evaluate(change, before)
+    wanted = by_path(config)
+    for path, leaf in after.items():
+        assert tuple(leaf.shape) == wanted[path].shape, f"{path} has shape {leaf.shape}, not {wanted[path].shape}"
+    return dataclasses.replace(model, config=config, params=trees.unflatten(flat | after))
+
+
+def evaluate(function: Callable[[Leaves], Leaves], leaves: Leaves) -> Leaves:
+    """Call a function of parameter values; if any value is abstract, evaluate only the shapes and dtypes."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(leaves)):
+        return jax.eval_shape(function, leaves)
+    return function(jax.tree.map(jnp.asarray, leaves))
+
+
+def abstract_model(config: ModelConfig, dtype: Any = jnp.float32, chain: tuple[Step, ...] = ()) -> Model:
+    """Return a model of abstract leaves of this dtype, fp32 where a parameter is always stored in fp32."""
+    return Model(config, stored_params(config, dtype), ExecutionConfig(), chain=chain)
+
+
+def moe_of(config: ModelConfig) -> MoEConfig:
+    """Return the configuration of the experts; raises UserError for a dense model."""
+    if config.moe is None:
+        raise UserError("a dense model has no experts: give a mixture of experts")
+    return config.moe
+
+
+def expert_rows(config: ModelConfig) -> int:
+    """Number of rows in which experts are numbered: the layers, or 1 for a shared pool."""
+    return 1 if moe_of(config).placement == "shared" else config.layers
+
+
+def expert_count(config: ModelConfig) -> int:
+    """Number of experts in the whole model, over all layers."""
+    return expert_rows(config) * moe_of(config).experts

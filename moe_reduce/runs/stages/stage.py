@@ -1,0 +1,61 @@
+"""The interface of a stage: a model in, a model out, on abstract leaves as well as on arrays."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from moe_reduce.core.config import ModelConfig, ReduceConfig
+from moe_reduce.data.shards import TokenSource
+from moe_reduce.models.model import Model
+from moe_reduce.training.job import Job
+
+Originals = list[list[list[int]]]  # for each row of experts, the layer and index of each in the first model
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """The reduction that a stage belongs to: all that is known when the stage is planned."""
+
+    run: ReduceConfig
+    name: str  # of the stage
+    first: ModelConfig  # of the model that the reduction began with
+    load_first: Callable[[], Model]  # that model; its leaves are abstract when the stage is planned
+
+
+@dataclass(frozen=True)
+class RunContext(StageContext):
+    """A stage that runs: its devices, its text and a directory of its own."""
+
+    mesh: Mesh
+    tokens: TokenSource
+    directory: Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of a stage, and what its summary and the chain say about it."""
+
+    model: Model
+    kept_experts: Originals | None = None  # None: the stage neither moved nor removed experts
+    figures: dict[str, Any] = field(default_factory=lambda: {"tokens": 0})  # entries of the summary; tokens trained on
+
+
+class Stage(ABC):
+    """One stage of a reduction, made from its entry in the configuration."""
+
+    @abstractmethod
+    def after(self, model: Model, context: StageContext) -> Result:
+        """Apply the stage to abstract leaves; raises UserError when it cannot follow the stages before it."""
+
+    @abstractmethod
+    def run(self, model: Model, context: RunContext) -> Result:
+        """Apply the stage to arrays."""
+
+    def job(self, model: Model, context: StageContext) -> Job | None:
+        """Return what the stage trains, on the leaves of the model, be they abstract or arrays; None: nothing."""
+        del model, context
+        return None
