@@ -8,6 +8,7 @@ import numpy as np
 
 from moe_reduce.adapters import adapter as adapters
 from moe_reduce.adapters import merging
+from moe_reduce.adapters.checks import check_split
 from moe_reduce.core import trees
 from moe_reduce.core.config import ModelConfig, TuneStage
 from moe_reduce.core.errors import UserError
@@ -37,7 +38,7 @@ class Tune(Stage):
         recovery.check_components(stage, model.config)
         if stage.adapter is not None:
             adapters.init(stage.adapter, model)
-            adapters.check_split(stage.adapter, model.config, context.run.mesh.tensor)
+            check_split(stage.adapter, model.config, context.run.mesh.tensor)
             if "experts" in stage.components.split(",") and stage.objective == "language_model":
                 raise UserError("components names experts, which train whole: leave the adapter out")
         if stage.bias_from is not None:
