@@ -1,0 +1,137 @@
+"""The look of every picture: figures, colours, line styles, ticks and labels that do not cover the data.
+
+A picture is made in three steps: `panels` makes the axes, the caller draws at most eight lines in each, `save` writes
+the PNG. Colours stand for a family of methods, line styles for how a model was recovered. pyplot is not used: its
+backend and open figures belong to the program that imports this package, such as a notebook.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+
+MOST_LINES = 8  # of one chart: more cannot be told apart
+FONT = 11  # points; readable when the picture is shown at half its size
+GREY = "#707070"
+# Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow
+CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C6D31")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2.5)), (0, (8, 3)), (0, (3, 1, 1, 1)))
+FAMILIES = {
+    "dense": "#000000",
+    "full": "#000000",
+    "original": GREY,
+    "pool": "#0072B2",
+    "shared_moe": "#0072B2",
+    "layers": "#D55E00",
+    "lora": "#D55E00",
+    "skema": "#009E73",
+}
+_LOOK: dict[Any, Any] = {
+    "font.size": FONT,
+    "axes.titlesize": FONT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+
+
+def panels(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 5), sharey: bool = False):
+    """Returns (figure, its axes as an array of rows × columns). size: width and height in inches."""
+    with rc_context(_LOOK):
+        figure = Figure(figsize=size, layout="constrained")
+        return figure, np.asarray(figure.subplots(rows, columns, squeeze=False, sharey=sharey))
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Writes the figure as PNG, under a temporary name first, so that no half-written picture is left behind."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(file)
+
+
+def colours(families: list[str]) -> dict[str, str]:
+    """One colour for each family: its own where `FAMILIES` names it, else the next that no other family has."""
+    unique = list(dict.fromkeys(families))
+    fixed = {family: FAMILIES[family] for family in unique if family in FAMILIES}
+    free = [colour for colour in CYCLE if colour not in fixed.values()]
+    others = [family for family in unique if family not in fixed]
+    return fixed | {family: free[number % len(free)] for number, family in enumerate(others)}
+
+
+def line(axes: Axes, x: Any, y: Any, label: str | None = None, **look: Any) -> None:
+    """Draws a line; one that has a single point gets a marker, without which nothing would be seen.
+
+    look: options of matplotlib's `plot`, such as color and linestyle.
+    """
+    marker = {"marker": "o"} if len(x) == 1 else {}
+    axes.plot(x, y, label=label, **(marker | look))
+
+
+def label_ends(axes: Axes) -> None:
+    """Writes the label of each line to the right of the axes, in its colour, level with its last point.
+
+    Labels that would overlap are moved apart and joined to their lines by a thin stroke. Call it when all lines of the
+    figure are drawn, because the limits of the axes decide where the labels go.
+    """
+    lines = [one for one in axes.get_lines() if not str(one.get_label()).startswith("_")]
+    if not lines:
+        return
+    figure: Any = axes.figure
+    figure.draw_without_rendering()
+    height = axes.get_window_extent().height * 72 / figure.dpi
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = [tuple(to_axes.transform(np.asarray(one.get_xydata())[-1])) for one in lines]
+    places = _moved_apart([end[1] for end in ends], 1.2 * FONT / height)
+    for one, end, place in zip(lines, ends, places, strict=True):
+        axes.annotate(
+            str(one.get_label()), xy=end, xytext=(1.04, place), xycoords="axes fraction", textcoords="axes fraction",
+            va="center", fontsize=FONT, color=one.get_color(), annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": one.get_color(), "linewidth": 0.6, "shrinkA": 1, "shrinkB": 2},
+        )  # fmt: skip
+
+
+def _moved_apart(places: list[float], gap: float) -> list[float]:
+    """The nearest positions in the same order that lie at least `gap` apart; places: fractions of the axes' height."""
+    order = np.argsort(places, kind="stable")
+    clusters: list[list[float]] = []  # sums of desired offsets, and sizes, of labels that touch
+    for index in order:
+        clusters.append([places[index], 1])
+        while len(clusters) > 1 and _bottom(clusters[-1], gap) - _top(clusters[-2], gap) < gap:
+            centre, count = clusters.pop()
+            below = clusters[-1]
+            clusters[-1] = [(below[0] * below[1] + centre * count) / (below[1] + count), below[1] + count]
+    spread = [_bottom(cluster, gap) + gap * step for cluster in clusters for step in range(int(cluster[1]))]
+    found = dict(zip(order.tolist(), spread, strict=True))
+    return [found[index] for index in range(len(places))]
+
+
+def _bottom(cluster: list[float], gap: float) -> float:
+    return cluster[0] - gap * (cluster[1] - 1) / 2
+
+
+def _top(cluster: list[float], gap: float) -> float:
+    return cluster[0] + gap * (cluster[1] - 1) / 2
+
+
+def legend_beside(axes: Axes) -> None:
+    """Puts the legend to the right of the axes, where it covers no data."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=FONT)
+
+
+def log_ticks(axis: Axis, unit: str = "") -> None:
+    """Labels a logarithmic axis at 1, 2 and 5 of each power of ten, few enough not to collide.
+
+    unit: with a unit such as "B" or "s", numbers get its prefixes (20 MB, 5 ms).
+    """
+    low, high = axis.get_view_interval()
+    subdivisions = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subdivisions, numticks=12))
+    axis.set_major_formatter(EngFormatter(unit=unit) if unit else FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
