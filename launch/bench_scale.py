@@ -31,7 +31,7 @@ from moe_reduce.models.moe import expert_loop
 from moe_reduce.models.moe.dispatch import combine_rows, gather_rows, sort_by_expert
 from moe_reduce.models.moe.routing import route, router_logits
 from moe_reduce.planning import footprint
-from moe_reduce.reports import drawing
+from moe_reduce.reports import growth_picture
 from moe_reduce.runs.train import pretraining
 from moe_reduce.training import sharding, throughput
 
@@ -226,17 +226,6 @@ def measure(tiny: bool, repeats: int) -> tuple[list[list[str]], dict[str, dict[s
     return rows, curves
 
 
-def draw(curves: dict[str, dict[str, dict[int, float]]], file: Path) -> None:
-    """Each group of curves by itself, on logarithmic axes."""
-    figure, panels = drawing.panels(2, 2, (13, 10))
-    for (title, lines), axes in zip(curves.items(), panels.flat, strict=True):
-        for label, points in lines.items():
-            axes.loglog(list(points), list(points.values()), marker="o", label=label)
-        axes.set_title(title)
-        axes.legend(fontsize=8)
-    drawing.save(figure, file)
-
-
 def main() -> None:
     """Measures, prints and writes the result."""
     given = options(__doc__, "scale", repeats=5)
@@ -251,7 +240,7 @@ def main() -> None:
         "jax": jax.__version__,
     }
     publish(given.out, result)
-    draw(curves, given.out / "growth.png")
+    growth_picture.picture(curves, given.out / "growth.png")
 
 
 if __name__ == "__main__":

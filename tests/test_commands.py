@@ -12,8 +12,7 @@ from moe_reduce.__main__ import main
 from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
-from moe_reduce.reports import adaptation_table as adapters_comparison
-from moe_reduce.reports import run_table as comparison
+from moe_reduce.reports import adaptation_table, training_table
 
 
 @pytest.fixture
@@ -207,12 +206,12 @@ def test_runs_are_compared_with_the_baseline_whatever_the_alphabet_says():
         shared | {"name": name, "parameters": size, "validation": {"loss": loss, "perplexity": 9.0, "accuracy": 0.5}}
         for name, size, loss in (("branched", 50, 2.5), ("dense", 100, 2.0))
     )
-    rows = [line.split() for line in comparison.table([small, dense]).splitlines()]
+    rows = [line.split() for line in training_table.table([small, dense]).splitlines()]
     assert ["gap", "to", "dense", "+0.5000", "+0.0000"] in rows
     assert ["share", "of", "dense", "50.0%", "100.0%"] in rows
-    assert ["gap", "to", "branched", "+0.0000"] in [x.split() for x in comparison.table([small]).splitlines()]
+    assert ["gap", "to", "branched", "+0.0000"] in [x.split() for x in training_table.table([small]).splitlines()]
     lora, full = small | {"name": "a", "method": "lora"}, dense | {"name": "b", "method": "full"}
-    times = adapters_comparison.table([lora | {"tokens_per_second": 10.0}, full]).splitlines()[-1]
+    times = adaptation_table.table([lora | {"tokens_per_second": 10.0}, full]).splitlines()[-1]
     assert times.split() == ["time", "of", "a", "step,", "b", "=", "1", "0.50", "1.00"]
 
 

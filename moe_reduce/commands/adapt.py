@@ -25,8 +25,7 @@ def _adapt(config: AdaptConfig, workdir: Path, name: str) -> None:
 
 
 def _show(summaries: dict[str, dict[str, Any]], workdir: Path) -> None:
-    from moe_reduce.reports import run_table as comparison
-    from moe_reduce.reports.adaptation_table import table
+    from moe_reduce.reports import adaptation_table, training_pictures
 
-    print(table(list(summaries.values())))
-    comparison.plot({name: workdir / name for name in summaries}, workdir / "loss.png")
+    print(adaptation_table.table(list(summaries.values())))
+    training_pictures.loss_picture({name: workdir / name for name in summaries}, workdir / "loss.png")

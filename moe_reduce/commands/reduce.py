@@ -25,9 +25,9 @@ def _reduce(config: ReduceConfig, workdir: Path, name: str) -> None:
 
 
 def _show(summaries: dict[str, dict[str, Any]], workdir: Path) -> None:
-    from moe_reduce.reports import reduction_pictures as pictures
-    from moe_reduce.runs.reduce import table
+    from moe_reduce.reports import ladder_picture, reduction_table
 
-    print(table(summaries))
+    print(reduction_table.table(summaries))
     if "" not in summaries:  # a reduction without variants has drawn its own
-        pictures.ladder_picture(summaries, workdir / "loss.png")
+        ladders = {name: [ladder_picture.ladder(summary)] for name, summary in summaries.items()}
+        ladder_picture.picture(ladders, workdir / "loss.png")

@@ -24,18 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     """Collects or fills; returns what was written."""
     model_arguments.no_overrides(overrides)
-    from moe_reduce.reports import results_table as reporting
+    from moe_reduce.reports import documents, measured, results
 
     if bool(arguments.runs) == bool(arguments.document):
         raise UserError("give either --runs (to collect) or --document (to fill)")
     if arguments.runs:
         if not (arguments.out and arguments.title and arguments.made_by):
             raise UserError("--runs needs --out, --title and --made-by")
-        model_arguments.check_out_directory(arguments.out, arguments.overwrite, reporting.SUMMARY, "a result")
-        reporting.collect(arguments.runs, arguments.title, arguments.made_by, arguments.out)
-        return str(arguments.out / reporting.SUMMARY)
+        model_arguments.check_out_directory(arguments.out, arguments.overwrite, measured.SUMMARY, "a result")
+        results.collect(arguments.runs, arguments.title, arguments.made_by, arguments.out)
+        return str(arguments.out / measured.SUMMARY)
     for document in arguments.document:
-        text = reporting.fill(document, arguments.results)
+        text = documents.fill(document, arguments.results)
         if arguments.check and text != document.read_text():
             raise UserError(f"{document} is out of date: run moe-reduce report --document={document}")
         if not arguments.check:

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     for file in written:
         model_arguments.check_out(file, arguments.overwrite)
     from moe_reduce.reduction import scores
-    from moe_reduce.reports.reduction_pictures import score_pictures
+    from moe_reduce.reports import score_pictures
     from moe_reduce.storage import manifest
 
     wanted = scores.CRITERIA if arguments.criteria == "all" else arguments.criteria.split(",")
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     remedy = "free some space or choose another path"
     with disk.writing(arguments.out, remedy), disk.temporary_beside(arguments.out) as unfinished:
         scores.write_arrays(sums, unfinished / f"{arguments.out.stem}.npz")
-        score_pictures(found, unfinished / arguments.out.stem)
+        score_pictures.pictures(found, unfinished / arguments.out.stem)
         scores.write(found, unfinished / arguments.out.name)
         for file in written:
             (unfinished / file.name).replace(file)

@@ -25,7 +25,7 @@ def _train(config: RunConfig, workdir: Path, name: str) -> None:
 
 
 def _show(summaries: dict[str, dict[str, Any]], workdir: Path) -> None:
-    from moe_reduce.reports import run_table as comparison
+    from moe_reduce.reports import training_pictures, training_table
 
-    print(comparison.table(list(summaries.values())))
-    comparison.plot({name: workdir / name for name in summaries}, workdir / "loss.png")
+    print(training_table.table(list(summaries.values())))
+    training_pictures.loss_picture({name: workdir / name for name in summaries}, workdir / "loss.png")

@@ -1,37 +1,40 @@
-"""Adaptations side by side."""
+"""The comparison that `adapt` prints: one column for each adaptation, one row for each figure."""
 
-from typing import Any
+from collections.abc import Sequence
 
-from moe_reduce.reports.run_table import align, baseline
+from moe_reduce.reports import tables
+from moe_reduce.reports.figures import Summary, baseline
 
 
-def table(summaries: list[dict[str, Any]]) -> str:
-    """One column an adaptation, one row a figure; times are set against the baseline's."""
+def table(summaries: Sequence[Summary]) -> str:
+    """Aligned text; step times are relative to the baseline's."""
     first = baseline(summaries)
     measured = sorted({name for summary in summaries for name in summary["measured"]})
-    rows = [
-        ("", [summary["name"] or summary["method"] for summary in summaries]),
-        ("trained parameters", [f"{summary['trained_parameters']:,}" for summary in summaries]),
-        ("share of all", [f"{summary['trained_share']:.3%}" for summary in summaries]),
-        ("optimiser state", [f"{summary['optimizer_bytes'] / 1e6:,.3f} MB" for summary in summaries]),
-        ("learning rate", [f"{summary['learning_rate']:g}" for summary in summaries]),
-        ("validation loss (nats)", [f"{summary['validation']['loss']:.4f}" for summary in summaries]),
-        ("validation perplexity", [f"{summary['validation']['perplexity']:.2f}" for summary in summaries]),
-        ("test perplexity", [_test(summary) for summary in summaries]),
-        *((name, [_share(summary["measured"], name) for summary in summaries]) for name in measured),
-        (f"time of a step, {first['name'] or first['method']} = 1", [_ratio(first, summary) for summary in summaries]),
+    names = ["", "trained parameters", "share of all", "optimiser state", "learning rate", "validation loss (nats)"]
+    names += ["validation perplexity", "test perplexity", *measured, f"time of a step, {_name(first)} = 1"]
+    columns = [_column(summary, first, measured) for summary in summaries]
+    return tables.aligned(tables.transposed([names, *columns]))
+
+
+def _column(run: Summary, first: Summary, measured: Sequence[str]) -> list[str]:
+    return [
+        _name(run),
+        f"{run['trained_parameters']:,}",
+        f"{run['trained_share']:.3%}",
+        f"{run['optimizer_bytes'] / 1e6:,.3f} MB",
+        f"{run['learning_rate']:g}",
+        f"{run['validation']['loss']:.4f}",
+        f"{run['validation']['perplexity']:.2f}",
+        f"{run['test']['perplexity']:.2f}" if run.get("test") else "-",
+        *(f"{run['measured'][name]:.1%}" if name in run["measured"] else "-" for name in measured),
+        _relative_time(first, run),
     ]
-    return align(rows)
 
 
-def _test(summary: dict[str, Any]) -> str:
-    return f"{summary['test']['perplexity']:.2f}" if summary.get("test") else "-"
+def _name(run: Summary) -> str:
+    return run["name"] or run["method"]
 
 
-def _share(measured: dict[str, float], name: str) -> str:
-    return f"{measured[name]:.1%}" if name in measured else "-"
-
-
-def _ratio(first: dict[str, Any], other: dict[str, Any]) -> str:
+def _relative_time(first: Summary, other: Summary) -> str:
     speeds = first["tokens_per_second"], other["tokens_per_second"]
     return f"{speeds[0] / speeds[1]:.2f}" if all(speeds) else "-"

@@ -6,6 +6,8 @@ backend and open figures belong to the program that imports this package, such a
 """
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 MOST_LINES = 8  # of one chart: more cannot be told apart
@@ -25,10 +28,12 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2.5)), (0, (8, 3
 FAMILIES = {
     "dense": "#000000",
     "full": "#000000",
-    "original": GREY,
     "pool": "#0072B2",
     "shared_moe": "#0072B2",
+    "pool_random_start": "#56B4E9",
     "layers": "#D55E00",
+    "layers_frequency": "#E69F00",
+    "layers_random": "#CC79A7",
     "lora": "#D55E00",
     "skema": "#009E73",
 }
@@ -42,11 +47,16 @@ _LOOK: dict[Any, Any] = {
 }
 
 
-def panels(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 5), sharey: bool = False):
-    """Returns (figure, its axes as an array of rows × columns). size: width and height in inches."""
+def panels(
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 5), heights: Sequence[float] | None = None
+) -> tuple[Figure, np.ndarray]:
+    """Returns (figure, its axes as an array of rows × columns).
+
+    size: width and height in inches; heights: of the rows relative to each other, equal if not given.
+    """
     with rc_context(_LOOK):
         figure = Figure(figsize=size, layout="constrained")
-        return figure, np.asarray(figure.subplots(rows, columns, squeeze=False, sharey=sharey))
+        return figure, np.asarray(figure.subplots(rows, columns, squeeze=False, height_ratios=heights))
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -65,13 +75,42 @@ def colours(families: list[str]) -> dict[str, str]:
     return fixed | {family: free[number % len(free)] for number, family in enumerate(others)}
 
 
+def family(name: str) -> str:
+    """The longest of `FAMILIES` that a name begins with ("dense_fast" is of "dense"), else the name itself."""
+    known = [one for one in FAMILIES if re.match(rf"{one}([_ ]|$)", name)]
+    return max(known, key=len, default=name)
+
+
+def looks(names: list[str]) -> dict[str, dict[str, Any]]:
+    """{name: {color, linestyle}} of the lines of one chart: members of a family differ in their line style."""
+    families = [family(name) for name in names]
+    colour = colours(families)
+    numbers = [families[:place].count(one) for place, one in enumerate(families)]
+    return {
+        name: {"color": colour[one], "linestyle": LINES[number % len(LINES)]}
+        for name, one, number in zip(names, families, numbers, strict=True)
+    }
+
+
+def charts(names: list[str], repeat_first: bool = False) -> list[list[str]]:
+    """Names of lines, in the same order, in groups of about the same size that a chart can hold.
+
+    repeat_first: the first name is in each group, to compare the others with.
+    """
+    if len(names) <= MOST_LINES:
+        return [names]
+    shared, others = (names[:1], names[1:]) if repeat_first else ([], names)
+    count = -(-len(others) // (MOST_LINES - len(shared)))
+    return [shared + part.tolist() for part in np.array_split(np.asarray(others, object), count)]
+
+
 def line(axes: Axes, x: Any, y: Any, label: str | None = None, **look: Any) -> None:
     """Draws a line; one that has a single point gets a marker, without which nothing would be seen.
 
     look: options of matplotlib's `plot`, such as color and linestyle.
     """
-    marker = {"marker": "o"} if len(x) == 1 else {}
-    axes.plot(x, y, label=label, **(marker | look))
+    options: dict[str, Any] = ({"marker": "o"} if len(x) == 1 else {}) | look
+    axes.plot(x, y, label=label, **options)
 
 
 def label_ends(axes: Axes) -> None:
@@ -120,9 +159,22 @@ def _top(cluster: list[float], gap: float) -> float:
     return cluster[0] + gap * (cluster[1] - 1) / 2
 
 
-def legend_beside(axes: Axes) -> None:
+def legend_beside(axes: Axes) -> Legend:
     """Puts the legend to the right of the axes, where it covers no data."""
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=FONT)
+    return axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=FONT)
+
+
+def legend_above(axes: Axes) -> None:
+    """Puts a legend of a few short labels above the axes, in one row."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=FONT)
+
+
+def heat_map(axes: Axes, values: np.ndarray, unit: str) -> None:
+    """Draws a matrix as colours, with a colour bar that names its unit."""
+    figure: Any = axes.figure
+    axes.grid(visible=False)
+    image = axes.imshow(values, aspect="auto", interpolation="nearest")
+    figure.colorbar(image, ax=axes, label=unit)
 
 
 def log_ticks(axis: Axis, unit: str = "") -> None:

@@ -23,8 +23,7 @@ from moe_reduce.families import read_config
 from moe_reduce.inference.evaluate import measure
 from moe_reduce.models.model import Model
 from moe_reduce.reduction.transform import expert_count
-from moe_reduce.reports import reduction_pictures as pictures
-from moe_reduce.reports.run_table import align
+from moe_reduce.reports import reduction_picture
 from moe_reduce.runs.stages import RunContext, configurations, run_stage
 from moe_reduce.runs.workdir import SUMMARY, begin, describe, finish, finished, machine, writing
 from moe_reduce.storage import manifest
@@ -60,7 +59,7 @@ def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         summaries = [reduction.measure_first(), *map(reduction.stage, range(1, len(run.stages) + 1))]
         total = {"name": name, "seed": run.train.seed, "stages": summaries, **machine()}
         if jax.process_index() == 0:
-            pictures.reduction_picture(summaries, workdir / "loss.png")
+            reduction_picture.picture(summaries, workdir / "loss.png")
             _link_result(run, workdir)
             disk.write_json(workdir / SUMMARY, total)
     return total
@@ -233,22 +232,3 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # the disk has no links
         shutil.copy2(source, target)
-
-
-def table(summaries: dict[str, dict[str, Any]]) -> str:
-    """Format the stages of reductions, by the names of their variants, as a table of one row a stage."""
-    rows = [("", ["experts", "parameters", "loss", "gap", "accuracy", "tokens"])]
-    for name, summary in summaries.items():
-        first = summary["stages"][0]["validation"]["loss"]
-        for stage in summary["stages"]:
-            validation = stage["validation"]
-            cells = [
-                f"{stage['experts']:,}",
-                f"{stage['parameters']:,}",
-                f"{validation['loss']:.4f}",
-                f"{validation['loss'] - first:+.4f}",
-                f"{validation['accuracy']:.2%}",
-                f"{stage['tokens']:,}",
-            ]
-            rows.append((f"{name} {stage['name']}".strip(), cells))
-    return align(rows)

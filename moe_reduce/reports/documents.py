@@ -1,0 +1,42 @@
+"""Fill the marked tables of a document from results, so that no figure in a document is typed by hand."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from moe_reduce.core.errors import UserError
+from moe_reduce.reports import tables
+from moe_reduce.reports.measured import SUMMARY
+
+MARKERS = re.compile(r"(<!-- results:(\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+
+
+def fill(document: Path, results: Path) -> str:
+    """The document's text with every marked table made anew from results/NAME/summary.json.
+
+    Raises UserError when the document, one of its results, or every marker is missing.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}{_markdown(_result(results / match[2]))}{match[3]}"
+
+    if not document.is_file():
+        raise UserError(f"--document={document} does not exist")
+    text, count = MARKERS.subn(table, document.read_text())
+    if count == 0:
+        raise UserError(f"{document} has no place for a table: write <!-- results:NAME --> and <!-- /results -->")
+    return text
+
+
+def _result(directory: Path) -> dict[str, Any]:
+    file = directory / SUMMARY
+    if not file.is_file():
+        raise UserError(f"{directory} has no {SUMMARY}: make it with moe-reduce report --runs")
+    return json.loads(file.read_text())
+
+
+def _markdown(result: dict[str, Any]) -> str:
+    """The table of a result, below its title and the command that made it."""
+    table = tables.markdown([result["columns"], *result["rows"]])
+    return f"**{result['title']}** (`{result['command']}`)\n\n{table}"
