@@ -1,4 +1,4 @@
-"""moe-reduce <command>: command name -> module of moe_reduce.commands."""
+"""The command line: moe-reduce COMMAND, with one module of moe_reduce.commands for each command."""
 
 import argparse
 import importlib
@@ -11,58 +11,95 @@ from moe_reduce.core.errors import PeerLost, UserError
 
 COMMANDS = {
     "train": "pretrain a model, or several side by side",
-    "reduce": "a mixture of experts made smaller, stage by stage",
-    "adapt": "an adapter, or the whole model, trained on a text or on completions, and merged",
-    "merge": "a base and its adapter as one plain model",
-    "generate": "what a model writes behind a prompt",
-    "evaluate": "loss, perplexity and next-token accuracy of a model on a corpus",
-    "monitor": "what a machine does while models answer, ours and Ollama's",
-    "inspect": "what a model directory holds and how it came to be",
-    "plan": "exact parameter counts, bytes and FLOPs, without loading a weight",
-    "pool": "the experts of all layers as one pool that every layer can call",
-    "score": "how much each expert matters, under several criteria",
-    "prune": "a model of the best experts only, from file to file",
-    "group-heads": "fewer key/value heads, each the mean of those it replaces",
-    "drop-layers": "fewer layers: those named, or those of the least Block Influence",
-    "factorise-embedding": "the tied token table as two thin factors",
-    "sparsify": "zeros in place of the smallest weights",
-    "prune-neurons": "narrower feed-forward blocks or experts",
-    "export": "a model as StableHLO or ONNX, for other programs to run",
-    "report": "the results table of a document, from summary.json files",
+    "reduce": "shrink a mixture of experts stage by stage: pool, score, prune, recover",
+    "adapt": "train an adapter or a whole model on a text or on completions, then merge it",
+    "merge": "merge an adapter into its base model",
+    "generate": "continue a prompt",
+    "evaluate": "measure loss and accuracy on a corpus, or on tasks of the EleutherAI harness",
+    "monitor": "record CPU, memory and GPU load while models answer",
+    "inspect": "describe a model directory and its history",
+    "plan": "count parameters, bytes and FLOPs without loading a weight, and tell whether a device has room",
+    "pool": "pool the experts of all layers, so that every layer can call each of them",
+    "score": "rank the experts of a model under several criteria",
+    "prune": "keep the best experts of a model, from file to file",
+    "group-heads": "merge key/value heads into fewer (grouped-query attention)",
+    "drop-layers": "drop layers: those named, or those with the least Block Influence",
+    "factorise-embedding": "factorise the tied embedding into two thin matrices",
+    "sparsify": "zero the smallest weights",
+    "prune-neurons": "drop the smallest neurons of feed-forward blocks or experts",
+    "export": "export a model as StableHLO or ONNX",
+    "report": "collect finished runs into a result, or fill the tables of a document from results",
 }
-COMPILES_NOTHING = {"inspect", "report"}
+
+
+PURPOSE = "Make a language model smaller, and show what it cost."
 
 
 class Parser(argparse.ArgumentParser):
-    """A mistake on the command line is one line too, without the usage above it."""
+    """Parser that reports a mistake as a UserError in one line, without its usage."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises UserError with the message."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+class Version(argparse.Action):
+    """--version: prints the installed version and exits. Looked up only when asked for, which takes time."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        """Prints the version and exits with status 0."""
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"{parser.prog} {version('moe_reduce')}")
+        except PackageNotFoundError:
+            print(f"{parser.prog}, not installed: run from {os.path.dirname(__file__)}")
+        parser.exit()
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a user's mistake, 1 another process is lost (one line on stderr)."""
-    parser = Parser(prog="moe-reduce", description="Make a language model smaller, and show the cost.")
-    choices = parser.add_subparsers(dest="command", required=True, metavar="command")
+    """Runs a command. Returns the exit status: 0 done, 2 a user's mistake, 1 another process of the run was lost.
+
+    Mistakes and lost processes are one line on stderr.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     wanted = arguments[0] if arguments and arguments[0] in COMMANDS else None
-    for name, purpose in COMMANDS.items():
-        command = choices.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
-        if name == wanted:  # only the chosen command is imported
-            _module(name).add_arguments(command)
     try:
-        parsed, overrides = parser.parse_known_args(arguments)
+        parsed, overrides = _parser(arguments, wanted).parse_known_args(arguments)
         if parsed.command not in COMPILES_NOTHING:
             compilation_cache.enable()
         print(_module(parsed.command).run(parsed, overrides))
     except UserError as error:
         print(f"moe-reduce{f' {wanted}' if wanted else ''}: {error}", file=sys.stderr, flush=True)
         if isinstance(error, PeerLost):
-            os._exit(error.status)  # what Python and jax do at the end waits for the process that is gone
+            os._exit(error.status)  # Python and JAX would wait at exit for the lost process
         return error.status
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader of stdout, such as head, has seen enough
         sys.stdout = None
     return 0
+
+
+def _parser(arguments: list[str], wanted: str | None) -> Parser:
+    """The parser of all commands; only the wanted one, whose module is imported, knows its arguments."""
+    parser = Parser(prog="moe-reduce", description=PURPOSE, allow_abbrev=False)
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
+    if arguments and not arguments[0].startswith("-") and wanted is None:
+        parser.error(_unknown(arguments[0]))
+    choices = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, purpose in COMMANDS.items():
+        description = f"{purpose[0].upper()}{purpose[1:]}."
+        command = choices.add_parser(name, help=purpose, description=description, allow_abbrev=False)
+        if name == wanted:
+            _module(name).add_arguments(command)
+    return parser
+
+
+def _unknown(name: str) -> str:
+    """A message that offers the commands with the nearest names."""
+    import difflib
+
+    near = difflib.get_close_matches(name, COMMANDS, n=2)
+    return f"unknown command {name!r}" + (f": did you mean {' or '.join(near)}?" if near else "")
 
 
 def _module(command: str) -> Any:
