@@ -1,6 +1,7 @@
 """moe-reduce plan: exact parameter counts, bytes and FLOPs of a configuration or a model directory."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +12,53 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.models.parameters import counts_by_component, parameter_count
 
 SERVING_DEFAULTS = {"context": 1024, "batch": 1, "dtype": "bfloat16", "cache_dtype": "bfloat16"}
+Runs = dict[str, RunConfig | ReduceConfig | AdaptConfig]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the arguments of the command."""
     config_file.add_arguments(parser, required=False)
     parser.add_argument("--model", type=Path, help="a model directory instead of a configuration")
     shown = {name: f"(default: {value})" for name, value in SERVING_DEFAULTS.items()}
-    parser.add_argument("--context", type=int, help=f"tokens of a text {shown['context']}")
-    parser.add_argument("--batch", type=int, help=f"texts that are answered at once {shown['batch']}")
-    parser.add_argument("--dtype", choices=tuple(BITS), help=f"of the weights that answer {shown['dtype']}")
-    parser.add_argument("--cache-dtype", choices=tuple(CACHE_BITS), help=f"of the KV cache {shown['cache_dtype']}")
-    parser.add_argument("--device", metavar="NAME", help="must it fit there? rtx5090, h100, v4 and others")
-    parser.add_argument("--topology", metavar="NAME", help="compile for a slice, v4:2x2x4, or sum up for GPUs, h100:8")
-    parser.add_argument("--variant", action="append", metavar="NAME", help="only this variant; may be repeated")
+    parser.add_argument("--context", type=int, help=f"tokens of a sequence {shown['context']}")
+    parser.add_argument("--batch", type=int, help=f"sequences answered at once {shown['batch']}")
+    parser.add_argument("--dtype", choices=tuple(BITS), help=f"dtype of the weights when answering {shown['dtype']}")
     parser.add_argument(
-        "--stage", action="append", metavar="NAME", help="with --topology: only this stage of a reduction"
+        "--cache-dtype", choices=tuple(CACHE_BITS), help=f"dtype of the KV cache {shown['cache_dtype']}"
     )
-    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--device", metavar="NAME", help="tell whether this device has room: rtx5090, h100, v4, ...")
+    parser.add_argument(
+        "--topology", metavar="NAME", help="plan a training step instead: compiled for TPUs (v4:2x2x4), or estimated "
+        "for GPUs (h100:8)",
+    )  # fmt: skip
+    parser.add_argument("--variant", action="append", metavar="NAME", help="plan this variant only; may be repeated")
+    parser.add_argument(
+        "--stage", action="append", metavar="NAME", help="with --topology, plan this stage of a reduction only"
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
-    """Returns the plan."""
+    """Returns the plan: of one model in full, of several models or stages as a table."""
+    _check(arguments, overrides)
+    if arguments.model:
+        models = {str(arguments.model): model_arguments.directory_config(arguments.model)}
+    else:
+        runs = run_arguments.chosen(config_file.read(arguments.config, overrides, any_from_dict), arguments.variant)
+        named: Runs = {name or arguments.config: described for name, described in runs.items()}
+        if arguments.topology:
+            return _steps(named, arguments)
+        models = {}
+        for name, described in named.items():
+            models |= _models(name, described)
+    plans = {name: plan(model, arguments.context) | _serving(model, arguments) for name, model in models.items()}
+    from moe_reduce.reports import plan_table
+
+    return _shown(plans, plan_table.serving_table, arguments.json)
+
+
+def _check(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Raises UserError for arguments that do not go together, and sets the defaults of serving."""
     if bool(arguments.config) == bool(arguments.model):
         raise UserError("give either --config=FILE or --model=DIR")
     model_arguments.check_positive(arguments, "context", "batch")
@@ -48,26 +74,22 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
         if arguments.topology:
             raise UserError("--topology plans a run: give --config, not --model")
         model_arguments.check_unused(arguments, "with --model", "variant")
-        models = {str(arguments.model): model_arguments.directory_config(arguments.model)}
-        return model_arguments.show(_plans(models, arguments), arguments.json)
-    runs = run_arguments.chosen(config_file.read(arguments.config, overrides, any_from_dict), arguments.variant)
-    named = {name or arguments.config: described for name, described in runs.items()}
-    if arguments.topology:
-        from moe_reduce.commands import plan_topology
-
-        return model_arguments.show(plan_topology.plan(named, arguments.topology, arguments.stage), arguments.json)
-    models = {}
-    for name, described in named.items():
-        models |= _models(name, described)
-    return model_arguments.show(_plans(models, arguments), arguments.json)
 
 
-def _plans(models: dict[str, ModelConfig], arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: plan(model, arguments.context) | _serving(model, arguments) for name, model in models.items()}
+def _steps(runs: Runs, arguments: argparse.Namespace) -> str:
+    from moe_reduce.commands import plan_topology
+    from moe_reduce.reports import plan_table
+
+    plans = plan_topology.plan(runs, arguments.topology, arguments.stage)
+    return _shown(plans, plan_table.step_table, arguments.json)
+
+
+def _shown(plans: dict[str, Any], table: Callable[[dict[str, Any]], str], as_json: bool) -> str:
+    return table(plans) if len(plans) > 1 and not as_json else model_arguments.show(plans, as_json)
 
 
 def _serving(model: ModelConfig, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the model takes when it answers; and on a device, whether it fits, how fast, and what would make it fit."""
+    """Memory needed to answer; with --device also whether it fits, its greatest speed, and what would make it fit."""
     from moe_reduce.planning import serving
 
     wanted = serving.Serving(model, arguments.context, arguments.batch, arguments.dtype, arguments.cache_dtype)
@@ -96,7 +118,7 @@ def _serving(model: ModelConfig, arguments: argparse.Namespace) -> dict[str, Any
 
 
 def _models(name: str, described: RunConfig | ReduceConfig | AdaptConfig) -> dict[str, ModelConfig]:
-    """The model that a run trains or adapts; or those in front of and behind the stages of a reduction."""
+    """The model that a run trains or adapts, or the models before and after each stage of a reduction, by name."""
     if isinstance(described, RunConfig):
         return {name: described.model}
     if isinstance(described, AdaptConfig):
@@ -108,7 +130,7 @@ def _models(name: str, described: RunConfig | ReduceConfig | AdaptConfig) -> dic
 
 
 def plan(model: ModelConfig, context: int) -> dict[str, Any]:
-    """Everything from abstract leaves: exact, and the same for a model of any size."""
+    """Counts, bytes and FLOPs of a model. Exact for any size, because they come from abstract leaves."""
     from moe_reduce.planning.flops import (
         active_parameters,
         forward_flops_per_token,
@@ -116,9 +138,11 @@ def plan(model: ModelConfig, context: int) -> dict[str, Any]:
         train_flops_per_token,
     )
 
-    total = parameter_count(model)
+    total, moe = parameter_count(model), model.moe
+    experts = 0 if moe is None else moe.experts * (1 if moe.placement == "shared" else model.layers)
     return {
         "parameters": total,
+        "experts": experts,
         "active_parameters": active_parameters(model),
         "by_component": counts_by_component(model),
         "matmul_parameters_per_token": matmul_parameters_per_token(model),

@@ -1,4 +1,4 @@
-"""moe-reduce plan --topology: the training step of a run on devices that are not here."""
+"""moe-reduce plan --topology: plan the training step of a run for devices that need not be present."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ from moe_reduce.training.job import Job
 def plan(
     runs: dict[str, RunConfig | ReduceConfig | AdaptConfig], name: str, stages: list[str] | None
 ) -> dict[str, Any]:
-    """What a step of each run takes on each device. Raises UserError for what cannot be planned."""
+    """Memory and cost of a training step on each device, by run and stage. Raises UserError for an invalid request."""
     plans = {}
     for run_name, run in runs.items():
         place = topology(name, run.mesh)
@@ -50,7 +50,7 @@ def _jobs(run: RunConfig | ReduceConfig | AdaptConfig, stages: list[str] | None)
 
 
 def _stored_dtype(directory: Path) -> Any:
-    """That of most bytes of a model directory; bfloat16, in which models are published, where it is not here."""
+    """The dtype of most bytes of a model directory; bfloat16, the usual one, if the directory is not present."""
     if not directory.is_dir():
         return "bfloat16"
     sizes: dict[Any, int] = {}
