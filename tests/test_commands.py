@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import jax
 import numpy as np
@@ -51,6 +52,42 @@ def test_plan_of_a_config_and_of_a_directory(model_directory, capsys):
     assert main(["plan"]) == 2
 
 
+def test_plan_of_a_reduction_is_a_table_with_a_row_for_each_stage(capsys):
+    arguments = ["plan", "--config=configs/qwen3_30b_a3b_global.py", "--variant=lossless_start", "--device=rtx5090"]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert main([*arguments, "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert len(lines) < 20
+    rows = {line.split("  ")[0]: line.split() for line in lines[1 : len(plans) + 1]}
+    assert list(rows) == list(plans)
+    assert rows["lossless_start recover_600"][2:] == [
+        "600", "4,360,923,264", "3,341,707,392", "8.72", "GB", "8.82", "GB", "yes,", "26%", "291",
+    ]  # fmt: skip
+    assert rows["lossless_start original"][-3:-1] == ["no,", "178%"]
+    assert "lossless_start original would fit with 68 of 128 experts a layer, or dtype=int8" in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prun", "--help"], "unknown command 'prun': did you mean prune? (see moe-reduce --help)"),
+        (["evalute"], "unknown command 'evalute': did you mean evaluate? (see moe-reduce --help)"),
+        (["xyz"], "unknown command 'xyz' (see moe-reduce --help)"),
+    ],
+)
+def test_a_mistyped_command_offers_the_nearest_name(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"moe-reduce: {message}\n"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert re.fullmatch(r"moe-reduce \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
 def test_evaluate_equals_by_hand(model_directory, tiny_shared, tmp_path, capsys):
     tokens = np.random.default_rng(0).integers(0, tiny_shared.vocab_size, (5, 16)).astype(np.int32)
     np.save(tmp_path / "tokens.npy", tokens)
@@ -59,7 +96,9 @@ def test_evaluate_equals_by_hand(model_directory, tiny_shared, tmp_path, capsys)
         "--batch-size=4", f"--out={tmp_path / 'out'}",
     ]  # fmt: skip
     assert main(arguments) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out" / "summary.json")
+    *_, measured_on, last = capsys.readouterr().out.splitlines()
+    assert measured_on == f"measured on: all 75 targets of {tmp_path / 'tokens.npy'}"
+    assert last == str(tmp_path / "out" / "summary.json")
     found = json.loads((tmp_path / "out" / "summary.json").read_text())
     import moe_reduce
 

@@ -358,6 +358,7 @@ def test_command_prints_what_python_gives(directory, capsys):
     model, tokenizer = moe_reduce.load(directory), load_tokenizer(directory)
     settings = GenerateConfig(12, 0.8, 50, seed=5, end_ids=end_ids(model, tokenizer))
     assert one.out == complete(model, tokenizer, ["Once"], settings, [])[0] + "\n"
+    assert one.err.startswith("Once\n")
     assert "tokens/s; decode: 12 tokens" in one.err
     assert main([*arguments, "--prompt=Once", "--prompt=Or twice"]) == 0
     both = complete(model, tokenizer, ["Once", "Or twice"], settings, [])

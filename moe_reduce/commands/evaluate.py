@@ -1,4 +1,4 @@
-"""moe-reduce evaluate: a model on a corpus, or on tasks of the EleutherAI harness; beside a baseline, if given."""
+"""moe-reduce evaluate: measure a model, beside a baseline if given, on a corpus or on tasks of lm-eval."""
 
 import argparse
 import importlib.util
@@ -17,15 +17,15 @@ TASKS_ONLY = ("task_path", "few_shot", "limit")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("--model", required=True, type=Path, help="a model directory of ours or of Hugging Face")
-    parser.add_argument("--baseline", type=Path, help="another one: how much of its quality is kept, with intervals")
-    model_arguments.add_data(parser, required=False, purpose="what to measure on")
-    parser.set_defaults(**dict.fromkeys(model_arguments.CORPUS_DEFAULTS))  # so that what is given is known
-    parser.add_argument("--tasks", help="instead of --data: tasks of lm-eval, comma separated, such as arc_easy,gsm8k")
-    parser.add_argument("--task-path", type=Path, help="a directory with tasks of your own (YAML files of lm-eval)")
-    parser.add_argument("--few-shot", type=int, help="examples in front of each question (default: the task's own)")
-    parser.add_argument("--limit", type=int, help="questions of each task (default: all)")
+    """Adds the arguments of the command."""
+    parser.add_argument("--model", required=True, type=Path, help="a model directory, ours or from Hugging Face")
+    parser.add_argument("--baseline", type=Path, help="another model, to tell how much of its quality --model keeps")
+    model_arguments.add_data(parser, required=False, purpose="text to measure on, all of it")
+    parser.set_defaults(**dict.fromkeys(model_arguments.CORPUS_DEFAULTS))  # so that given arguments are known
+    parser.add_argument("--tasks", help="tasks of lm-eval instead of --data, comma separated, such as arc_easy,gsm8k")
+    parser.add_argument("--task-path", type=Path, help="directory with tasks of your own (YAML files of lm-eval)")
+    parser.add_argument("--few-shot", type=int, help="examples before each question (default: the task's own number)")
+    parser.add_argument("--limit", type=int, help="most questions of each task (default: all)")
     model_arguments.add_tensor(parser)
     model_arguments.add_out(parser, "runs/evaluation")
 
@@ -48,14 +48,27 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     mesh = model_arguments.tensor_mesh(arguments, *filter(None, (arguments.model, arguments.baseline)))
     result = _on_tasks(arguments, mesh) if arguments.tasks else _on_corpus(arguments, mesh)
     print(model_arguments.show(result, as_json=False))
+    if arguments.data:
+        print(_measured_text(arguments, result["tokens"]))
     with disk.writing(out, "free some space or choose another path"):
         out.mkdir(parents=True, exist_ok=True)
         disk.write_json(out / SUMMARY, _asked(arguments) | result)
     return out / SUMMARY
 
 
+def _measured_text(arguments: argparse.Namespace, tokens: int) -> str:
+    """One line: the text that was measured, and why the validation loss of a run is another."""
+    if arguments.data.endswith(".npy"):
+        return f"measured on: all {tokens:,} targets of {arguments.data}"
+    part = "all of" if arguments.max_batches is None else f"the first {arguments.max_batches} batches of"
+    return (
+        f"measured on: {part} {arguments.data}, {tokens:,} tokens in sequences of {arguments.sequence_length} (the "
+        "validation loss of a run is measured on the held-out part of its text only, and so differs)"
+    )
+
+
 def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the figures are of."""
+    """The settings that the figures depend on."""
     of_tasks = ("tasks", *TASKS_ONLY, "batch_size", "compute_dtype")
     settings = {name: getattr(arguments, name) for name in of_tasks}
     if not arguments.tasks:
@@ -89,15 +102,15 @@ def _on_corpus(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, 
 
 
 def _check_tokenizers(arguments: argparse.Namespace) -> None:
-    """Both models read the same token ids: raises UserError where they would mean another text to the baseline."""
+    """Raises UserError if the baseline has another tokenizer, because both models get the same token ids."""
     if arguments.baseline is None or arguments.tokenizer is not None or arguments.data.endswith(".npy"):
         return
     from moe_reduce.data.tokenizers import load_tokenizer
 
     if load_tokenizer(arguments.model).hash != load_tokenizer(arguments.baseline).hash:
         raise UserError(
-            f"--baseline={arguments.baseline} has another tokenizer than --model, and losses of a token compare on the "
-            "same tokens only: give the one that both read, --tokenizer=PATH"
+            f"--baseline={arguments.baseline} has another tokenizer than --model, and losses compare on the same "
+            "tokens only: give one that both models read, --tokenizer=PATH"
         )
 
 

@@ -1,4 +1,4 @@
-"""moe-reduce generate: what a model writes behind a prompt."""
+"""moe-reduce generate: continue prompts with a model."""
 
 import argparse
 import sys
@@ -19,45 +19,53 @@ SHOWN_AT_ONCE = 4  # tokens, on a terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the arguments of the command."""
     default = GenerateConfig()
-    parser.add_argument("--model", required=True, type=Path, help="a model directory of ours or of Hugging Face")
+    parser.add_argument("--model", required=True, type=Path, help="a model directory, ours or from Hugging Face")
     parser.add_argument(
-        "--prompt", required=True, action="append", help="text to continue; given several times: all in one batch"
+        "--prompt", required=True, action="append", help="text to continue; may be repeated, which makes one batch"
     )
     parser.add_argument(
-        "--chat", action="store_true", help="prompts are a user's messages, in the model's chat template"
+        "--chat", action="store_true", help="treat prompts as user messages, in the model's chat template"
     )
     parser.add_argument(
         "--tokenizer", type=Path, help="tokenizer.model, tokenizer.json or a directory (default: --model)"
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=default.max_tokens, help="of each text (default: %(default)s)"
+        "--max-tokens",
+        type=int,
+        default=default.max_tokens,
+        help="most tokens of each continuation (default: %(default)s)",
     )
     parser.add_argument(
-        "--temperature", type=float, default=default.temperature, help="0: always the most probable token (default: 0)"
+        "--temperature",
+        type=float,
+        default=default.temperature,
+        help="sampling temperature; 0 takes the most probable token (default: 0)",
     )
-    parser.add_argument("--top-k", type=int, help="draw from the k most probable tokens")
+    parser.add_argument("--top-k", type=int, help="sample from the k most probable tokens")
     parser.add_argument(
         "--top-p",
         type=float,
         default=default.top_p,
-        help="draw from the most probable with this share together (default: %(default)s, all)",
+        help="sample from the most probable tokens that hold this share of the probability (default: %(default)s, all)",
     )
-    parser.add_argument("--seed", type=int, default=default.seed, help="same seed, same text (default: %(default)s)")
-    parser.add_argument("--stop", action="append", default=[], help="end a text before this string; may be repeated")
+    parser.add_argument("--seed", type=int, default=default.seed, help="seed of sampling (default: %(default)s)")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="end a continuation before this string; may be repeated"
+    )
     parser.add_argument(
         "--cache-dtype",
         choices=("auto", "int8"),
         default=default.cache_dtype,
-        help="of keys and values; auto: the compute dtype (default: %(default)s)",
+        help="dtype of cached keys and values; auto: the compute dtype (default: %(default)s)",
     )
     model_arguments.add_compute_dtype(parser)
     model_arguments.add_tensor(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
-    """Prints the text as it is made; of several prompts, returns each with its text."""
+    """Prints one prompt's continuation as it is made; returns those of several prompts, each below its prompt."""
     model_arguments.no_overrides(overrides)
     from moe_reduce.inference.generate import ready
     from moe_reduce.inference.text import Continuation, end_ids
@@ -71,7 +79,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     mesh = model_arguments.tensor_mesh(arguments, arguments.model)
     model = model_arguments.load_model(arguments, mesh=mesh)
     settings = _settings(arguments, end_ids(model, tokenizer))
-    model = ready(model, mesh)  # which may be a copy: what was loaded is not held any longer
+    model = ready(model, mesh)  # possibly a copy, so the loaded model is let go
+    if len(rows) == 1:
+        print(arguments.prompt[0], end="\n" if arguments.chat else "", file=sys.stderr, flush=True)
     _print(model, rows, settings)
     if len(rows) == 1:
         return ""
@@ -110,13 +120,13 @@ def _prompts(arguments: argparse.Namespace) -> tuple["Tokenizer", list[list[int]
     if not arguments.chat:
         tokenizer = load_tokenizer(place)
         return tokenizer, [tokenizer.encode_prompt(prompt) for prompt in arguments.prompt]
-    place = place.parent if place.name == JSON_FILE else place  # its template lies beside it
+    place = place.parent if place.name == JSON_FILE else place  # the chat template lies beside it
     tokenizer = chat_tokenizer(place)
     return tokenizer, [tokenizer.encode(chat_prompt(place, prompt)) for prompt in arguments.prompt]
 
 
 def _print(model: "Model", rows: list["Continuation"], settings: GenerateConfig) -> None:
-    """One row's text as it is made, and how fast, on stderr, compiling left out."""
+    """Prints a single continuation as it is made, after its prompt on stderr, and then the speed without compiling."""
     from moe_reduce.inference.generate import compile_for
     from moe_reduce.inference.text import stream
 
@@ -128,6 +138,6 @@ def _print(model: "Model", rows: list["Continuation"], settings: GenerateConfig)
             print(pieces[0], end="", flush=True)
     read, made = sum(len(row.prompt) for row in rows), sum(len(row.ids) for row in rows)
     rates = f"prompt: {read:,} tokens, {read / (times[1] - times[0]):,.0f} tokens/s"
-    if len(times) > 3:  # the first token comes with the prompt, and the last look makes none
+    if len(times) > 3:  # the first token comes with the prompt, and the last step makes none
         rates += f"; decode: {made:,} tokens, {(made - len(rows)) / (times[-1] - times[1]):,.1f} tokens/s"
     print(rates if len(rows) > 1 else f"\n{rates}", file=sys.stderr)

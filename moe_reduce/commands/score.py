@@ -1,4 +1,4 @@
-"""moe-reduce score: how much each expert matters, under several criteria, from one pass over a corpus."""
+"""moe-reduce score: rank experts under several criteria, from one pass over a corpus."""
 
 import argparse
 import dataclasses
@@ -10,24 +10,37 @@ from moe_reduce.core import disk
 from moe_reduce.core.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from moe_reduce.core.config import MoEConfig
     from moe_reduce.reduction.scores import Sums
 
+SHOWN = 3  # experts named at each end of a ranking
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("--model", required=True, type=Path, help="a mixture of experts, of ours or of Hugging Face")
-    model_arguments.add_data(parser, required=True, purpose="what to calibrate on")
+    """Adds the arguments of the command."""
     parser.add_argument(
-        "--criteria", default="reap,frequency,max_activation", help="comma separated, or all (default: %(default)s)"
+        "--model", required=True, type=Path, help="a mixture of experts: a directory, ours or from Hugging Face"
     )
-    parser.add_argument("--layer-wise", action="store_true", help="for a model larger than memory: a layer at a time")
-    parser.add_argument("--seed", type=int, default=0, help="of the random criterion (default: 0)")
+    model_arguments.add_data(parser, required=True, purpose="text to calibrate on")
+    parser.add_argument(
+        "--criteria",
+        default="reap,frequency,max_activation",
+        help="criteria, comma separated, or all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layer-wise", action="store_true", help="load one layer at a time, for models larger than memory"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random criterion (default: 0)")
     model_arguments.add_out(parser, "scores.json", what="file")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
-    """Writes the scores as JSON, the sums as arrays beside it, and two pictures; returns the path of the JSON."""
+    """Writes the scores as JSON, with their sums as arrays and two pictures beside it; returns the path of the JSON.
+
+    Prints the best and the worst experts of each criterion, and the files.
+    """
     model_arguments.no_overrides(overrides)
     written = _files(arguments.out)
     for file in written:
@@ -49,13 +62,27 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         scores.write(found, unfinished / arguments.out.name)
         for file in written:
             (unfinished / file.name).replace(file)
+    shown = {name: _ends(values, found.counts_by_layer is not None) for name, values in found.scores.items()}
+    print(model_arguments.show(shown | {"tokens": found.tokens, "files": ", ".join(map(str, written))}, as_json=False))
     return arguments.out
 
 
+def _ends(scores_NE: "np.ndarray", pool: bool) -> dict[str, str]:
+    """The experts with the highest and the lowest scores of a criterion, in words."""
+    order = scores_NE.argsort(axis=None, kind="stable")
+    experts = scores_NE.shape[1]
+
+    def shown(places: "np.ndarray") -> str:
+        found = ((int(place) // experts, int(place) % experts, scores_NE.flat[place]) for place in places)
+        return ", ".join(f"{'' if pool else f'layer {layer} '}expert {e} ({value:.4g})" for layer, e, value in found)
+
+    return {"highest": shown(order[::-1][:SHOWN]), "lowest": shown(order[:SHOWN])}
+
+
 def _files(out: Path) -> list[Path]:
-    """All that is written; the scores are the last, so that where they are the others are too."""
+    """The files written, the scores last, so that their presence means that all are complete."""
     if out.suffix != ".json":
-        raise UserError(f"--out={out} must end in .json: arrays and pictures of the same name go beside it")
+        raise UserError(f"--out={out} must end in .json: arrays and pictures with the same name go beside it")
     return [out.with_name(out.stem + end) for end in (".npz", "-histogram.png", "-map.png", ".json")]
 
 
