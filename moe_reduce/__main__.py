@@ -32,6 +32,7 @@ COMMANDS = {
 }
 
 
+COMPILES_NOTHING = {"inspect", "report"}
 PURPOSE = "Make a language model smaller, and show what it cost."
 
 

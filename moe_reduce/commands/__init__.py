@@ -1,1 +1,1 @@
-"""What a user types: each module describes the arguments of one command and hands them to the rooms above."""
+"""The command line: each command module declares its arguments and calls the package that does the work."""

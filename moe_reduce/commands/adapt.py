@@ -1,4 +1,4 @@
-"""moe-reduce adapt: an adapter, or the whole model, trained on a text or on completions, then merged."""
+"""moe-reduce adapt: train an adapter or the whole model on a text or on completions, then merge it."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from moe_reduce.core.config import AdaptConfig, adapt_from_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the arguments of the command."""
     run_arguments.add_arguments(parser)
 
 

@@ -1,4 +1,4 @@
-"""--config=FILE --config.key=value ... -> runs; every mistake becomes one line."""
+"""Read --config=FILE and its --config.key=value overrides as runs; every mistake becomes one line."""
 
 import argparse
 import importlib.util
@@ -19,15 +19,17 @@ T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """The argument that names a configuration; its overrides are left to `read`."""
-    parser.add_argument("--config", required=required, metavar="FILE.py", help="a file of configs/, or your own")
-    parser.epilog = "Any key of the configuration can be changed: --config.train.steps=10 --config.model.width=64"
+    """Adds --config, which names a configuration; `read` takes its overrides."""
+    parser.add_argument(
+        "--config", required=required, metavar="FILE.py", help="a configuration: a file of configs/, or your own"
+    )
+    parser.epilog = "Any key of the configuration can be overridden: --config.train.steps=10 --config.model.width=64"
 
 
 def read(file: str, overrides: list[str], reader: Callable[[dict[str, Any]], T] = run_from_dict) -> dict[str, T]:
-    """The runs of a configuration file with overrides of the form --config.a.b=value.
+    """Returns the runs of a configuration file by name, after overrides of the form --config.a.b=value.
 
-    reader: what makes a run of nested values, and raises UserError at the first that is wrong.
+    reader: builds a run from nested values; raises UserError at the first wrong one.
     """
     for override in overrides:
         if not override.startswith("--config."):
@@ -38,7 +40,7 @@ def read(file: str, overrides: list[str], reader: Callable[[dict[str, Any]], T] 
 
 
 def _refuse_hidden(described: ml_collections.ConfigDict, overrides: list[str]) -> None:
-    """An override of what a variant sets for itself would change nothing, silently."""
+    """Raises UserError for an override of a key that a variant sets itself: it would have no effect."""
     for override in overrides:
         key = override.removeprefix("--config.").split("=")[0]
         variants: Any = described.get("variants", {})
@@ -55,7 +57,7 @@ def _read_config_dict(file: str, overrides: list[str]) -> ml_collections.ConfigD
     words = ["moe-reduce", *overrides]
     described = _execute(Path(file))
     try:
-        # without sys_argv the flag looks for overrides on the process's own command line
+        # without sys_argv, ml_collections reads overrides from the command line of the process
         holder = config_flags.DEFINE_config_dict("config", described, flag_values=values, sys_argv=words)
         values(words)
         return holder.value
@@ -66,7 +68,7 @@ def _read_config_dict(file: str, overrides: list[str]) -> ml_collections.ConfigD
 
 
 def _execute(file: Path) -> ml_collections.ConfigDict:
-    """get_config() of a file, which may import its neighbours as `configs.…` from whatever directory it is called."""
+    """Calls get_config() of a file, which may import its neighbours as `configs.…` from any working directory."""
     if not file.is_file():
         raise UserError(f"--config={file} does not exist: name a file such as configs/quickstart.py")
     root = str(file.absolute().parent.parent)
@@ -78,7 +80,7 @@ def _execute(file: Path) -> ml_collections.ConfigDict:
     try:
         specification.loader.exec_module(module)
         described = module.get_config()
-    except Exception as error:  # whatever a user's file raises is about that file
+    except Exception as error:  # any exception of the user's file is a mistake in that file
         raise UserError(f"--config={file} cannot be read: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(root)
@@ -88,7 +90,7 @@ def _execute(file: Path) -> ml_collections.ConfigDict:
 
 
 def _culprit(overrides: list[str], message: str) -> str:
-    """The override that an error of the flag parser is about, as far as it says."""
+    """The override that an error message of the flag parser names, or all of them."""
     for override in overrides:
         name = override.removeprefix("--").split("=")[0]
         if name in message or name.rsplit(".", 1)[-1] in message:

@@ -1,4 +1,4 @@
-"""moe-reduce drop-layers: fewer layers, those named or those that Block Influence finds to do least."""
+"""moe-reduce drop-layers: drop the layers named, or those with the least Block Influence (arXiv:2403.03853)."""
 
 import argparse
 from pathlib import Path
@@ -12,11 +12,13 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the arguments of the command."""
     transforming.add_arguments(parser)
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--layers", type=_numbers, help="layers to drop, from 0, such as 3,5")
-    wanted.add_argument("--count", type=int, help="drop so many, those of the least Block Influence on --data")
+    wanted.add_argument("--layers", type=_numbers, help="numbers of the layers to drop, counted from 0, such as 3,5")
+    wanted.add_argument(
+        "--count", type=int, help="how many layers to drop: those with the least Block Influence on --data"
+    )
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
@@ -39,7 +41,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _kept_experts(model: "Model", dropped: list[int]) -> Any:
-    """Original (layer, index) of the experts in the layers left; None where no expert goes with its layer."""
+    """Original (layer, index) of the experts in the remaining layers; None if dropping a layer drops no expert."""
     from moe_reduce.core.provenance import originals
 
     if model.config.moe is None or model.config.moe.placement == "shared":
@@ -49,7 +51,7 @@ def _kept_experts(model: "Model", dropped: list[int]) -> Any:
 
 
 def _least_influential(arguments: argparse.Namespace, model: "Model") -> dict[str, Any]:
-    """{count, layers, block_influence}: all are measured once, in the whole model, as ShortGPT does."""
+    """{count, layers, block_influence}; as in ShortGPT, all layers are measured once, in the whole model."""
     import numpy as np
 
     from moe_reduce.reduction.layers import block_influence

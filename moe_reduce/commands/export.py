@@ -1,4 +1,4 @@
-"""moe-reduce export: a model as StableHLO or ONNX, checked against the model before it is kept."""
+"""moe-reduce export: write a model as StableHLO or ONNX, after checking its logits against the model's."""
 
 import argparse
 import shlex
@@ -11,16 +11,18 @@ FORMATS = {"stablehlo": ("stablehlo",), "onnx": ("onnx",), "both": ("stablehlo",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("--model", required=True, type=Path, help="a model directory of ours or of Hugging Face")
+    """Adds the arguments of the command."""
+    parser.add_argument("--model", required=True, type=Path, help="a model directory, ours or from Hugging Face")
     model_arguments.add_out(parser, required=True, what="directory")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="for jax.export, for onnxruntime, or both")
-    parser.add_argument("--batch-size", type=int, help="sequences a batch (default: any number)")
-    parser.add_argument("--sequence-length", type=int, help="tokens a sequence (default: any number)")
+    parser.add_argument(
+        "--format", required=True, choices=FORMATS, help="stablehlo for jax.export, onnx for onnxruntime, or both"
+    )
+    parser.add_argument("--batch-size", type=int, help="fixed number of sequences in a batch (default: any)")
+    parser.add_argument("--sequence-length", type=int, help="fixed number of tokens in a sequence (default: any)")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
-    """Writes the directory, prints how far its logits are from the model's, and returns its path."""
+    """Writes the directory, prints the largest difference of its logits, and returns its path."""
     model_arguments.no_overrides(overrides)
     model_arguments.check_out(arguments.out, arguments.overwrite)
     model_arguments.check_positive(arguments, "batch_size", "sequence_length")

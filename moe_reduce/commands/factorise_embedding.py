@@ -1,4 +1,4 @@
-"""moe-reduce factorise-embedding: the tied token table as two thin factors, by truncated SVD."""
+"""moe-reduce factorise-embedding: factorise the tied embedding into two thin matrices by truncated SVD."""
 
 import argparse
 from pathlib import Path
@@ -7,9 +7,11 @@ from moe_reduce.commands import transforming
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the arguments of the command."""
     transforming.add_arguments(parser)
-    parser.add_argument("--inner", required=True, type=int, help="width between the factors, at most the model's")
+    parser.add_argument(
+        "--inner", required=True, type=int, help="inner width of the two factors, at most the model's width"
+    )
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:

@@ -1,4 +1,4 @@
-"""moe-reduce group-heads: fewer key/value heads, each the mean of those it replaces (GQA)."""
+"""moe-reduce group-heads: merge key/value heads into fewer, each the mean of its group (arXiv:2305.13245)."""
 
 import argparse
 from pathlib import Path
@@ -7,9 +7,11 @@ from moe_reduce.commands import transforming
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the arguments of the command."""
     transforming.add_arguments(parser)
-    parser.add_argument("--key-value-heads", required=True, type=int, help="how many; must divide their number now")
+    parser.add_argument(
+        "--key-value-heads", required=True, type=int, help="heads to keep; must divide the present number of heads"
+    )
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:

@@ -1,4 +1,4 @@
-"""moe-reduce inspect: what a model directory holds and how it came to be; headers only unless asked."""
+"""moe-reduce inspect: describe a model directory and its history, from file headers unless --verify is given."""
 
 import argparse
 import math
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("--model", required=True, type=Path, help="a model directory of ours or of Hugging Face")
+    """Adds the arguments of the command."""
+    parser.add_argument("--model", required=True, type=Path, help="a model directory, ours or from Hugging Face")
     parser.add_argument(
-        "--verify", action="store_true", help="read every file, and check every hash of the manifest and its chain"
+        "--verify", action="store_true", help="read every file and check all hashes of the manifest and its history"
     )
-    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
 
 
 def describe(directory: Path, verify: bool) -> dict[str, Any]:
-    """Architecture, tensors and chain; raises UserError when the directory is not whole."""
+    """Architecture, tensors and history of a model directory; raises UserError when a part of it is missing."""
     from moe_reduce.core.config import to_dict
     from moe_reduce.families import MODEL_TYPE, of_config, read_config
     from moe_reduce.storage import manifest
@@ -68,13 +68,13 @@ def _link(step: "Step", directory: Path, verify: bool) -> str:
 
 
 def _place(path: Path, directory: Path) -> Path:
-    """Where an input is: relative paths are from where a command ran, which may be here, or above the model it made."""
+    """Path of an input. A relative path started where the command ran: here, or in a directory above its model."""
     found = (above / path for above in directory.resolve().parents if (above / path).exists())
     return path if path.exists() else next(found, path)
 
 
 def _state(entry: "Input", directory: Path) -> str:
-    """Whether what a step read, a model directory, an adapter or a file, is still what it read."""
+    """State of a step's input (a model directory, an adapter or a file): unchanged, changed since, or not found."""
     from moe_reduce.adapters.adapter_directory import DESCRIPTION, described
     from moe_reduce.storage import manifest
 

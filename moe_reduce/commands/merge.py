@@ -1,4 +1,4 @@
-"""moe-reduce merge: a base and its adapter as one plain model, with the reports that show they are equivalent."""
+"""moe-reduce merge: merge an adapter into its base model, with reports that show the result is equivalent."""
 
 import argparse
 import dataclasses
@@ -10,15 +10,17 @@ from moe_reduce.commands import model_arguments
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input
 
-SAMPLE = (4, 64)  # random sequences and tokens that logits are compared on without --data
+SAMPLE = (4, 64)  # sequences and tokens: random ids on which logits are compared without --data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("--model", required=True, type=Path, help="the base: a directory of ours or of Hugging Face")
-    parser.add_argument("--adapter", required=True, type=Path, help="a directory that adapt or PEFT wrote")
+    """Adds the arguments of the command."""
+    parser.add_argument(
+        "--model", required=True, type=Path, help="the base model: a directory, ours or from Hugging Face"
+    )
+    parser.add_argument("--adapter", required=True, type=Path, help="an adapter directory written by adapt or by PEFT")
     model_arguments.add_out(parser, required=True, what="model directory")
-    model_arguments.add_corpus(parser, required=False, purpose="compare on it (default: random tokens)")
+    model_arguments.add_corpus(parser, required=False, purpose="text to compare logits on (default: random tokens)")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:

@@ -1,4 +1,4 @@
-"""What several commands on artifacts share."""
+"""Arguments and checks that several commands on model directories share."""
 
 import argparse
 import dataclasses
@@ -24,7 +24,7 @@ CORPUS_DEFAULTS = {"sequence_length": 256, "cache": "runs/tokens", "text_field":
 def add_out(
     parser: argparse.ArgumentParser, default: str | None = None, required: bool = False, what: str = "directory"
 ) -> None:
-    """--out and --overwrite."""
+    """Adds --out and --overwrite. what: the kind of thing that is written."""
     shown = f"{what} to write" + (f" (default: {default})" if default else "")
     path = default and Path(default)
     parser.add_argument("--out", type=Path, default=path, required=required, help=shown)
@@ -39,9 +39,9 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 def check_out_directory(out: Path, overwrite: bool, marker: str, kind: str) -> None:
-    """Raises UserError when --out can be no directory of results, before they are made.
+    """Raises UserError when --out cannot become a directory of results, before they are computed.
 
-    marker, kind: as disk.check_directory takes them.
+    marker, kind: as in disk.check_directory.
     """
     check_out(out, overwrite)
     disk.check_directory(out, overwrite, marker, kind)
@@ -52,7 +52,7 @@ def check_out_directory(out: Path, overwrite: bool, marker: str, kind: str) -> N
 
 
 def check_utf8(option: str, *texts: str) -> None:
-    """Raises UserError for bytes on the command line that are no text."""
+    """Raises UserError for bytes on the command line that are not UTF-8."""
     for text in texts:
         try:
             text.encode()
@@ -61,33 +61,35 @@ def check_utf8(option: str, *texts: str) -> None:
 
 
 def add_data(parser: argparse.ArgumentParser, required: bool, purpose: str) -> None:
-    """--data, how it is read, and what is computed on it."""
+    """Adds --data, the options for reading it, and --compute-dtype."""
     add_corpus(parser, required, purpose)
     add_compute_dtype(parser)
 
 
 def add_corpus(parser: argparse.ArgumentParser, required: bool, purpose: str) -> None:
-    """--data and how it is read; `data_config` takes it from there."""
-    kinds = "path, glob, hub:OWNER/NAME, python-stdlib, or token ids (.npy)"
+    """Adds --data and the options for reading it, which `data_config` uses."""
+    kinds = "a path, glob, hub:OWNER/NAME, python-stdlib, or token ids (.npy)"
     parser.add_argument("--data", required=required, help=f"{purpose}: {kinds}")
     field = CORPUS_DEFAULTS["text_field"]
-    parser.add_argument("--text-field", default=field, help=f"of jsonl and parquet rows (default: {field})")
+    parser.add_argument(
+        "--text-field", default=field, help=f"field of jsonl and parquet rows that holds the text (default: {field})"
+    )
     parser.add_argument("--tokenizer", help="tokenizer.model, tokenizer.json or a directory (default: the model's own)")
     length, cache = CORPUS_DEFAULTS["sequence_length"], CORPUS_DEFAULTS["cache"]
-    parser.add_argument("--sequence-length", type=int, default=length, help=f"tokens a sequence (default: {length})")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences a batch (default: 16)")
-    parser.add_argument("--max-batches", type=int, help="stop after so many (default: the whole corpus)")
-    parser.add_argument("--cache", default=cache, help=f"where prepared tokens are kept (default: {cache})")
+    parser.add_argument("--sequence-length", type=int, default=length, help=f"tokens in a sequence (default: {length})")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences in a batch (default: 16)")
+    parser.add_argument("--max-batches", type=int, help="stop after this many batches (default: the whole corpus)")
+    parser.add_argument("--cache", default=cache, help=f"directory of prepared tokens (default: {cache})")
 
 
 def add_compute_dtype(parser: argparse.ArgumentParser) -> None:
-    """--compute-dtype; `execution` takes it from there."""
-    shown = "what products are computed in (default: %(default)s)"
+    """Adds --compute-dtype, which `execution` uses."""
+    shown = "dtype of matrix products (default: %(default)s)"
     parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32", help=shown)
 
 
 def data_config(arguments: argparse.Namespace) -> "DataConfig":
-    """The corpus that --data names, all of it; raises UserError when a number is out of range."""
+    """The whole corpus that --data names; raises UserError when a number is out of range."""
     from moe_reduce.core.config import DataConfig
 
     check_positive(arguments, "batch_size", "max_batches")
@@ -104,7 +106,7 @@ def data_config(arguments: argparse.Namespace) -> "DataConfig":
 
 
 def execution(arguments: argparse.Namespace) -> "ExecutionConfig":
-    """How to compute on this machine's platform, in --compute-dtype."""
+    """Execution settings for this machine's platform and --compute-dtype."""
     import jax
 
     from moe_reduce.core.config import ExecutionConfig
@@ -114,7 +116,7 @@ def execution(arguments: argparse.Namespace) -> "ExecutionConfig":
 
 
 def load_model(arguments: argparse.Namespace, directory: Path | None = None, mesh: "Mesh | None" = None) -> "Model":
-    """--model, or another directory, whole, or on a mesh, each device its own part."""
+    """Loads --model or another directory; on a mesh, each device loads only its own part."""
     from moe_reduce import load
 
     place: Path = directory or arguments.model
@@ -127,13 +129,13 @@ def load_model(arguments: argparse.Namespace, directory: Path | None = None, mes
 
 
 def add_tensor(parser: argparse.ArgumentParser) -> None:
-    """--tensor; `tensor_mesh` takes it from there."""
-    shown = "devices that each matrix is split over; on a CPU so many cores, each a device (default: %(default)s)"
+    """Adds --tensor, which `tensor_mesh` uses."""
+    shown = "devices to split each matrix over; on a CPU, each core counts as a device (default: %(default)s)"
     parser.add_argument("--tensor", type=int, default=1, help=shown)
 
 
 def tensor_mesh(arguments: argparse.Namespace, *models: Path) -> "Mesh | None":
-    """The mesh of --tensor devices, for models that they divide; None for one device. Before anything asks jax."""
+    """The mesh of --tensor devices for these models; None for one device. Call it before JAX looks for devices."""
     check_positive(arguments, "tensor")
     if arguments.tensor == 1:
         return None
@@ -147,7 +149,7 @@ def tensor_mesh(arguments: argparse.Namespace, *models: Path) -> "Mesh | None":
     wanted = MeshConfig(data=1, tensor=arguments.tensor)
     for model in models:
         wanted.check_fits(directory_config(model), tensor="--tensor")
-    with contextlib.suppress(RuntimeError):  # jax has looked at its devices already, and their number is fixed
+    with contextlib.suppress(RuntimeError):  # JAX has found its devices already, and their number is fixed
         jax.config.update("jax_num_cpu_devices", arguments.tensor)
     if len(jax.devices()) < arguments.tensor:
         raise UserError(f"--tensor={arguments.tensor} needs as many devices, and there are {len(jax.devices())}")
@@ -155,7 +157,7 @@ def tensor_mesh(arguments: argparse.Namespace, *models: Path) -> "Mesh | None":
 
 
 def batches(arguments: argparse.Namespace, vocab_size: int) -> Iterator[Any]:
-    """The batches of --data, at most --max-batches, under a progress bar."""
+    """Yields the batches of --data, at most --max-batches, with a progress bar."""
     from tqdm import tqdm
 
     from moe_reduce.data.batches import WholeSplit
@@ -170,13 +172,13 @@ def batches(arguments: argparse.Namespace, vocab_size: int) -> Iterator[Any]:
 
 
 def measured_on(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a loss on --data depends on, beside the model."""
+    """The settings, apart from the model, that a loss on --data depends on."""
     names = ("data", "text_field", "tokenizer", "sequence_length", "batch_size", "max_batches", "compute_dtype")
     return {name: getattr(arguments, name) for name in names}
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Raises UserError at the first of the named arguments that is given and not above zero."""
+    """Raises UserError for the first of the named arguments that is given and not positive."""
     for name in names:
         value = getattr(arguments, name)
         if value is not None and not value > 0:
@@ -184,14 +186,14 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
 
 
 def check_unused(arguments: argparse.Namespace, where: str, *names: str) -> None:
-    """Raises UserError at the first of the named arguments that is given: nothing reads them there."""
+    """Raises UserError for the first of the named arguments that is given although nothing reads it. where: why."""
     for name in names:
         if getattr(arguments, name) is not None:
             raise UserError(f"{_option(name)} does nothing {where}: leave it out")
 
 
 def fill(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
-    """Puts defaults where an argument was not given, for commands that must know whether it was."""
+    """Sets arguments that were not given to their defaults, for commands that must know which were given."""
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
@@ -202,13 +204,13 @@ def _option(name: str) -> str:
 
 
 def no_overrides(overrides: list[str]) -> None:
-    """Raises UserError when arguments are left over."""
+    """Raises UserError for arguments that the command does not know."""
     if overrides:
         raise UserError(f"unknown argument {overrides[0]}: see --help")
 
 
 def show(content: dict[str, Any], as_json: bool) -> str:
-    """Nested values as indented lines for people, or as JSON for machines."""
+    """Nested values as indented lines, or as JSON."""
     return json.dumps(content, indent=2) if as_json else "\n".join(_lines(content, 0))
 
 
@@ -226,7 +228,7 @@ def _lines(content: dict[str, Any], depth: int) -> list[str]:
 
 
 def directory_config(directory: Path) -> ModelConfig:
-    """The architecture of a model directory, from its config.json alone."""
+    """Reads the architecture of a model directory from its config.json alone."""
     from moe_reduce.families import read_config
 
     return read_config(directory)[0]

@@ -1,4 +1,4 @@
-"""moe-reduce monitor: what a machine does while models answer, ours and an Ollama server's, as CSV and picture."""
+"""moe-reduce monitor: record the load of the machine while models answer, ours or those of an Ollama server."""
 
 import argparse
 import csv
@@ -26,22 +26,28 @@ COLUMNS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the arguments of the command."""
     parser.add_argument("--model", action="append", type=Path, default=[], help="a model directory; may be repeated")
-    parser.add_argument("--ollama", action="append", default=[], metavar="NAME", help="a model of Ollama; all: each")
     parser.add_argument(
-        "--address", default="http://127.0.0.1:11434", help="of the Ollama server (default: %(default)s)"
+        "--ollama",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a model of the Ollama server, or all; may be repeated",
     )
-    parser.add_argument("--prompt", default="Once upon a time", help="what is continued (default: %(default)r)")
-    parser.add_argument("--max-tokens", type=int, default=128, help="tokens of each answer (default: 128)")
-    parser.add_argument("--pause", type=float, default=0.5, help="seconds between two looks (default: 0.5)")
+    parser.add_argument(
+        "--address", default="http://127.0.0.1:11434", help="address of the Ollama server (default: %(default)s)"
+    )
+    parser.add_argument("--prompt", default="Once upon a time", help="prompt to continue (default: %(default)r)")
+    parser.add_argument("--max-tokens", type=int, default=128, help="most tokens of an answer (default: 128)")
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds between two samples (default: 0.5)")
     model_arguments.add_compute_dtype(parser)
     model_arguments.add_tensor(parser)
     model_arguments.add_out(parser, "runs/monitor")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
-    """Measures, prints the table, writes monitor.csv, samples.csv and monitor.png; returns the first's path."""
+    """Prints a line for each model; writes monitor.csv, whose path it returns, samples.csv and monitor.png."""
     model_arguments.no_overrides(overrides)
     if not arguments.model and not arguments.ollama:
         raise UserError("give --model=DIR or --ollama=NAME, each as often as there are models")
@@ -86,7 +92,7 @@ def _csv(columns: tuple[str, ...], rows: list[Any]) -> str:
 def _row(
     described: tuple[Any, ...], monitor: "Monitor", seconds: float | None, prompt_rate: float, decode_rate: float
 ) -> list[Any]:
-    """seconds: to the first token; None where nobody says."""
+    """One row of monitor.csv. seconds: until the first token; None where it is unknown."""
     found = [monitor.peak(name) for name in ("cpu_percent", "ram_percent", "gpu_percent", "vram_mb")]
     found.append(None if seconds is None else round(seconds, 4))
     return [*described, *("" if one is None else one for one in found), round(prompt_rate, 1), round(decode_rate, 1)]

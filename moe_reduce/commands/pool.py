@@ -1,4 +1,4 @@
-"""moe-reduce pool: the experts of all layers as one pool that every layer can call."""
+"""moe-reduce pool: pool the experts of all layers, so that every layer can call each of them."""
 
 import argparse
 from pathlib import Path
@@ -8,27 +8,32 @@ from moe_reduce.core.config import PoolStage, to_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the arguments of the command."""
     transforming.add_arguments(parser)
     parser.add_argument(
         "--start", choices=("lossless", "concat", "random"), default="lossless",
-        help="routers side by side that choose as before; without their bias; or new ones (default: %(default)s)",
+        help="routers of the pool: the old ones side by side with a bias that keeps every choice (lossless), the same "
+        "without the bias (concat), or new ones (random) (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--score-function", choices=("softmax", "sigmoid"), default="softmax",
-        help="of the pool's routers; sigmoid is only near to lossless (default: %(default)s)",
+        help="score function of the pool's routers; sigmoid is not exactly lossless (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--router",
         choices=("shared", "layer"),
         default="shared",
-        help="one for all layers, or one each (default: %(default)s)",
+        help="one router for all layers, or one for each layer (default: %(default)s)",
     )
-    parser.add_argument("--bias", type=float, help="against other layers' experts, in logits (default: exact)")
-    parser.add_argument("--offset", type=float, default=0.0, help="subtracted before sigmoid scores (default: 0)")
-    shown = "fold norms and output sizes out of the experts, which rounds them to their dtype once more"
+    parser.add_argument(
+        "--bias", type=float, help="logits subtracted from other layers' experts (default: enough to be exact)"
+    )
+    parser.add_argument(
+        "--offset", type=float, default=0.0, help="offset subtracted from logits before the sigmoid (default: 0)"
+    )
+    shown = "move norm weights and output scales out of the experts, which rounds their weights once more"
     parser.add_argument("--canonical", action="store_true", help=shown)
-    parser.add_argument("--seed", type=int, default=0, help="of --start=random (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of --start=random (default: 0)")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:

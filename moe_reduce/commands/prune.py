@@ -1,4 +1,4 @@
-"""moe-reduce prune: keeps the best experts, from file to file; weights pass through a few megabytes at a time."""
+"""moe-reduce prune: keep the best experts, from file to file, with a few megabytes of weights in memory at a time."""
 
 import argparse
 from pathlib import Path
@@ -10,18 +10,32 @@ from moe_reduce.models.parameters import parameter_count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("--model", required=True, type=Path, help="a mixture of experts, of ours or of Hugging Face")
-    parser.add_argument("--scores", required=True, type=Path, help="what moe-reduce score wrote for this model")
-    parser.add_argument("--criterion", default="reap", help="one of those scored (default: reap)")
-    parser.add_argument("--keep", required=True, type=float, help="share of the experts, such as 0.5, or their number")
+    """Adds the arguments of the command."""
+    parser.add_argument(
+        "--model", required=True, type=Path, help="a mixture of experts: a directory, ours or from Hugging Face"
+    )
+    parser.add_argument(
+        "--scores", required=True, type=Path, help="the scores.json that moe-reduce score wrote for this model"
+    )
+    parser.add_argument(
+        "--criterion", default="reap", help="rank experts by this criterion of the scores (default: reap)"
+    )
+    parser.add_argument(
+        "--keep", required=True, type=float, help="experts to keep: a share such as 0.5, or their number"
+    )
     parser.add_argument(
         "--scope", choices=("layer", "global"), default="layer",
-        help="the best of each layer, as many in each; or the best of all, which gives layers pools of their own size "
-        "(default: %(default)s)",
+        help="layer: keep equally many experts in each layer; global: keep the best of the whole model, so that layers "
+        "differ in size (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--floor", type=int, help="fewest in a layer, with --scope=global (default: those active)")
-    parser.add_argument("--protect-super-experts", action="store_true", help="keep experts of outstanding activation")
+    parser.add_argument(
+        "--floor", type=int, help="fewest experts to keep in a layer, with --scope=global (default: the active ones)"
+    )
+    parser.add_argument(
+        "--protect-super-experts",
+        action="store_true",
+        help="always keep experts with outstanding activations (arXiv:2507.23279)",
+    )
     model_arguments.add_out(parser, required=True, what="model directory")
 
 

@@ -1,4 +1,4 @@
-"""moe-reduce prune-neurons: narrower feed-forward blocks or experts, without their smallest neurons."""
+"""moe-reduce prune-neurons: drop the smallest neurons of feed-forward blocks or experts."""
 
 import argparse
 from pathlib import Path
@@ -7,9 +7,9 @@ from moe_reduce.commands import transforming
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the arguments of the command."""
     transforming.add_arguments(parser)
-    parser.add_argument("--keep", required=True, type=int, help="neurons left in each layer, or in each expert")
+    parser.add_argument("--keep", required=True, type=int, help="neurons to keep in each feed-forward block or expert")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:

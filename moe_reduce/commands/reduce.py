@@ -1,4 +1,4 @@
-"""moe-reduce reduce: a mixture of experts made smaller, stage by stage, as a configuration says."""
+"""moe-reduce reduce: shrink a mixture of experts through the stages that a configuration lists."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from moe_reduce.core.config import ReduceConfig, reduce_from_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the arguments of the command."""
     run_arguments.add_arguments(parser)
 
 
@@ -28,6 +28,6 @@ def _show(summaries: dict[str, dict[str, Any]], workdir: Path) -> None:
     from moe_reduce.reports import ladder_picture, reduction_table
 
     print(reduction_table.table(summaries))
-    if "" not in summaries:  # a reduction without variants has drawn its own
+    if "" not in summaries:  # a single reduction has drawn its own picture
         ladders = {name: [ladder_picture.ladder(summary)] for name, summary in summaries.items()}
         ladder_picture.picture(ladders, workdir / "loss.png")

@@ -1,4 +1,4 @@
-"""moe-reduce report: collect finished runs into docs/results, and fill the tables of documents from there."""
+"""moe-reduce report: collect finished runs into a result, or fill the tables of documents from results."""
 
 import argparse
 from pathlib import Path
@@ -9,20 +9,27 @@ from moe_reduce.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("--runs", nargs="+", type=Path, metavar="WORKDIR", help="finished runs, or earlier results")
-    parser.add_argument("--title", help="of the table that --runs make")
-    parser.add_argument("--made-by", help="the command that made --runs, shown above the table")
-    parser.add_argument("--document", nargs="+", type=Path, metavar="FILE.md", help="documents to fill")
+    """Adds the arguments of the command."""
     parser.add_argument(
-        "--results", type=Path, default=Path("docs/results"), help="where results are kept (default: %(default)s)"
+        "--runs", nargs="+", type=Path, metavar="WORKDIR", help="workdirs of finished runs, or earlier results"
     )
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if a document is out of date")
+    parser.add_argument("--title", help="title of the result's table")
+    parser.add_argument("--made-by", help="the command that made the runs, shown above the table")
+    parser.add_argument(
+        "--document", nargs="+", type=Path, metavar="FILE.md", help="documents whose marked tables are filled"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("docs/results"),
+        help="directory of all results, for --document (default: %(default)s)",
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing, and fail if a document is out of date")
     model_arguments.add_out(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
-    """Collects or fills; returns what was written."""
+    """Collects runs or fills documents; returns the paths written."""
     model_arguments.no_overrides(overrides)
     from moe_reduce.reports import documents, measured, results
 

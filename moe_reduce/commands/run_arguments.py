@@ -1,4 +1,4 @@
-"""What the commands share that run a configuration in a workdir: train, reduce and adapt."""
+"""Steps shared by the commands that run a configuration in a workdir: train, reduce and adapt."""
 
 import argparse
 import json
@@ -15,14 +15,20 @@ T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--config, --workdir, --variant, and the processes of a run on several hosts."""
+    """Adds --config, --workdir, --variant, and the arguments of a run on several hosts."""
     config_file.add_arguments(parser)
-    parser.add_argument("--workdir", required=True, type=Path, help="where the run lives; the same again resumes it")
-    parser.add_argument("--variant", action="append", metavar="NAME", help="only this variant; may be repeated")
-    parser.add_argument("--distributed", action="store_true", help="several hosts, found through TPU metadata or SLURM")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="several hosts, by address; needs the next two")
-    parser.add_argument("--processes", type=int, help="number of processes")
-    parser.add_argument("--process", type=int, help="index of this process")
+    parser.add_argument("--workdir", required=True, type=Path, help="directory of the run; the same command resumes it")
+    parser.add_argument("--variant", action="append", metavar="NAME", help="run this variant only; may be repeated")
+    parser.add_argument(
+        "--distributed", action="store_true", help="run on several hosts, found through TPU metadata or SLURM"
+    )
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="run on several hosts, with the first one at this address; needs --processes and --process",
+    )
+    parser.add_argument("--processes", type=int, help="number of processes, with --coordinator")
+    parser.add_argument("--process", type=int, help="index of this process, from 0, with --coordinator")
 
 
 def run_each(
@@ -32,9 +38,10 @@ def run_each(
     run_one: Callable[[T, Path, str], None],
     show: Callable[[dict[str, dict[str, Any]], Path], None],
 ) -> Path:
-    """Runs what the configuration describes, one after the other; returns the path of summary.json.
+    """Runs the variants of a configuration one after the other; returns the path of summary.json.
 
-    run_one(run, its workdir, its name). show(summaries of all that is done, by name; workdir) prints and draws.
+    reader: builds a run from nested values. run_one: takes a run, its workdir and its name. show: prints and draws the
+    summaries of all finished variants, by name; its second argument is the workdir.
     """
     workdir: Path = arguments.workdir
     _check_workdir(workdir)
@@ -63,11 +70,11 @@ def run_each(
 
 def _check_workdir(workdir: Path) -> None:
     if ":/" in str(workdir):
-        raise UserError(f"--workdir={workdir} must be on a disk: mount the bucket, and give its path")
+        raise UserError(f"--workdir={workdir} must be on a disk: mount the bucket and give the path it is mounted at")
 
 
 def chosen(runs: dict[str, T], variants: list[str] | None) -> dict[str, T]:
-    """The variants that --variant names; all without one. Raises UserError when there is none of that name."""
+    """The variants that --variant names, or all of them. Raises UserError for an unknown name."""
     unknown = sorted(set(variants or ()) - set(runs))
     if unknown:
         known = ", ".join(name for name in runs if name) or "this configuration has none"

@@ -1,4 +1,4 @@
-"""moe-reduce sparsify: zeros in place of the smallest weights, a share of each matrix or in the 2:4 pattern."""
+"""moe-reduce sparsify: zero the smallest weights, a share of each matrix or in the 2:4 pattern."""
 
 import argparse
 from pathlib import Path
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the arguments of the command."""
     transforming.add_arguments(parser)
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--share", type=float, help="of each matrix that becomes zero, such as 0.5")
-    wanted.add_argument("--pattern", choices=("2:4",), help="two of each four inputs stay, for sparse tensor cores")
+    wanted.add_argument("--share", type=float, help="share of each matrix to zero, such as 0.5")
+    wanted.add_argument("--pattern", choices=("2:4",), help="keep two of each four inputs, for sparse tensor cores")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
-    """Writes the sparse model, as dense tensors that hold zeros, and returns its path."""
+    """Writes the sparse model as dense tensors that contain zeros, and returns its path."""
     model = transforming.read(arguments, overrides)
     from moe_reduce.reduction.sparsity import prune_magnitude, prune_two_four
 

@@ -1,4 +1,4 @@
-"""moe-reduce train: pretrain the model of a configuration, or several side by side, and print the comparison."""
+"""moe-reduce train: pretrain the models of a configuration and compare them."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from moe_reduce.core.config import RunConfig, run_from_dict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the arguments of the command."""
     run_arguments.add_arguments(parser)
 
 

@@ -1,4 +1,4 @@
-"""What the commands share that read a model, transform it and write another: plumbing, and what it cost."""
+"""Steps shared by the commands that transform a model: read it, measure the cost, write the result."""
 
 import argparse
 from pathlib import Path
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model, --out, --overwrite, and the data to measure on."""
-    parser.add_argument("--model", required=True, type=Path, help="a model directory of ours or of Hugging Face")
+    """Adds --model, --out, --overwrite, and the data to measure the loss on."""
+    parser.add_argument("--model", required=True, type=Path, help="a model directory, ours or from Hugging Face")
     model_arguments.add_out(parser, required=True, what="model directory")
-    model_arguments.add_data(parser, required=False, purpose="measure the loss on it, before and after")
+    model_arguments.add_data(parser, required=False, purpose="text to measure the loss on, before and after")
 
 
 def read(arguments: argparse.Namespace, overrides: list[str]) -> "Model":
-    """The model that the command starts from; mistakes about --out and --data are found before a weight is read."""
+    """Loads --model; mistakes in --out and --data are reported before any weight is read."""
     model_arguments.no_overrides(overrides)
     model_arguments.check_out(arguments.out, arguments.overwrite)
     if arguments.data is not None:
@@ -31,10 +31,10 @@ def read(arguments: argparse.Namespace, overrides: list[str]) -> "Model":
 def write(
     arguments: argparse.Namespace, before: "Model", after: "Model", settings: dict[str, Any], kept_experts: Any = None
 ) -> Path:
-    """Saves what became of the model, prints what it cost, and returns --out.
+    """Saves the transformed model, prints its cost, and returns --out; with --data, measures the loss of both.
 
-    settings: what the command did, for the manifest, as is kept_experts: the original (layer, index) of each expert
-    kept. With --data, the loss is measured before and after.
+    settings and kept_experts go into the manifest: the arguments of the transform, and the original (layer, index) of
+    each expert kept.
     """
     from moe_reduce import save
     from moe_reduce.storage import manifest
