@@ -1,5 +1,6 @@
 """inspect, plan, evaluate and report, through the real command line."""
 
+import argparse
 import json
 import math
 import re
@@ -10,6 +11,7 @@ import pytest
 
 from moe_reduce import save
 from moe_reduce.__main__ import main
+from moe_reduce.commands import evaluate
 from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
@@ -115,6 +117,16 @@ def test_evaluate_equals_by_hand(model_directory, tiny_shared, tmp_path, capsys)
     assert math.isclose(found["accuracy"], (logits.argmax(-1) == tokens[:, 1:]).mean(), rel_tol=1e-5)
     assert main(arguments) == 2  # an existing --out is not overwritten
     assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_evaluate_says_which_text_it_measured():
+    given = {"data": "python-stdlib", "sequence_length": 128, "max_batches": None}
+    line = evaluate._measured_text(argparse.Namespace(**given), 5_000)
+    assert line.startswith(
+        "measured on: all of python-stdlib, 5,000 tokens in sequences of 128 (the validation loss of"
+    )
+    line = evaluate._measured_text(argparse.Namespace(**given | {"max_batches": 3}), 5_000)
+    assert line.startswith("measured on: the first 3 batches of python-stdlib")
 
 
 def _finished_run(directory, name, seed, loss):

@@ -53,14 +53,12 @@ def _tokens():
 def test_score_writes_json_arrays_and_pictures(directory, capsys):
     file = _score(directory)
     content = json.loads(file.read_text())
-    lines = capsys.readouterr().out.splitlines()
-    values = np.asarray(content["scores"]["reap"])
+    lines, values = capsys.readouterr().out.splitlines(), np.asarray(content["scores"]["reap"])
     layer, expert = np.unravel_index(np.argmax(values), values.shape)
     assert lines[lines.index("reap") + 1].startswith(f"  highest: layer {layer} expert {expert} ({values.max():.4g}), ")
-    assert lines[-1] == str(file)
-    assert all(name in lines[-2] for name in ("scores.npz", "scores-histogram.png", "scores-map.png", "scores.json"))
-    assert content["tokens"] == 12 * 15
-    assert np.asarray(content["counts"]).sum() == 3 * 2 * 12 * 15
+    names = ("scores.npz", "scores-histogram.png", "scores-map.png", "scores.json")
+    assert lines[-2:] == [f"files: {', '.join(str(file.with_name(name)) for name in names)}", str(file)]
+    assert (content["tokens"], np.asarray(content["counts"]).sum()) == (12 * 15, 3 * 2 * 12 * 15)
     assert set(content["scores"]) == set(scores.CRITERIA)
     arrays = np.load(file.with_suffix(".npz"))
     np.testing.assert_array_equal(arrays["counts"], content["counts"])

@@ -42,7 +42,7 @@ def result(groups: Groups, title: str, out: Path) -> dict[str, Any]:
 
 
 def _is_recall(groups: Groups) -> bool:
-    """Whether the runs learned completions, whose recall was measured, rather than a text."""
+    """Tells runs that learned completions, whose recall was measured, from runs that learned a text."""
     measured = [bool(one.summary["measured"]) for runs in groups.values() for one in runs]
     if any(measured) and not all(measured):
         raise UserError("--runs are of completions and of text: collect them apart")

@@ -10,7 +10,7 @@ Summary = dict[str, Any]  # the content of a run's summary.json
 
 
 def is_baseline(name: str, summary: Summary) -> bool:
-    """Whether other runs are compared with this one: a dense model, or a base model that was trained whole."""
+    """Tells the run that others are compared with: a dense model, or a base model that was trained whole."""
     return name == "dense" or ("method" in summary and summary["method"] == "full")
 
 
