@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
 
 
 def _measured_text(arguments: argparse.Namespace, tokens: int) -> str:
-    """One line: the text that was measured, and why the validation loss of a run is another."""
+    """Names in one line the text that was measured, and says why the validation loss of a run differs."""
     if arguments.data.endswith(".npy"):
         return f"measured on: all {tokens:,} targets of {arguments.data}"
     part = "all of" if arguments.max_batches is None else f"the first {arguments.max_batches} batches of"

@@ -16,7 +16,7 @@ from moe_reduce.models.parameters import parameter_count
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from moe_reduce.inference.monitor import Monitor
+    from moe_reduce.inference.monitor import Monitor, Sample
 
 TABLE = "monitor.csv"
 COLUMNS = (
@@ -58,27 +58,26 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     out = arguments.out
     model_arguments.check_out_directory(out, arguments.overwrite, TABLE, "what monitor wrote")
     mesh = model_arguments.tensor_mesh(arguments, *arguments.model)
-    rows, samples = [], []
-    for name in _ollama_names(arguments):
-        row, monitor = _ollama(arguments, name)
-        rows.append(row)
-        samples.append((name, monitor.samples))
-    for directory in arguments.model:
-        row, monitor = _ours(arguments, directory, mesh)
-        rows.append(row)
-        samples.append((str(directory), monitor.samples))
+    measured = [(name, *_ollama(arguments, name)) for name in _ollama_names(arguments)]
+    measured += [(str(directory), *_ours(arguments, directory, mesh)) for directory in arguments.model]
+    rows = [row for _, row, _ in measured]
     for row in rows:
         print("  ".join(f"{name}={value}" for name, value in zip(COLUMNS, row, strict=True) if value != ""))
+    _write(out, rows, [(name, monitor.samples) for name, _, monitor in measured])
+    return out / TABLE
+
+
+def _write(out: Path, rows: list[list[Any]], samples: list[tuple[str, list["Sample"]]]) -> None:
+    """Writes monitor.csv last, so that its presence means that all files are complete."""
     from moe_reduce.reports.monitor_picture import picture
 
     with disk.writing(out, "free some space or choose another path"):
         out.mkdir(parents=True, exist_ok=True)
-        looks = [(name, *sample) for name, found in samples for sample in found]
+        lines = [(name, *sample) for name, found in samples for sample in found]
         names = ("name", "seconds", "cpu_percent", "ram_percent", "gpu_percent", "vram_mb")
-        disk.write_text(out / "samples.csv", _csv(names, looks))
+        disk.write_text(out / "samples.csv", _csv(names, lines))
         picture(samples, out / "monitor.png")
         disk.write_text(out / TABLE, _csv(COLUMNS, rows))
-    return out / TABLE
 
 
 def _csv(columns: tuple[str, ...], rows: list[Any]) -> str:

@@ -40,7 +40,8 @@ def picture(curves: Mapping[str, Mapping[str, Points]], file: Path) -> None:
     _share_y(panels[0, : len(LAYER)], "time of a layer", "s")
     _share_y(panels[1, : len(steps)], "training step (tokens/s)")
     _share_y(panels[2, : len(steps)], "memory of a device", "B")
-    style.legend_beside(panels[0, len(LAYER) - 1]).set_in_layout(len(LAYER) == columns)  # else over the unused panels
+    # the panels to the right of this legend are unused, so the layout need not make room for it
+    style.legend_beside(panels[0, len(LAYER) - 1]).set_in_layout(len(LAYER) == columns)
     style.legend_beside(panels[2, len(steps) - 1])
     style.save(figure, file)
 

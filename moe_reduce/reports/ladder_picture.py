@@ -35,11 +35,8 @@ PANELS = {
     "routers trained, or routers and norms": (ROUTERS, "norms"),
     "adapters or experts trained": ("experts", "experts, longer", "LoRA", "SkeMA"),
 }
-VARIATIONS = (
-    "taught",
-    "free",
-    "reap",
-)  # how a method is applied: of lines that differ in these only, the best is drawn
+# words for how a method is applied: of reductions that differ in these words only, the best one is drawn
+VARIATIONS = ("taught", "free", "reap")
 
 
 def ladder(run: Summary) -> Ladder:

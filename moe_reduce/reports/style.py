@@ -139,7 +139,7 @@ def label_ends(axes: Axes) -> None:
 def _moved_apart(places: list[float], gap: float) -> list[float]:
     """The nearest positions in the same order that lie at least `gap` apart; places: fractions of the axes' height."""
     order = np.argsort(places, kind="stable")
-    clusters: list[list[float]] = []  # sums of desired offsets, and sizes, of labels that touch
+    clusters: list[list[float]] = []  # (mean position, number) of labels that touch each other
     for index in order:
         clusters.append([places[index], 1])
         while len(clusters) > 1 and _bottom(clusters[-1], gap) - _top(clusters[-2], gap) < gap:
