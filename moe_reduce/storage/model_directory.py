@@ -13,6 +13,7 @@ from moe_reduce.core import disk, trees
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.core.provenance import Step
 from moe_reduce.models.model import Model
+from moe_reduce.models.weights import is_quantised
 from moe_reduce.storage import manifest
 from moe_reduce.storage.parameter_tensors import read_params, write_items
 from moe_reduce.storage.tensors import SHARD_BYTES, TensorFiles, TensorItem, write_tensors
@@ -59,13 +60,17 @@ def save(
     Files are written to a temporary directory beside `path`, which is renamed at the end, so a kill or a full disk
     leaves nothing half-made. step: appended to the model's history. overwrite: replace an existing model directory.
     shard_bytes: largest size of a weight file. also: writes further files; called with the unfinished directory and
-    the SHA-256 of each weight file by name. Raises UserError when the path exists or cannot be written.
+    the SHA-256 of each weight file by name. A model with quantised weights is saved as one of our own, whatever its
+    family. Raises UserError when the path exists or cannot be written.
     """
-    (embedding,) = trees.select(model.params, "embedding/(table|factor)", expect=1).values()
+    flat = trees.flatten(model.params)
+    whole = [leaf for leaf in flat.values() if not is_quantised(leaf)]
+    # other programs must not take the integers for the weights
+    config = model.config if len(whole) == len(flat) else families.own_config(model.config)
     contents = Contents(
-        config=model.config,
-        items=write_items(model.params, model.config),
-        dtype=str(embedding.dtype),
+        config=config,
+        items=write_items(model.params, config),
+        dtype=str(whole[0].dtype),  # that of the embedding, if not quantised
         source=model.source,
         hf_config=model.hf_config,
         chain=model.chain if step is None else (*model.chain, step),
