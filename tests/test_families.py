@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moe_reduce import families
-from moe_reduce.core.config import MeshConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
+from moe_reduce.core.config import MeshConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig, to_dict
+from moe_reduce.core.config_dict import completed
 from moe_reduce.core.errors import UserError
 from moe_reduce.families import FAMILIES, Leaf, by_path, from_hf, leaves, of_config, to_hf
 from moe_reduce.families.layout import Tensor
@@ -152,6 +153,13 @@ def test_a_stated_family_that_cannot_say_it_any_more_becomes_ours(name: str):
     for other in CONFIGS:
         if other != name:
             assert of_config(dataclasses.replace(stated, family=other)).name == "moe_reduce"
+
+
+def test_runs_from_before_families_were_stated_go_on():
+    run = to_dict(RunConfig(model=CONFIGS["llama"][0]))
+    earlier = run | {"model": {name: value for name, value in run["model"].items() if name != "family"}}
+    assert earlier != run
+    assert completed(RunConfig, earlier) == run
 
 
 def test_an_unknown_family_is_refused_by_name(tmp_path: Path):
