@@ -2,16 +2,19 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moe_reduce import families
-from moe_reduce.core.config import ModelConfig, MoEConfig
+from moe_reduce.core.config import MeshConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig, to_dict
+from moe_reduce.core.config_dict import completed
 from moe_reduce.core.errors import UserError
 from moe_reduce.families import FAMILIES, Leaf, by_path, from_hf, leaves, of_config, to_hf
 from moe_reduce.families.layout import Tensor
 from moe_reduce.models.parameters import Parameter, parameter_count, parameters
+from moe_reduce.runs.train import train
 
 SIZES = {"vocab_size": 60, "layers": 3, "width": 24, "query_heads": 4, "key_value_heads": 2, "head_width": 6}
 DENSE = SIZES | {"feed_forward_width": 40}
@@ -152,9 +155,26 @@ def test_a_stated_family_that_cannot_say_it_any_more_becomes_ours(name: str):
             assert of_config(dataclasses.replace(stated, family=other)).name == "moe_reduce"
 
 
-def test_an_unknown_family_is_refused_by_name():
+def test_runs_from_before_families_were_stated_go_on():
+    run = to_dict(RunConfig(model=CONFIGS["llama"][0]))
+    earlier = run | {"model": {name: value for name, value in run["model"].items() if name != "family"}}
+    assert earlier != run
+    assert completed(RunConfig, earlier) == run
+
+
+def test_an_unknown_family_is_refused_by_name(tmp_path: Path):
     with pytest.raises(UserError, match=r"'mamba' is not supported; known: llama, .*, moe_reduce"):
         of_config(dataclasses.replace(CONFIGS["llama"][0], family="mamba"))
+    with pytest.raises(UserError, match="'mamba' is not supported"):  # before anything is prepared
+        train(
+            RunConfig(
+                model=dataclasses.replace(CONFIGS["llama"][0], family="mamba"),
+                mesh=MeshConfig(data=1),
+                train=TrainConfig(steps=1, batch_size=1),
+            ),
+            tmp_path / "run",
+        )
+    assert not list(tmp_path.iterdir())
     for raw in ({}, {"model_type": ["llama"]}):
         with pytest.raises(UserError, match="model_type"):
             from_hf(raw)

@@ -199,7 +199,9 @@ def test_one_family_with_a_trait_of_another_is_ours():
 def test_own_files_name_later_fields_only_where_they_differ():
     """Files from before these fields are read, and written again, as they are."""
     raw = to_hf(SHARED, None, "float32")
-    assert not {"norm", "biases", "parallel_residual", "feed_forward", "rotary_share"} & set(raw)
+    later = {"norm", "biases", "parallel_residual", "feed_forward", "rotary_share", "qk_norm_scope", "clip_qkv"}
+    assert not (later | {"family"}) & set(raw)
+    assert from_hf(raw) == SHARED
     turned = dataclasses.replace(SHARED, rotary_share=0.5)
     assert to_hf(turned, raw, "float32") == raw | {"rotary_share": 0.5}
     assert to_hf(SHARED, raw | {"rotary_share": 0.5}, "float32") == raw

@@ -5,6 +5,7 @@ fresh training run, is of the first family that represents it exactly. Where a t
 pooling does, the model becomes one of our own (families/own.py). To add a family, write its module and list it below.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from moe_reduce.models.parameters import parameters
 
 __all__ = [
     "CONFIG_FILE", "FAMILIES", "MODEL_TYPE", "Leaf", "by_path", "dumps", "from_hf", "leaves", "named", "of_config",
-    "read_config", "to_hf", "to_stored",
+    "own_config", "read_config", "to_hf", "to_stored",
 ]  # fmt: skip
 
 CONFIG_FILE = "config.json"
@@ -53,6 +54,11 @@ def _family(stated: str | None, config: ModelConfig) -> Family:
         return next(family for family in FAMILIES if family.represents(config))
     family = named(stated)
     return family if family.represents(config) else own.FAMILY
+
+
+def own_config(config: ModelConfig) -> ModelConfig:
+    """The same architecture, stated to be of our own family, which no other program opens."""
+    return dataclasses.replace(config, family=own.FAMILY.name)
 
 
 def leaves(config: ModelConfig) -> tuple[Leaf, ...]:

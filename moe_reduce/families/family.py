@@ -1,4 +1,4 @@
-"""What a family is: the spelling of one architecture's config.json, and the names of its tensors."""
+"""Interface of a family: the spelling of one architecture's config.json, and the names of its tensors."""
 
 import re
 from abc import ABC, abstractmethod
@@ -41,8 +41,8 @@ class Family(ABC):
 
     @abstractmethod
     def represents(self, config: ModelConfig) -> bool:
-        """Whether a config.json of this family says exactly this."""
+        """True if a config.json of this family describes the config exactly."""
 
     @abstractmethod
     def same(self, left: ModelConfig, right: ModelConfig) -> bool:
-        """Whether the config.json of two configs of this family is the same."""
+        """True if two configs of this family have the same config.json."""

@@ -11,6 +11,7 @@ from moe_reduce.core.config import RunConfig, to_dict
 from moe_reduce.core.provenance import Input, Step
 from moe_reduce.data.batches import fingerprint
 from moe_reduce.data.prepare import prepare
+from moe_reduce.families import of_config
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.planning.flops import train_flops_per_token
@@ -28,6 +29,7 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     run = dataclasses.replace(run, execution=run.execution.resolve(jax.default_backend()))
     mesh = sharding.make_mesh(run.mesh)
     sharding.model_shardings(mesh, run.model)  # refuse a mesh before the text is prepared
+    of_config(run.model)  # refuse an unknown family
     steps.check_batch(mesh, run.train)
     done = begin(workdir, run)
     if done is not None:

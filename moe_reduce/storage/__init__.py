@@ -1,1 +1,1 @@
-"""Params <-> disk: safetensors in the layout of Hugging Face, and a manifest of what each file is."""
+"""Models on disk: safetensors under Hugging Face names, manifests with hashes, and export to other runtimes."""

@@ -1,11 +1,11 @@
-"""Models in formats that other programs run: a directory of model.stablehlo, model.onnx and export.json.
+"""Export to formats that other runtimes execute: a directory of model.stablehlo, model.onnx and export.json.
 
-Read back with jax alone, on CPU, CUDA or TPU, or with onnxruntime alone:
+The files need only jax (on CPU, CUDA or TPU) or only onnxruntime:
 
     jax.export.deserialize(bytearray(Path("model.stablehlo").read_bytes())).call(tokens_BT)
     onnxruntime.InferenceSession("model.onnx").run(["logits"], {"tokens": tokens_BT})[0]
 
-of token ids int32 [B, T]; the weights are inside, in fp32, as are the logits [B, T, V].
+with token ids int32 [B, T] and logits [B, T, V]. Weights are part of the file; weights and logits are fp32.
 """
 
 import platform
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from moe_reduce.models.model import Model
 
 EXPORT_FILE = "export.json"
-FILE_LIMIT = 2**31 - 2**26  # bytes of weights: files of both formats end at 2 GiB, and the graph needs some of it
-SHAPES = ((2, 16), (3, 5))  # of the batches that a file is checked on, where their sizes are open
-RELATIVE_TOLERANCE = 1e-4  # of the largest logit; sums in another order differ by a tenth of it
+FILE_LIMIT = 2**31 - 2**26  # bytes of weights: both formats are limited to 2 GiB, and the graph takes part of it
+SHAPES = ((2, 16), (3, 5))  # [B, T] of the batches that check a file whose sizes are dynamic
+RELATIVE_TOLERANCE = 1e-4  # share of the largest logit; a different order of summation gives a tenth of it
 
 
 def check(config: ModelConfig, target: Path, formats: Sequence[str], overwrite: bool) -> None:
-    """Raises UserError when something is in the way that can be told before a weight is read."""
+    """Check everything that can be checked before weights are loaded; raise UserError if the export cannot work."""
     disk.check_directory(target, overwrite, EXPORT_FILE, "an exported model")
     for file_format in formats:
         export_formats.require(file_format)
@@ -44,10 +44,11 @@ def check(config: ModelConfig, target: Path, formats: Sequence[str], overwrite: 
 def write(
     model: "Model", target: Path, formats: Sequence[str], sizes: tuple[int | None, int | None], content: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes the directory whole or not at all, and returns what export.json says.
+    """Write the directory whole or not at all; return the content of export.json.
 
-    sizes: of batch and time, None where any is taken. content: what else export.json has to say. Raises UserError when
-    a format cannot express the model, a file does not run or does not give the model's logits, or cannot be written.
+    sizes: (batch, time), None for a dynamic size. content: further entries of export.json. Raises UserError when a
+    format cannot express the model, when a written file does not run or gives other logits than the model, or when the
+    directory cannot be written.
     """
     traced = trace(model, *sizes)
     exported = {file_format: export_formats.convert(file_format, traced) for file_format in formats}
@@ -73,7 +74,7 @@ def write(
 
 
 def _batches(traced: Traced) -> list[np.ndarray]:
-    """Random token ids, always the same; of two shapes unless both sizes are given."""
+    """Random token ids from a fixed seed, in two shapes unless both sizes are given."""
     random = np.random.default_rng(0)
     given = [[size if isinstance(size, int) else open_size for size, open_size in zip(traced.shape, shape, strict=True)]
              for shape in SHAPES]  # fmt: skip
@@ -93,15 +94,16 @@ def _described(model: "Model", traced: Traced, formats: Sequence[str]) -> dict[s
 
 
 def _compared(name: str, expected: list[np.ndarray], found: list[np.ndarray]) -> dict[str, float]:
-    """How far the logits found are from those expected; raises UserError when they are too far."""
+    """Compare logits; raise UserError when they differ by more than the tolerance."""
     pairs = list(zip(expected, found, strict=True))
     difference = max(float(np.max(np.abs(ours - theirs))) for ours, theirs in pairs)
     tolerance = RELATIVE_TOLERANCE * max(1.0, *(float(np.max(np.abs(ours))) for ours in expected))
     same = np.concatenate([(ours.argmax(-1) == theirs.argmax(-1)).ravel() for ours, theirs in pairs])
-    if not difference <= tolerance:  # also when it is not a number
+    if not difference <= tolerance:  # true for NaN as well
         raise UserError(
             f"{name} gives logits that differ by {difference:.3g} from the model's, above the tolerance of "
-            f"{tolerance:.3g}, and the same best token at {same.mean():.1%} of positions: it was not kept"
+            f"{tolerance:.3g} (same best token at {same.mean():.1%} of positions): nothing was written, use another "
+            "--format"
         )
     return {
         "largest_difference": difference,

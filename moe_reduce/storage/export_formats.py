@@ -1,6 +1,6 @@
-"""StableHLO and ONNX: a traced model as one file with its weights inside, and the logits of such a file.
+"""StableHLO and ONNX: convert a traced model to one file that contains its weights, and run such a file.
 
-Both need packages that the rest of moe_reduce does not, so they are imported when they are used.
+Both formats need optional packages, which are imported when they are used.
 """
 
 import contextlib
@@ -20,21 +20,21 @@ from moe_reduce.storage.export_trace import Traced
 
 TOKENS, LOGITS = "tokens", "logits"
 PLATFORMS = ("cpu", "cuda", "tpu")
-PACKAGES = {"stablehlo": ("flatbuffers",), "onnx": ("jax2onnx", "onnx", "onnxruntime")}  # beyond those always there
+PACKAGES = {"stablehlo": ("flatbuffers",), "onnx": ("jax2onnx", "onnx", "onnxruntime")}  # optional ones
 FILES = {name: f"model.{name}" for name in PACKAGES}
-ERRORS = 3  # severity of what onnxruntime logs
+ERRORS = 3  # lowest severity that onnxruntime logs
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The bytes of a file and what its format says about itself."""
+    """Bytes of an exported file, and the details of its format for export.json."""
 
     content: bytes
     details: dict[str, Any]
 
 
 def require(file_format: str) -> None:
-    """Imports the packages of a format; raises UserError, with the command that installs them, when one is missing."""
+    """Import the packages of a format; raise UserError with the install command when one is missing."""
     for package in PACKAGES[file_format]:
         try:
             importlib.import_module(package)
@@ -44,18 +44,18 @@ def require(file_format: str) -> None:
 
 
 def convert(file_format: str, traced: Traced) -> Exported:
-    """The model in this format; raises UserError, with the reason, when the format cannot express it."""
+    """Convert a model; raise UserError with the reason when the format cannot express it."""
     try:
         return _to_stablehlo(traced) if file_format == "stablehlo" else _to_onnx(traced)
-    except Exception as error:  # converters raise anything at all for what they do not know
+    except Exception as error:  # converters raise arbitrary exceptions for unsupported operations
         raise UserError(f"--format={file_format} cannot express this model: {_line(error)}") from error
 
 
 def logits(file_format: str, file: Path, tokens_BT: np.ndarray) -> np.ndarray:
-    """What the file says, fp32 [B, T, V], for int32 [B, T]; raises UserError when it does not run."""
+    """Run an exported file: int32 [B, T] -> fp32 logits [B, T, V]; raise UserError when it does not run."""
     try:
         return _run_stablehlo(file, tokens_BT) if file_format == "stablehlo" else _run_onnx(file, tokens_BT)
-    except Exception as error:  # as above: runtimes have exceptions of their own
+    except Exception as error:  # runtimes have exception types of their own
         raise UserError(f"--format={file_format}: the file written does not run: {_line(error)}") from error
 
 
@@ -83,7 +83,7 @@ def _to_onnx(traced: Traced) -> Exported:
             traced.function, [traced.tokens], model_name="moe_reduce", input_names=[TOKENS], output_names=[LOGITS]
         )
     for dimension, size in zip(proto.graph.output[0].type.tensor_type.shape.dim, traced.shape, strict=False):
-        if isinstance(size, str):  # jax2onnx makes up a name
+        if isinstance(size, str):  # jax2onnx has replaced the name
             dimension.dim_param = size
     (opset,) = (entry.version for entry in proto.opset_import if entry.domain == "")
     return Exported(proto.SerializeToString(), {"opset": opset, "ir_version": proto.ir_version})
@@ -99,11 +99,11 @@ def _run_onnx(file: Path, tokens_BT: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the log of jax2onnx, which is hundreds of lines about its own inner steps."""
+    """Silence jax2onnx, which logs hundreds of lines about internal steps."""
     handlers, disabled = list(logging.root.handlers), logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
         logging.disable(disabled)
-        logging.root.handlers[:] = handlers  # jax2onnx adds one
+        logging.root.handlers[:] = handlers  # jax2onnx adds a handler

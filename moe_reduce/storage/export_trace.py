@@ -1,4 +1,4 @@
-"""A model as a function of token ids alone, its weights inside, in operations that exchange formats can express."""
+"""Trace a model as a function of token ids alone, with its weights as constants, for export to other formats."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,29 +17,29 @@ from moe_reduce.models.decoder import Decoder
 if TYPE_CHECKING:
     from moe_reduce.models.model import Model
 
-DISPATCH = "reference"  # the others sort rows into groups of sizes known only at run time, which neither format has
-SIZES = ("batch", "time")  # names of the axes of token ids, where their size is left open
+DISPATCH = "reference"  # other dispatches need groups whose sizes are known only at run time; no format has them
+SIZES = ("batch", "time")  # names of dynamic sizes of the token ids
 
 
 @dataclass(frozen=True)
 class Traced:
-    """tokens_BT int32 -> logits_BTV fp32, and the shape that it is for."""
+    """A function tokens_BT int32 -> logits_BTV fp32, and the shape that it was traced for."""
 
     function: Callable[[jax.Array], jax.Array]
-    tokens: jax.ShapeDtypeStruct  # with symbolic sizes, of jax.export, where any size is taken
+    tokens: jax.ShapeDtypeStruct  # dynamic sizes are symbolic (jax.export)
     vocab_size: int
 
     @property
     def shape(self) -> tuple[int | str, ...]:
-        """[B, T], each a number, or its name where any size is taken."""
+        """[B, T]; each a number, or the name of a dynamic size."""
         return tuple(size if isinstance(size, int) else str(size) for size in self.tokens.shape)
 
 
 def trace(model: "Model", batch_size: int | None, sequence_length: int | None) -> Traced:
-    """The model in fp32; a size that is None stays open.
+    """Trace a model in fp32; a size of None is dynamic.
 
-    What the model computes for statistics only is left out: it is most of what the formats lack. Raises UserError when
-    the model cannot be traced without knowing its sizes.
+    Operations that do not affect the logits, such as router statistics, are removed: most of what the formats cannot
+    express is among them. Raises UserError when the model cannot be traced with dynamic sizes.
     """
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params)
     execution = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""manifest.json: what made a model directory, from what, and what each of its files must hash to."""
+"""manifest.json: the history of a model directory, its parameter counts, and the SHA-256 of each of its files."""
 
 import hashlib
 import importlib.metadata
@@ -17,7 +17,7 @@ from moe_reduce.models.parameters import counts_by_component
 
 MANIFEST_FILE = "manifest.json"
 PACKAGES = ("moe_reduce", "jax", "flax", "numpy", "safetensors")
-SAMPLES, SAMPLE_BYTES = 64, 16 * 1024  # of each weight file, where there is no manifest
+SAMPLES, SAMPLE_BYTES = 64, 16 * 1024  # hashed from each weight file of a directory without a manifest
 WEIGHT_PATTERN = "model*.safetensors*"
 
 
@@ -28,11 +28,11 @@ def sha256_of_file(file: Path) -> str:
 
 
 def input_of(directory: Path) -> Input:
-    """How a step names a model directory that it read.
+    """Path and hash by which a step of the history names a model directory that it read.
 
-    Without a manifest, as published models come, the SHA-256 is of a fingerprint of config.json and each weight file:
-    its size and 64 samples of 16 KiB from its whole length, the header included. Reading every byte of a large model
-    would cost more than most steps do.
+    The hash is that of manifest.json. Published models have none: their hash is a fingerprint of config.json and of
+    each weight file, made of its size and 64 samples of 16 KiB spread over its length, header included. Reading every
+    byte of a large model would take longer than most steps.
     """
     manifest = directory / MANIFEST_FILE
     if manifest.is_file():
@@ -48,7 +48,7 @@ def input_of(directory: Path) -> Input:
 
 
 def write(directory: Path, config: ModelConfig, chain: tuple[Step, ...], hashes: Mapping[str, str]) -> None:
-    """Writes manifest.json about every file now in the directory; `hashes` holds those already known by name."""
+    """Write manifest.json for the files of a directory. hashes: SHA-256 by name, of files already hashed."""
     names = sorted(file.name for file in directory.iterdir() if file.is_file() and file.name != MANIFEST_FILE)
     components = counts_by_component(config)
     content = {
@@ -62,7 +62,7 @@ def write(directory: Path, config: ModelConfig, chain: tuple[Step, ...], hashes:
 
 
 def read(directory: Path) -> dict[str, Any] | None:
-    """The content of manifest.json; None where there is none, as in a directory of Hugging Face."""
+    """The content of manifest.json; None in a directory without one, such as a published model."""
     file = directory / MANIFEST_FILE
     if not file.is_file():
         return None
@@ -79,7 +79,7 @@ def read(directory: Path) -> dict[str, Any] | None:
 
 
 def read_chain(directory: Path) -> tuple[Step, ...]:
-    """The steps that made a model directory, oldest first; none without a manifest."""
+    """The steps that made a model directory, oldest first; empty without a manifest."""
     content = read(directory)
     if content is None:
         return ()
@@ -96,7 +96,7 @@ def _step(item: dict[str, Any]) -> Step:
 
 
 def verify(directory: Path) -> list[str]:
-    """What differs from manifest.json, one line each; empty when every file named is there and unchanged."""
+    """Differences from manifest.json, one line each; empty when every file is present and unchanged."""
     content = read(directory)
     if content is None:
         return [f"{directory} has no {MANIFEST_FILE}"]
@@ -114,7 +114,7 @@ def verify(directory: Path) -> list[str]:
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:
-    """Of installed packages; None for what runs without, such as this one from a checkout on PYTHONPATH."""
+    """Versions of packages; None for one that is not installed, such as this package run from a checkout."""
     found: dict[str, str | None] = {}
     for name in packages:
         try:
@@ -125,9 +125,9 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, "-dirty" appended when files differ; None elsewhere."""
+    """Commit of the checkout that this package runs from, with "-dirty" if files differ; None outside a checkout."""
     package = Path(__file__).resolve().parent
-    # An installed copy may lie inside the checkout of another project: only a tracked file tells whose commit it is.
+    # An installed copy may lie inside another project's checkout; there, git does not track this file.
     if _git(package, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     return _git(package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")

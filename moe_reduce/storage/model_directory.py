@@ -1,4 +1,4 @@
-"""A model as one value, and its way from and to a model directory."""
+"""Loading and saving model directories."""
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -13,11 +13,12 @@ from moe_reduce.core import disk, trees
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.core.provenance import Step
 from moe_reduce.models.model import Model
+from moe_reduce.models.weights import is_quantised
 from moe_reduce.storage import manifest
 from moe_reduce.storage.parameter_tensors import read_params, write_items
 from moe_reduce.storage.tensors import SHARD_BYTES, TensorFiles, TensorItem, write_tensors
 
-# What belongs to a model directory beside config and weights; copied along unread.
+# Files that are copied to a saved model from the directory that it was loaded from.
 COMPANIONS = (
     "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
@@ -33,11 +34,11 @@ def load(
     execution: ExecutionConfig | None = None,
     shardings: trees.Tree | None = None,
 ) -> Model:
-    """The model in a directory of ours or of Hugging Face, of a family in moe_reduce.families.
+    """Load a model directory, ours or a Hugging Face one of a family in moe_reduce.families.
 
-    dtype: of the parameters, such as "bfloat16"; None keeps what is stored. execution: how to compute; None lets the
-    platform decide. shardings: tree of jax.sharding.Sharding like the parameters; each device reads its own slices.
-    Raises UserError, in one line naming file and tensor or key, when the directory cannot be read as it is.
+    dtype: dtype of the parameters, such as "bfloat16"; None keeps the stored one. execution: how to compute; None
+    chooses by platform. shardings: tree of jax.sharding.Sharding with the structure of the parameters; each device then
+    reads only its own slices. Raises UserError, naming the file and the tensor or key, when the directory is not whole.
     """
     directory = Path(path)
     config, raw = families.read_config(directory)
@@ -54,18 +55,22 @@ def save(
     shard_bytes: int = SHARD_BYTES,
     also: Also | None = None,
 ) -> None:
-    """Writes a model directory: config.json, safetensors, the tokenizer of `model.source`, manifest.json.
+    """Write a model directory: config.json, safetensors, the tokenizer of `model.source`, manifest.json.
 
-    Everything is written beside `path` and renamed, so a kill or a full disk leaves nothing half-made. step: what was
-    done to make this model, appended to its chain. shard_bytes: largest size of a weight file. also(unfinished
-    directory, SHA-256 of each weight file by name) writes what else belongs there. Raises UserError when the path
-    exists (unless overwrite, and it is a model directory), or cannot be written.
+    Files are written to a temporary directory beside `path`, which is renamed at the end, so a kill or a full disk
+    leaves nothing half-made. step: appended to the model's history. overwrite: replace an existing model directory.
+    shard_bytes: largest size of a weight file. also: writes further files; called with the unfinished directory and
+    the SHA-256 of each weight file by name. A model with quantised weights is saved as one of our own, whatever its
+    family. Raises UserError when the path exists or cannot be written.
     """
-    (embedding,) = trees.select(model.params, "embedding/(table|factor)", expect=1).values()
+    flat = trees.flatten(model.params)
+    whole = [leaf for leaf in flat.values() if not is_quantised(leaf)]
+    # other programs must not take the integers for the weights
+    config = model.config if len(whole) == len(flat) else families.own_config(model.config)
     contents = Contents(
-        config=model.config,
-        items=write_items(model.params, model.config),
-        dtype=str(embedding.dtype),
+        config=config,
+        items=write_items(model.params, config),
+        dtype=str(whole[0].dtype),  # that of the embedding, if not quantised
         source=model.source,
         hf_config=model.hf_config,
         chain=model.chain if step is None else (*model.chain, step),
@@ -75,12 +80,12 @@ def save(
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into a model directory; tensors may come from other files, so that no model need fit into memory."""
+    """Content of a model directory to be written; tensors may be copied from other files, one at a time."""
 
     config: ModelConfig
     items: Iterable[TensorItem]
     dtype: str
-    source: Path | None  # directory whose tokenizer belongs to this model
+    source: Path | None  # directory to copy the tokenizer from
     hf_config: dict[str, Any] | None
     chain: tuple[Step, ...]
 
@@ -92,7 +97,7 @@ def write_directory(
     shard_bytes: int = SHARD_BYTES,
     also: Also | None = None,
 ) -> None:
-    """Writes a model directory whole or not at all; see `save`."""
+    """Write a model directory whole or not at all; arguments as in `save`."""
     target = Path(path).absolute()
     disk.check_directory(target, overwrite, families.CONFIG_FILE, "a model directory")
     with disk.writing(target, "free the space or choose another path"), disk.temporary_beside(target) as unfinished:

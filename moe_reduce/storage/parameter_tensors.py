@@ -1,6 +1,6 @@
 """The parameter tree <-> tensors on disk, under the names and in the layouts that the model's family states.
 
-A kind of weight with several arrays is stored as several tensors: `_read` and `_arrays` are the only places that know.
+A weight may be several tensors: quantised.py says which.
 """
 
 import itertools
@@ -14,6 +14,7 @@ from moe_reduce.core import trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.families import Leaf, by_path, leaves, of_config, to_stored
+from moe_reduce.storage import quantised
 from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem
 
 
@@ -23,7 +24,8 @@ def check_names(files: TensorFiles, config: ModelConfig) -> None:
     Raises UserError when a tensor is missing, unknown or of another shape, or when an output table that config.json
     ties to the embedding differs from it.
     """
-    expected = {name: leaf.stored_shape for leaf in leaves(config) for name in leaf.names()}
+    parts = [part for leaf in leaves(config) for part in quantised.stored_leaves(leaf, files.entries)]
+    expected = {name: part.stored_shape for part in parts for name in part.names()}
     for name, shape in expected.items():
         if name not in files.entries:
             raise UserError(f"{files.directory} has no tensor {name}, which its config.json calls for: fetch it again")
@@ -58,8 +60,8 @@ def read_params(
 ) -> dict[str, Any]:
     """Read the parameter tree as jax arrays, one parameter at a time, so that host memory holds no second copy.
 
-    dtype: dtype of every parameter; None keeps the stored one. shardings: a tree of jax.sharding.Sharding with the
-    structure of the parameters; each device then reads only its own slices.
+    dtype: dtype of every parameter that is not quantised; None keeps the stored one. shardings: a tree of
+    jax.sharding.Sharding with the structure of the parameters; each device then reads only its own slices.
     """
     check_names(files, config)
     places = dict.fromkeys(by_path(config)) if shardings is None else trees.flatten(shardings)
@@ -68,8 +70,17 @@ def read_params(
     return trees.unflatten({leaf.path: _read(files, leaf, dtype, places[leaf.path]) for leaf in leaves(config)})
 
 
-def _read(files: TensorFiles, leaf: Leaf, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    kind = _dtype(files, leaf, dtype)
+def _read(files: TensorFiles, leaf: Leaf, dtype: Any, sharding: Any) -> Any:
+    parts = quantised.stored_leaves(leaf, files.entries)
+    if len(parts) == 1:
+        return _read_array(files, leaf, _dtype(files, leaf, dtype), sharding)
+    quantised.check_dtypes(files, parts)
+    places = [quantised.sharding_of(part, leaf, sharding) for part in parts]
+    stored = [files.entries[part.names()[0]].dtype for part in parts]
+    return quantised.weight_of([_read_array(files, *each) for each in zip(parts, stored, places, strict=True)])
+
+
+def _read_array(files: TensorFiles, leaf: Leaf, kind: np.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
     if sharding is None:
         return jax.device_put(_gather(files, leaf, (slice(None),) * len(leaf.shape), kind))
 
@@ -136,17 +147,12 @@ def write_items(params: Mapping[str, Any], config: ModelConfig) -> Iterator[Tens
     _check_params(flat, config)
     tensors: dict[str, list[Piece]] = {}
     for leaf in leaves(config):
-        for part, array in _arrays(leaf, flat[leaf.path]):
+        for part, array in quantised.arrays_of(leaf, flat[leaf.path]):
             for index in np.ndindex(part.stacked):
                 tensors.setdefault(part.name(index), []).append(Piece(part, index, array))
     for name in sorted(tensors, key=_natural):
         pieces = tensors[name]
         yield name, pieces[0].leaf.stored_shape, _one_dtype(name, pieces), _source(pieces)
-
-
-def _arrays(leaf: Leaf, weight: Any) -> list[tuple[Leaf, Any]]:
-    """Arrays that hold a weight, each with its layout."""
-    return [(leaf, weight)]
 
 
 def _check_params(flat: Mapping[str, Any], config: ModelConfig) -> None:

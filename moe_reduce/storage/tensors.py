@@ -1,9 +1,9 @@
 """Safetensors files, read lazily and written as a stream.
 
-Reading opens only the headers; the data stay on disk behind a memory map until a slice of them is copied. Writing
-holds one tensor of each file at work, so models larger than memory pass through. The format is 8 bytes of
-little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, then the data
-(https://huggingface.co/docs/safetensors). Own code for it, because the library's numpy reader has no bfloat16.
+Opening reads only the headers; data stay on disk behind a memory map until a slice is copied. Writing holds one tensor
+of each open file in memory, so a model may be larger than memory. The format is 8 bytes of little-endian header length,
+a JSON header `{name: {dtype, shape, data_offsets}}`, then the data (https://huggingface.co/docs/safetensors). This is
+our own code because the safetensors library cannot read bfloat16 into numpy.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ from moe_reduce.core.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SHARD_BYTES = 2 * 1000**3  # of a file at most; WRITERS of them are written at a time
-WRITERS = 2  # files: hashing one stream is slower than writing it
+SHARD_BYTES = 2 * 1000**3  # largest size of one file
+WRITERS = 2  # files written at the same time: hashing a stream is slower than writing it
 ALIGNMENT = 8  # bytes; the format pads headers so that data can be mapped in place
-HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
+HEADER_LIMIT = 100_000_000  # bytes; the limit that the format sets
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -47,12 +47,12 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-COPY_BYTES = 4 * 1024**2  # read and written at a time where a tensor is copied from file to file
+COPY_BYTES = 4 * 1024**2  # buffer size for copying a tensor from file to file
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: `start` and `stop` are bytes from the start of the file."""
+    """Location of one tensor: `start` and `stop` count bytes from the start of the file."""
 
     file: Path
     shape: tuple[int, ...]
@@ -61,16 +61,16 @@ class Entry:
     stop: int
 
 
-# name, shape, dtype, and the data: an array, a function that makes it, or the place in another file to copy it from
+# (name, shape, dtype, data); data: an array, a function that returns one, or the location in another file to copy from
 TensorItem = tuple[str, tuple[int, ...], np.dtype, np.ndarray | Callable[[], np.ndarray] | Entry]
 
 
 class TensorFiles:
-    """The tensors of a model directory by name, without their data.
+    """The tensors of a model directory by name; their data are read on demand.
 
-    Takes `model.safetensors`, or the shards that `model.safetensors.index.json` names; `single` is another name in
-    place of the first, as adapters have. Raises UserError when a file is missing, truncated or corrupt, or when index
-    and shards disagree.
+    Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names. single: name of the one file to
+    open instead, such as an adapter's. Raises UserError when a file is missing, truncated or corrupt, or when index and
+    shards disagree.
     """
 
     def __init__(self, directory: Path, single: str = SINGLE_FILE):
@@ -107,7 +107,7 @@ class TensorFiles:
                 raise UserError(f"{index} places tensor {tensor} in {name}, which does not hold it: fetch it again")
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor as a read-only view of the file; nothing is read before it is copied or computed with."""
+        """A read-only memory-mapped view of the tensor; bytes are read from disk when they are used."""
         entry = self.entries[name]
         if entry.start == entry.stop:
             return np.empty(entry.shape, entry.dtype)
@@ -117,7 +117,7 @@ class TensorFiles:
         return data.view(entry.dtype).reshape(entry.shape)
 
     def read_whole(self, name: str) -> np.ndarray:
-        """A copy of the tensor, read and not mapped: mapped pages would count as this process's memory."""
+        """A copy of the tensor, read without a memory map, whose pages would count as this process's memory."""
         entry = self.entries[name]
         count = (entry.stop - entry.start) // entry.dtype.itemsize
         return np.fromfile(entry.file, entry.dtype, count, offset=entry.start).reshape(entry.shape)
@@ -184,17 +184,17 @@ def _check_extent(file: Path, entries: dict[str, Entry], base: int, size: int) -
 
 
 def write_tensors(directory: Path, items: Iterable[TensorItem], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
-    """Writes tensors as one file, or as shards with an index.
+    """Write tensors as one file, or as shards with an index; return the SHA-256 of each file by name.
 
-    A shard takes tensors in the order given until the next would exceed `shard_bytes`; WRITERS of them are written at
-    a time, each in a thread. There functions are called when their turn comes, and their result is dropped after
-    writing; what lies in other files is copied a few megabytes at a time. Returns the SHA-256 of each file by name.
+    Shards are filled in the order of `items` up to `shard_bytes`, and WRITERS shards are written at the same time, each
+    in a thread. A function among the data is called just before its tensor is written, and its result is dropped
+    afterwards. Tensors in other files are copied a few megabytes at a time.
     """
     shards = _split(list(items), shard_bytes)
     if len(shards) == 1:
         return {SINGLE_FILE: write_file(directory / SINGLE_FILE, shards[0])}
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    with ThreadPoolExecutor(WRITERS) as writers:  # its map begins no other file once one has failed
+    with ThreadPoolExecutor(WRITERS) as writers:  # after a failure, map starts no further file
         hashes = dict(zip(files, writers.map(write_file, [directory / file for file in files], shards), strict=True))
     weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name, *_ in shard}
     everything = [item for shard in shards for item in shard]
@@ -224,10 +224,10 @@ def _split(items: Sequence[TensorItem], shard_bytes: int) -> list[list[TensorIte
 
 
 def write_file(file: Path, items: Sequence[TensorItem]) -> str:
-    """Writes tensors as one file; returns its SHA-256."""
+    """Write tensors as one file; return its SHA-256."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
-    # Wide types first keep every tensor aligned to its own size, as the library's writer does.
+    # Wide types come first, so that every tensor is aligned to its item size, as in the safetensors library.
     ordered = sorted(items, key=lambda item: (-item[2].itemsize, item[0]))
     for item in ordered:
         name, shape, dtype, _ = item
@@ -246,7 +246,7 @@ def write_file(file: Path, items: Sequence[TensorItem]) -> str:
 
 
 class _Hashed:
-    """Writes to a stream; what is written is hashed in a thread, since hashing takes as long as copying."""
+    """A stream whose bytes are hashed in a thread while they are written; hashing takes as long as writing."""
 
     def __init__(self, stream: BinaryIO, hasher: ThreadPoolExecutor):
         self._stream, self._hasher = stream, hasher
@@ -254,13 +254,13 @@ class _Hashed:
         self._buffers = itertools.cycle([memoryview(bytearray(COPY_BYTES)) for _ in range(2)])
 
     def write(self, data: bytes | memoryview) -> None:
-        """Data must stay as they are until the next call."""
-        self._hashing.result()  # of what was written before, whose buffer is free again
+        """Write and hash bytes, which must not change before the next call."""
+        self._hashing.result()  # the previous buffer is hashed, and free again
         self._hashing = self._hasher.submit(self._digest.update, data)
         self._stream.write(data)
 
     def copy(self, entry: Entry) -> None:
-        """Through buffers and not a memory map: mapped pages of a file count as this process's memory."""
+        """Copy a tensor from another file through buffers; pages of a memory map would count as our memory."""
         with open(entry.file, "rb", buffering=0) as source:
             source.seek(entry.start)
             left = entry.stop - entry.start
@@ -273,17 +273,17 @@ class _Hashed:
                 left -= count
 
     def wait(self) -> None:
-        """Until all that was written is hashed, and none of it held any longer."""
+        """Wait until everything written is hashed and its buffers are released."""
         self._hashing.result()
 
     def hexdigest(self) -> str:
-        """SHA-256 of all that was written."""
+        """SHA-256 of everything written."""
         self.wait()
         return self._digest.hexdigest()
 
 
 def _write_tensor(hashed: _Hashed, item: TensorItem) -> None:
-    """A function of its own, so that the tensor is gone before the next one is made."""
+    """Write one tensor; a separate function, so that its array is freed before the next one is made."""
     name, shape, dtype, source = item
     if isinstance(source, Entry):
         if (source.shape, source.dtype) != (shape, dtype):
