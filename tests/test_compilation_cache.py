@@ -86,7 +86,7 @@ def test_two_processes_at_once_share_an_empty_cache(configuration, first, tmp_pa
 def settings(monkeypatch):
     """What the cache tells JAX, which looks as if it were not imported yet."""
     monkeypatch.delitem(sys.modules, "jax")
-    monkeypatch.setattr(compilation_cache, "_tend", print)
+    monkeypatch.setattr(compilation_cache, "_replace_failed_entries", print)
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"):
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "")
@@ -114,6 +114,14 @@ def test_it_can_be_turned_off_and_left_to_jax(monkeypatch, tmp_path, settings, v
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_a_home_directory_it_is_one_warning(monkeypatch, settings, capsys):
+    monkeypatch.setenv(compilation_cache.VARIABLE, "~no-such-user/cache")
+    compilation_cache.enable()
+    assert settings() == ""
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "~no-such-user/cache" in line
+
+
 def test_an_entry_whose_writing_was_killed_has_an_access_time(monkeypatch, tmp_path, settings):
     (tmp_path / "jit_f-1-cache").touch()
     monkeypatch.setenv(compilation_cache.VARIABLE, str(tmp_path))
@@ -134,11 +142,12 @@ def test_an_unusable_directory_is_one_warning(monkeypatch, tmp_path, settings, c
 
 def test_a_program_that_cannot_be_written_is_one_warning(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    compilation_cache._tend(tmp_path)
+    compilation_cache._replace_failed_entries(tmp_path)
     (tmp_path / "jit_f-1-cache").touch()
     said = "Error writing persistent compilation cache entry for 'jit_f': OSError: [Errno 28] No space left on device"
     warnings.showwarning(UserWarning(said), UserWarning, "compiler.py", 1)
     (line,) = capsys.readouterr().err.splitlines()
     assert "jit_f" in line
     assert "No space left" in line
+    assert line.endswith("it is not kept")
     assert list(tmp_path.iterdir()) == []

@@ -29,7 +29,7 @@ from moe_reduce.data.tokenizer_training import train_tokenizer
 VOCABULARY = 500
 RUN = """
 import sys
-from moe_reduce.config import DataConfig
+from moe_reduce.core.config import DataConfig
 from moe_reduce.data.prepare import prepare
 prepare(DataConfig(source=sys.argv[1], cache=sys.argv[2], tokenizer=sys.argv[3]), int(sys.argv[4]))
 """  # as a user's script would: without `if __name__ == "__main__"`
