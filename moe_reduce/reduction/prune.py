@@ -9,12 +9,13 @@ import numpy as np
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.model import Model
-from moe_reduce.models.parameters import parameters
-from moe_reduce.reduction.selection import Kept
+from moe_reduce.models.parameters import Parameter, parameters
+from moe_reduce.models.weights import Value, map_parts
+from moe_reduce.reduction.selection import KeptExperts
 from moe_reduce.reduction.transform import Leaves, expert_rows, moe_of, transform
 
 
-def prune(model: Model, kept: Kept) -> Model:
+def prune(model: Model, kept: KeptExperts) -> Model:
     """Keep these experts and remove all others; keeping all is the identity, bit for bit.
 
     kept: a row of expert numbers for each layer, or one row for a shared pool. Raises UserError when layers would keep
@@ -26,12 +27,12 @@ def prune(model: Model, kept: Kept) -> Model:
     per_expert = [record for record in parameters(model.config) if record.expert_axis is not None]
 
     def keep(leaves: Leaves) -> Leaves:
-        return {record.path: _take(leaves[record.path], kept, record.axes.index("E")) for record in per_expert}
+        return {record.path: _keep(leaves[record.path], record, kept) for record in per_expert}
 
     return transform(model, dataclasses.replace(model.config, moe=moe), per_expert, keep)
 
 
-def check_kept(config: ModelConfig, kept: Kept) -> None:
+def check_kept(config: ModelConfig, kept: KeptExperts) -> None:
     """Raises UserError when a model cannot keep these experts."""
     moe, rows = moe_of(config), expert_rows(config)
     if len(kept) != rows:
@@ -49,8 +50,13 @@ def check_kept(config: ModelConfig, kept: Kept) -> None:
             raise UserError(f"kept experts {row} are not ascending numbers below {moe.experts}: correct them")
 
 
-def _take(leaf: jax.Array, kept: Kept, axis: int) -> jax.Array:
-    """Take the kept experts along an axis; with several rows, those of each layer on the first axis."""
-    if len(kept) == 1:
-        return jnp.take(leaf, np.asarray(kept[0]), axis=axis)
-    return jnp.stack([jnp.take(leaf[layer], np.asarray(row), axis=axis - 1) for layer, row in enumerate(kept)])
+def _keep(value: Value, record: Parameter, kept: KeptExperts) -> Value:
+    """Take the kept experts of a parameter; with several rows, those of each layer on the first axis."""
+
+    def take(axes: tuple[int, ...], part: jax.Array) -> jax.Array:
+        axis = axes.index(record.axes.index("E"))
+        if len(kept) == 1:
+            return jnp.take(part, np.asarray(kept[0]), axis=axis)
+        return jnp.stack([jnp.take(part[layer], np.asarray(row), axis=axis - 1) for layer, row in enumerate(kept)])
+
+    return map_parts(take, record, value)
