@@ -21,7 +21,7 @@ from side_by_side import check_learning, medians, options, publish
 
 from moe_reduce.adapters import adapter as adapters
 from moe_reduce.adapters import merging, projections
-from moe_reduce.adapters.targets import within_budget
+from moe_reduce.adapters.budget import within_budget
 from moe_reduce.commands import config_file
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdaptConfig, AdapterConfig, ExecutionConfig, ModelConfig, TrainConfig

@@ -11,6 +11,7 @@ from training_runs import MODELS, initial_params, random_batch
 
 from moe_reduce.adapters import adapter as adapters
 from moe_reduce.adapters import merging, projections, targets
+from moe_reduce.adapters.budget import within_budget
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, ExecutionConfig, ModelConfig
 from moe_reduce.core.errors import UserError
@@ -66,7 +67,7 @@ def test_counts_on_the_shape_of_pythia(config, expected):
     model = Model(PYTHIA_SHAPE, abstract_params(PYTHIA_SHAPE), EXECUTION)
     adapter = adapters.init(config, model)
     assert adapters.count(adapter) == expected
-    assert sum(targets.parameters(config, target) for target in targets.targets_of(config, PYTHIA_SHAPE)) == expected
+    assert adapters.trained_parameters(config, PYTHIA_SHAPE) == expected
 
 
 @pytest.mark.parametrize(
@@ -84,8 +85,8 @@ def test_parity_of_a_budget(width, parameters, sketch, rank):
     model = ModelConfig(
         vocab_size=32, layers=1, width=width, query_heads=1, key_value_heads=1, head_width=width, feed_forward_width=8
     )
-    skema = targets.within_budget(AdapterConfig(method="skema", targets="q"), model, parameters)
-    lora = targets.within_budget(AdapterConfig(targets="q"), model, parameters)
+    skema = within_budget(AdapterConfig(method="skema", targets="q"), model, parameters)
+    lora = within_budget(AdapterConfig(targets="q"), model, parameters)
     assert (skema.sketch_width, lora.rank) == (sketch, rank)
 
 
@@ -105,7 +106,7 @@ def test_a_budget_buys_the_largest_size_that_there_is(changes, name, size):
     model = ModelConfig(
         vocab_size=32, layers=layers, width=12, query_heads=1, key_value_heads=1, head_width=10, feed_forward_width=8
     )
-    chosen = targets.within_budget(AdapterConfig(targets="q", **changes), model, 10_000)
+    chosen = within_budget(AdapterConfig(targets="q", **changes), model, 10_000)
     assert getattr(chosen, name) == size
     assert adapters.abstract(chosen, model)
 
@@ -158,20 +159,20 @@ def test_every_dispatch_adapts_experts(dispatch, method):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "dora"])
 def test_merged_is_active_in_float64(method):
-    """METHODS' tolerance, where rounding is out of the way: one linear map through the code that models run."""
+    """Within 1e-6 where rounding plays no part: one linear map through the code that models run."""
     config = dataclasses.replace(METHODS[method], targets="q")
     model = model_of("dense")
     (target,) = targets.targets_of(config, model.config)
     adapter = disturbed(adapters.init(config, model))
     with jax.enable_x64(True):
-        changes = {p.removeprefix(f"{target.path}/"): np.asarray(leaf)[0] for p, leaf in _flat(adapter).items()}
-        del changes["layer_numbers"]
-        changes = {name: jnp.asarray(leaf, "int32" if "rows" in name else "float64") for name, leaf in changes.items()}
-        x = jnp.asarray(np.random.default_rng(0).standard_normal((20, target.inputs)))
-        w = jnp.asarray(np.random.default_rng(1).standard_normal((target.inputs, target.outputs)))
-        one = trees.unflatten(changes)
-        active = deltas.adapted(x, x @ w, lambda: w, one, "plain")
-        merged = x @ (w + merging.delta(target, changes, jnp.float64).T)
+        first = {name: np.asarray(leaf)[0] for name, leaf in trees.flatten(merging.delta_of(adapter, target)).items()}
+        delta = trees.unflatten(
+            {name: jnp.asarray(leaf, "int32" if "rows" in name else "float64") for name, leaf in first.items()}
+        )
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((20, target.in_features)))
+        w = jnp.asarray(np.random.default_rng(1).standard_normal((target.in_features, target.out_features)))
+        active = deltas.adapted(x, x @ w, lambda: w, delta, "plain")
+        merged = x @ (w + merging.dense_delta(target, delta, jnp.float64).T)
         assert active.dtype == jnp.float64
         np.testing.assert_allclose(active, merged, rtol=1e-6, atol=1e-6)
 
@@ -186,8 +187,8 @@ def test_rank_is_at_most_the_sketch(width, rank):
     model = model_of("dense")
     (target,) = targets.targets_of(config, model.config)
     adapter = disturbed(adapters.init(config, model))
-    changes = {p.removeprefix(f"{target.path}/"): leaf[0] for p, leaf in _flat(adapter).items()}
-    assert np.linalg.matrix_rank(np.asarray(merging.delta(target, changes), np.float64), tol=1e-5) == rank
+    delta = jax.tree.map(lambda leaf: leaf[0], merging.delta_of(adapter, target))
+    assert np.linalg.matrix_rank(np.asarray(merging.dense_delta(target, delta), np.float64), tol=1e-5) == rank
 
 
 @pytest.mark.parametrize(("width", "size"), [(5, 16), (16, 16), (7, 100)])

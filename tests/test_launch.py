@@ -12,7 +12,7 @@ import pytest
 
 from moe_reduce.__main__ import main
 from moe_reduce.adapters.adapter import abstract
-from moe_reduce.adapters.targets import within_budget
+from moe_reduce.adapters.budget import within_budget
 from moe_reduce.commands import config_file
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdaptConfig, RunConfig, TuneStage, any_from_dict

@@ -1,7 +1,7 @@
-"""An adapter's own directory: adapter.safetensors, adapter.json, and beside them PEFT's two files where it has words.
+"""An adapter's directory: adapter.safetensors, adapter.json, and PEFT's two files if PEFT can represent the adapter.
 
-Projections of SkeMA are made again from seed and method and must have the hash that adapter.json gives, unless they are
-stored. adapter.json names the base by its hash, and each file by its SHA-256; nothing that differs is used.
+SkeMA's projections are not stored unless asked for: they are made again from method and seed, and must have the hash in
+adapter.json. adapter.json names the base by its hash, and each file by its SHA-256; `load` refuses any difference.
 """
 
 import json
@@ -11,9 +11,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from moe_reduce.adapters import peft, projections
-from moe_reduce.adapters.adapter import Adapter, check, check_fits, count, projected
+from moe_reduce.adapters import peft_reading, peft_writing, projections
+from moe_reduce.adapters.adapter import Adapter, check_fits, count
+from moe_reduce.adapters.checks import check
+from moe_reduce.adapters.leaves import is_projection, leaves_of
 from moe_reduce.adapters.merging import digest
+from moe_reduce.adapters.peft_modules import CONFIG_FILE, WEIGHTS_FILE
 from moe_reduce.adapters.targets import targets_of
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, ModelConfig, to_dict
@@ -29,15 +32,15 @@ WEIGHTS = "adapter.safetensors"
 
 
 def save(adapter: Adapter, model: ModelConfig, base: Input, directory: Path) -> None:
-    """Writes the directory, which is there and empty. base: the model directory that the adapter belongs to."""
+    """Write the adapter into an existing, empty directory. base: the model directory that the adapter belongs to."""
     leaves = {path: np.asarray(leaf) for path, leaf in trees.flatten(adapter.tree).items()}
-    fixed = _projections(adapter.config, model)
-    remade = set() if _stores(adapter.config) else set(fixed)
-    items = [(path, leaf.shape, leaf.dtype, leaf) for path, leaf in leaves.items() if path not in remade]
+    projected = _projection_paths(adapter.config, leaves)
+    left_out = set() if _stores_projections(adapter.config) else projected
+    items = [(path, leaf.shape, leaf.dtype, leaf) for path, leaf in leaves.items() if path not in left_out]
     files = {WEIGHTS: write_file(directory / WEIGHTS, items)}
-    if peft.can_say(adapter, model):
-        peft.write(adapter, model, directory, base.path)
-        files |= {name: manifest.sha256_of_file(directory / name) for name in (peft.CONFIG_FILE, peft.WEIGHTS_FILE)}
+    if peft_writing.representable(adapter, model):
+        peft_writing.write(adapter, model, directory, base.path)
+        files |= {name: manifest.sha256_of_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
     write_json(
         directory / DESCRIPTION,
         {
@@ -46,8 +49,8 @@ def save(adapter: Adapter, model: ModelConfig, base: Input, directory: Path) -> 
             "base": {"path": base.path, "sha256": base.sha256},
             "trained_parameters": count(adapter),
             "projections": {
-                "sha256": projections.digest({path: leaves[path] for path in fixed}) if fixed else None,
-                "stored": not remade,
+                "sha256": projections.digest({path: leaves[path] for path in projected}) if projected else None,
+                "stored": not left_out,
             },
             "files": files,
             "versions": manifest.versions(),
@@ -57,13 +60,13 @@ def save(adapter: Adapter, model: ModelConfig, base: Input, directory: Path) -> 
 
 
 def load(directory: Path, model: ModelConfig, base: Input | None) -> Adapter:
-    """The adapter in a directory of ours or of PEFT.
+    """Load an adapter from our directory or PEFT's.
 
-    base: what the adapter must belong to; None does not ask, and a directory of PEFT cannot tell. Raises UserError when
-    a file is not the one that adapter.json describes, when projections come out differently, or for another base.
+    base: the model that the adapter must belong to; None to skip that check, which PEFT's files do not allow. UserError
+    if a file is not the one that adapter.json describes, if projections come out differently, or for another base.
     """
     if not (directory / DESCRIPTION).is_file():
-        return peft.read(directory, model)
+        return peft_reading.read(directory, model)
     content = described(directory)
     if base is not None and content["base"]["sha256"] != base.sha256:
         raise UserError(
@@ -73,8 +76,8 @@ def load(directory: Path, model: ModelConfig, base: Input | None) -> Adapter:
     config = build(AdapterConfig, content["config"], "config")
     check(config, model)
     files = TensorFiles(directory, WEIGHTS)
-    leaves = {name: files.read(name).copy() for name in files.entries}
-    leaves |= _checked(directory, content, config, model, leaves)
+    leaves = _remade_projections(config, model) | {name: files.read(name).copy() for name in files.entries}
+    _check_projections(directory, content, config, leaves)
     adapter = Adapter(config, trees.unflatten({path: jnp.asarray(leaf) for path, leaf in leaves.items()}))
     check_fits(adapter, model)
     if digest(adapter) != content["digest"]:
@@ -83,7 +86,7 @@ def load(directory: Path, model: ModelConfig, base: Input | None) -> Adapter:
 
 
 def described(directory: Path) -> dict[str, Any]:
-    """The content of adapter.json; raises UserError when it, or a file that it describes, is not what was written."""
+    """Content of adapter.json. UserError if it, or a file that it describes, is not what was written."""
     file = directory / DESCRIPTION
     try:
         content = json.loads(file.read_text())
@@ -99,32 +102,32 @@ def described(directory: Path) -> dict[str, Any]:
     return content
 
 
-def _checked(
-    directory: Path, content: dict[str, Any], config: AdapterConfig, model: ModelConfig, leaves: dict[str, Any]
-) -> dict[str, np.ndarray]:
-    """Projections, stored or made again, if they are those that the adapter was trained with."""
-    remade = _projections(config, model)
-    if not remade:
-        return {}
-    found = remade | {path: leaf for path, leaf in leaves.items() if path in remade}
-    if projections.digest(found) != content["projections"]["sha256"]:
+def _check_projections(directory: Path, content: Any, config: AdapterConfig, leaves: dict[str, Any]) -> None:
+    """Raise UserError if the projections are not those that the adapter was trained with."""
+    projected = _projection_paths(config, leaves)
+    if projected and projections.digest({path: leaves[path] for path in projected}) != content["projections"]["sha256"]:
         raise UserError(
             f"projections of {directory} do not have the hash in {DESCRIPTION}: they were changed, or this machine "
             "makes others from the same seed (train with adapter.stored_projections=True)"
         )
-    return found
 
 
-def _stores(config: AdapterConfig) -> bool:
+def _stores_projections(config: AdapterConfig) -> bool:
     return config.stored_projections or config.trainable_sketch
 
 
-def _projections(config: AdapterConfig, model: ModelConfig) -> dict[str, np.ndarray]:
-    """By path below the adapter, shaped as there."""
-    if config.method != "skema":
+def _projection_paths(config: AdapterConfig, leaves: dict[str, Any]) -> set[str]:
+    """Paths of SkeMA's projections among an adapter's leaves."""
+    return {path for path in leaves if is_projection(config, path)}
+
+
+def _remade_projections(config: AdapterConfig, model: ModelConfig) -> dict[str, np.ndarray]:
+    """Projections made from the seed, by path; {} if the directory stores them, or the method has none."""
+    if _stores_projections(config):
         return {}
-    found = {}
-    for target in targets_of(config, model):
-        for name, leaf in projected(config, target).items():
-            found[f"{target.path}/{name}"] = leaf if target.layers is not None else leaf[0]
-    return found
+    return {
+        f"{target.path}/{name}": np.asarray(leaf.init(target, None))
+        for target in targets_of(config, model)
+        for name, leaf in leaves_of(config, target).items()
+        if is_projection(config, name)
+    }

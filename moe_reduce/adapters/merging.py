@@ -1,4 +1,4 @@
-"""Adapter into base, for good: W' = W + ΔW in fp32, in one fixed order, and no trace of the adapter is left."""
+"""Merging an adapter into its base: W' = W + ΔW in fp32, in one fixed order."""
 
 import dataclasses
 import hashlib
@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_reduce.adapters import projections
 from moe_reduce.adapters.adapter import Adapter, check_fits, trained
+from moe_reduce.adapters.leaves import is_abstract
 from moe_reduce.adapters.targets import Target, targets_of
 from moe_reduce.core import trees
 from moe_reduce.core.config import to_dict
@@ -23,103 +24,121 @@ from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import parameter_count
 from moe_reduce.models.products import wide
 
+Delta = Mapping[str, Any]  # ΔW of one target in factored form (models/deltas.py)
 ORDER = "(core · S_in), then S_outᵀ · (…), then scale, then W + ΔW; all in fp32"
 
 
 def merge(model: Model, adapter: Adapter) -> Model:
-    """The base with the adapter's change added to its matrices, and a link of its chain that says so.
+    """The base with ΔW added to its matrices, and a step of its chain that records the merge.
 
-    The model may have this adapter active. ΔW is formed here and only here. Raises UserError when the adapter does not
-    fit, or has been merged into this model before.
+    The adapter may be active in the model. Abstract leaves give abstract leaves, and a step without hashes. UserError
+    if the adapter does not fit, or has been merged into this model before.
     """
     base = unmerge(model) if ADAPTER in model.params else model
-    # by what it changes too: PEFT's form of an adapter has another config
-    identity, change = digest(adapter), projections.digest(_leaves(adapter))
-    known = [step.arguments for step in model.chain if step.command == "merge"]
-    if any(identity == one["adapter"] or ("change" in one and change == one["change"]) for one in known):
-        raise UserError("this adapter has been merged into this model before: merge it into its base instead")
+    # a copy of the adapter in PEFT's form has another config, and so another digest, but the same leaves
+    hashes = {"adapter": digest(adapter), "change": _digest_of_leaves(adapter.tree)}
+    for step in base.chain:
+        if step.command == "merge" and any(value and value == step.arguments.get(key) for key, value in hashes.items()):
+            raise UserError("this adapter has been merged into this model before: merge it into its base instead")
     check_fits(adapter, base.config)
-    flat, changes = trees.flatten(base.params), trees.flatten(adapter.tree)
-    leaves = {}
+    weights = trees.flatten(base.params)
+    merged = {}
     for target in targets_of(adapter.config, base.config):
-        below = f"{target.path}/"
-        mine = {path.removeprefix(below): leaf for path, leaf in changes.items() if path.startswith(below)}
-        # compiled, so that a sharded leaf stays where it lies
-        leaves[target.path] = jax.jit(partial(_merged, target))(flat[target.path], mine)
+        merged[target.path] = _merged(target, weights[target.path], delta_of(adapter, target))
     total = parameter_count(base.config)
-    arguments = {"adapter": identity, "change": change, "config": to_dict(adapter.config), "order": ORDER}
+    arguments = hashes | {"config": to_dict(adapter.config), "order": ORDER}
     step = Step("merge", arguments, (), total, total)
-    return dataclasses.replace(base, params=trees.update(base.params, leaves), chain=(*base.chain, step))
+    return dataclasses.replace(base, params=trees.update(base.params, merged), chain=(*base.chain, step))
 
 
 def unmerge(model: Model) -> Model:
-    """The base again, of a model whose adapter is active; raises UserError once it is merged, which is for good."""
+    """The base of a model with an active adapter. UserError if none is active: a merge cannot be undone."""
     if ADAPTER not in model.params:
         raise UserError("no adapter is active in this model, and a merged one cannot be taken out again: load the base")
     return dataclasses.replace(model, params={key: value for key, value in model.params.items() if key != ADAPTER})
 
 
-def digest(adapter: Adapter) -> str:
-    """SHA-256 of the config, the trained leaves and their scales."""
-    total = hashlib.sha256(json.dumps(to_dict(adapter.config), sort_keys=True).encode())
-    own = {p: leaf for p, leaf in _leaves(adapter).items() if trained(adapter.config, p) or p.endswith("/scale")}
-    total.update(projections.digest(own).encode())
-    return total.hexdigest()
+def digest(adapter: Adapter) -> str | None:
+    """SHA-256 of the config, the trained leaves and their scales; None for abstract leaves."""
+    chosen = {
+        path: leaf
+        for path, leaf in trees.flatten(adapter.tree).items()
+        if trained(adapter.config, path) or path.endswith("/scale")
+    }
+    leaves = _digest_of_leaves(chosen)
+    if leaves is None:
+        return None
+    config = json.dumps(to_dict(adapter.config), sort_keys=True)
+    return hashlib.sha256(config.encode() + leaves.encode()).hexdigest()
 
 
-def _leaves(adapter: Adapter) -> dict[str, np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in trees.flatten(adapter.tree).items()}
+def delta_of(adapter: Adapter, target: Target) -> dict[str, Any]:
+    """ΔW of one target in factored form, stacked over its layers."""
+    node: dict[str, Any] = adapter.tree
+    for key in target.path.split("/"):
+        node = node[key]
+    return {name: leaf for name, leaf in node.items() if name != "layer_numbers"}
 
 
-def _merged(target: Target, leaf: jax.Array, changes: Mapping[str, Any]) -> jax.Array:
-    """The leaf with each of its matrices changed, a layer at a time."""
-    if target.layers is None:
-        return _changed(leaf, target, changes)
-    layers = np.asarray(target.layers)
-    mine = {name: value for name, value in changes.items() if name != "layer_numbers"}
-    changed = jax.lax.map(lambda layer: _changed(layer[0], target, layer[1]), (leaf[layers], mine))
-    return leaf.at[layers].set(changed, unique_indices=True)
-
-
-def _changed(matrices: jax.Array, target: Target, changes: Mapping[str, Any]) -> jax.Array:
-    if target.experts is None:
-        return _matrix(matrices, target, changes)
-    # projections of SkeMA are of the layer, and everything else an expert has of its own
-    axes = {name: 0 if value.ndim == 3 else None for name, value in changes.items()}
-    return jax.vmap(lambda w, one: _matrix(w, target, one), in_axes=(0, axes))(matrices, dict(changes))
-
-
-def delta(target: Target, changes: Mapping[str, Any], dtype: Any = jnp.float32) -> jax.Array:
-    """ΔW of one matrix, [O, I], in the fixed order."""
-    inward, outward = (_dense(changes, side, size, dtype) for side, size in _sides(target))
+def dense_delta(target: Target, delta: Delta, dtype: Any = jnp.float32) -> jax.Array:
+    """ΔW of one matrix [O, I], multiplied in the fixed order."""
+    inward = _dense_side(delta["in"], "in", target.in_features, dtype)
+    outward = _dense_side(delta["out"], "out", target.out_features, dtype)
     core = None
-    if "core" in changes:
-        core = changes["core"].astype(dtype)
-    elif "core_left" in changes:
-        core = _product(changes["core_left"].astype(dtype), changes["core_right"].astype(dtype))
+    if "core" in delta:
+        core = delta["core"].astype(dtype)
+    elif "core_left" in delta:
+        core = _product(delta["core_left"].astype(dtype), delta["core_right"].astype(dtype))
     inner = inward if core is None else _product(core, inward)
-    return _product(outward.T, inner) * changes["scale"].astype(dtype)
+    return _product(outward.T, inner) * delta["scale"].astype(dtype)
 
 
-def _matrix(w: jax.Array, target: Target, changes: Mapping[str, Any]) -> jax.Array:
+def _digest_of_leaves(tree: trees.Tree) -> str | None:
+    flat = trees.flatten(tree)
+    if any(is_abstract(leaf) for leaf in flat.values()):
+        return None
+    return projections.digest({path: np.asarray(leaf) for path, leaf in flat.items()})
+
+
+def _merged(target: Target, weight: Any, delta: Delta) -> Any:
+    """The target's parameter with ΔW added to its matrices."""
+    run = partial(_merged_layers, target)
+    if any(is_abstract(leaf) for leaf in jax.tree.leaves((weight, delta))):
+        return jax.eval_shape(run, weight, delta)
+    return jax.jit(run)(weight, delta)  # compiled, so that a sharded weight keeps its sharding
+
+
+def _merged_layers(target: Target, weight: jax.Array, delta: Delta) -> jax.Array:
+    if target.layers is None:
+        return _merged_layer(target, weight, delta)
+    layers = np.asarray(target.layers)
+    merged = jax.lax.map(lambda pair: _merged_layer(target, *pair), (weight[layers], delta))  # one layer at a time
+    return weight.at[layers].set(merged, unique_indices=True)
+
+
+def _merged_layer(target: Target, weight: jax.Array, delta: Delta) -> jax.Array:
+    if target.experts is None:
+        return _merged_matrix(target, weight, delta)
+    # the experts of a layer share SkeMA's projections; all other leaves have an expert axis
+    axes = jax.tree.map(lambda leaf: 0 if leaf.ndim == 3 else None, delta)
+    return jax.vmap(partial(_merged_matrix, target), in_axes=(0, axes))(weight, delta)
+
+
+def _merged_matrix(target: Target, w: jax.Array, delta: Delta) -> jax.Array:
     dtype = wide(w.dtype)
-    w_OI = w.astype(dtype).reshape(target.inputs, target.outputs).T + delta(target, changes, dtype)
-    if "magnitude" in changes:
-        length_O1 = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(w_OI), axis=1, keepdims=True), SMALLEST_SQUARE))
-        w_OI = w_OI * (changes["magnitude"].astype(dtype)[:, None] / length_O1)
+    w_OI = w.astype(dtype).reshape(target.in_features, target.out_features).T + dense_delta(target, delta, dtype)
+    if "magnitude" in delta:
+        norm_O1 = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(w_OI), axis=1, keepdims=True), SMALLEST_SQUARE))
+        w_OI = w_OI * (delta["magnitude"].astype(dtype)[:, None] / norm_O1)
     return w_OI.T.reshape(w.shape).astype(w.dtype)
 
 
-def _sides(target: Target) -> tuple[tuple[str, int], tuple[str, int]]:
-    return ("in", target.inputs), ("out", target.outputs)
-
-
-def _dense(changes: Mapping[str, Any], side: str, size: int, dtype: Any) -> jax.Array:
-    """S of one side, [k, size]."""
-    if f"{side}/matrix" in changes:
-        matrix = changes[f"{side}/matrix"].astype(dtype)
+def _dense_side(factor: Delta, side: str, size: int, dtype: Any) -> jax.Array:
+    """A, Bᵀ, S_in or S_out of one matrix, [R or K, size]."""
+    if "matrix" in factor:
+        matrix = factor["matrix"].astype(dtype)
         return matrix.T if side == "in" else matrix
-    signs, rows = changes[f"{side}/signs"].astype(dtype), changes[f"{side}/rows"]
+    signs, rows = factor["signs"].astype(dtype), factor["rows"]
     return srht_transposed(jnp.eye(rows.shape[0], dtype=dtype), signs, rows, size)
 
 

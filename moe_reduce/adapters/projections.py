@@ -1,4 +1,4 @@
-"""The fixed projections of SkeMA: made from a seed, bit for bit the same each time, and known by their hash."""
+"""Fixed projections of SkeMA: made from a seed, bit for bit the same each time, and identified by their hash."""
 
 import hashlib
 import math
@@ -15,37 +15,45 @@ Projection = dict[str, np.ndarray]
 
 
 def make(method: str, width: int, size: int, seed: int, name: str) -> Projection:
-    """S [k, d] of one side of one map, as {"matrix"} or, for srht, {"signs", "rows"} (see models/deltas.py).
+    """A projection S [K, size] for one side of one matrix, as {"matrix"} or, for srht, {"signs", "rows"}.
 
-    orthonormal: rows are orthonormal (QR of a Gaussian); needs k <= d. gaussian: entries N(0, 1/k). srht: k rows of the
-    orthonormal Hadamard transform with random signs, d padded to a power of two. name: of the map, layer and side; with
-    the seed it decides the numbers. Raises UserError for a width that the method cannot have.
+    orthonormal: orthonormal rows (QR of a Gaussian matrix); needs K <= size. gaussian: entries N(0, 1/K). srht: K rows
+    of the orthonormal Hadamard transform with random signs, with `size` padded to a power of two (arXiv:1011.1595).
+    name: identifies matrix, layer and side; it determines the numbers together with the seed. UserError if the method
+    cannot have this width. See models/deltas.py for how S is applied.
     """
     generator = np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
     check(method, width, size, name)
-    padded = padded_size(size)
     if method == "gaussian":
         return {"matrix": (generator.standard_normal((width, size)) / np.sqrt(width)).astype(np.float32)}
     if method == "srht":
+        padded = padded_size(size)
         signs = generator.choice(np.array([-1, 1], np.float32), padded)
         return {"signs": signs, "rows": np.sort(generator.permutation(padded)[:width]).astype(np.int32)}
     directions, triangle = np.linalg.qr(generator.standard_normal((size, width)))
-    # the sign that QR leaves open decides nothing but must not depend on the library
+    # QR leaves the signs open; fix them, so that they do not depend on the LAPACK in use
     return {"matrix": np.ascontiguousarray((directions * np.sign(np.diag(triangle))).T.astype(np.float32))}
 
 
+def shapes(method: str, width: int, size: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """(shape, dtype) of each array that `make` returns, by name."""
+    if method == "srht":
+        return {"signs": ((padded_size(size),), np.float32), "rows": ((width,), np.int32)}
+    return {"matrix": ((width, size), np.float32)}
+
+
 def padded_size(size: int) -> int:
-    """The power of two that a Hadamard transform needs."""
+    """Next power of two, which a Hadamard transform needs."""
     return 1 << (size - 1).bit_length()
 
 
 def largest(method: str, size: int) -> float:
-    """The widest sketch of so many inputs or outputs; Gaussian ones have no end."""
+    """Widest sketch of so many inputs or outputs; infinite for gaussian."""
     return {"orthonormal": size, "gaussian": math.inf, "srht": padded_size(size)}[method]
 
 
 def check(method: str, width: int, size: int, name: str) -> None:
-    """Raises UserError for a width that the method cannot have."""
+    """Raise UserError if the method cannot have this width."""
     widest = largest(method, size)
     if width > widest:
         raise UserError(
@@ -55,7 +63,7 @@ def check(method: str, width: int, size: int, name: str) -> None:
 
 
 def dense(projection: Mapping[str, Any], size: int) -> np.ndarray:
-    """S as a matrix [k, d], float64."""
+    """S as a matrix [K, size], float64."""
     if "matrix" in projection:
         return np.asarray(projection["matrix"], np.float64)
     signs = np.asarray(projection["signs"], np.float64)
@@ -63,11 +71,11 @@ def dense(projection: Mapping[str, Any], size: int) -> np.ndarray:
     return (transform * signs)[:, :size]
 
 
-def digest(projections: Mapping[str, np.ndarray]) -> str:
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
     """SHA-256 over names, shapes and bytes."""
     total = hashlib.sha256()
-    for name in sorted(projections):
-        array = np.ascontiguousarray(projections[name])
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
         total.update(f"{name} {array.dtype} {array.shape}\n".encode())
         total.update(array.tobytes())
     return total.hexdigest()

@@ -81,6 +81,11 @@ class Parameter:
         return bool(self.inputs)
 
     @property
+    def per_expert(self) -> bool:
+        """Whether each expert has a matrix of its own; False for the router, whose outputs are the experts."""
+        return self.is_matrix and "E" in self.axes and "E" not in self.inputs + self.outputs
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """(I, O) of one matrix: products of the sizes of `inputs` and of `outputs`."""
         sizes = dict(zip(self.axes, self.shape, strict=True))

@@ -11,7 +11,8 @@ import jax
 from moe_reduce.adapters import adapter as adapters
 from moe_reduce.adapters import adapter_directory, merging
 from moe_reduce.adapters.adapter import Adapter
-from moe_reduce.adapters.targets import parameters, targets_of, within_budget
+from moe_reduce.adapters.budget import within_budget
+from moe_reduce.adapters.checks import check_split
 from moe_reduce.core import disk, trees
 from moe_reduce.core.config import AdaptConfig, AdapterConfig, ModelConfig, to_dict
 from moe_reduce.core.errors import UserError
@@ -49,7 +50,7 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     shardings = sharding.model_shardings(mesh, config)
     if run.adapter is not None:
         adapters.abstract(run.adapter, config)  # refused before anything is prepared
-        adapters.check_split(run.adapter, config, run.mesh.tensor)
+        check_split(run.adapter, config, run.mesh.tensor)
     done = begin(workdir, run)
     if done is not None:
         return done
@@ -123,7 +124,7 @@ def _resolved(run: AdaptConfig) -> tuple[AdaptConfig, ModelConfig]:
     chosen, allowed = _sized(run, config)
     if allowed is not None and chosen is not None:
         size = f"sketch_width={chosen.sketch_width}" if chosen.method == "skema" else f"rank={chosen.rank}"
-        used = sum(parameters(chosen, target) for target in targets_of(chosen, config))
+        used = adapters.trained_parameters(chosen, config)
         print(
             f"budget {run.budget:.3%} of the base: {used:,} of {allowed:,} parameters, {chosen.method} {size}",
             flush=True,
@@ -161,7 +162,7 @@ def planned_job(run: AdaptConfig, config: ModelConfig, dtype: Any) -> Job:
     params = stored_params(config, dtype)
     if sized.adapter is not None:
         params[ADAPTER] = adapters.abstract(sized.adapter, config)
-        adapters.check_split(sized.adapter, config, run.mesh.tensor)
+        check_split(sized.adapter, config, run.mesh.tensor)
     return Job(adapt_task(sized, config), config, params, run.execution, run.data, run.train)
 
 

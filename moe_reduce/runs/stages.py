@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from moe_reduce.adapters import adapter as adapters
 from moe_reduce.adapters import merging
+from moe_reduce.adapters.checks import check_split
 from moe_reduce.core import trees
 from moe_reduce.core.config import ModelConfig, MoEConfig, PoolStage, PruneStage, ReduceConfig, Stage, TuneStage
 from moe_reduce.core.errors import UserError
@@ -115,7 +116,7 @@ def _check_tune(stage: TuneStage, config: ModelConfig, first: ModelConfig, tenso
     tuning.check_components("tune", stage, config)
     if stage.adapter is not None:
         adapters.abstract(stage.adapter, config)
-        adapters.check_split(stage.adapter, config, tensor)
+        check_split(stage.adapter, config, tensor)
         if "experts" in stage.components.split(",") and stage.objective == "language_model":
             raise UserError("components names experts, which train whole: leave the adapter out")
     if stage.bias_from is not None and not (moe.placement == "shared" and moe.selection_bias):
