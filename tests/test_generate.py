@@ -29,6 +29,7 @@ from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.inference.text import Continuation, complete, end_ids, stream
 from moe_reduce.models import cache, deltas
 from moe_reduce.models.attention import softmax
+from moe_reduce.models.decoder import STACK
 from moe_reduce.models.model import Model
 from moe_reduce.planning.compiled_step import collectives
 from moe_reduce.training.sharding import make_mesh
@@ -48,19 +49,19 @@ def model_of(kind: str, platform: str = "cpu", **execution) -> Model:
 def cached_logits(model: Model, rows_BT: np.ndarray, quantised: bool = False) -> tuple[list[np.ndarray], dict]:
     """Logits of each row from the last place of its prompt (of LENGTHS) on, token by token; and the cache."""
     found = ready(model)
-    program = generation.Program(found.config, found.execution, found.stacked, Sampler(True, None, False), "auto")
+    program = generation.Program(found.config, found.execution, Sampler(True, None, False), "auto")
     lengths_B, longest = jnp.asarray(LENGTHS), max(LENGTHS)
 
     @jax.jit
     def prefill(tokens_BT):
         logits_B1V, new = program.run(found.params, {"tokens": tokens_BT, "last": lengths_B - 1})
-        return logits_B1V, cache.of_prompts(new, 16, quantised, found.stacked)
+        return logits_B1V, cache.of_prompts(new, 16, quantised, STACK in found.params)
 
     @jax.jit
     def step(held, tokens_B, positions_B):
         batch = {"tokens": tokens_B[:, None], "positions": positions_B[:, None]}
         logits_B1V, new = program.run(found.params, batch, held)
-        return logits_B1V, cache.written(held, new, positions_B, found.stacked)
+        return logits_B1V, cache.written(held, new, positions_B, STACK in found.params)
 
     padded = np.where(np.arange(longest)[None] < np.array(LENGTHS)[:, None], rows_BT[:, :longest], 0)
     logits_B1V, held = prefill(jnp.asarray(padded))
@@ -169,16 +170,17 @@ def test_two_devices_make_the_text_of_one_and_gather_no_weight(kind, platform, c
     if compute_dtype == "float32":  # else sums in another order may change a choice
         assert found == generate(model, PROMPTS, settings)
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(prepared.params)} == {2}
-    _, program, arguments, places = generation._arguments(prepared, PROMPTS, settings)
-    choice = generation._choice(settings)
+    request = generation._request(prepared, PROMPTS, settings)
+    program, choice = request.program, request.choice
     generation._prefill.clear_cache()
     generation._decode.clear_cache()
     compile_for(prepared, PROMPTS, settings)
     with compilations() as events:
         generate(prepared, PROMPTS, settings)
     assert [event for event in events if "backend_compile" in event] == []
-    with prepared.place():
-        state, _ = generation._prefill(program, places, prepared.params, *arguments, choice)
+    with generation.on_mesh(prepared):
+        inputs = (request.tokens_BT, request.lengths_B)
+        state, _ = generation._prefill(program, request.slots, prepared.params, *inputs, choice)
         text = generation._decode.lower(program, prepared.params, state, choice, jnp.int32(1)).compile().as_text()
     moved = collectives(text)
     assert moved["all-reduce"]["bytes"] > 0
@@ -188,9 +190,10 @@ def test_two_devices_make_the_text_of_one_and_gather_no_weight(kind, platform, c
 def test_rows_keep_apart_within_the_mesh_of_a_training_run():
     """As recall asks in the middle of training: each device holds the cache of its own rows."""
     model, settings = ready(model_of("dense")), GenerateConfig(max_tokens=4)
-    _, program, arguments, places = generation._arguments(model, [[1, 2]] * 4, settings)
+    request = generation._request(model, [[1, 2]] * 4, settings)
     with jax.set_mesh(make_mesh(MeshConfig(data=4))):
-        state, _ = generation._prefill(program, places, model.params, *arguments, generation._choice(settings))
+        inputs = (request.tokens_BT, request.lengths_B)
+        state, _ = generation._prefill(request.program, request.slots, model.params, *inputs, request.choice)
     for leaf in jax.tree.leaves(state.cache):
         assert leaf.sharding.shard_shape(leaf.shape)[0] == 1
 

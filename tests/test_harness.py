@@ -260,7 +260,7 @@ def test_every_device_has_its_part_of_the_model_alone(directory, kind):
 
 def held(harness) -> int:
     """Bytes of the first device."""
-    leaves = jax.tree.leaves(harness._ready.params)
+    leaves = jax.tree.leaves(harness._model.params)
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
 
 

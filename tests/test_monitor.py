@@ -94,7 +94,7 @@ def test_ours_and_ollamas_side_by_side(model, address, tmp_path, monkeypatch, ca
     split, whole = [], generation.ready
     monkeypatch.setattr(generation, "ready", lambda *given: split.append(whole(*given)) or split[-1])
     assert main(["monitor", *arguments, "--tensor=2", f"--out={out}", "--overwrite"]) == 0
-    assert {made.mesh.shape["tensor"] for made in split} == {2}
+    assert {generation.mesh_of(made).shape["tensor"] for made in split} == {2}
     assert [row["name"] for row in rows(out / "monitor.csv")] == ["a:8b", "b:8b", str(model)]
 
 

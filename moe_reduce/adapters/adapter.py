@@ -49,7 +49,7 @@ def abstract(config: AdapterConfig, model: ModelConfig) -> dict[str, Any]:
 
 
 def trained(config: AdapterConfig, path: str) -> bool:
-    """Whether the adapter's leaf at this path trains."""
+    """True if the adapter's leaf at this path trains."""
     return any(path.endswith(f"/{name}") for name in trained_names(config))
 
 

@@ -54,7 +54,7 @@ def leaves_of(config: AdapterConfig, target: Target) -> dict[str, Leaf]:
 
 
 def is_abstract(leaf: Any) -> bool:
-    """Whether a leaf has a shape and no values."""
+    """True for a leaf that has a shape but no values."""
     return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
@@ -68,7 +68,7 @@ def trained_names(config: AdapterConfig) -> frozenset[str]:
 
 
 def is_projection(config: AdapterConfig, path: str) -> bool:
-    """Whether the leaf at this path is (a part of) one of SkeMA's projections."""
+    """True if the leaf at this path belongs to a projection of SkeMA."""
     return config.method == "skema" and path.split("/")[-2:-1] in (["in"], ["out"])
 
 

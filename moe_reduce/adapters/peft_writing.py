@@ -36,7 +36,7 @@ from moe_reduce.storage.tensors import TensorItem, write_file
 
 
 def representable(adapter: Adapter, model: ModelConfig) -> bool:
-    """Whether PEFT has names for everything that the adapter changes."""
+    """True if PEFT has names for everything that the adapter changes."""
     targets = targets_of(adapter.config, model)
     if any(target.experts is not None for target in targets):
         return False

@@ -106,14 +106,14 @@ def _on_tasks(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, A
         raise UserError("--tasks needs the EleutherAI harness: pip install 'moe_reduce[evaluate]'")
     from moe_reduce.inference import tasks
 
+    names = tuple(arguments.tasks.split(","))
+    selection = tasks.Selection(names, arguments.task_path, arguments.few_shot, arguments.limit)
+
     def found(directory: Path) -> Any:
         model = model_arguments.load_model(arguments, directory, mesh)
-        return tasks.evaluate(
-            model, directory, arguments.tasks.split(","), arguments.batch_size, arguments.task_path,
-            arguments.few_shot, arguments.limit, mesh,
-        )  # fmt: skip
+        return tasks.evaluate(model, directory, selection, arguments.batch_size, mesh)
 
     ours = found(arguments.model)
     if arguments.baseline is None:
         return {"tasks": ours.figures}
-    return {"tasks": ours.figures, "beside_baseline": tasks.beside(ours, found(arguments.baseline))}
+    return {"tasks": ours.figures, "beside_baseline": tasks.compare(ours, found(arguments.baseline))}

@@ -12,8 +12,8 @@ from moe_reduce.core.errors import UserError
 
 if TYPE_CHECKING:
     from moe_reduce.data.tokenizers import Tokenizer
-    from moe_reduce.inference.generate import Ready
     from moe_reduce.inference.text import Continuation
+    from moe_reduce.models.model import Model
 
 SHOWN_AT_ONCE = 4  # tokens, on a terminal
 
@@ -116,7 +116,7 @@ def _prompts(arguments: argparse.Namespace) -> tuple["Tokenizer", list[list[int]
     return tokenizer, [tokenizer.encode(chat_prompt(place, prompt)) for prompt in arguments.prompt]
 
 
-def _print(model: "Ready", rows: list["Continuation"], settings: GenerateConfig) -> None:
+def _print(model: "Model", rows: list["Continuation"], settings: GenerateConfig) -> None:
     """One row's text as it is made, and how fast, on stderr, compiling left out."""
     from moe_reduce.inference.generate import compile_for
     from moe_reduce.inference.text import stream

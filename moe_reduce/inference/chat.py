@@ -1,4 +1,4 @@
-"""Prompts as turns of a conversation, in the form that a model's tokenizer directory prescribes (a Jinja template)."""
+"""Chat prompts: turns of a conversation, formatted by the Jinja template in a model's tokenizer directory."""
 
 import datetime
 import functools
@@ -15,17 +15,17 @@ TEMPLATE_FILE, TEMPLATE_KEY = "chat_template.jinja", "chat_template"
 
 
 def chat_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer that reads special tokens written out in a text, as templates do; UserError where there is none."""
+    """Load the tokenizer that recognises special tokens in a template's text. UserError if there is none."""
     if not (directory / JSON_FILE).is_file():
-        raise UserError(f"{directory} has no {JSON_FILE}, in which a chat template's tokens are: leave out --chat")
+        raise UserError(f"{directory} has no {JSON_FILE}, which defines a chat template's tokens: leave out --chat")
     return load_tokenizer(directory / JSON_FILE)
 
 
 def chat_prompt(directory: Path, message: str) -> str:
-    """A user's message, and the start of the answer, as the template writes them.
+    """Format a user's message, followed by the start of the answer, with the template.
 
-    Templates come from strangers: they run in Jinja's sandbox, with what transformers gives them. Raises UserError when
-    there is no template, it refuses the message, or Jinja is not installed.
+    Templates are untrusted: they run in Jinja's sandbox, with the variables and functions that transformers provides.
+    UserError if there is no template, if it refuses the message, or if Jinja is not installed.
     """
     template, settings = _template(directory), _settings(directory)
     if importlib.util.find_spec("jinja2") is None:
@@ -36,7 +36,7 @@ def chat_prompt(directory: Path, message: str) -> str:
     given |= {"tools": None, "documents": None}
     try:
         return _environment().from_string(template).render(given)
-    except Exception as error:  # a template is a program: whatever it raises is about it
+    except Exception as error:  # a template is a program, which may raise anything
         raise UserError(f"the chat template of {directory} does not take this prompt: {error}") from error
 
 
@@ -44,7 +44,7 @@ def _environment() -> Any:
     from jinja2 import ext, nodes, sandbox
 
     class Generation(ext.Extension):
-        """{% generation %} marks what a model learns of a conversation, and is nothing where one is only read."""
+        """{% generation %} marks the text that a model learns from; it has no effect on a prompt."""
 
         tags = frozenset({"generation"})  # type: ignore[assignment]
 
@@ -55,7 +55,7 @@ def _environment() -> Any:
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # Jinja's own is for HTML
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # Jinja's own filter escapes HTML
     environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.datetime.now().strftime}
     return environment
 

@@ -22,14 +22,14 @@ from moe_reduce.training.sharding import compiled
 
 
 class RowSums(NamedTuple):
-    """Of each sequence of a corpus, over its counted targets: fp32 arrays [sequences]."""
+    """Sums over the counted targets of each sequence of a corpus: fp32 arrays [sequences]."""
 
     nll: np.ndarray
     correct: np.ndarray
     weight: np.ndarray
 
     def figures(self) -> dict[str, Any]:
-        """{loss (nats a token), perplexity, accuracy, tokens} of all of them."""
+        """{loss (nats per token), perplexity, accuracy, tokens} over all sequences."""
         sums = {name: float(np.sum(values, dtype=np.float64)) for name, values in self._asdict().items()}
         return summarize(sums) | {"tokens": int(sums["weight"])}
 
@@ -37,7 +37,10 @@ class RowSums(NamedTuple):
 def evaluate(
     model: Model, data: DataConfig, batch_size: int, max_batches: int | None, mesh: Mesh | None = None
 ) -> RowSums:
-    """Sums by sequence over the whole corpus, or its first `max_batches` batches, on a mesh if one is given."""
+    """Evaluate a model on a whole corpus, or on its first `max_batches` batches, on a mesh if one is given.
+
+    UserError if the losses are not finite.
+    """
     tokens, _ = prepare(data, model.config.vocab_size)
     batches = WholeSplit(tokens, data, batch_size)
     total_batches = len(batches) if max_batches is None else min(max_batches, len(batches))
@@ -47,15 +50,15 @@ def evaluate(
     sums = RowSums(*(np.concatenate(values) for values in zip(*parts, strict=True)))
     if not np.all(np.isfinite(sums.nll)):
         raise UserError(
-            f"losses of this model are not finite in {model.execution.compute_dtype}: its weights are damaged, or what "
-            "is computed overflows"
+            f"losses of this model are not finite in {model.execution.compute_dtype}: its weights are damaged, or the "
+            "computation overflows"
         )
     return sums
 
 
 @cache
 def _step(config: ModelConfig, execution: ExecutionConfig, mesh: Mesh | None) -> Any:
-    """One program for a model and a baseline of the same architecture."""
+    """Evaluation step, compiled once for all models of one architecture."""
     return compiled(partial(_row_sums, Model(config, {}, execution)), mesh)
 
 
@@ -67,7 +70,10 @@ def _row_sums(skeleton: Model, params: Any, batch: Any) -> RowSums:
 
 
 def measure(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> dict[str, Any]:
-    """{loss, perplexity, accuracy, tokens; with experts counts_NE} over batches, on a mesh if one is given."""
+    """Measure {loss, perplexity, accuracy, tokens} over batches, and counts_NE for a mixture of experts.
+
+    counts_NE: assignments by layer and expert. mesh: runs on it, if given.
+    """
     step = compiled(evaluator(model.with_params({})), mesh)
     sums = [jax.device_get(step(model.params, batch)) for batch in batches]
     total = jax.tree.map(lambda *leaves: np.sum(np.stack(leaves), axis=0), *sums)

@@ -1,24 +1,22 @@
-"""Continuations of prompts of any lengths, one token after the other, from a cache of keys and values.
+"""Text generation: continuations of prompts of any lengths, one token at a time, from a KV cache.
 
-Prompts are read at once (prefill) and continued in a loop within jit (decode), each compiled once for each number of
-prompts and bucket of lengths. Rows are padded on the right, and each has its own positions: a pad is never seen. Its
-place lies behind all that a row has read, until the row's own next token takes that place.
+Prompts are read at once (prefill) and continued in a loop inside jit (decode). Each program is compiled once for each
+batch size and bucket of lengths. Rows are padded on the right and keep positions of their own, so that no row attends
+to padding: a pad lies behind everything that its row has read, until the row's next token overwrites it.
 
-On a mesh attention, feed-forward, experts and embedding are split along `tensor`, and the cache with its heads: each
-device reads its own part of the weights.
+On a mesh, weights are split along `tensor`, and the cache along its heads, so that each device reads its own part.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_reduce.core import trees, validation
 from moe_reduce.core.config import DISPATCH_BY_PLATFORM, ExecutionConfig, GenerateConfig, ModelConfig
@@ -26,67 +24,59 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.models import cache, weights
 from moe_reduce.models.cache import KEYS_VALUES
-from moe_reduce.models.decoder import unstacked
+from moe_reduce.models.decoder import STACK, unstacked
 from moe_reduce.models.mesh import BATCH_AXES
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import parameters, records
 from moe_reduce.training import sharding
 
-STEPS = 32  # tokens between two looks at what was made
+STEPS = 32  # most tokens that one call of the decode program makes
 LEAST_BUCKET = 16
-NOWHERE = 2**31 - 1  # in place of a place in the cache, for a row that has ended
-NOTHING = -1  # in place of an id, where a row has ended
-
-
-@dataclass(frozen=True, eq=False)
-class Ready:
-    """A model made ready to generate: worth keeping where it does so more than once."""
-
-    config: ModelConfig
-    execution: ExecutionConfig
-    params: dict[str, Any]  # in the compute dtype; on a CPU each layer's by itself
-    mesh: Mesh | None = None
-
-    @property
-    def stacked(self) -> bool:
-        """Whether layers are computed in one scan."""
-        return self.execution.platform != "cpu"
-
-    def place(self) -> contextlib.AbstractContextManager[Any]:
-        """In which its programs are compiled and run."""
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+NO_SLOT = 2**31 - 1  # cache slot of a row that has ended: beyond the cache, so nothing is written
+NO_TOKEN = -1  # in place of a token id of a row that has ended
 
 
 class Program(NamedTuple):
-    """All that is fixed when a loop is compiled, beside shapes."""
+    """Everything besides shapes that is fixed at compile time."""
 
     config: ModelConfig
     execution: ExecutionConfig
-    stacked: bool
     sampler: Sampler
     cache_dtype: Literal["auto", "int8"]
 
     def run(self, params: Any, batch: dict[str, Any], cache: Any = None) -> tuple[jax.Array, Any]:
-        """(logits, keys and values of the batch's tokens)."""
+        """Logits, and the keys and values of the batch's tokens."""
         logits, collected = Model(self.config, params, self.execution).apply(batch, (KEYS_VALUES,), cache)
         return logits, collected[KEYS_VALUES]
 
 
 class State(NamedTuple):
-    """Where B rows stand between two steps."""
+    """Progress of B rows between two steps."""
 
-    cache: dict[str, Any]  # of all tokens but the last
+    cache: dict[str, Any]  # keys and values of every token but the newest
     last_B: jax.Array  # int32, the newest token
-    positions_B: jax.Array  # int32, of the newest token
+    positions_B: jax.Array  # int32, position of the newest token
     ended_B: jax.Array
     made: jax.Array  # int32, tokens made so far
 
 
-def generate(model: Model | Ready, prompts: Sequence[Sequence[int]], settings: GenerateConfig) -> list[list[int]]:
-    """What follows each prompt (token ids): at most `max_tokens` ids, up to the first of `end_ids`, which is left out.
+class Request(NamedTuple):
+    """A batch of prompts, ready to run on a prepared model."""
 
-    Greedy rows do not depend on the other prompts of the batch; a sampled row depends on its index, so that the same
-    prompt given twice is continued in two ways. Raises UserError for an empty prompt or numbers out of range.
+    model: Model
+    program: Program
+    choice: Choice
+    tokens_BT: jax.Array  # int32, padded on the right
+    lengths_B: jax.Array  # int32
+    slots: int  # length of the cache
+
+
+def generate(model: Model, prompts: Sequence[Sequence[int]], settings: GenerateConfig) -> list[list[int]]:
+    """Continue each prompt (token ids) by at most `max_tokens` ids, ending before the first of `end_ids`.
+
+    model: from `ready`, or any model, which is then made ready anew at each call. Greedy rows do not depend on the
+    other prompts of the batch. A sampled row depends on its index, so the same prompt given twice gets two
+    continuations. UserError for an empty prompt or numbers out of range.
     """
     rows: list[list[int]] = [[] for _ in prompts]
     for new in chunks(model, prompts, settings):
@@ -96,80 +86,83 @@ def generate(model: Model | Ready, prompts: Sequence[Sequence[int]], settings: G
 
 
 def chunks(
-    model: Model | Ready, prompts: Sequence[Sequence[int]], settings: GenerateConfig, steps: int = STEPS
+    model: Model, prompts: Sequence[Sequence[int]], settings: GenerateConfig, steps: int = STEPS
 ) -> Iterator[list[list[int]]]:
-    """As `generate`, piece by piece: the first id of every row, then up to `steps` further ones at a time."""
-    found, program, arguments, places = _arguments(model, prompts, settings)
-    choice = _choice(settings)
-    with found.place():
-        state, first_B = _prefill(program, places, found.params, *arguments, choice)
+    """Stream `generate`: the first id of every row, then up to `steps` more ids of each row at a time."""
+    request = _request(model, prompts, settings)
+    params = request.model.params
+    with on_mesh(request.model):
+        state, first_B = _prefill(
+            request.program, request.slots, params, request.tokens_BT, request.lengths_B, request.choice
+        )
     yield _rows(np.asarray(first_B)[:, None])
     made = 1
     while made < settings.max_tokens and not np.all(np.asarray(state.ended_B)):
         count = min(steps, STEPS, settings.max_tokens - made)
-        with found.place():
-            state, ids_BX = _decode(program, found.params, state, choice, jnp.int32(count))
+        with on_mesh(request.model):
+            state, ids_BX = _decode(request.program, params, state, request.choice, jnp.int32(count))
         yield _rows(np.asarray(ids_BX)[:, :count])
         made += count
 
 
-def compile_for(model: Ready, prompts: Sequence[Sequence[int]], settings: GenerateConfig) -> None:
-    """What `chunks` would otherwise compile at its first use; runs nothing."""
-    found, program, arguments, places = _arguments(model, prompts, settings)
-    choice = _choice(settings)
-    with found.place():
-        prefill = _prefill.lower(program, places, found.params, *arguments, choice)
+def compile_for(model: Model, prompts: Sequence[Sequence[int]], settings: GenerateConfig) -> None:
+    """Compile what `chunks` would compile at its first use, and run nothing."""
+    request = _request(model, prompts, settings)
+    params = request.model.params
+    with on_mesh(request.model):
+        prefill = _prefill.lower(
+            request.program, request.slots, params, request.tokens_BT, request.lengths_B, request.choice
+        )
         compiled = prefill.compile()
         state, _ = prefill.out_info
-        if found.mesh is not None:  # on one device nothing says where it lies, as at the first use
+        if mesh_of(request.model) is not None:  # on one device, arguments carry no sharding
             state = sharding.placed(state, compiled.output_shardings[0])
-        _decode.lower(program, found.params, state, choice, jnp.int32(1)).compile()
+        _decode.lower(request.program, params, state, request.choice, jnp.int32(1)).compile()
 
 
-def ready(model: Model | Ready, mesh: Mesh | None = None) -> Ready:
-    """The model with its matrices in the compute dtype and, on a CPU, its layers apart: a copy where it is neither.
+def ready(model: Model, mesh: Mesh | None = None) -> Model:
+    """Prepare a model for inference; preparing it again changes nothing.
 
-    mesh: with sizes of 1 but for `tensor`. Raises UserError when it does not divide the model.
+    Matrices are cast to the compute dtype, and on a CPU the layers are unstacked: a copy, unless both hold already.
+    mesh: places the parameters, split along `tensor`; the other axes must have size 1. UserError if `tensor` does not
+    divide the model.
     """
-    if isinstance(model, Ready):
-        return model
     execution = dataclasses.replace(model.execution, remat="none", expert_gradients=False)
-    if execution.dispatch == "capacity":  # what a token's experts are must not depend on the other rows
+    if execution.dispatch == "capacity":  # a token's experts must not depend on the other rows
         execution = dataclasses.replace(execution, dispatch=DISPATCH_BY_PLATFORM[execution.platform])
-    given = model.params
+    model = dataclasses.replace(model, execution=execution)
+    if STACK not in model.params:  # prepared already
+        return model
+    params = model.params
     if mesh is not None:
-        given = jax.tree.map(jax.device_put, given, sharding.shardings(mesh, given, records(model.config, given)))
+        params = jax.tree.map(jax.device_put, params, sharding.shardings(mesh, params, records(model.config, params)))
+    flat = trees.flatten(params)
     computed = [record.path for record in parameters(model.config) if record.precision == "compute"]
-    flat = trees.flatten(given)
-    params = trees.update(given, {path: weights.cast(flat[path], execution.compute_dtype) for path in computed})
-    found = Ready(model.config, execution, params, mesh)
-    return found if found.stacked else dataclasses.replace(found, params=unstacked(params))
+    params = trees.update(params, {path: weights.cast(flat[path], execution.compute_dtype) for path in computed})
+    return model.with_params(unstacked(params) if execution.platform == "cpu" else params)
+
+
+def mesh_of(model: Model) -> Mesh | None:
+    """Mesh that the parameters lie on; None if they lie on one device without a mesh."""
+    place = getattr(jax.tree.leaves(model.params)[0], "sharding", None)
+    mesh: Any = place.mesh if isinstance(place, NamedSharding) else None
+    return mesh
+
+
+def on_mesh(model: Model) -> contextlib.AbstractContextManager[Any]:
+    """Context to compile and run the model's programs in."""
+    mesh = mesh_of(model)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def bucket(length: int) -> int:
-    """The smallest power of two, or one and a half of one, that is at least the length and `LEAST_BUCKET`."""
+    """Smallest size, of 2^n and 1.5 · 2^n, that is at least the length and `LEAST_BUCKET`."""
     power = max(LEAST_BUCKET, 1 << (length - 1).bit_length())
     return power * 3 // 4 if power > LEAST_BUCKET and length <= power * 3 // 4 else power
 
 
-def _arguments(model: Model | Ready, prompts: Sequence[Sequence[int]], settings: GenerateConfig):
-    """(the model made ready, its program, (tokens_BT, lengths_B), places of the cache) once all is checked."""
-    validation.check_generate(settings)
-    check_prompts(prompts, model.config.vocab_size)
-    found = ready(model)
-    sampler = Sampler.of(settings, found.config.vocab_size)
-    program = Program(found.config, found.execution, found.stacked, sampler, settings.cache_dtype)
-    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    longest = int(lengths_B.max())
-    tokens_BT = np.zeros((len(prompts), bucket(longest)), np.int32)
-    for row, prompt in zip(tokens_BT, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    places = max(bucket(longest + settings.max_tokens), tokens_BT.shape[1])
-    return found, program, (jnp.asarray(tokens_BT), jnp.asarray(lengths_B)), places
-
-
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Raises UserError for what cannot be continued."""
+    """Raise UserError for prompts that cannot be continued."""
     if not prompts:
         raise UserError("there is no prompt: give at least one")
     for number, prompt in enumerate(prompts, 1):
@@ -181,8 +174,23 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
             )
 
 
+def _request(model: Model, prompts: Sequence[Sequence[int]], settings: GenerateConfig) -> Request:
+    validation.check_generate(settings)
+    check_prompts(prompts, model.config.vocab_size)
+    model = ready(model)
+    sampler = Sampler.of(settings, model.config.vocab_size)
+    program = Program(model.config, model.execution, sampler, settings.cache_dtype)
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths_B.max())
+    tokens_BT = np.zeros((len(prompts), bucket(longest)), np.int32)
+    for row, prompt in zip(tokens_BT, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    slots = max(bucket(longest + settings.max_tokens), tokens_BT.shape[1])
+    return Request(model, program, _choice(settings), jnp.asarray(tokens_BT), jnp.asarray(lengths_B), slots)
+
+
 def _rows(ids_BX: np.ndarray) -> list[list[int]]:
-    return [[int(identity) for identity in row if identity != NOTHING] for row in ids_BX]
+    return [[int(token) for token in row if token != NO_TOKEN] for row in ids_BX]
 
 
 def _choice(settings: GenerateConfig) -> Choice:
@@ -190,24 +198,23 @@ def _choice(settings: GenerateConfig) -> Choice:
         jnp.float32(settings.temperature),
         jnp.float32(settings.top_p),
         jax.random.key(settings.seed),
-        jnp.asarray((NOTHING, *settings.end_ids), jnp.int32),
+        jnp.asarray((NO_TOKEN, *settings.end_ids), jnp.int32),
     )
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _prefill(program: Program, places: int, params: Any, tokens_BT, lengths_B, choice: Choice):
-    """Reads the prompts and makes the first token of each: (state, ids_B)."""
+def _prefill(program: Program, slots: int, params: Any, tokens_BT, lengths_B, choice: Choice):
+    """Read the prompts and make the first token of each: (state, ids_B)."""
     logits_B1V, new = program.run(params, {"tokens": tokens_BT, "last": lengths_B - 1})
-    quantised = program.cache_dtype == "int8"
-    filled = cache.of_prompts(new, places, quantised, program.stacked)
+    filled = cache.of_prompts(new, slots, program.cache_dtype == "int8", STACK in params)
     ended_B = jnp.zeros(lengths_B.shape, bool)
     state = State(filled, lengths_B, lengths_B - 1, ended_B, jnp.int32(0))
-    return _settled(program, *_next(program, state, logits_B1V, choice))
+    return _constrained(params, *_next(program, state, logits_B1V, choice))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(program: Program, params: Any, state: State, choice: Choice, steps: jax.Array):
-    """Makes `steps` tokens of each row, fewer where all have ended: (state, ids [B, STEPS])."""
+    """Make `steps` tokens of each row, fewer once all rows have ended: (state, ids [B, STEPS])."""
 
     def unfinished(carry):
         index, state, _ = carry
@@ -218,29 +225,29 @@ def _decode(program: Program, params: Any, state: State, choice: Choice, steps: 
         batch = {"tokens": state.last_B[:, None], "positions": state.positions_B[:, None]}
         logits_B1V, new = program.run(params, batch, state.cache)
         following, ids_B = _next(program, state, logits_B1V, choice)
-        # That the place depends on the choice also puts the write behind every read: else XLA copies the whole cache.
-        places_B = jnp.where(following.ended_B, NOWHERE, state.positions_B)
-        written = cache.written(state.cache, new, places_B, program.stacked)
+        # The slot depends on the chosen token, which orders the write after every read: else XLA copies the cache.
+        slots_B = jnp.where(following.ended_B, NO_SLOT, state.positions_B)
+        written = cache.written(state.cache, new, slots_B, STACK in params)
         state = following._replace(cache=written)
         return index + 1, state, ids_BX.at[:, index].set(ids_B)
 
-    ids_BX = jnp.full((state.last_B.shape[0], STEPS), NOTHING, jnp.int32)
+    ids_BX = jnp.full((state.last_B.shape[0], STEPS), NO_TOKEN, jnp.int32)
     _, state, ids_BX = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, ids_BX))
-    return _settled(program, state, ids_BX)
+    return _constrained(params, state, ids_BX)
 
 
-def _settled(program: Program, state: State, ids: jax.Array) -> tuple[State, jax.Array]:
-    """As every call leaves them on a mesh, so that the next needs no other program: a cache by its rows and heads."""
+def _constrained(params: Any, state: State, ids: jax.Array) -> tuple[State, jax.Array]:
+    """Pin the shardings of state and cache on a mesh, so that the next call does not recompile."""
     if jax.sharding.get_abstract_mesh().empty:
         return state, ids
-    heads = PartitionSpec(*(None,) * program.stacked, BATCH_AXES, "tensor")
+    heads = PartitionSpec(*(None,) * (STACK in params), BATCH_AXES, "tensor")
     rest, ids = jax.lax.with_sharding_constraint((state._replace(cache={}), ids), PartitionSpec())
     return rest._replace(cache=jax.lax.with_sharding_constraint(state.cache, heads)), ids
 
 
 def _next(program: Program, state: State, logits_B1V: jax.Array, choice: Choice) -> tuple[State, jax.Array]:
-    """A token for each row behind its newest: (state, ids_B with NOTHING where a row has ended)."""
+    """Choose the next token of each row: (state, ids_B with NO_TOKEN for rows that have ended)."""
     chosen_B = choose(logits_B1V[:, 0], program.sampler, choice, state.made)
     ended_B = state.ended_B | jnp.any(chosen_B[:, None] == choice.end_ids[None], axis=-1)
     state = State(state.cache, chosen_B, state.positions_B + 1, ended_B, state.made + 1)
-    return state, jnp.where(ended_B, NOTHING, chosen_B)
+    return state, jnp.where(ended_B, NO_TOKEN, chosen_B)

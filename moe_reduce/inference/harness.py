@@ -1,4 +1,4 @@
-"""A model as the EleutherAI harness (lm-eval) wants one, so that any of its tasks runs on it."""
+"""Adapter of a model to the EleutherAI harness (lm-eval), so that any of its tasks runs on the model."""
 
 import dataclasses
 import sys
@@ -19,11 +19,11 @@ from moe_reduce.inference.generate import bucket, ready
 from moe_reduce.inference.scoring import score
 from moe_reduce.models.model import Model
 
-MADE = 256  # tokens that a generation may have where its task does not say
+MAX_TOKENS = 256  # of a generation, if its task sets no limit
 
 
 class Harness(TemplateLM):
-    """loglikelihood, loglikelihood_rolling and generate_until, batched; `max_length` tokens of context at most."""
+    """lm-eval's requests in batches, grouped by length; each context is computed once for all its continuations."""
 
     def __init__(
         self,
@@ -33,8 +33,9 @@ class Harness(TemplateLM):
         max_length: int | None = None,
         mesh: Mesh | None = None,
     ):
+        """max_length: tokens of context at most; None for the model's own limit."""
         super().__init__()
-        self._ready, self._tokenizer, self._batch_size = ready(model, mesh), tokenizer, batch_size
+        self._model, self._tokenizer, self._batch_size = ready(model, mesh), tokenizer, batch_size
         self._ends = text.end_ids(model, tokenizer)
         self.max_length = max_length or model.config.max_positions
 
@@ -44,14 +45,15 @@ class Harness(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context: the token that begins one, or else the one that ends one."""
-        begun = self._tokenizer.begin_of_text
-        return self.eot_token_id if begun is None else begun
+        """Token in front of a text without a context: begin of text, or end of text if the tokenizer has none."""
+        begin = self._tokenizer.begin_of_text
+        return self.eot_token_id if begin is None else begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids, with what begins a text unless it is not wanted."""
-        wanted = add_special_tokens is not False
-        return self._tokenizer.encode_prompt(string) if wanted else self._tokenizer.encode(string)
+        """Token ids, with a begin-of-text token unless `add_special_tokens` is False."""
+        if add_special_tokens is False:
+            return self._tokenizer.encode(string)
+        return self._tokenizer.encode_prompt(string)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **named: Any) -> list[tuple[float, bool]]:
         pairs = []
@@ -60,17 +62,17 @@ class Harness(TemplateLM):
                 raise UserError("a task asks for the likelihood of an empty text")
             if len(continuation) > self.max_length:
                 raise UserError(
-                    f"a task asks for the likelihood of {len(continuation)} tokens, of which the model reads "
-                    f"{self.max_length} at once"
+                    f"a task asks for the likelihood of {len(continuation)} tokens, and the model's context is "
+                    f"{self.max_length}"
                 )
-            # from the left, as the harness does itself: the last max_length tokens that are read, and one that is not
+            # truncated on the left, like the harness: max_length tokens that are read, and the last one, which is not
             kept = (list(context) + list(continuation))[-(self.max_length + 1) :]
             split = max(1, len(kept) - len(continuation))
             pairs.append((kept[:split], kept[split:]))
         found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         bar = tqdm(total=len(pairs), unit="request", disable=_quiet(named))
         with bar:
-            for index, scored in score(self._ready, pairs, self._batch_size):
+            for index, scored in score(self._model, pairs, self._batch_size):
                 found[index] = (scored.log_likelihood, scored.greedy)
                 strings = requests[index][0]
                 if strings is not None:
@@ -79,7 +81,7 @@ class Harness(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of max_length tokens that share no target."""
+        """Log-likelihoods of whole texts, in windows of max_length tokens that share no target."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -95,7 +97,7 @@ class Harness(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to a stop string; requests of the same settings and bucket of lengths go together."""
+        """Generate texts up to a stop string, batching requests of equal settings and length bucket."""
         found = [""] * len(requests)
         groups: dict[Any, list[int]] = {}
         prompts = [self.tok_encode(request.args[0]) for request in requests]
@@ -114,8 +116,8 @@ class Harness(TemplateLM):
                 for start in range(0, len(numbers), self._batch_size):
                     part = numbers[start : start + self._batch_size]
                     rows = [text.Continuation(self._tokenizer, prompts[number][-room:], stop) for number in part]
-                    # rows draw by their place in a batch, and batches must not draw alike
-                    for _ in text.stream(self._ready, rows, dataclasses.replace(settings, seed=part[0])):
+                    # a row's random numbers depend on its index in the batch and the seed
+                    for _ in text.stream(self._model, rows, dataclasses.replace(settings, seed=part[0])):
                         pass
                     for number, row in zip(part, rows, strict=True):
                         found[number] = row.text
@@ -124,13 +126,13 @@ class Harness(TemplateLM):
         return found
 
     def _settings(self, wanted: dict[str, Any]) -> tuple[GenerateConfig, list[str]]:
-        """(settings, stop strings) of a task's generation_kwargs; sampled where do_sample or a temperature says so."""
+        """(settings, stop strings) for a task's generation_kwargs; sampled if do_sample or a temperature says so."""
         known = {"until", "max_gen_toks", "max_tokens", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p"}
         for name in sorted(set(wanted) - known):
             raise UserError(f"a task sets {name}={wanted[name]!r} for generation, which generate does not have")
         stop = [wanted["until"]] if isinstance(wanted.get("until"), str) else list(wanted.get("until") or [])
         tokens = next(
-            (wanted[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in wanted), MADE
+            (wanted[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in wanted), MAX_TOKENS
         )
         settings = GenerateConfig(max_tokens=int(tokens), end_ids=self._ends)
         names = ("temperature", "top_k", "top_p")

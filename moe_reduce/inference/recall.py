@@ -1,12 +1,11 @@
-"""How much of the completions a model gives back when it is asked with their prompts."""
+"""Recall: how much of the completions a model reproduces from their prompts."""
 
 import math
-from typing import Any
 
 import jax
 import numpy as np
 
-from moe_reduce.core.config import ExecutionConfig, GenerateConfig, ModelConfig
+from moe_reduce.core.config import GenerateConfig
 from moe_reduce.data.completions import Completions
 from moe_reduce.data.pieces import SPLITS
 from moe_reduce.data.tokenizers import Tokenizer
@@ -15,37 +14,36 @@ from moe_reduce.models.mesh import BATCH_AXES
 from moe_reduce.models.model import Model
 
 
-def recall(
-    config: ModelConfig, execution: ExecutionConfig, params: Any, data: Completions, most: int
-) -> dict[str, float]:
-    """{recall_train, recall_validation}: share of a completion's characters that greedy decoding gets right, in place.
+def recall(model: Model, data: Completions, pairs: int) -> dict[str, float]:
+    """Measure {recall_train, recall_validation}: share of a completion's characters that greedy decoding gets right.
 
-    Of the first `most` pairs of each split. The validation split was never seen: random values there are the control.
+    Characters are compared position by position. pairs: uses at most so many of each split. Nothing trains on the
+    validation split: with random values, its recall is the control.
     """
     found = {}
-    model = ready(Model(config, params, execution))
+    model = ready(model)
     settings = GenerateConfig(max_tokens=data.longest_completion)
     for split in SPLITS:
-        numbers = data.numbers(split)[:most]
+        numbers = data.numbers(split)[:pairs]
         if not numbers:
             continue
         prompts = [data.tokenizer.encode(data.pairs[number][0]) for number in numbers]
         wanted = [data.tokenizer.encode(data.pairs[number][1]) for number in numbers]
-        spare = -len(prompts) % _batch_shards()
-        given = generate(model, prompts + prompts[-1:] * spare, settings)[: len(prompts)]
-        shares = [_right(data.tokenizer, *one) for one in zip(prompts, given, wanted, strict=True)]
+        padding = -len(prompts) % _batch_shards()
+        completed = generate(model, prompts + prompts[-1:] * padding, settings)[: len(prompts)]
+        shares = [_share_right(data.tokenizer, *row) for row in zip(prompts, completed, wanted, strict=True)]
         found[f"recall_{split}"] = float(np.mean(shares))
     return found
 
 
 def _batch_shards() -> int:
-    """Of which a batch must have a multiple of rows, on the mesh in context."""
+    """Number of parts that the current mesh splits a batch's rows into."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def _right(tokenizer: Tokenizer, prompt: list[int], given: list[int], wanted: list[int]) -> float:
-    """Share of the wanted characters, in place. Both are decoded behind the prompt, where spaces come out alike."""
+def _share_right(tokenizer: Tokenizer, prompt: list[int], completed: list[int], wanted: list[int]) -> float:
+    """Share of right characters. Both texts are decoded after the prompt, so that leading spaces come out alike."""
     start = len(tokenizer.decode(prompt))
-    left, right = (tokenizer.decode(prompt + ids)[start:] for ids in (given, wanted))
-    return sum(a == b for a, b in zip(left, right, strict=False)) / max(len(right), 1)
+    found, expected = (tokenizer.decode(prompt + ids)[start:] for ids in (completed, wanted))
+    return sum(a == b for a, b in zip(found, expected, strict=False)) / max(len(expected), 1)

@@ -1,4 +1,4 @@
-"""The next token of each row, from fp32 logits."""
+"""Sampling the next token of each row from fp32 logits."""
 
 from typing import NamedTuple
 
@@ -9,15 +9,15 @@ from moe_reduce.core.config import GenerateConfig
 
 
 class Sampler(NamedTuple):
-    """What of a choice is fixed when it is compiled."""
+    """Static (compile-time) sampling settings."""
 
     greedy: bool
-    candidates: int | None  # the most probable tokens, of which one is drawn; None: all, in no order
+    candidates: int | None  # draw among this many most probable tokens, sorted; None: among all, unsorted
     nucleus: bool
 
     @classmethod
     def of(cls, settings: GenerateConfig, vocab_size: int) -> "Sampler":
-        """Of these settings."""
+        """Static part of `settings`."""
         if settings.temperature == 0:
             return cls(True, None, False)
         nucleus = settings.top_p < 1
@@ -26,18 +26,19 @@ class Sampler(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What may differ from call to call."""
+    """Sampling settings that may change without recompiling."""
 
     temperature: jax.Array
     top_p: jax.Array
     key: jax.Array
-    end_ids: jax.Array  # int32, of any length
+    end_ids: jax.Array  # int32, any length
 
 
 def choose(logits_BV: jax.Array, sampler: Sampler, choice: Choice, step: jax.Array) -> jax.Array:
-    """int32 [B]. Rows draw from keys of their own, by row and step: not from how many steps a loop makes at once.
+    """Choose a token for each row, int32 [B].
 
-    In transformers' order: temperature, the k most probable, and of these the fewest that reach top_p together.
+    Each row draws from its own key, derived from row and step, so that draws do not depend on how many steps one call
+    makes. Order of the filters as in transformers: temperature, top-k, then top-p among those (arXiv:1904.09751).
     """
     if sampler.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

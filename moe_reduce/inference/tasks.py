@@ -1,4 +1,4 @@
-"""Tasks of the EleutherAI harness (lm-eval), from the hub or from local files; and two models beside each other."""
+"""Tasks of the EleutherAI harness (lm-eval), from the hub or local files, and comparison of two models on them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,73 +17,71 @@ from moe_reduce.models.model import Model
 
 
 @dataclass(frozen=True)
-class Found:
-    """figures: {task: {metric: value}}; answers: {task: {metric: its value for each question}}, where it has one.
+class Selection:
+    """Tasks by name, a directory of local ones, shots in each prompt, and questions per task (None: all)."""
 
-    A task that reads what was generated through several filters has `metric,filter` in place of each metric.
+    names: tuple[str, ...]
+    path: Path | None = None
+    few_shot: int | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Results by task and metric: `figures` over all questions, and `by_question` for metrics that have such values.
+
+    A task that filters its generations in several ways has `metric,filter` in place of each metric.
     """
 
     figures: dict[str, dict[str, float]]
-    answers: dict[str, dict[str, np.ndarray]]
+    by_question: dict[str, dict[str, np.ndarray]]
 
 
-def evaluate(
-    model: Model,
-    tokenizer: Path,
-    names: list[str],
-    batch_size: int,
-    path: Path | None = None,
-    few_shot: int | None = None,
-    limit: int | None = None,
-    mesh: Mesh | None = None,
-) -> Found:
-    """Runs the tasks, on a mesh if one is given.
-
-    Raises UserError for a task that is unknown, or whose data cannot be read.
-    """
-    manager = TaskManager(include_path=str(path) if path else None)
+def evaluate(model: Model, tokenizer: Path, selection: Selection, batch_size: int, mesh: Mesh | None = None) -> Results:
+    """Run tasks, on a mesh if one is given. UserError for a task that is unknown, or whose data cannot be read."""
+    manager = TaskManager(include_path=str(selection.path) if selection.path else None)
     known = set(manager.all_tasks)
-    for name in names:
+    for name in selection.names:
         if name not in known:
             raise UserError(
                 f"--tasks={name} is unknown to lm-eval: see its list of tasks, or give --task-path=DIRECTORY"
             )
-    wanted: Any = names
-    wrapped = Harness(model, load_tokenizer(tokenizer), batch_size, mesh=mesh)
+    names: Any = list(selection.names)
+    harness = Harness(model, load_tokenizer(tokenizer), batch_size, mesh=mesh)
     try:
         result: Any = simple_evaluate(
-            model=wrapped, tasks=wanted, task_manager=manager, num_fewshot=few_shot, limit=limit, log_samples=True,
-            bootstrap_iters=0,
+            model=harness, tasks=names, task_manager=manager, num_fewshot=selection.few_shot, limit=selection.limit,
+            log_samples=True, bootstrap_iters=0,
         )  # fmt: skip
-    except (OSError, ConnectionError) as error:  # a data set that is not on this machine, and no hub
+    except (OSError, ConnectionError) as error:  # a data set that is not on this machine, without a network
         raise UserError(f"the data of --tasks cannot be read ({str(error).splitlines()[0]})") from error
-    figures, answers = {}, {}
+    figures, by_question = {}, {}
     for name, metrics in result["results"].items():
-        figures[name], answers[name] = _of_task(metrics, result["samples"].get(name, []))
-    return Found(figures, answers)
+        figures[name], by_question[name] = _task_results(metrics, result["samples"].get(name, []))
+    return Results(figures, by_question)
 
 
-def _of_task(metrics: dict[str, Any], samples: list[Any]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """(figures, answers); metrics: by `metric,filter`. samples: every question, once for each filter."""
+def _task_results(metrics: dict[str, Any], samples: list[Any]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """(figures, by_question) of a task. metrics: by `metric,filter`. samples: every question, once for each filter."""
     numbers = {tuple(key.split(",")): value for key, value in metrics.items() if _is_figure(key, value)}
     several = len({kind for _, kind in numbers}) > 1
-    figures, answers = {}, {}
+    figures, by_question = {}, {}
     for (metric, kind), value in numbers.items():
         name = f"{metric},{kind}" if several else metric
         figures[name] = value
-        mine = [sample.get(metric) for sample in samples if sample["filter"] == kind]
-        if mine and all(isinstance(answer, (int, float)) for answer in mine):
-            answers[name] = np.array(mine, float)
-    return figures, answers
+        values = [sample.get(metric) for sample in samples if sample["filter"] == kind]
+        if values and all(isinstance(one, (int, float)) for one in values):
+            by_question[name] = np.array(values, float)
+    return figures, by_question
 
 
 def _is_figure(key: str, value: Any) -> bool:
     return isinstance(value, (int, float)) and "," in key and not key.split(",")[0].endswith("_stderr")
 
 
-def beside(ours: Found, theirs: Found) -> dict[str, Any]:
-    """{task: {metric: what is retained}} for metrics that have a value for each question."""
+def compare(model: Results, baseline: Results) -> dict[str, Any]:
+    """Quality retained, {task: {metric: `retained`}}, for metrics that have a value for each question."""
     return {
-        name: {metric: retained(values, theirs.answers[name][metric]) for metric, values in metrics.items()}
-        for name, metrics in ours.answers.items()
+        name: {metric: retained(values, baseline.by_question[name][metric]) for metric, values in metrics.items()}
+        for name, metrics in model.by_question.items()
     }

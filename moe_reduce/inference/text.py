@@ -1,4 +1,4 @@
-"""Texts continued: prompts as text, stop strings, and pieces to show while they are made."""
+"""Text generation from text prompts: stop strings, and pieces of text to show as they are made."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -7,19 +7,19 @@ from moe_reduce.core import disk
 from moe_reduce.core.config import GenerateConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizers import Tokenizer
-from moe_reduce.inference.generate import STEPS, Ready, chunks
+from moe_reduce.inference.generate import STEPS, chunks
 from moe_reduce.models.model import Model
 
 GENERATION_FILE, END_KEY = "generation_config.json", "eos_token_id"
-CONTEXT = 16  # tokens of the prompt to decode with the rest: a tokenizer may treat the start of a text in its own way
-PARTIAL = "\ufffd"  # what a tokenizer makes of bytes that do not end a character yet
+CONTEXT = 16  # prompt tokens decoded together with the new ones: a tokenizer may treat the start of a text differently
+PARTIAL = "\ufffd"  # decoded form of an incomplete character
 
 
 class Continuation:
-    """One prompt, as ids, and the text behind it as far as it is made; cut before the first stop string."""
+    """A prompt, as ids, and its continuation so far, cut before the first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
-        """Raises UserError for an empty stop string."""
+        """UserError for an empty stop string."""
         if not all(stop):
             raise UserError("a stop string is empty: it would end every text at once")
         self.prompt, self.ids, self.text, self.stopped = list(prompt), [], "", False
@@ -27,7 +27,7 @@ class Continuation:
         self._start = len(self._decode([]).rstrip(PARTIAL))
 
     def add(self, ids: Sequence[int]) -> str:
-        """Takes further ids and returns what text is certain now: no half character, no start of a stop string."""
+        """Add ids, and return the new text that is certain: no half character, and no start of a stop string."""
         if not self.stopped:
             self.ids += ids
             self.text = self._decode(self.ids)[self._start :]
@@ -37,7 +37,7 @@ class Continuation:
         return self._show(len(self.text) if self.stopped else self._certain())
 
     def rest(self) -> str:
-        """What `add` held back, once no more ids come."""
+        """Return the text that `add` held back, once no more ids come."""
         return self._show(len(self.text))
 
     def _show(self, end: int) -> str:
@@ -49,19 +49,19 @@ class Continuation:
         return len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        known = [identity for identity in (*self.prompt[-CONTEXT:], *ids) if identity < self._tokenizer.vocab_size]
-        return self._tokenizer.decode(known)  # a model's table may be padded beyond its tokenizer's
+        known = [token for token in (*self.prompt[-CONTEXT:], *ids) if token < self._tokenizer.vocab_size]
+        return self._tokenizer.decode(known)  # the embedding may be padded beyond the tokenizer's vocabulary
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of the text that the stop string could start with."""
+    """Length of the longest end of `text` that is a start of `stop`."""
     return next(size for size in range(min(len(stop) - 1, len(text)), -1, -1) if text.endswith(stop[:size]))
 
 
 def stream(
-    model: Model | Ready, rows: Sequence[Continuation], settings: GenerateConfig, steps: int = STEPS
+    model: Model, rows: Sequence[Continuation], settings: GenerateConfig, steps: int = STEPS
 ) -> Iterator[list[str]]:
-    """Continues all rows together; the new text of each, every time that the model has made `steps` tokens."""
+    """Continue all rows together, and yield the new text of each row after every `steps` tokens."""
     for new in chunks(model, [row.prompt for row in rows], settings, steps):
         yield [row.add(ids) for row, ids in zip(rows, new, strict=True)]
         if all(row.stopped for row in rows):
@@ -70,9 +70,9 @@ def stream(
 
 
 def complete(
-    model: Model | Ready, tokenizer: Tokenizer, prompts: Sequence[str], settings: GenerateConfig, stop: Sequence[str]
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[str], settings: GenerateConfig, stop: Sequence[str]
 ) -> list[str]:
-    """What follows each prompt, up to a stop string, an end of text or `max_tokens`."""
+    """Continue each prompt up to a stop string, an end of text or `max_tokens`."""
     rows = [Continuation(tokenizer, tokenizer.encode_prompt(prompt), stop) for prompt in prompts]
     for _ in stream(model, rows, settings):
         pass
@@ -80,9 +80,9 @@ def complete(
 
 
 def end_ids(model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What ends a text of this model: the tokenizer's end of text, and those of generation_config.json or config.json.
+    """Token ids that end a text: the tokenizer's end of text, and those in generation_config.json and config.json.
 
-    A chat model ends its turn with another token than its documents.
+    A chat model may end its turn with another token than its documents. UserError for ids that are no integers.
     """
     sources = [model.hf_config or {}]
     if model.source is not None and (model.source / GENERATION_FILE).is_file():

@@ -82,7 +82,7 @@ class Parameter:
 
     @property
     def per_expert(self) -> bool:
-        """Whether each expert has a matrix of its own; False for the router, whose outputs are the experts."""
+        """True if each expert has a matrix of its own; False for the router, whose outputs are the experts."""
         return self.is_matrix and "E" in self.axes and "E" not in self.inputs + self.outputs
 
     @property

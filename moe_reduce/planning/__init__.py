@@ -1,1 +1,1 @@
-"""Bytes, FLOPs, and whether a model or a training step fits a device."""
+"""Planning without weights: bytes, FLOPs, and whether a model or a training step fits a device."""

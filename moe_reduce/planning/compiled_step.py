@@ -1,4 +1,4 @@
-"""A run's training step compiled for devices that need not be there, and what the compiler says it takes."""
+"""A training step compiled for devices that need not be present, with the compiler's figures of its memory and cost."""
 
 import math
 import re
@@ -17,13 +17,16 @@ from moe_reduce.training.job import Job
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*)\[([\d,]*)\]")
 OPERATION = re.compile(r"[\])}] ([a-z-]+)\(")
-UNKNOWN = 2**63 - 1  # what the compiler writes in place of an estimate
-MOST = 10  # sources of estimated cycles that a report names
+UNKNOWN = 2**63 - 1  # in place of an estimate that the compiler does not have
+MOST = 10  # sources of estimated cycles in a report
 BITS = {"pred": 8, "bf16": 16}
 
 
 def compile_step(job: Job, mesh: Mesh, memory: int) -> dict[str, Any]:
-    """What one training step takes on each device of the mesh, of `memory` bytes: by kind, and whether it fits."""
+    """Report of one training step on each device of the mesh: bytes by kind, collectives, and whether it fits.
+
+    memory: bytes of a device.
+    """
     step = footprint.of(job, mesh)
     started = time.perf_counter()
     try:
@@ -33,8 +36,8 @@ def compile_step(job: Job, mesh: Mesh, memory: int) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed = re.search(r"total memory required.*?\(([\d.]+\w)\).*?\(([\d.]+\w)\)", str(error))
-        said = {"needed": needed[1], "available": needed[2]} if needed else {"compiler": str(error).splitlines()[0]}
-        return {"fits": False, "held_bytes": step.held(), **said, "remedy": step.remedy(memory)}
+        reason = {"needed": needed[1], "available": needed[2]} if needed else {"compiler": str(error).splitlines()[0]}
+        return {"fits": False, "held_bytes": step.held(), **reason, "remedy": step.remedy(memory)}
     sizes: Any = compiled.memory_analysis()
     peak = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     total = peak + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
@@ -57,23 +60,26 @@ def compile_step(job: Job, mesh: Mesh, memory: int) -> dict[str, Any]:
 
 
 def _text(compiled: Any) -> str:
-    """The optimised program; empty where the compiler cannot write it down, as libtpu 0.0.52's for v5p and v6e."""
+    """The optimised program; an empty one if the compiler cannot print it, like libtpu 0.0.52 for v5p and v6e."""
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
-        print(f"collectives and cycles stay unknown, the compiler does not show the program: {error}", file=sys.stderr)
+        print(f"collectives and cycles are unknown: the compiler does not print the program ({error})", file=sys.stderr)
         return "ENTRY main () {"
 
 
 def model_flops(job: Job, devices: int) -> float | None:
-    """Of a step on each device: forward and backward, without what is computed again; None as `Job` says."""
+    """FLOPs of a step on each device, forward and backward, without recomputation; None if the job counts none."""
     if job.flops_per_token is None:
         return None
     return job.train.batch_size * job.data.sequence_length * job.flops_per_token / devices
 
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """{type: {"count", "bytes"}} of what one device runs in a step; bytes are those of the results. Loops multiply."""
+    """Collectives that one device runs in a step: {type: {"count", "bytes"}}, with each turn of a loop counted.
+
+    bytes: those of the results.
+    """
     count: Counter[str] = Counter()
     moved: Counter[str] = Counter()
     for line, name, times in _executed(_computations(hlo)):
@@ -84,11 +90,13 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
 
 
 def estimated_cycles(hlo: str) -> dict[str, int]:
-    """{where in the model: cycles} of a step on one device, the most first, as TPU's compiler estimates them; {} where
-    it does not. Loops multiply. Passes over memory only: kernels, products, gathers and scatters have no estimate.
+    """Cycles of a step on one device by their source in the model, largest first, as estimated by the TPU compiler.
+
+    Each turn of a loop counts. {} from other compilers. Only passes over memory have estimates; kernels, products,
+    gathers and scatters have none.
     """
     found: Counter[str] = Counter()
-    # what is fused has estimates of its own on some chips, which are part of the fusion's
+    # on some chips fused instructions have estimates too, which the fusion's estimate includes
     for line, name, times in _executed(_computations(hlo), fused=False):
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
         if cycles and int(cycles[1]) != UNKNOWN:
@@ -98,7 +106,7 @@ def estimated_cycles(hlo: str) -> dict[str, int]:
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:
-    """The instructions of each computation by its name, and of the entry by "ENTRY"."""
+    """Instructions of each computation, by its name; the entry is named "ENTRY"."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in hlo.splitlines():
@@ -113,11 +121,14 @@ def _computations(hlo: str) -> dict[str, list[str]]:
 def _executed(
     computations: dict[str, list[str]], computation: str = "ENTRY", times: int = 1, fused: bool = True
 ) -> Iterator[tuple[str, str, int]]:
-    """(instruction, its operation, how often it runs) of all that a computation runs, and what is fused in it."""
+    """(instruction, operation, number of runs) of everything that a computation runs.
+
+    fused: includes the instructions inside fusions.
+    """
     for line in computations[computation]:
         operation = OPERATION.search(line)
         name = operation[1].removesuffix("-start") if operation else ""
-        # on TPU a fusion of an all-reduce and the slice that a device keeps, which only that slice leaves
+        # on TPU a fusion of an all-reduce with the slice that the device keeps, which moves only that slice
         if re.search(r"calls=%?all-reduce-scatter", line):
             yield line, "reduce-scatter", times
             continue
@@ -129,14 +140,14 @@ def _executed(
 
 
 def _called(computations: dict[str, list[str]], line: str, operation: str) -> Iterator[tuple[str, int]]:
-    """(computation, how often) that an instruction runs; what a reduction applies to two numbers is none of them."""
+    """(computation, number of runs) of everything that an instruction calls, except a reduction's scalar function."""
     if operation == "while":
         condition = re.search(r"condition=%?([\w.-]+)", line)
         body = re.search(r"body=%?([\w.-]+)", line)
         assert condition is not None
         assert body is not None
         known = re.search(r"known_trip_count\W+n\W+(\d+)", line)
-        # the bound that the counter is compared with; 1 where it is computed
+        # the constant that the counter is compared with; 1 if the bound is computed
         bounds = [
             int(n) for text in computations[condition[1]] for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", text)
         ]
@@ -152,7 +163,7 @@ def _result_bytes(line: str) -> int:
     operation = OPERATION.search(line)
     assert operation is not None
     arrays = [_bytes(*array) for array in ARRAY.findall(line[: operation.start() + 1])]
-    # what has started holds its operand beside its result
+    # the result of an asynchronous start contains the operand as well
     return max(arrays) if operation[1].endswith("-start") else sum(arrays)
 
 

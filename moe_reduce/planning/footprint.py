@@ -1,4 +1,4 @@
-"""Bytes that a training step keeps on each device, from shapes alone, and what to change where they are too many."""
+"""Bytes of a training step on each device, from shapes alone, and the change that would reduce them."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Shape = jax.ShapeDtypeStruct
 
 @dataclass(frozen=True)
 class Footprint:
-    """A job on a mesh, of which nothing is made: the arguments of its step are abstract leaves with shardings."""
+    """A job on a mesh, without any array: the arguments of its step are abstract leaves with shardings."""
 
     job: Job
     mesh: Mesh
@@ -28,7 +28,7 @@ class Footprint:
     batch: dict[str, Any]
 
     def held(self) -> dict[str, int]:
-        """Bytes on each device of what goes into a step, by what it is."""
+        """Bytes of a step's arguments on each device, by kind."""
         state = self.program.state
         kinds = {
             "trained_parameters": state.params,
@@ -40,50 +40,51 @@ class Footprint:
         return {name: sum(shard_bytes(leaf) for leaf in jax.tree.leaves(tree)) for name, tree in kinds.items() if tree}
 
     def rows(self) -> int:
-        """Sequences on each device at a time."""
+        """Sequences that each device computes at a time."""
         return self.job.train.batch_size // self.job.train.accumulation // sharding.batch_shards(self.mesh)
 
-    def kept(self) -> list[Shape]:
-        """What the forward pass keeps for the backward pass on each device, largest first, as if `tensor` were 1.
+    def activations(self) -> list[Shape]:
+        """Residuals that the forward pass keeps for the backward pass on each device, largest first, for `tensor` = 1.
 
-        Measured on the traced gradient itself, so that rematerialisation counts as it is: what grows with the rows.
+        These are the residuals of the traced gradient whose shapes grow with the batch, after rematerialisation.
         """
         one, two = (self._residuals(rows) for rows in (self.rows(), 2 * self.rows()))
         grown = [leaf for leaf, other in zip(one, two, strict=True) if leaf.shape != other.shape]
         return sorted(grown, key=_bytes, reverse=True)
 
     def _residuals(self, rows: int) -> list[Shape]:
-        part = {name: Shape((rows, leaf.shape[1]), leaf.dtype) for name, leaf in self.batch.items()}
+        batch = {name: Shape((rows, leaf.shape[1]), leaf.dtype) for name, leaf in self.batch.items()}
 
         def backward(params: Params, frozen: Params, batch: dict[str, Any]) -> Any:
             return jax.vjp(lambda trained: self.job.task.loss(join(trained, frozen), batch)[0], params)[1]
 
-        return jax.tree.leaves(jax.eval_shape(backward, self.program.state.params, self.frozen, part))
+        return jax.tree.leaves(jax.eval_shape(backward, self.program.state.params, self.frozen, batch))
 
     def estimate(self) -> dict[str, int]:
-        """Bytes on each device by kind, where no compiler says them: without its buffers for a moment."""
+        """Bytes on each device by kind, for lack of a compiler: without its temporary buffers."""
         gradients = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(self.program.state.params))
-        return self.held() | {"gradients": gradients, "activations": sum(_bytes(leaf) for leaf in self.kept())}
+        return self.held() | {"gradients": gradients, "activations": sum(_bytes(leaf) for leaf in self.activations())}
 
     def remedy(self, memory: int) -> str:
-        """Which tensor takes most of a device's `memory`, and what would make it smaller."""
+        """Sentence that names the tensor which takes most of a device's `memory`, and the setting that shrinks it."""
         held = trees.flatten(self.program.state.params) | trees.flatten(self.frozen)
-        copies = dict.fromkeys(trees.flatten(self.program.state.params), 3)  # two moments of Adam beside it
+        copies = dict.fromkeys(trees.flatten(self.program.state.params), 3)  # with the two moments of Adam
         path, leaf = max(held.items(), key=lambda item: shard_bytes(item[1]) * copies.get(item[0], 1))
         size = shard_bytes(leaf) * copies.get(path, 1)
-        kept = self.kept()
-        if sum(self.held().values()) > memory / 2 or (kept and size > _bytes(kept[0])):
+        activations = self.activations()
+        if sum(self.held().values()) > memory / 2 or (activations and size > _bytes(activations[0])):
             return f"{path} {list(leaf.shape)} {leaf.dtype} takes {size:,} bytes of a device: {self._split(path)}"
-        shape = f"an activation {list(kept[0].shape)} {kept[0].dtype} takes {_bytes(kept[0]):,} bytes of a device"
-        return f"{shape}: {self._fewer_rows()}"
+        first = activations[0]
+        problem = f"an activation {list(first.shape)} {first.dtype} takes {_bytes(first):,} bytes of a device"
+        return f"{problem}: {self._fewer_activations()}"
 
     def _split(self, path: str) -> str:
         mesh_axes = lookup(self.job.task.records, path).mesh_axes
-        axes = [axis for part in mesh_axes for axis in ((part,) if isinstance(part, str) else part or ())]
+        axes = [axis for names in mesh_axes for axis in ((names,) if isinstance(names, str) else names or ())]
         free = [axis for axis in axes if self.mesh.shape[axis] == 1] or axes
-        return f"raise mesh.{free[0]}" if free else "it lies whole on every device: make the model smaller"
+        return f"raise mesh.{free[0]}" if free else "it is replicated on every device: make the model smaller"
 
-    def _fewer_rows(self) -> str:
+    def _fewer_activations(self) -> str:
         job = self.job
         if job.execution.remat == "none":
             return "set execution.remat=dots or full"
@@ -95,11 +96,11 @@ class Footprint:
 
 
 def of(job: Job, mesh: Mesh | AbstractMesh) -> Footprint:
-    """The footprint of a job; raises UserError when its batch or a parameter does not divide over the mesh."""
+    """Footprint of a job. UserError if its batch or a parameter does not divide over the mesh."""
     placed: Any = mesh
     initial = jax.eval_shape(job.initial) if callable(job.initial) else job.initial
     trained, frozen = (initial, {}) if callable(job.initial) else partition(initial, job.task.trainable)
-    if not callable(job.initial):  # as the loop keeps them
+    if not callable(job.initial):  # the loop keeps trained leaves in fp32
         trained = jax.tree.map(lambda leaf: Shape(leaf.shape, jnp.float32), trained)
     steps.check_batch(placed, job.train)
     frozen = join(frozen, job.others)

@@ -1,20 +1,20 @@
-"""What a model takes when it answers, how fast a device can decode, and the smallest change that makes it fit."""
+"""Memory of a model at inference, the maximum decode speed of a device, and the smallest change that makes it fit."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.devices import BITS, CACHE_BITS, Device
-from moe_reduce.models.parameters import counts_by_component
+from moe_reduce.models.parameters import counts_by_component, parameters
 
-CONTEXT_STEP = 256  # tokens: contexts are shortened to a multiple of it
+CONTEXT_STEP = 256  # tokens; shorter contexts are multiples of this
 
 
 @dataclass(frozen=True)
 class Serving:
-    """A model at work: so many texts at once, each up to `context` tokens; dtypes of BITS and CACHE_BITS."""
+    """An inference workload: `batch` sequences of up to `context` tokens. dtypes: names in BITS and CACHE_BITS."""
 
     model: ModelConfig
     context: int
@@ -24,71 +24,73 @@ class Serving:
 
 
 def needs(serving: Serving) -> dict[str, int]:
-    """Bytes by kind: weights, kv_cache, and activations of a decoding step (prompts are read in pieces)."""
+    """Bytes by kind: weights, kv_cache, and activations of a decode step (prompts are read in pieces)."""
     return {
-        "weights": weight_bytes(sum(_counts(serving.model).values()), BITS[serving.dtype]),
+        "weights": weight_bytes(sum(counts_by_component(serving.model).values()), BITS[serving.dtype]),
         "kv_cache": cache_bytes(serving.model, serving.context, serving.batch, CACHE_BITS[serving.cache_dtype]),
         "activations": activation_bytes(serving.model, serving.batch),
     }
 
 
-@cache
-def _counts(model: ModelConfig) -> dict[str, int]:
-    return counts_by_component(model)
-
-
 def weight_bytes(parameters: int, bits: float) -> int:
-    """P · bits / 8."""
+    """Bytes of a number of weights."""
     return round(parameters * bits / 8)
 
 
 def cache_bytes(model: ModelConfig, context: int, batch: int, bits: float) -> int:
-    """2 · N · G · C · T · B · bits / 8: keys and values of all layers; scales of an int8 cache are not counted."""
+    """Bytes of the keys and values of all layers, 2 · N · G · C · T · B · bits / 8; without an int8 cache's scales."""
     return round(2 * model.layers * model.key_value_heads * model.head_width * context * batch * bits / 8)
 
 
 def activation_bytes(model: ModelConfig, batch: int) -> int:
-    """fp32 logits, and the widest that a layer makes of a token, in 16 bit."""
+    """Bytes of the fp32 logits, and of a layer's widest activations in 16 bits."""
     hidden = model.feed_forward_width or (model.moe.active * model.moe.width if model.moe else 0)
     return batch * (4 * model.vocab_size + 2 * (2 * model.width + 3 * hidden))
 
 
 def bytes_read(serving: Serving) -> int:
-    """What a decoding step reads at least: the weights that its tokens meet, and the whole cache.
+    """Least number of bytes that a decode step reads: the weights that its tokens use, and the whole cache."""
+    cache = cache_bytes(serving.model, serving.context, serving.batch, CACHE_BITS[serving.cache_dtype])
+    return weight_bytes(sum(weights_read(serving).values()), BITS[serving.dtype]) + cache
 
-    B tokens meet at most B · A experts of a layer. A row of an untied input embedding costs nothing beside the rest.
+
+def weights_read(serving: Serving) -> dict[str, int]:
+    """Number of weights that a decode step reads, by component.
+
+    B tokens use at most B · A experts of a layer. Rows of an untied input embedding are neglected.
     """
     model = serving.model
-    counts = _counts(model)
-    read = sum(counts.values()) - (0 if model.tied_embeddings else counts["embedding"])
+    counts = counts_by_component(model)
+    if not model.tied_embeddings:
+        counts["embedding"] = 0
     if model.moe is not None:
-        one = 3 * model.width * model.moe.width
-        met = model.layers * min(model.moe.experts, serving.batch * model.moe.active) * one
-        read += min(counts["experts"], met) - counts["experts"]
-    cache = cache_bytes(model, serving.context, serving.batch, CACHE_BITS[serving.cache_dtype])
-    return weight_bytes(read, BITS[serving.dtype]) + cache
+        one = sum(math.prod(record.matrix_shape) for record in parameters(model) if record.per_expert)
+        used = model.layers * min(model.moe.experts, serving.batch * model.moe.active) * one
+        counts["experts"] = min(counts["experts"], used)
+    return counts
 
 
 def decode_bound(serving: Serving, device: Device) -> float:
-    """Tokens a second, of all texts together, at the device's bandwidth: no decoder of these bytes is faster."""
+    """Upper bound of tokens per second, over all sequences: the device's bandwidth over the bytes read."""
     return serving.batch * device.bandwidth / bytes_read(serving)
 
 
 def total(serving: Serving) -> int:
-    """Bytes in all."""
+    """Total bytes."""
     return sum(needs(serving).values())
 
 
 def remedies(serving: Serving, memory: int) -> list[tuple[str, Serving]]:
-    """Changes that make it fit, each the smallest of its kind, the smallest of all first; each checked by `total`.
+    """Changes that make the workload fit into `memory` bytes: (description, changed workload), smallest change first.
 
-    One kind at a time; where none suffices, fewer bits and the smallest further change. [] where nothing does.
+    One kind of change each, by the smallest step that suffices; if no kind suffices, fewer bits together with the
+    smallest further change. [] if nothing makes it fit.
     """
     single = list(_changes(serving, memory))
     if not single:
         for name in _lower(BITS, serving.dtype):
             coarser = dataclasses.replace(serving, dtype=name)
-            single = [(f"dtype={name} and {what}", found) for what, found in _changes(coarser, memory)]
+            single = [(f"dtype={name} and {change}", found) for change, found in _changes(coarser, memory)]
             if single:
                 break
     return sorted(single, key=lambda change: -total(change[1]))
@@ -112,7 +114,7 @@ def _changes(serving: Serving, memory: int) -> Iterator[tuple[str, Serving]]:
         spare = moe.experts - moe.active
         kept = moe.active - 1 + _largest(spare + 1, lambda n: fits(_fewer(serving, moe.active - 1 + n)))
         if kept >= moe.active:
-            where = "" if moe.placement == "shared" else " a layer"
+            where = "" if moe.placement == "shared" else " per layer"
             yield f"{kept} of {moe.experts} experts{where}", _fewer(serving, kept)
 
 
@@ -132,7 +134,7 @@ def _fewer(serving: Serving, experts: int) -> Serving:
 
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:
-    """The largest number from 1 to `most` that holds, where all below one that holds do too; 0 if none does."""
+    """Largest number from 1 to `most` for which `holds`, a property of every smaller number too; 0 if there is none."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""Meshes of devices that are not here: of a TPU slice, which libtpu compiles for, or of GPUs, as a shape alone."""
+"""Meshes of absent devices: a TPU slice that libtpu can compile for, or GPUs, as a shape only."""
 
 import importlib.util
 import os
@@ -13,23 +13,23 @@ from moe_reduce.core.devices import Device, device
 from moe_reduce.core.errors import UserError
 from moe_reduce.training import sharding
 
-# libtpu looks for a machine that it is on, and says so at length when there is none
+# keeps libtpu from searching for a TPU machine, and from logging at length that there is none
 OFFLINE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
 
 
 @dataclass(frozen=True)
 class Topology:
-    """So many devices of a kind. `memory`: bytes of each as a program sees them."""
+    """A number of devices of one kind. memory: bytes of each device that a program can use."""
 
     name: str
     device: Device
     platform: str
     memory: int
-    mesh: Mesh | AbstractMesh  # concrete where a compiler is at hand
+    mesh: Mesh | AbstractMesh  # concrete if a compiler is available
 
 
 def topology(name: str, config: MeshConfig) -> Topology:
-    """`v4:2x2x4` and the like: a TPU slice; `h100:8`: so many GPUs. Raises UserError when it is neither."""
+    """Parse a TPU slice such as `v4:2x2x4`, or a number of GPUs such as `h100:8`. UserError if `name` is neither."""
     kind, _, size = name.partition(":")
     found = device(kind)
     if found.kind is not None and found.kind.startswith("TPU"):
@@ -53,5 +53,5 @@ def _tpu_devices(name: str, chip: Device) -> list:
     cores = {} if chip.cores is None else {"chip_config_name": chip.cores}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **cores).devices)
-    except Exception as error:  # whatever libtpu says of a slice that it does not know
+    except Exception as error:  # libtpu raises various types for an unknown slice
         raise UserError(f"--topology={name} is not known to libtpu: {str(error).splitlines()[0]}") from error

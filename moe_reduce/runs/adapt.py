@@ -1,7 +1,8 @@
-"""One AdaptConfig -> a workdir: an adapter (or the whole base) trained, adapter/, model/ merged, and what shows it."""
+"""An adaptation run: trains an adapter, or the whole base, and writes adapter/, the merged model/ and its reports."""
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from moe_reduce.adapters import adapter as adapters
 from moe_reduce.adapters import adapter_directory, merging
 from moe_reduce.adapters.adapter import Adapter
 from moe_reduce.adapters.budget import within_budget
-from moe_reduce.adapters.checks import check_split
+from moe_reduce.adapters.checks import check_new, check_split
 from moe_reduce.core import disk, trees
 from moe_reduce.core.config import AdaptConfig, AdapterConfig, ModelConfig, to_dict
 from moe_reduce.core.errors import UserError
@@ -38,46 +39,75 @@ from moe_reduce.training.job import Job, fit, quality
 from moe_reduce.training.losses import collapse, evaluator, predict
 from moe_reduce.training.task import Task, every_leaf, never, nothing_else
 
-SAMPLE_BATCHES = 4  # of the validation split, for the equivalence report
+SAMPLE_BATCHES = 4  # validation batches for the equivalence report
+WELL_USED = 0.8  # share of a budget below which a line is printed
 
 
 def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
-    """Trains, or goes on, or finds it done; returns the content of summary.json."""
+    """Train, resume, or find the run finished; returns the content of summary.json."""
     run, config = _resolved(run)
     check_mesh(run.mesh, config)
     mesh = sharding.make_mesh(run.mesh)
     steps.check_batch(mesh, run.train)
     shardings = sharding.model_shardings(mesh, config)
-    if run.adapter is not None:
-        adapters.abstract(run.adapter, config)  # refused before anything is prepared
+    if run.adapter is not None:  # before any data is prepared
+        check_new(run.adapter, config)
         check_split(run.adapter, config, run.mesh.tensor)
     done = begin(workdir, run)
     if done is not None:
         return done
     tokens, _ = prepare(run.data, config.vocab_size)
-    test = _test_batches(run, config, mesh)  # read before hours of training
+    test = _test_batches(run, config, mesh)  # before hours of training
     with writing(workdir):
         base = load(run.model, None if run.dtype == "stored" else run.dtype, run.execution, shardings)
         start = base if run.adapter is None else adapters.activate(base, adapters.init(run.adapter, base))
+        flops = None if run.adapter else train_flops_per_token(config, run.data.sequence_length)
         task = adapt_task(run, config, tokens)
-        length = run.data.sequence_length
-        flops = None if run.adapter else train_flops_per_token(config, length)
         job = Job(task, config, start.params, run.execution, run.data, run.train, flops_per_token=flops)
         params, figures = fit(job, mesh, tokens, workdir)
         for split in ("recall_train", "recall_validation"):
             if split in figures["measured"]:
                 print(f"{split}: {figures['measured'][split]:.1%}", flush=True)
-        figures["test"] = None
-        if test is not None:
-            finished = dataclasses.replace(start, params=params)
-            sums = measure(finished, (sharding.put_batch(mesh, batch) for batch in test), mesh)
-            figures["test"] = quality(sums)["validation"] | {"tokens": sums["tokens"]}
-        params = _as_stored(sharding.to_host(mesh, params), start.params)
-        return _finish(run, workdir, name, dataclasses.replace(base, params=params), tokens, figures)
+        figures["test"] = None if test is None else _measured(start.with_params(params), test, mesh)
+        trained = base.with_params(_as_stored(sharding.to_host(mesh, params), start.params))
+        return _finish(run, workdir, name, trained, tokens, figures)
+
+
+def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None = None) -> Task:
+    """Task that trains an adapter's leaves, or every leaf without one. Recall is measured if `tokens` are completions."""
+    execution = dataclasses.replace(run.execution, expert_gradients=run.adapter is None)
+    skeleton = Model(config, {}, execution)
+
+    def loss(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        _, penalty, metrics = predict(skeleton.with_params(params), run.balance, batch)
+        return metrics["loss"] + penalty, metrics
+
+    def measure_recall(params: Any) -> dict[str, float]:
+        assert isinstance(tokens, Completions)
+        return recall(skeleton.with_params(params), tokens, run.recall_pairs)
+
+    return Task(
+        loss=loss,
+        evaluate=evaluator(skeleton),
+        records=_records(config, run.adapter),
+        trainable=every_leaf if run.adapter is None else partial(_trains, run.adapter),
+        stop=partial(collapse, run.balance) if config.moe else never,
+        measure=measure_recall if isinstance(tokens, Completions) else nothing_else,
+    )
+
+
+def planned_job(run: AdaptConfig, config: ModelConfig, dtype: Any) -> Job:
+    """The job of an adaptation on abstract leaves. config: the base's; dtype: the base's; run.execution: resolved."""
+    sized = dataclasses.replace(run, adapter=_sized(run, config)[0], budget=None)
+    params = stored_params(config, dtype)
+    if sized.adapter is not None:
+        params[ADAPTER] = adapters.abstract(sized.adapter, config)
+        check_split(sized.adapter, config, run.mesh.tensor)
+    return Job(adapt_task(sized, config), config, params, run.execution, run.data, run.train)
 
 
 def _test_batches(run: AdaptConfig, config: ModelConfig, mesh: jax.sharding.Mesh) -> list[Any] | None:
-    """This process's share of the whole of another text."""
+    """This process's share of the whole test text; None without one."""
     if run.test_source is None:
         return None
     data = dataclasses.replace(
@@ -87,31 +117,14 @@ def _test_batches(run: AdaptConfig, config: ModelConfig, mesh: jax.sharding.Mesh
     return validation_batches(tokens, data, run.train.batch_size, sys.maxsize, *sharding.batch_share(mesh))
 
 
-def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None = None) -> Task:
-    """What trains: an adapter's own leaves, or without one every leaf. tokens: completions are asked for."""
-    chosen = run.adapter
-    execution = dataclasses.replace(run.execution, expert_gradients=chosen is None)
-    skeleton = Model(config, {}, execution)
-
-    def loss(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        _, penalty, metrics = predict(skeleton.with_params(params), run.balance, batch)
-        return metrics["loss"] + penalty, metrics
-
-    return Task(
-        loss=loss,
-        evaluate=evaluator(skeleton),
-        records=_records(config, chosen),
-        trainable=every_leaf if chosen is None else partial(_trains, chosen),
-        stop=partial(collapse, run.balance) if config.moe else never,
-        measure=partial(recall, config, execution, data=tokens, most=run.recall_pairs)
-        if isinstance(tokens, Completions)
-        else nothing_else,
-    )
+def _measured(model: Model, batches: list[Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    sums = measure(model, (sharding.put_batch(mesh, batch) for batch in batches), mesh)
+    return quality(sums)["validation"] | {"tokens": sums["tokens"]}
 
 
-def _records(config: ModelConfig, chosen: AdapterConfig | None) -> Records:
+def _records(config: ModelConfig, adapter: AdapterConfig | None) -> Records:
     leaves = abstract_params(config)
-    return records(config, leaves if chosen is None else leaves | {ADAPTER: adapters.abstract(chosen, config)})
+    return records(config, leaves if adapter is None else leaves | {ADAPTER: adapters.abstract(adapter, config)})
 
 
 def _trains(config: AdapterConfig, path: str) -> bool:
@@ -119,27 +132,20 @@ def _trains(config: AdapterConfig, path: str) -> bool:
 
 
 def _resolved(run: AdaptConfig) -> tuple[AdaptConfig, ModelConfig]:
-    """No `auto`, `train` or budget left, and the architecture of the base."""
+    """(the run with every `auto`, `train` and budget replaced by its value, the base's architecture)."""
     config, _ = read_config(Path(run.model))
-    chosen, allowed = _sized(run, config)
-    if allowed is not None and chosen is not None:
-        size = f"sketch_width={chosen.sketch_width}" if chosen.method == "skema" else f"rank={chosen.rank}"
-        used = adapters.trained_parameters(chosen, config)
-        print(
-            f"budget {run.budget:.3%} of the base: {used:,} of {allowed:,} parameters, {chosen.method} {size}",
-            flush=True,
-        )
-        if used < 0.8 * allowed:
-            print(f"the narrowest target ends {size} there: compare at the {used:,} parameters that train", flush=True)
-    if chosen is not None:  # seeds of a run differ in everything that is random
-        chosen = dataclasses.replace(chosen, seed=chosen.seed + run.train.seed)
+    adapter, allowed = _sized(run, config)
+    if adapter is not None and allowed is not None:
+        _print_budget(run, adapter, config, allowed)
+    if adapter is not None:  # runs of different seeds differ in all that is random
+        adapter = dataclasses.replace(adapter, seed=adapter.seed + run.train.seed)
     base = manifest.input_of(Path(run.model)).sha256
     if run.base_sha256 not in (None, base):
         raise UserError(f"model={run.model} is another one than base_sha256 says ({base}): give the base that it names")
     tokenizer = run.model if run.data.tokenizer == "train" else run.data.tokenizer
     resolved = dataclasses.replace(
         run,
-        adapter=chosen,
+        adapter=adapter,
         budget=None,
         base_sha256=base,
         execution=run.execution.resolve(jax.default_backend()),
@@ -149,42 +155,47 @@ def _resolved(run: AdaptConfig) -> tuple[AdaptConfig, ModelConfig]:
 
 
 def _sized(run: AdaptConfig, config: ModelConfig) -> tuple[AdapterConfig | None, int | None]:
-    """(the adapter with its rank or width, the parameters that a budget allows it)."""
+    """(the adapter with its rank or sketch width, the number of parameters that the budget allows)."""
     if run.budget is None or run.adapter is None:
         return run.adapter, None
     allowed = int(run.budget * parameter_count(config))
     return within_budget(run.adapter, config, allowed), allowed
 
 
-def planned_job(run: AdaptConfig, config: ModelConfig, dtype: Any) -> Job:
-    """What an adaptation trains, on abstract leaves of a dtype. config: of the base; run.execution: resolved."""
-    sized = dataclasses.replace(run, adapter=_sized(run, config)[0], budget=None)
-    params = stored_params(config, dtype)
-    if sized.adapter is not None:
-        params[ADAPTER] = adapters.abstract(sized.adapter, config)
-        check_split(sized.adapter, config, run.mesh.tensor)
-    return Job(adapt_task(sized, config), config, params, run.execution, run.data, run.train)
+def _print_budget(run: AdaptConfig, adapter: AdapterConfig, config: ModelConfig, allowed: int) -> None:
+    name = "sketch_width" if adapter.method == "skema" else "rank"
+    size, used = f"{name}={getattr(adapter, name)}", adapters.trained_parameters(adapter, config)
+    print(
+        f"budget {run.budget:.3%} of the base: {adapter.method} {size} trains {used:,} of {allowed:,} parameters",
+        flush=True,
+    )
+    if used < WELL_USED * allowed:
+        print(
+            f"{size} is the limit of the narrowest target: compare with others at {used:,} trained parameters",
+            flush=True,
+        )
 
 
 def _as_stored(params: Any, before: Any) -> dict[str, Any]:
-    """Trained in fp32, kept in the dtype of the base."""
+    """Trained fp32 leaves, cast to the dtypes that they had before."""
     dtypes = {path: leaf.dtype for path, leaf in trees.flatten(before).items()}
     return trees.map_with_path(lambda path, leaf: leaf.astype(dtypes[path]), params)
 
 
 def _finish(
-    run: AdaptConfig, workdir: Path, name: str, active: Model, tokens: TokenSource, figures: dict[str, Any]
+    run: AdaptConfig, workdir: Path, name: str, trained: Model, tokens: TokenSource, figures: dict[str, Any]
 ) -> dict[str, Any]:
+    """Write adapter/, the merged model, its reports and the summary, which is returned."""
     assert run.base_sha256 is not None
     base_input = Input(run.model, run.base_sha256)
-    trained, merged, report = parameter_count(active.config), active, partial(lambda: None)
+    count, merged, report = parameter_count(trained.config), trained, lambda: None
     if run.adapter is not None:
-        adapter = Adapter(run.adapter, active.params[ADAPTER])
-        base = merging.unmerge(active)
-        trained, merged = adapters.count(adapter), merging.merge(base, adapter)
+        adapter, base = Adapter(run.adapter, trained.params[ADAPTER]), merging.unmerge(trained)
+        count, merged = adapters.count(adapter), merging.merge(base, adapter)
         if jax.process_index() == 0:
             _write_adapter(adapter, base, base_input, workdir)
-        report = partial(_report, workdir, base_input, base, adapter, merged, tokens, run)
+        sample = partial(validation_batches, tokens, run.data, run.train.batch_size, SAMPLE_BATCHES)
+        report = partial(_report, workdir, base_input, base, adapter, merged, sample)
     total = parameter_count(merged.config)
     summary = {
         "name": name,
@@ -193,9 +204,9 @@ def _finish(
         "learning_rate": run.train.learning_rate,
         "seed": run.train.seed,
         **describe(merged.config),
-        "trained_parameters": trained,
-        "trained_share": trained / total,
-        "optimizer_bytes": 8 * trained,  # two moments in fp32
+        "trained_parameters": count,
+        "trained_share": count / total,
+        "optimizer_bytes": 8 * count,  # Adam's two moments in fp32
         **figures,
         **machine(),
     }
@@ -212,26 +223,23 @@ def _finish(
 
 
 def _report(
-    workdir: Path,
-    base_input: Input,
-    base: Model,
-    adapter: Adapter,
-    merged: Model,
-    tokens: TokenSource,
-    run: AdaptConfig,
+    workdir: Path, base_input: Input, base: Model, adapter: Adapter, merged: Model, sample: Callable[[], list[Any]]
 ) -> None:
-    """By the first process alone; what does not come out as equivalent is reported, and nothing is lost."""
-    batches = validation_batches(tokens, run.data, run.train.batch_size, SAMPLE_BATCHES)
-    found = equivalence.equivalence(base, adapter, merged, batches)
+    """Write the merge's reports; a difference beyond the tolerance is printed, and the result is kept."""
+    found = equivalence.equivalence(base, adapter, merged, sample())
     described = manifest.read(workdir / "model")
-    assert described is not None, "what save wrote"
+    assert described is not None, "save wrote a manifest"
     equivalence.write_reports(workdir, described["files"], base_input, adapter, found)
     if not found["equivalent"]:
-        print(f"NOT EQUIVALENT: see {workdir / equivalence.EQUIVALENCE}", flush=True)
+        print(
+            "warning: the merged model differs from the adapted one by more than the tolerance: see "
+            f"{workdir / equivalence.EQUIVALENCE}",
+            flush=True,
+        )
 
 
 def _write_adapter(adapter: Adapter, base: Model, base_input: Input, workdir: Path) -> None:
     target = workdir / "adapter"
     with disk.temporary_beside(target) as unfinished:
         adapter_directory.save(adapter, base.config, base_input, unfinished)
-        disk.replace_directory(unfinished, target)  # that of an earlier attempt, stopped behind it, goes
+        disk.replace_directory(unfinished, target)  # replaces the adapter of an attempt that was stopped after this

@@ -1,4 +1,4 @@
-"""What shows that a merged model is the adapted one: the merge log and the equivalence report."""
+"""Equivalence of a merged model and the adapted one: the merge log and the equivalence report."""
 
 import dataclasses
 import datetime
@@ -12,33 +12,38 @@ import numpy as np
 
 from moe_reduce.adapters import merging
 from moe_reduce.adapters.adapter import Adapter, activate
+from moe_reduce.core import trees
 from moe_reduce.core.disk import write_json
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input
 from moe_reduce.inference.evaluate import measure
 from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import select
 from moe_reduce.storage import manifest
 
 MERGE_LOG = "merge.json"
 EQUIVALENCE = "equivalence.json"
-TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of a logit, relative to the largest; by base dtype
-SAMPLE_ROWS = 4  # whose logits are compared
-REPEATS = 5  # of each latency
+# largest difference of a logit, relative to the largest logit, by the dtype of the base
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+SAMPLE_ROWS = 4  # sequences whose logits are compared
+REPEATS = 5  # runs of which a latency is the median
 
 
 def equivalence(base: Model, adapter: Adapter, merged: Model, batches: Sequence[Any]) -> dict[str, Any]:
-    """The report: logits of the active path against the merged model on a fixed sample, perplexity and latency.
+    """Compare the merged model with the active adapter on a fixed sample: logits, perplexity and latency.
 
-    merged: as it is saved, rounded to the dtype of the base, which decides the tolerance. All three models compute in
+    merged: rounded to the dtype of the base, as it is saved; that dtype decides the tolerance. All models compute in
     fp32, so that the report is about the parameters and not about a compute dtype.
     """
     base, merged = (_in_float32(model) for model in (base, merged))
     active = activate(base, adapter)
+    models = {"base": base, "active": active, "merged": merged}
     tokens_BT = np.asarray(batches[0]["tokens"])[:SAMPLE_ROWS]
     with jax.default_matmul_precision("highest"):
         expected, found = (np.asarray(model(tokens_BT), np.float64) for model in (active, merged))
     largest = float(np.max(np.abs(expected)))
-    dtype = str(jax.tree.leaves(base.params["layers"]["attention"])[0].dtype)
+    matrix = select(base.config, matrix=True, component="attention")[0]
+    dtype = str(trees.flatten(base.params)[matrix.path].dtype)
     report = {
         "sample": {"batches": len(batches), "tokens": int(sum(np.sum(batch["weights"]) for batch in batches))},
         "largest_logit": largest,
@@ -47,13 +52,8 @@ def equivalence(base: Model, adapter: Adapter, merged: Model, batches: Sequence[
         "dtype": dtype,
         "tolerance": TOLERANCES[dtype],
         "tolerance_is": "of a logit's difference, relative to the largest logit",
-        "perplexity": {
-            name: measure(model, batches)["perplexity"]
-            for name, model in (("base", base), ("active", active), ("merged", merged))
-        },
-        "latency_seconds": {
-            name: _latency(model, tokens_BT) for name, model in (("base", base), ("active", active), ("merged", merged))
-        },
+        "perplexity": {name: measure(model, batches)["perplexity"] for name, model in models.items()},
+        "latency_seconds": {name: _latency(model, tokens_BT) for name, model in models.items()},
     }
     return report | {"equivalent": report["largest_logit_difference"] <= report["tolerance"] * largest}
 
@@ -63,11 +63,11 @@ def _in_float32(model: Model) -> Model:
 
 
 def check(report: dict[str, Any]) -> None:
-    """Raises UserError when the merged model is not the adapted one."""
+    """Raise UserError if the report says that the merged model is not equivalent to the adapted one."""
     if not report["equivalent"]:
         raise UserError(
-            f"the merged model is not the adapted one: logits differ by {report['largest_logit_difference']:.2e}, "
-            f"{report['tolerance']} of the largest ({report['largest_logit']:.2e}) is allowed in {report['dtype']}: "
+            f"the merged model is not the adapted one: logits differ by {report['largest_logit_difference']:.2e}, and "
+            f"{report['dtype']} allows {report['tolerance']} of the largest ({report['largest_logit']:.2e}): "
             "keep the base in float32"
         )
 
@@ -85,7 +85,7 @@ def _latency(model: Callable[[Any], jax.Array], tokens_BT: Any) -> float:
 def write_reports(
     directory: Path, files: Mapping[str, str], base: Input, adapter: Adapter, report: dict[str, Any]
 ) -> None:
-    """merge.json and equivalence.json. files: SHA-256 of the merged model's files by name."""
+    """Write merge.json and equivalence.json. files: SHA-256 of the merged model's files, by name."""
     write_json(directory / EQUIVALENCE, report)
     write_json(
         directory / MERGE_LOG,
