@@ -56,13 +56,25 @@ def test_init_activate_merge_and_unmerge(method, kind):
 
     def steps(model: Model, own: adapters.Adapter) -> list[Model]:
         active = adapters.activate(model, own)
-        return [active, merging.merge(active, own), merging.merge(model, own), merging.unmerge(active)]
+        return [active, merging.merge(active, own), merging.unmerge(active)]
 
     for found, wanted in zip(steps(planned, planned_adapter), steps(real, adapter), strict=True):
         assert shapes(found.params) == shapes(wanted.params)
         assert found.config == wanted.config
         assert [step.command for step in found.chain] == [step.command for step in wanted.chain]
         assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in trees.flatten(found.params).values())
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "skema_srht_full"])
+def test_steps_are_traced(method):
+    """The same steps inside jax.eval_shape, where parameters are tracers."""
+    config, real = config_of(method, "dense"), model_of("dense")
+
+    def adapted(params):
+        model = real.with_params(params)
+        return merging.merge(model, adapters.init(config, model)).params
+
+    assert shapes(jax.eval_shape(adapted, real.params)) == shapes(real.params)
 
 
 def test_abstract_leaves_have_no_hash():

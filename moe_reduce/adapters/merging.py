@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from moe_reduce.adapters import projections
 from moe_reduce.adapters.adapter import Adapter, check_fits, trained
@@ -59,7 +60,7 @@ def unmerge(model: Model) -> Model:
 
 
 def digest(adapter: Adapter) -> str | None:
-    """SHA-256 of the config, the trained leaves and their scales; None for abstract leaves."""
+    """SHA-256 of the config, the trained leaves and their scales; None for abstract or traced leaves."""
     chosen = {
         path: leaf
         for path, leaf in trees.flatten(adapter.tree).items()
@@ -95,8 +96,8 @@ def dense_delta(target: Target, delta: Delta, dtype: Any = jnp.float32) -> jax.A
 
 def _digest_of_leaves(tree: trees.Tree) -> str | None:
     flat = trees.flatten(tree)
-    if any(is_abstract(leaf) for leaf in flat.values()):
-        return None
+    if any(is_abstract(leaf) or isinstance(leaf, Tracer) for leaf in flat.values()):
+        return None  # no values to hash
     return projections.digest({path: np.asarray(leaf) for path, leaf in flat.items()})
 
 

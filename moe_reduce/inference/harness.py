@@ -19,7 +19,7 @@ from moe_reduce.inference.generate import bucket, ready
 from moe_reduce.inference.scoring import score
 from moe_reduce.models.model import Model
 
-MAX_TOKENS = 256  # of a generation, if its task sets no limit
+MAX_TOKENS = 256  # length of a generation, if its task sets none
 
 
 class Harness(TemplateLM):

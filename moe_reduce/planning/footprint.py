@@ -61,7 +61,7 @@ class Footprint:
         return jax.tree.leaves(jax.eval_shape(backward, self.program.state.params, self.frozen, batch))
 
     def estimate(self) -> dict[str, int]:
-        """Bytes on each device by kind, for lack of a compiler: without its temporary buffers."""
+        """Estimated bytes on each device by kind, if no compiler is available; leaves out its temporary buffers."""
         gradients = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(self.program.state.params))
         return self.held() | {"gradients": gradients, "activations": sum(_bytes(leaf) for leaf in self.activations())}
 

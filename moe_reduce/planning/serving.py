@@ -24,7 +24,7 @@ class Serving:
 
 
 def needs(serving: Serving) -> dict[str, int]:
-    """Bytes by kind: weights, kv_cache, and activations of a decode step (prompts are read in pieces)."""
+    """Bytes by kind: weights, kv_cache, and activations of a decode step (prompts are assumed to be read in chunks)."""
     return {
         "weights": weight_bytes(sum(counts_by_component(serving.model).values()), BITS[serving.dtype]),
         "kv_cache": cache_bytes(serving.model, serving.context, serving.batch, CACHE_BITS[serving.cache_dtype]),
