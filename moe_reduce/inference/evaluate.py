@@ -46,8 +46,8 @@ def evaluate(
     total_batches = len(batches) if max_batches is None else min(max_batches, len(batches))
     bar = tqdm(_first(batches, total_batches), total=total_batches, unit="batch", disable=not sys.stderr.isatty())
     step = _step(model.config, model.execution, mesh)
-    parts = [jax.device_get(step(model.params, batch)) for batch in bar]
-    sums = RowSums(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+    batch_sums = [jax.device_get(step(model.params, batch)) for batch in bar]
+    sums = RowSums(*(np.concatenate(values) for values in zip(*batch_sums, strict=True)))
     if not np.all(np.isfinite(sums.nll)):
         raise UserError(
             f"losses of this model are not finite in {model.execution.compute_dtype}: its weights are damaged, or the "

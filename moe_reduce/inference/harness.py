@@ -107,23 +107,28 @@ class Harness(TemplateLM):
         bar = tqdm(total=len(requests), unit="request", disable=_quiet({"disable_tqdm": disable_tqdm}))
         with bar:
             for numbers in groups.values():
-                settings, stop = self._settings(requests[numbers[0]].args[1])
-                room = self.max_length - settings.max_tokens
-                if room < 1:
-                    raise UserError(
-                        f"a task asks for {settings.max_tokens} tokens, of which the model can hold {self.max_length}"
-                    )
                 for start in range(0, len(numbers), self._batch_size):
-                    part = numbers[start : start + self._batch_size]
-                    rows = [text.Continuation(self._tokenizer, prompts[number][-room:], stop) for number in part]
-                    # a row's random numbers depend on its index in the batch and the seed
-                    for _ in text.stream(self._model, rows, dataclasses.replace(settings, seed=part[0])):
-                        pass
-                    for number, row in zip(part, rows, strict=True):
-                        found[number] = row.text
-                        self.cache_hook.add_partial("generate_until", requests[number].args, row.text)
-                    bar.update(len(part))
+                    batch = numbers[start : start + self._batch_size]
+                    # a row's random numbers depend on its index in the batch and on the seed
+                    texts = self._generate([prompts[number] for number in batch], requests[batch[0]].args[1], batch[0])
+                    for number, made in zip(batch, texts, strict=True):
+                        found[number] = made
+                        self.cache_hook.add_partial("generate_until", requests[number].args, made)
+                    bar.update(len(batch))
         return found
+
+    def _generate(self, prompts: list[list[int]], wanted: dict[str, Any], seed: int) -> list[str]:
+        """Continue a batch of prompts with a task's generation_kwargs."""
+        settings, stop = self._settings(wanted)
+        room = self.max_length - settings.max_tokens
+        if room < 1:
+            raise UserError(
+                f"a task asks for {settings.max_tokens} tokens, of which the model can hold {self.max_length}"
+            )
+        rows = [text.Continuation(self._tokenizer, prompt[-room:], stop) for prompt in prompts]
+        for _ in text.stream(self._model, rows, dataclasses.replace(settings, seed=seed)):
+            pass
+        return [row.text for row in rows]
 
     def _settings(self, wanted: dict[str, Any]) -> tuple[GenerateConfig, list[str]]:
         """(settings, stop strings) for a task's generation_kwargs; sampled if do_sample or a temperature says so."""

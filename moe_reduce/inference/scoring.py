@@ -110,10 +110,10 @@ def _read(config: ModelConfig, execution: ExecutionConfig, slots: int, params: A
 @partial(jax.jit, static_argnums=(0, 1))
 def _score(config: ModelConfig, execution: ExecutionConfig, params: Any, filled: Any, batch: Continued):
     """(Σ log p of the counted targets, whether all of them are greedy), each [R]."""
-    own = jax.tree.map(lambda leaf: jnp.take(leaf, batch.rows_R, axis=1 if STACK in params else 0), filled)
+    copied = jax.tree.map(lambda leaf: jnp.take(leaf, batch.rows_R, axis=1 if STACK in params else 0), filled)
     positions_RX = batch.starts_R[:, None] + jnp.arange(batch.tokens_RX.shape[1], dtype=jnp.int32)[None]
     given = {"tokens": batch.tokens_RX, "positions": positions_RX}
-    logits_RXV, _ = Model(config, params, execution).apply(given, cache=own)
+    logits_RXV, _ = Model(config, params, execution).apply(given, cache=copied)
     chosen_RX = jnp.take_along_axis(jax.nn.log_softmax(logits_RXV), batch.targets_RX[:, :, None], axis=-1)[:, :, 0]
     greedy_RX = jnp.argmax(logits_RXV, axis=-1) == batch.targets_RX
     counted_RX = batch.counted_RX

@@ -106,11 +106,10 @@ def of(job: Job, mesh: Mesh | AbstractMesh) -> Footprint:
     frozen = join(frozen, job.others)
     program = steps.program(job.task, job.train, placed, trained)
     rows = (job.train.batch_size, job.data.sequence_length)
-    place = sharding.batch_sharding(placed)
     dtypes: dict[str, Any] = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     if job.data.document_mask:
         dtypes |= {"segments": jnp.int32, "positions": jnp.int32}
-    batch = {name: Shape(rows, dtype, sharding=place) for name, dtype in dtypes.items()}
+    batch = {name: Shape(rows, dtype, sharding=sharding.batch_sharding(placed)) for name, dtype in dtypes.items()}
     return Footprint(
         job, placed, program, sharding.placed(frozen, sharding.shardings(placed, frozen, job.task.records)), batch
     )

@@ -74,7 +74,7 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
 
 
 def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None = None) -> Task:
-    """Task that trains an adapter's leaves, or all leaves without one. It measures recall if `tokens` are completions."""
+    """Task that trains an adapter's leaves, or every leaf; it measures recall if `tokens` are completions."""
     execution = dataclasses.replace(run.execution, expert_gradients=run.adapter is None)
     skeleton = Model(config, {}, execution)
 
