@@ -19,8 +19,8 @@ from moe_reduce.data.completions import uuid_pairs
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.runs import equivalence
-from moe_reduce.runs import train as training_run
 from moe_reduce.storage.manifest import verify
+from moe_reduce.training import job
 from moe_reduce.training.checkpoints import Checkpoints
 from moe_reduce.training.metrics import read
 
@@ -45,7 +45,7 @@ def get_config():
 
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch):
-    monkeypatch.setattr(training_run, "peak", unmeasured_peak)
+    monkeypatch.setattr(job, "peak", unmeasured_peak)
 
 
 def write(directory, kind="dense"):
@@ -66,7 +66,7 @@ def _adapt(file, workdir, *more):
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("adapted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_run, "peak", unmeasured_peak)
+        patch.setattr(job, "peak", unmeasured_peak)
         assert _adapt(write(directory), directory / "run") == 0
     return directory
 
