@@ -1,5 +1,6 @@
 """Finished runs side by side: size, quality and speed of every model, one picture, and one prompt continued."""
 
+import dataclasses
 import itertools
 import statistics
 import time
@@ -115,8 +116,7 @@ def continued(
 ) -> tuple[str, float | None]:
     """(what the model writes after the prompt, tokens a second while decoding); None for a text too short to time."""
     tokenizer, model = load_tokenizer(directory), load(directory, execution=execution)
-    # not a config of its own: the tokens that end a text are the model's
-    settings = GenerateConfig(**(vars(settings) | {"end_ids": end_ids(model, tokenizer)}))
+    settings = dataclasses.replace(settings, end_ids=end_ids(model, tokenizer))
     prepared, rates, row = ready(model), [], Continuation(tokenizer, tokenizer.encode_prompt(prompt))
     for _ in range(1 + TIMED):
         row = Continuation(tokenizer, row.prompt)
@@ -140,18 +140,20 @@ def picture(found: Sequence[Entry], file: Path) -> None:
     axes.margins(0.18)
     axes.set(xlabel="weights (MB in fp32)", ylabel="validation loss (nats a token), lower is better")
     axes.grid(alpha=0.3)
-    _label(axes, places)
+    _label(axes, places, path)
     drawing.save(figure, file)
 
 
-def _label(axes, places: dict[str, tuple[float, float]]) -> None:
-    """Names beside their points; the second of two points that nearly coincide has its name below."""
+def _label(axes, places: dict[str, tuple[float, float]], path: Sequence[str]) -> None:
+    """Names beside their points: below where an arrow comes from above or another name is near, else above."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    before = dict(zip(path[1:], path, strict=False))
     done: list[tuple[float, float]] = []
     for name, (x, y) in places.items():
         crowded = any(abs(x - a) < NEAR * (right - left) and abs(y - b) < NEAR * (high - low) for a, b in done)
+        below = crowded or (name in before and places[before[name]][1] > y)
+        offset, alignment = (-10, "top") if below else (10, "bottom")
         axes.annotate(
-            name, (x, y), xytext=(0, -10 if crowded else 10), textcoords="offset points",
-            ha="center", va="top" if crowded else "bottom", fontsize=11,
-        )  # fmt: skip
+            name, (x, y), xytext=(0, offset), textcoords="offset points", ha="center", va=alignment, fontsize=11
+        )
         done.append((x, y))
