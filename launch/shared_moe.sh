@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A dense model against a shared mixture of experts on a CPU, three seeds, and ablations -> docs/results. Hours; resumable.
+# A dense model against a shared mixture on a CPU, three seeds, and ablations -> docs/results. Hours; resumable.
 # Downloads its text once (50 MB). Offline: TEXT='my/*.txt' ./launch/shared_moe.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -91,7 +91,7 @@ def test_a_config_elsewhere_imports_its_neighbours_and_the_projects_own(tmp_path
     mine = tmp_path / "configs"
     mine.mkdir()
     (mine / "__init__.py").touch()
-    (mine / "neighbour.py").write_text("STEPS = 7\n")
+    (mine / "neighbour.py").write_text("STEPS = 700\n")
     (mine / "mine.py").write_text(
         "from configs import cpu_pair, neighbour\n"
         "def get_config():\n"
@@ -100,7 +100,7 @@ def test_a_config_elsewhere_imports_its_neighbours_and_the_projects_own(tmp_path
         "    return config\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert {run.train.steps for run in config_file.read("configs/mine.py", []).values()} == {7}
+    assert {run.train.steps for run in config_file.read("configs/mine.py", []).values()} == {700}
     assert not [name for name in sys.modules if name.startswith("configs.")]
 
 
