@@ -7,13 +7,16 @@ CHAT = ["jinja2>=3.1"]
 EVALUATE = ["lm-eval>=0.4.9"]
 MONITOR = ["psutil>=5.9"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10"]
+TOOLS = ["basedpyright>=1.31", "pytest>=8.3", "pytest-xdist>=3.7", "ruff>=0.12"]
+TEST_CORE = [*CHAT, *MONITOR, *NOTEBOOKS, *EXPORT, *TOOLS]
+PEERS = [*EVALUATE, "peft>=0.17", "torch==2.13.0", "transformers>=5.0"]  # gigabytes: compared with, never built on
 
 setup(
     name="moe_reduce",
     version="0.1.0",
     license="Apache-2.0",
     description="Make a language model smaller, and show what it cost: shared expert pools, REAP, SkeMA, in JAX",
-    packages=find_packages(include=["moe_reduce", "moe_reduce.*"]),
+    packages=find_packages(include=["moe_reduce", "moe_reduce.*", "configs"]),
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",
@@ -40,20 +43,8 @@ setup(
         "notebooks": NOTEBOOKS,
         "export": EXPORT,
         "tpu": ["libtpu>=0.0.40"],
-        "test": [
-            *CHAT,
-            *EVALUATE,
-            *MONITOR,
-            *NOTEBOOKS,
-            *EXPORT,
-            "basedpyright>=1.31",
-            "peft>=0.17",
-            "pytest>=8.3",
-            "pytest-xdist>=3.7",
-            "ruff>=0.12",
-            "torch==2.13.0",
-            "transformers>=5.0",
-        ],
+        "test-core": TEST_CORE,
+        "test": [*TEST_CORE, *PEERS],
     },
     entry_points={"console_scripts": ["moe-reduce=moe_reduce.__main__:main"]},
 )

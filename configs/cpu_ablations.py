@@ -1,6 +1,6 @@
-"""What opens and closes the gap of configs/cpu_pair.py: one change at a time, 4.1M tokens each.
+"""Ablations of configs/cpu_pair.py, one change a variant, 4.1M tokens each: what widens or closes the gap?
 
-Cost: about 6 minutes a variant on one core. Expected: docs/shared_moe.md.
+Cost: about 6 minutes a variant on one core. Expected: the table in docs/results/cpu_ablations.
 Command: ./launch/shared_moe.sh, or moe-reduce train --config=configs/cpu_ablations.py --workdir=runs/cpu_ablations
 """
 
@@ -10,7 +10,7 @@ from configs import cpu_pair
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The pair and its neighbours."""
+    """The pair, and the pair with one change each."""
     config = cpu_pair.get_config()
     config.train.update(steps=1000, evaluate_every=100, checkpoint_every=500)
     changes = {

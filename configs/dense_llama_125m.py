@@ -1,9 +1,9 @@
-"""The dense baseline of experiment 1: LLaMA of 12 layers, 137,841,408 parameters (tied), on FineWeb-Edu.
+"""A dense LLaMA of 12 layers and 137,841,408 parameters (tied embeddings), on FineWeb-Edu.
 
-Its source calls it "125M", which counts two matrices a block; SwiGLU at 3072 has three. METHODS: 12,000 steps of
-512 × 1024 tokens (6.3 billion) on a TPU v4-32; reported final loss 3.12.
-Cost: 5.6e18 FLOPs, an hour or two on v4-32, and once some hours of tokenizing (raise data.workers). Expected: loss near
-3.12.
+The baseline of configs/shared_moe_50m.py: 12,000 steps of 512 x 1,024 tokens (6.3 billion) for a TPU v4-32. The name
+125M counts two matrices in a feed-forward block; SwiGLU has three.
+Cost: 5.6e18 FLOPs, one to two hours on a TPU v4-32, after some hours of tokenizing (raise data.workers).
+Expected: a training loss near 3.12, as reported by the authors of the experiment; not run by this project.
 Command: moe-reduce train --config=configs/dense_llama_125m.py --workdir=/a/shared/disk/dense --distributed
 """
 
@@ -13,7 +13,7 @@ from moe_reduce.core import config as defaults
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The table's left column and the training recipe that both columns share."""
+    """The dense model, and the training recipe that both models share."""
     config = defaults.base()
     config.model.update(
         vocab_size=32_000, layers=12, width=768, query_heads=12, key_value_heads=12, head_width=64,

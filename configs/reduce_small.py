@@ -1,9 +1,11 @@
-"""configs/small_qwen3_moe.py as one pool, pruned step by step to a tenth of its experts, beside per-layer pruning.
+"""Reductions of configs/small_qwen3_moe.py to a tenth of its experts: one shared pool beside per-layer pruning.
 
-Every reduction gets as many tokens between the same numbers of experts, the same text where stages have one name. What
-recovers is a rung of a ladder: routers, also norms, also an adapter on the kept experts (merged behind each stage), or
-the experts themselves; each on the next token alone, or half on what the first model says (`_taught`).
-Cost: 8 to 15 minutes a variant with recovery on one core, one minute without. Expected: docs/reduction.md.
+All variants prune to the same numbers of experts and recover on as many tokens in between; stages of the same name read
+the same text. Variants differ in the criterion and in what recovers: routers; routers and norms; also an adapter on the
+kept experts, merged after each stage; or the experts themselves. `_taught`: half of the loss is distillation from the
+first model. For any other model: configs/reduce.py.
+Cost: 8 to 15 minutes a variant with recovery on one core, one minute without.
+Expected: with experts recovering, 50 % of the experts keep 90 % of the accuracy (docs/results/reduce_small).
 Command: ./launch/reduce_small.sh, or
 moe-reduce reduce --config=configs/reduce_small.py --config.model=runs/small_qwen3_moe/model --workdir=runs/reduce_small
 """
@@ -15,14 +17,14 @@ import ml_collections
 from configs import small_qwen3_moe
 from moe_reduce.core import config as defaults
 
-KEPT = (180, 120, 72, 48, 24)  # 75, 50, 30, 20, 10 % of 240; in each of 6 layers never fewer than the 4 active
-STEPS = 200  # of recovery at each number; 4,096 tokens a step
+KEPT = (180, 120, 72, 48, 24)  # 75, 50, 30, 20, 10 % of 240; in each of 6 layers at least the 4 active
+STEPS = 200  # recovery at each number of experts; 4,096 tokens a step
 LONG_AT, LONG = 48, 1500  # `_long`: where pruning ends, and the steps of recovery there, a quarter of the pretraining
-ANNEALING = 400  # steps in which other layers' experts enter the competition
+ANNEALING = 400  # steps until layers may use other layers' experts freely
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The pool, what it is compared with, and the recoveries."""
+    """The pool, the reductions to compare it with, and the recoveries."""
     found = {name: defaults.in_order(stages) for name, stages in (variants() | long()).items()} | free()
     config = reducing(small_qwen3_moe.get_config(), "runs/small_qwen3_moe/model", found)
     config.train.update(evaluate_every=100, checkpoint_every=300)
@@ -30,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def reducing(base: ml_collections.ConfigDict, model: str, stages: dict) -> ml_collections.ConfigDict:
-    """Reductions of a model, in this directory, that was trained as `base` says, on the same text."""
+    """Reductions of the model in the directory `model`, on the text that `base` trained it on."""
     config = defaults.reduce_base()
     config.model = model
     for section in ("data", "train", "execution"):
@@ -41,7 +43,7 @@ def reducing(base: ml_collections.ConfigDict, model: str, stages: dict) -> ml_co
 
 
 def variants(kept: tuple[int, ...] = KEPT) -> dict:
-    """Reductions by name, each through these numbers of experts."""
+    """Stages of each variant, pruning to each of the numbers `kept` in turn."""
     ladder = partial(_ladder, kept)
     annealed = {"pool": pool(), "anneal": tune(ANNEALING, bias_from=6.0)}
     found = {
@@ -70,12 +72,12 @@ def variants(kept: tuple[int, ...] = KEPT) -> dict:
 
 
 def long() -> dict:
-    """Two with a long recovery where pruning ends."""
+    """Two variants that stop pruning early and recover for longer."""
     return {f"{name}_long": longer(variants()[name]) for name in ("layers_experts_taught", "pool_experts_taught")}
 
 
 def free() -> dict:
-    """The longest recoveries once more: all that recovers trains from the first stage on, and nothing balances it."""
+    """The variants of `long` with the same components trained from the first stage on, and no balancing loss."""
     found = {}
     for name, stages in long().items():
         last = stages[f"recover_{LONG_AT}_long"]
@@ -86,7 +88,7 @@ def free() -> dict:
 
 
 def longer(stages: dict) -> dict:
-    """The stages until LONG_AT experts are left, and a long recovery there."""
+    """The stages up to LONG_AT experts, and a long recovery there."""
     names = list(stages)
     last = names.index(f"recover_{LONG_AT}")
     begun = {name: stages[name] for name in names[:last]}
@@ -106,18 +108,18 @@ RUNGS = {
 
 
 def pool(**changes) -> dict:
-    """All experts into one pool, a router in each layer."""
+    """A stage that moves all experts into one pool, with a router for each layer."""
     return defaults.stage("pool", router="layer", canonical=False, **changes)
 
 
 def tune(steps: int, **changes) -> dict:
-    """Training for so many steps."""
+    """A stage that trains for `steps` steps."""
     rates = {"learning_rate": 8e-3, "final_learning_rate": 8e-4, "warmup_steps": 20}
     return defaults.stage("tune", steps=steps, **(rates | changes))
 
 
 def _ladder(kept: tuple[int, ...], criterion: str, recover: bool = True, **changes) -> dict:
-    """Pruned to each number in turn, recovering in between."""
+    """Pruning to each of the numbers `kept` in turn, each followed by recovery."""
     stages = {}
     for keep in kept:
         stages[f"prune_{keep}"] = defaults.stage("prune", keep=float(keep), criterion=criterion)

@@ -1,8 +1,9 @@
-"""The model that configs/reduce_small.py makes smaller: Qwen3-MoE's shapes at CPU size, on English textbooks.
+"""The model that configs/reduce_small.py reduces: Qwen3-MoE's architecture at CPU size, on English textbooks.
 
-40 small experts in each of 6 layers, 4 active, trained past the point where experts are interchangeable: pruning can
-only find redundancy where there is some.
-Cost: 24.6M tokens, about 35 minutes on one core. Expected: docs/reduction.md.
+40 small experts in each of 6 layers, 4 of them active for a token. It trains until experts differ: while they are
+interchangeable, no criterion can tell which ones to prune.
+Cost: 24.6M tokens, about 35 minutes on one core, after downloading 50 MB of text.
+Expected: validation loss 2.73 on the textbooks of docs/results/reduce_small.
 Command: moe-reduce train --config=configs/small_qwen3_moe.py --workdir=runs/small_qwen3_moe
 """
 

@@ -1,45 +1,58 @@
 #!/usr/bin/env bash
-# SkeMA against LoRA and full fine-tuning on a CPU: UUIDs by heart, and WikiText-2 -> docs/results. Hours; resumable.
-# Every learning rate with the first seed, then the best of each method and size with the others.
-# SEEDS="0 1 2" TASKS="uuid wikitext2" ./launch/adapters.sh; the base is that of ./launch/reduce_small.sh.
+# SkeMA against LoRA and full fine-tuning on a CPU: UUID memorisation and WikiText-2 -> docs/results. Hours; resumable.
+# Runs every learning rate with the first seed, then the best one of each method and size with the other seeds.
+# SEEDS="0 1 2" TASKS="uuid wikitext2" ./launch/adapters.sh; the base model is the one of ./launch/reduce_small.sh.
+# Downloads its texts once. Offline: TEXT='my/*.txt' for the base model, and for the task wikitext2
+# WIKITEXT2=DIR, a directory with train.txt.gz, valid.txt.gz and test.txt.gz.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/env.sh
 source launch/jobs.sh
 
 declare -A TITLES=(
-  [uuid]="UUIDs by heart: characters right of learned pairs (and of others), best of the learning rates"
+  [uuid]="UUID memorisation: correct characters on learned pairs (and on others), best of the learning rates"
   [wikitext2]="WikiText-2: perplexity, best learning rate by validation"
 )
+MADE_BY="${TEXT:+TEXT='$TEXT' }${WIKITEXT2:+WIKITEXT2='$WIKITEXT2' }./launch/adapters.sh"
 read -ra seeds <<<"${SEEDS:-0 1 2}"
+uuid_text=()
+wikitext2_text=()
+if [[ -n "${WIKITEXT2:-}" ]]; then
+  wikitext2_text=(
+    "--config.data.source=$WIKITEXT2/train.txt.gz" "--config.data.validation_source=$WIKITEXT2/valid.txt.gz"
+    "--config.test_source=$WIKITEXT2/test.txt.gz"
+  )
+fi
 
-# adaptations TASK SEED VARIANT...
+# adaptations TASK SEED VARIANT...: queues them
 adaptations() {
-  local task="$1" seed="$2"
+  local task="$1" seed="$2" variant
+  local -n text="${1}_text"
   for variant in "${@:3}"; do
     queue "adapt_$task-$seed-$variant" adapt --config="configs/adapt_$task.py" --workdir="runs/adapt_$task/seed$seed" \
-      --variant="$variant" --config.train.seed="$seed" --config.mesh.data=1
+      --variant="$variant" --config.train.seed="$seed" --config.mesh.data=1 "${text[@]}"
   done
 }
 
-# table TASK VARIANT...: of what has finished
+# table TASK VARIANT...: collects the finished runs
 table() {
-  local task="$1" runs=() variant place
+  local task="$1" runs=() variant workdir
   for variant in "${@:2}"; do
-    for place in "runs/adapt_$task"/seed*/"$variant"; do
-      if [[ -f "$place/summary.json" ]]; then runs+=("$place"); fi
+    for workdir in "runs/adapt_$task"/seed*/"$variant"; do
+      if [[ -f "$workdir/summary.json" ]]; then runs+=("$workdir"); fi
     done
   done
   "$PYTHON" -m moe_reduce report --runs "${runs[@]}" --out="docs/results/adapt_$task" --overwrite \
-    --title="${TITLES[$task]}" --made-by="./launch/adapters.sh"
+    --title="${TITLES[$task]}" --made-by="$MADE_BY"
 }
 
 best() { "$PYTHON" -c "import json, sys; print(*json.load(open(sys.argv[1]))['best'])" "docs/results/adapt_$1/summary.json"; }
 
-queue small_qwen3_moe train --config=configs/small_qwen3_moe.py --workdir=runs/small_qwen3_moe --config.mesh.data=1
+queue small_qwen3_moe train --config=configs/small_qwen3_moe.py --workdir=runs/small_qwen3_moe --config.mesh.data=1 \
+  "${TEXT_OVERRIDE[@]}"
 run_queue
 for task in ${TASKS:-uuid wikitext2}; do
-  names="$(variants "configs/adapt_$task.py")"  # by itself, so that a failure ends the script
+  names="$(variants "configs/adapt_$task.py")" # not inline, so that a failure ends the script
   adaptations "$task" "${seeds[0]}" $names
   run_queue
   table "$task" $names

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Decoding speed beside transformers on torch -> docs/results/generate/summary.json. Needs ./launch/test.sh's .venv.
+# Decoding speed beside transformers on torch -> docs/results/generate. Needs the .venv of ./launch/test.sh.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$ROOT/launch/env.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Training speed beside transformers on torch -> docs/results/cpu_speed/summary.json. Needs ./launch/test.sh's .venv.
+# Training speed beside transformers on torch -> docs/results/cpu_speed. Needs the .venv of ./launch/test.sh.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$ROOT/launch/env.sh"

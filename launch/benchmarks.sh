@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every benchmark beside its peer, one after the other, and the tables of docs/results from them. An hour on two cores.
-# Needs ./launch/test.sh's .venv, a quiet machine, and 10 GB of disk. ONLY="peers scale": some of them.
+# Runs every benchmark beside its peer, one after the other, then updates the tables of the documents. An hour on two
+# cores. Needs the .venv of ./launch/test.sh, an idle machine and 10 GB of disk. ONLY="peers scale" runs some of them.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"

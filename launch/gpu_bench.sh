@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One accelerator's figures -> docs/results/gpu/summary.json. Needs jax for it, and the package's plain requirements.
+# Benchmarks one accelerator -> docs/results/gpu/summary.json. Needs jax for that accelerator and the package's
+# requirements, no extras.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"

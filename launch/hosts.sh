@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Hosts that are reached by ssh, without a scheduler, one process each:
+# Runs a command on several hosts over ssh, without a scheduler, one process each:
 #   HOSTS="a b" DIRECTORY=/home/me/moe_reduce ./launch/hosts.sh train --config=… --workdir=/shared/…
-# The first host is the coordinator. Each host needs this directory with its .venv, and --workdir must be seen by all.
-# When a process dies the others are stopped, and RESTARTS=n starts all again, from the last checkpoint, up to n times.
-# Logs: runs/logs/hosts-NUMBER.log here. DRY_RUN=1 prints every command. REMOTE_SHELL: what stands for ssh.
+# The first host is the coordinator. Each host needs this directory with its .venv, and all must see --workdir.
+# When a process dies, the other processes are stopped; RESTARTS=n restarts all of them from the last checkpoint, up to
+# n times. Logs: runs/logs/hosts-NUMBER.log on this machine. DRY_RUN=1 prints every command. REMOTE_SHELL replaces ssh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fail() { echo "hosts.sh: $1" >&2; exit 2; }
@@ -14,7 +14,7 @@ DIRECTORY="${DIRECTORY:-$PWD}"
 PORT="${PORT:-$((20000 + RANDOM % 20000))}"
 words="$(printf '%q ' "$@")"
 
-# -tt: what runs there ends when the connection does
+# -tt: the remote process ends with the connection
 start() {
   local number="$1" host="${hosts[$1]}" line
   line="cd $(printf %q "$DIRECTORY") && exec ${PYTHON:-.venv/bin/python} -m moe_reduce $words--coordinator=${hosts[0]}:$PORT --processes=${#hosts[@]} --process=$number"
@@ -25,7 +25,7 @@ start() {
 
 stop_all() { for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done; }
 
-# runs all; the first that fails ends the others, and its status is that of all
+# runs all processes; the first failure stops the other processes, and its status is returned
 attempt() {
   local status ended number second
   pids=()
@@ -39,7 +39,7 @@ attempt() {
       unset "pids[number]"
       ((status == 0)) && continue
       echo "hosts.sh: process $number on ${hosts[number]} ended with status $status (runs/logs/hosts-$number.log); stopping the others" >&2
-      for ((second = 0; second < ${GRACE:-30}; second++)); do  # they notice, and say so, by themselves
+      for ((second = 0; second < ${GRACE:-30}; second++)); do  # they notice the loss, report it and exit
         ((${#pids[@]} > 0)) && kill -0 "${pids[@]}" 2>/dev/null || break
         sleep 1
       done
@@ -55,6 +55,6 @@ for ((restart = 0; ; restart++)); do
   status=0
   attempt || status=$?
   ((status == 0)) && break
-  ((status == 2)) && exit 2  # a mistake, which a second try repeats
+  ((status == 2)) && exit 2  # an invalid input, which a restart would repeat
   ((restart < ${RESTARTS:-0})) || { echo "hosts.sh: the same command goes on from the last checkpoint" >&2; exit "$status"; }
 done

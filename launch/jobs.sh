@@ -1,11 +1,14 @@
-# To be sourced: trains many small models on a CPU, one on each core, as many at once as there are cores. Resumable.
+# Sourced by scripts that run many small jobs on a CPU, one on each core. Resumable: the same script again continues.
 # queue LABEL ARGUMENTS...  remembers `moe-reduce ARGUMENTS...`
-# run_queue                 runs them all, logging to runs/logs/LABEL.log, and ends the script if one failed
+# run_queue                 runs all queued jobs, with logs in runs/logs/LABEL.log; ends the script if one fails
+# TEXT=SOURCE in the environment replaces the corpus of the configurations, which need the network: files such as
+# 'my/*.txt', or python-stdlib. Scripts pass it on as "${TEXT_OVERRIDE[@]}".
 PYTHON="${PYTHON:-.venv/bin/python}"
 QUEUE="$(mktemp)"
 FAILURES="$(mktemp)"
+TEXT_OVERRIDE=(${TEXT:+"--config.data.source=$TEXT"})
 
-# names of a configuration's variants
+# variants CONFIG: the names of a configuration's variants
 variants() {
   "$PYTHON" -c "import sys; from moe_reduce.commands.config_file import read; from moe_reduce.core.config import any_from_dict
 print(*read(sys.argv[1], [], any_from_dict))" "$1"
@@ -13,24 +16,27 @@ print(*read(sys.argv[1], [], any_from_dict))" "$1"
 
 queue() { printf '%q ' "$@" >>"$QUEUE" && echo >>"$QUEUE"; }
 
-# core $1 takes every CORES-th job
+# work CORE CORES: every CORES-th job, until one ends with status 2, an invalid input that the next jobs share
 work() {
   awk -v core="$1" -v cores="$2" 'NR % cores == core' "$QUEUE" | while read -r line; do
+    grep -q '^2 ' "$FAILURES" && break
     eval "job=($line)"
     echo "core $1: ${job[0]}"
-    taskset -c "$1" "$PYTHON" -m moe_reduce "${job[@]:1}" >"runs/logs/${job[0]}.log" 2>&1 </dev/null || echo "${job[0]}" >>"$FAILURES"
+    status=0
+    taskset -c "$1" "$PYTHON" -m moe_reduce "${job[@]:1}" >"runs/logs/${job[0]}.log" 2>&1 </dev/null || status=$?
+    ((status == 0)) || echo "$status ${job[0]}" >>"$FAILURES"
   done
 }
 
 run_queue() {
-  local cores
+  local cores core status label
   cores="$(nproc)"
   mkdir -p runs/logs
   for ((core = 0; core < cores; core++)); do work "$core" "$cores" & done
   wait
   if [[ -s "$FAILURES" ]]; then
-    echo "these failed (see runs/logs), so no table is made:" >&2
-    cat "$FAILURES" >&2
+    echo "no table is made, because these jobs failed:" >&2
+    while read -r status label; do echo "$label (runs/logs/$label.log): $(tail -n 1 "runs/logs/$label.log")" >&2; done <"$FAILURES"
     exit 1
   fi
   : >"$QUEUE"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The configurations for TPU, compiled for a v4-32 that is not here -> docs/results/tpu_memory. Minutes each; goes on
-# where it was cut off, while the commit is the same.
-# Needs libtpu, in an environment of its own: python3 -m venv .venv-tpu && .venv-tpu/bin/pip install -e '.[tpu]'
+# Compiles the TPU configurations for a v4-32 without having one -> docs/results/tpu_memory. Minutes each; resumable as
+# long as the commit is the same.
+# Needs libtpu in an environment of its own: python3 -m venv .venv-tpu && .venv-tpu/bin/pip install -e '.[tpu]'
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A TPU VM slice from the first to the last command. Needs gcloud, and NAME, ZONE and TYPE in the environment:
+# Creates, uses and deletes a TPU VM slice. Needs gcloud, and NAME, ZONE and TYPE in the environment:
 #   NAME=moe ZONE=us-central2-b TYPE=v4-32 ./launch/tpu.sh create
-#   ./launch/tpu.sh sync                              the files that git knows to every worker, and the package installed
-#   ./launch/tpu.sh run train --config=… --workdir=…  on every worker, in the background; again: goes on
-#   ./launch/tpu.sh watch train --config=… --workdir=bucket/…   as run; a slice that is taken away is made again, and a
-#                                     run that was cut off goes on, up to RESTARTS times (3) after each slice
+#   ./launch/tpu.sh sync                              copies git's files to every worker and installs the package
+#   ./launch/tpu.sh run train --config=… --workdir=…  on every worker, in the background; the same again resumes
+#   ./launch/tpu.sh watch train --config=… --workdir=bucket/…   as run; recreates a preempted slice and resumes an
+#                                     interrupted run, up to RESTARTS times (3) on each slice
 #   ./launch/tpu.sh logs | status | stop | delete
-# --dry-run as the first word prints every command instead of running it. SPOT=1: a slice that may be taken away.
-# BUCKET=name: mounted as bucket/ on every worker, where --workdir must lie to survive a slice.
+# --dry-run as the first word prints every command instead of running it. SPOT=1 asks for a preemptible slice.
+# BUCKET=name is mounted as bucket/ on every worker; a --workdir below it survives the slice.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -35,7 +35,7 @@ on() { tpu ssh --worker="$1" --command="$2"; }
 create() { tpu create --accelerator-type="$TYPE" --version="$VERSION" ${SPOT:+--spot}; }
 remove() { tpu delete --quiet; }
 
-# every step or none: `set -e` sleeps where a caller asks whether this worked
+# && between all steps, because `set -e` is off where a caller tests the result
 sync_files() {
   local archive
   archive="$(mktemp -d)/moe_reduce.tar.gz"
@@ -47,7 +47,7 @@ sync_files() {
   fi
 }
 
-# on_workers VERB words…: what worker.sh does with the run of this name, on every worker
+# on_workers VERB words…: runs `worker.sh VERB NAME words…` on every worker
 on_workers() { on all "$(printf '%q ' "$REMOTE/launch/worker.sh" "$1" "$NAME" "${@:2}")"; }
 
 run() {
@@ -55,7 +55,7 @@ run() {
   on_workers start "$@" --distributed
 }
 
-# of the slice: as Google says, MISSING where there is none, and UNKNOWN where the question failed
+# state of the slice in Google's words, MISSING where there is none, UNKNOWN where the query failed
 state() {
   local said
   said="$(tpu describe --format='value(state)' 2>&1)" && { echo "${said##*$'\n'}"; return; }
@@ -77,7 +77,7 @@ watch() {
     return
   fi
   local restarts=0 ready=1 found
-  says() { grep -qx "$1" <<<"$found"; }  # some worker
+  says() { grep -qx "$1" <<<"$found"; }  # at least one worker
   while true; do
     case "$(state)" in
       READY)
@@ -101,7 +101,7 @@ watch() {
         restarts=0 ready=""
         remake && ready=1
         ;;
-      *) ;;  # being made or repaired, or the question failed: asked again
+      *) ;;  # being created or repaired, or the query failed: ask again
     esac
     sleep "${EVERY:-60}"
   done

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One worker of a slice, where tpu.sh calls it:
-#   worker.sh install               .venv with Python 3.11 or newer and the package
-#   worker.sh start NAME words…     moe-reduce words… in the background; what is running already goes on undisturbed
-#   worker.sh state NAME words…     running, ended STATUS, absent, or busy with other words
-#   worker.sh stop NAME             ends it; its last checkpoint stays
-# NAME's lock in runs/logs is held as long as the run lives, however it ends.
+# Runs on each worker of a slice, called by tpu.sh:
+#   worker.sh install               makes .venv with Python 3.11 or newer and the package
+#   worker.sh start NAME words…     moe-reduce words… in the background, unless it is running already
+#   worker.sh state NAME words…     prints running, ended STATUS, absent, or busy (running with other words)
+#   worker.sh stop NAME             ends the run; its last checkpoint stays
+# The run holds the lock of NAME in runs/logs for as long as it lives, however it ends.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mkdir -p runs/logs
@@ -16,7 +16,7 @@ install() {
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
     python=""
   done
-  if [[ -z "$python" && ! -x .venv/bin/python ]]; then  # as on ubuntu2204, whose own is 3.10
+  if [[ -z "$python" && ! -x .venv/bin/python ]]; then  # such as ubuntu2204, which has Python 3.10
     python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --seed --python 3.12 .venv
   fi
@@ -34,8 +34,8 @@ start() {
   fi
   echo "$*" >"$files.words"
   rm -f "$files.status"
-  # A session of its own outlives ssh; its number is that of the process group that `stop` ends. The lock is waited for,
-  # since whoever asks whether it is held holds it for that moment.
+  # A session of its own outlives ssh; its number is the process group that `stop` ends. flock waits for the lock,
+  # because a query whether the lock is held holds it for a moment.
   setsid nohup flock --wait 10 "$files.lock" bash -c 'status=0; "$@" || status=$?; echo "$status" >"$0"' \
     "$files.status" "${PYTHON:-.venv/bin/python}" -m moe_reduce "$@" >>"$files.log" 2>&1 </dev/null &
   echo $! >"$files.group"

@@ -28,6 +28,7 @@ COMMANDS = {
     "sparsify": "zero the smallest weights",
     "prune-neurons": "drop the smallest neurons of feed-forward blocks or experts",
     "export": "export a model as StableHLO or ONNX",
+    "compare": "set models of finished runs side by side: size, quality, speed, and one prompt continued",
     "report": "collect finished runs into a result, or fill the tables of a document from results",
 }
 

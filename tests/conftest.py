@@ -25,8 +25,42 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+PEERS = ("lm_eval", "peft", "torch", "transformers")
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also the tests that take minutes")
+    parser.addoption(
+        "--no-peers", action="store_true", help=f"skip the tests that need {', '.join(PEERS)} where they are missing"
+    )
+
+
+def _missing_peer(config, error: str) -> str | None:
+    """Reason to skip what failed with this error, where --no-peers allows it."""
+    found = [name for name in PEERS if f"No module named '{name}" in error]
+    return f"needs {found[0]}, which --no-peers leaves out" if found and config.getoption("--no-peers") else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A file that imports a missing peer is skipped as a whole."""
+    report = yield
+    reason = _missing_peer(collector.config, str(report.longrepr)) if report.failed else None
+    if reason:
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 1, f"Skipped: {reason}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test that imports a missing peer is skipped by itself."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        reason = _missing_peer(pyfuncitem.config, str(error))
+        if reason:
+            pytest.skip(reason)
+        raise
 
 
 def pytest_collection_modifyitems(config, items):

@@ -287,7 +287,7 @@ def test_report_adds_seeds_to_an_earlier_result(tmp_path):
     [
         (["evaluate", "--model=x", "--data=x", "--batch-size=0"], "--batch-size must be positive"),
         (["evaluate", "--model=x", "--data=x", "--max-batches=-1"], "--max-batches must be positive"),
-        (["train", "--config=configs/quickstart.py", "--workdir=gs://bucket/run"], "--workdir="),
+        (["train", "--config=configs/quickstart_models.py", "--workdir=gs://bucket/run"], "--workdir="),
         (["report"], "--runs"),
         *(
             (["evaluate", "--model=x", "--tasks=a", f"{option}=9"], f"{option} does nothing with --tasks")
@@ -300,14 +300,14 @@ def test_report_adds_seeds_to_an_earlier_result(tmp_path):
         (["merge", "--model=x", "--adapter=x", "--out=x", "--compute-dtype=float32"], "--compute-dtype"),
         *(
             (
-                ["plan", "--config=configs/quickstart.py", "--topology=h100:1", option],
+                ["plan", "--config=configs/quickstart_models.py", "--topology=h100:1", option],
                 f"{option.split('=')[0]} does nothing with --topology",
             )
             for option in ("--device=h100", "--context=9", "--batch=9", "--dtype=int8", "--cache-dtype=int8")
         ),
-        (["plan", "--config=configs/quickstart.py", "--stage=x"], "--stage does nothing without --topology"),
+        (["plan", "--config=configs/quickstart_models.py", "--stage=x"], "--stage does nothing without --topology"),
         (["plan", "--model=x", "--variant=x"], "--variant does nothing with --model"),
-        (["plan", "--config=configs/quickstart.py", "--context=0"], "--context"),
+        (["plan", "--config=configs/quickstart_models.py", "--context=0"], "--context"),
         (["inspect", "--model=nowhere"], "nowhere"),
     ],
 )

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,18 +16,22 @@ from moe_reduce.adapters.budget import within_budget
 from moe_reduce.commands import config_file
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdaptConfig, RunConfig, TuneStage, any_from_dict
+from moe_reduce.core.errors import UserError
 from moe_reduce.models.parameters import abstract_params, by_path, parameter_count
+from moe_reduce.reduction.transform import expert_count
 from moe_reduce.runs.stages import configurations
 from moe_reduce.training import optimizer
 
 cached_abstract_params = functools.cache(abstract_params)  # variants share many architectures
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("[!_]*.py"))
+FOR_ANY_MODEL = ("adapt", "reduce")
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_builds_abstractly(file):
-    runs = config_file.read(str(file), [], any_from_dict)
+    given = ["--config.model=runs/small_qwen3_moe/model"] if file.stem in FOR_ANY_MODEL else []
+    runs = config_file.read(str(file), given, any_from_dict)
     assert runs
     for run in runs.values():
         for model, train in _models(run):
@@ -40,8 +45,7 @@ def _models(run):
     """Every architecture that a run makes, and a schedule that trains it."""
     if isinstance(run, RunConfig):
         return [(run.model, run.train)]
-    named = ROOT / f"configs/{Path(run.model).parent.name}.py"  # runs/NAME/model
-    (trained,) = config_file.read(str(named if named.exists() else ROOT / "configs/small_qwen3_moe.py"), []).values()
+    trained = _trained(Path(run.model))
     if isinstance(run, AdaptConfig):  # of the same base
         chosen = run.adapter
         if chosen is not None and run.budget is not None:
@@ -55,6 +59,73 @@ def _models(run):
     return [(config, train) for config in [first, *(config for _, config in configurations(first, run))]]
 
 
+def _trained(model):
+    """The run that made a model directory: runs/NAME/model, or a variant's, runs/quickstart/models/VARIANT/model."""
+    if model.parts[:2] == ("runs", "quickstart"):
+        return config_file.read("quickstart_models", [])[model.parts[-2]]
+    named = model.parent.name if (ROOT / f"configs/{model.parent.name}.py").exists() else "small_qwen3_moe"
+    (trained,) = config_file.read(named, []).values()
+    return trained
+
+
+@pytest.mark.parametrize("order", ["prune,recover", "pool,anneal,prune,recover"])
+@pytest.mark.parametrize(("layers", "experts"), [(4, 16), (6, 40), (48, 128)])
+def test_reduce_halves_the_experts_of_any_mixture(order, layers, experts):
+    (run,) = config_file.read("reduce", ["--config.model=any", f"--config.order={order}"], any_from_dict).values()
+    first = replace(_trained(Path("runs/small_qwen3_moe/model")).model, layers=layers)
+    first = replace(first, moe=replace(first.moe, experts=experts))
+    *_, (_, last) = configurations(first, run)
+    assert expert_count(last) == expert_count(first) // 2
+
+
+def test_own_configs_are_found_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cpu_pair", "cpu_pair.py", "configs/cpu_pair.py"):
+        assert set(config_file.read(name, [])) == {"dense", "shared_moe"}
+    with pytest.raises(UserError, match=r"--config=other.py does not exist: name a file, or one .*cpu_pair, "):
+        config_file.read("other.py", [])
+
+
+def test_a_config_elsewhere_imports_its_neighbours_and_the_projects_own(tmp_path, monkeypatch):
+    mine = tmp_path / "configs"
+    mine.mkdir()
+    (mine / "__init__.py").touch()
+    (mine / "neighbour.py").write_text("STEPS = 700\n")
+    (mine / "mine.py").write_text(
+        "from configs import cpu_pair, neighbour\n"
+        "def get_config():\n"
+        "    config = cpu_pair.get_config()\n"
+        "    config.train.steps = neighbour.STEPS\n"
+        "    return config\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert {run.train.steps for run in config_file.read("configs/mine.py", []).values()} == {700}
+    assert not [name for name in sys.modules if name.startswith("configs.")]
+
+
+def test_configs_are_installed_with_the_package(monkeypatch):
+    setup = pytest.importorskip("setuptools._distutils.core", reason="needs setuptools")
+    monkeypatch.chdir(ROOT)
+    assert "configs" in setup.run_setup(str(ROOT / "setup.py"), stop_after="init").packages
+
+
+def test_no_file_names_a_text_that_only_its_authors_have():
+    searched = [ROOT / "README.md", ROOT / "setup.py"]
+    for directory in ("configs", "docs", "launch", "moe_reduce", "notebooks"):
+        searched += [file for kind in ("py", "sh", "md", "ipynb") for file in (ROOT / directory).rglob(f"*.{kind}")]
+    assert len(searched) > 100
+    assert [file for file in searched if "../shared" in file.read_text()] == []
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_source_is_public(file):
+    """A fresh clone has no files of text, so that sources are made, generated or on the hub."""
+    given = ["--config.model=any"] if file.stem in FOR_ANY_MODEL else []
+    for run in config_file.read(str(file), given, any_from_dict).values():
+        named = [run.data.source, run.data.validation_source, getattr(run, "test_source", None)]
+        assert all(source.startswith(("hub:", "python-stdlib", "uuid-pairs:")) for source in named if source)
+
+
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_says_what_it_costs(file):
     docstring = file.read_text().split('"""')[1]
@@ -62,7 +133,7 @@ def test_every_config_says_what_it_costs(file):
         assert word in docstring
 
 
-@pytest.mark.parametrize("pair", ["quickstart", "cpu_pair", "cpu_pair_large"])
+@pytest.mark.parametrize("pair", ["cpu_pair", "cpu_pair_large"])
 def test_shared_moe_has_at_most_40_percent(pair):
     runs = config_file.read(str(ROOT / "configs" / f"{pair}.py"), [])
     sizes = {name: parameter_count(run.model) for name, run in runs.items()}

@@ -317,7 +317,7 @@ def test_every_step_of_a_slice_can_be_read_first(command):
         ("tpu.sh", ["run"], SLICE, "run what?"),
         ("tpu.sh", ["watch"], SLICE, "watch what?"),
         ("tpu.sh", ["watch", "train", "--workdir=w"], SLICE | {"BUCKET": "mine"}, "what lies on a slice goes with it"),
-        ("tpu.sh", ["fly"], SLICE, "A TPU VM slice"),
+        ("tpu.sh", ["fly"], SLICE, "a TPU VM slice"),
         ("hosts.sh", ["train"], {}, "set HOSTS"),
         ("hosts.sh", [], {"HOSTS": "a"}, "what shall run?"),
         ("slurm.sh", [], {}, "what shall run?"),

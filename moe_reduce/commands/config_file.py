@@ -1,9 +1,11 @@
 """Read --config=FILE and its --config.key=value overrides as runs; every mistake becomes one line."""
 
 import argparse
+import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,13 +18,14 @@ from moe_reduce.core.config import run_from_dict
 from moe_reduce.core.errors import UserError
 
 T = TypeVar("T")
+PACKAGE = "configs"
+INSTALLED = Path(__file__).parents[2] / PACKAGE  # beside the package moe_reduce, in a checkout and where pip puts it
 
 
 def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds --config, which names a configuration; `read` takes its overrides."""
-    parser.add_argument(
-        "--config", required=required, metavar="FILE.py", help="a configuration: a file of configs/, or your own"
-    )
+    shown = "a configuration: a file of yours, or one of the project's own by name, such as reduce"
+    parser.add_argument("--config", required=required, metavar="FILE.py", help=shown)
     parser.epilog = "Any key of the configuration can be overridden: --config.train.steps=10 --config.model.width=64"
 
 
@@ -55,7 +58,7 @@ def _refuse_hidden(described: ml_collections.ConfigDict, overrides: list[str]) -
 def _read_config_dict(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
     values = flags.FlagValues()
     words = ["moe-reduce", *overrides]
-    described = _execute(Path(file))
+    described = _execute(find(file))
     try:
         # without sys_argv, ml_collections reads overrides from the command line of the process
         holder = config_flags.DEFINE_config_dict("config", described, flag_values=values, sys_argv=words)
@@ -67,26 +70,56 @@ def _read_config_dict(file: str, overrides: list[str]) -> ml_collections.ConfigD
         raise UserError(f"{_culprit(overrides, str(error))}: {str(error).strip() or type(error).__name__}") from error
 
 
+def find(name: str) -> Path:
+    """Find the file that --config names: a path, or one of the project's own as reduce, reduce.py or configs/reduce.py.
+
+    Raises UserError where there is none.
+    """
+    file = Path(name)
+    if file.is_file():
+        return file
+    own = INSTALLED / f"{file.name.removesuffix('.py')}.py"
+    if file.parent in (Path(), Path(PACKAGE)) and own.is_file():
+        return own
+    known = ", ".join(sorted(path.stem for path in INSTALLED.glob("[!_]*.py")))
+    raise UserError(f"--config={name} does not exist: name a file, or one of the project's own ({known})")
+
+
 def _execute(file: Path) -> ml_collections.ConfigDict:
-    """Calls get_config() of a file, which may import its neighbours as `configs.…` from any working directory."""
-    if not file.is_file():
-        raise UserError(f"--config={file} does not exist: name a file such as configs/quickstart.py")
-    root = str(file.absolute().parent.parent)
+    """Calls get_config() of a file, which may import its neighbours and the project's own files as `configs.…`."""
     specification = importlib.util.spec_from_file_location("moe_reduce_config", file)
     if specification is None or specification.loader is None:
         raise UserError(f"--config={file} is not a Python file")
     module = importlib.util.module_from_spec(specification)
-    sys.path.insert(0, root)
     try:
-        specification.loader.exec_module(module)
-        described = module.get_config()
+        with _importable(file.absolute().parent):
+            specification.loader.exec_module(module)
+            described = module.get_config()
     except Exception as error:  # any exception of the user's file is a mistake in that file
         raise UserError(f"--config={file} cannot be read: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(root)
     if not isinstance(described, ml_collections.ConfigDict):
         raise UserError(f"--config={file}: get_config() must return a ConfigDict, got {described!r}")
     return described
+
+
+@contextlib.contextmanager
+def _importable(directory: Path) -> Iterator[None]:
+    """Make `configs` mean this directory, then the project's own files, whatever else of that name is on the path."""
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == PACKAGE}
+    for name in before:
+        del sys.modules[name]
+    package = types.ModuleType(PACKAGE)
+    package.__path__ = [str(directory), str(INSTALLED)]
+    sys.modules[PACKAGE] = package
+    root = str(directory.parent)  # for neighbours in a directory of another name
+    sys.path.insert(0, root)
+    try:
+        yield
+    finally:
+        sys.path.remove(root)
+        for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 def _culprit(overrides: list[str], message: str) -> str:

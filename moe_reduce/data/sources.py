@@ -152,5 +152,5 @@ def _hub_documents(config: DataConfig) -> Iterator[Iterable[str]]:
         reason = str(error).strip() or type(error).__name__
         raise UserError(
             f"{config.source!r} cannot be read: {reason}; check the name, its config and the network, "
-            "or use local files"
+            "or name local text, such as 'my/*.txt' or python-stdlib"
         ) from error

@@ -18,7 +18,7 @@ from moe_reduce.core import disk, trees
 from moe_reduce.core.config import AdaptConfig, AdapterConfig, ModelConfig, to_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input, Step
-from moe_reduce.data.batches import fingerprint, validation_batches
+from moe_reduce.data.batches import validation_batches
 from moe_reduce.data.completions import Completions
 from moe_reduce.data.prepare import prepare
 from moe_reduce.data.shards import TokenSource
@@ -31,7 +31,7 @@ from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Records, abstract_params, parameter_count, records, stored_params
 from moe_reduce.planning.flops import train_flops_per_token
 from moe_reduce.runs import equivalence
-from moe_reduce.runs.workdir import begin, describe, finish, machine, writing
+from moe_reduce.runs.workdir import begin, describe, describe_data, finish, machine, writing
 from moe_reduce.storage import manifest
 from moe_reduce.storage.model_directory import load
 from moe_reduce.training import sharding, steps
@@ -209,11 +209,12 @@ def _finish(
         "optimizer_bytes": 8 * count,  # Adam's two moments in fp32
         **figures,
         **machine(),
+        "data": describe_data(run.data, tokens) | {"test_source": run.test_source},
     }
     step = Step(
         command="adapt",
         arguments=to_dict(run),
-        inputs=(base_input, Input(run.data.source, fingerprint(tokens, run.data))),
+        inputs=(base_input, Input(run.data.source, summary["data"]["fingerprint"])),
         parameters_before=total,
         parameters_after=total,
         quality=summary["validation"] | summary["measured"],

@@ -25,7 +25,7 @@ from moe_reduce.models.model import Model
 from moe_reduce.reduction.transform import expert_count
 from moe_reduce.reports import reduction_picture
 from moe_reduce.runs.stages import RunContext, configurations, run_stage
-from moe_reduce.runs.workdir import SUMMARY, begin, describe, finish, finished, machine, writing
+from moe_reduce.runs.workdir import SUMMARY, begin, describe, describe_data, finish, finished, machine, writing
 from moe_reduce.storage import manifest
 from moe_reduce.storage.model_directory import load
 from moe_reduce.training import sharding, steps
@@ -58,6 +58,7 @@ def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         reduction.say_where_it_resumes()
         summaries = [reduction.measure_first(), *map(reduction.stage, range(1, len(run.stages) + 1))]
         total = {"name": name, "seed": run.train.seed, "stages": summaries, **machine()}
+        total["data"] = describe_data(run.data, tokens)
         if jax.process_index() == 0:
             reduction_picture.picture(summaries, workdir / "loss.png")
             _link_result(run, workdir)

@@ -9,13 +9,12 @@ import jax
 
 from moe_reduce.core.config import RunConfig, to_dict
 from moe_reduce.core.provenance import Input, Step
-from moe_reduce.data.batches import fingerprint
 from moe_reduce.data.prepare import prepare
 from moe_reduce.families import of_config
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.planning.flops import train_flops_per_token
-from moe_reduce.runs.workdir import begin, describe, finish, machine, writing
+from moe_reduce.runs.workdir import begin, describe, describe_data, finish, machine, writing
 from moe_reduce.training import sharding, steps
 from moe_reduce.training.job import Job, fit
 from moe_reduce.training.losses import language_model_task
@@ -39,10 +38,11 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     with writing(workdir):
         params, figures = fit(job, mesh, tokens, workdir)
         summary = {"name": name, **describe(run.model), "seed": run.train.seed, **figures, **machine()}
+        summary["data"] = describe_data(run.data, tokens)
         step = Step(
             command="train",
             arguments=to_dict(run),
-            inputs=(Input(run.data.source, fingerprint(tokens, run.data)),),
+            inputs=(Input(run.data.source, summary["data"]["fingerprint"]),),
             parameters_before=0,
             parameters_after=summary["parameters"],
             quality=summary["validation"],

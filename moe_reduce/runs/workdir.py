@@ -12,9 +12,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moe_reduce.core import config_dict, disk
-from moe_reduce.core.config import ModelConfig, to_dict
+from moe_reduce.core.config import DataConfig, ModelConfig, to_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
+from moe_reduce.data.batches import fingerprint
+from moe_reduce.data.shards import TokenSource
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import counts_by_component, parameter_count
 from moe_reduce.storage.model_directory import save
@@ -104,6 +106,15 @@ def machine() -> dict[str, Any]:
     """Describe the machine on which the figures of a summary were measured."""
     device = f"{jax.device_count()} × {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
     return {"machine": device, "jax": jax.__version__}
+
+
+def describe_data(data: DataConfig, tokens: TokenSource) -> dict[str, Any]:
+    """Name the text of a run as its configuration does, with the fingerprint of its tokens."""
+    return {
+        "source": data.source,
+        "validation_source": data.validation_source,
+        "fingerprint": fingerprint(tokens, data),
+    }
 
 
 def describe(model: ModelConfig) -> dict[str, Any]:

@@ -1,0 +1,159 @@
+"""Finished runs side by side: size, quality and speed of every model, one picture, and one prompt continued."""
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_reduce.core.config import ExecutionConfig, GenerateConfig
+from moe_reduce.core.disk import read_json
+from moe_reduce.core.errors import UserError
+from moe_reduce.data.tokenizers import load_tokenizer
+from moe_reduce.inference.generate import ready
+from moe_reduce.inference.text import Continuation, end_ids, stream
+from moe_reduce.reports import drawing
+from moe_reduce.reports.run_table import align
+from moe_reduce.storage import manifest
+from moe_reduce.storage.model_directory import load
+
+SUMMARY = "summary.json"
+COLUMNS = ["model", "parameters", "bytes (fp32)", "validation loss", "accuracy", "accuracy kept", "decoded tokens/s"]
+TIMED = 3  # generations that the speed is the median of, after one that compiles
+LEAST_TOKENS = 8  # a shorter text says nothing about speed
+NEAR = 0.08  # share of an axis within which two labels would touch
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of a finished run: its name, its directory, and what the run's summary says about it."""
+
+    name: str
+    directory: Path
+    figures: dict[str, Any]
+    reduced_from: str | None = None  # SHA-256 of the model that a reduction began with
+
+
+def entries(workdirs: Sequence[Path]) -> list[Entry]:
+    """All models of finished `train` and `reduce` workdirs, in order.
+
+    Raises UserError where a run is not finished, two models share a name, or validation texts differ.
+    """
+    found = [entry for workdir in workdirs for entry in _of_workdir(workdir)]
+    names = [entry.name for entry in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--runs have two models named {name!r}: leave one of the runs out")
+    texts = {entry.figures["data"]["fingerprint"] for entry in found if "data" in entry.figures}
+    if len(texts) > 1:
+        raise UserError("--runs were validated on different texts, so their losses do not compare: leave one out")
+    return found
+
+
+def _of_workdir(workdir: Path) -> list[Entry]:
+    file = workdir / SUMMARY
+    if not file.is_file():
+        raise UserError(f"{workdir} has no {SUMMARY}: give the workdir of a finished run")
+    summary = read_json(file)
+    if "stages" in summary:
+        return _of_reduction(workdir, summary)
+    if "runs" in summary:
+        return [Entry(run["name"], workdir / run["name"] / "model", run) for run in summary["runs"]]
+    if "validation" not in summary:
+        raise UserError(f"{file} is not of train or reduce: give the workdir of one of these")
+    return [Entry(summary["name"] or workdir.name, workdir / "model", summary)]
+
+
+def _of_reduction(workdir: Path, summary: dict[str, Any]) -> list[Entry]:
+    """Models after each stage; the first model belongs to the run that trained it."""
+    first, *stages = summary["stages"]
+    data = {"data": summary["data"]} if "data" in summary else {}
+    return [
+        Entry(stage["name"], workdir / f"{number:02d}-{stage['name']}" / "model", stage | data, first["model_sha256"])
+        for number, stage in enumerate(stages, start=1)
+    ]
+
+
+def reduction_path(found: Sequence[Entry]) -> list[Entry]:
+    """The model that was reduced, where it is among the entries, then the model after each stage of its reduction."""
+    after = [entry for entry in found if entry.reduced_from is not None]
+    began = {entry.reduced_from for entry in after}
+    before = [
+        entry for entry in found if entry.reduced_from is None and manifest.input_of(entry.directory).sha256 in began
+    ]
+    return before + after if len(before) == 1 else after
+
+
+def rows(found: Sequence[Entry], speeds: dict[str, float | None]) -> list[list[str]]:
+    """Cells of `COLUMNS` for each model; accuracy kept is a share of that of the reduced, or else the first, model."""
+    whole = (reduction_path(found) or found)[0].figures["validation"]["accuracy"]
+    return [_row(entry, whole, speeds[entry.name]) for entry in found]
+
+
+def _row(entry: Entry, whole: float, speed: float | None) -> list[str]:
+    figures, validation = entry.figures, entry.figures["validation"]
+    return [
+        entry.name,
+        f"{figures['parameters']:,}",
+        f"{figures['bytes'] / 1e6:.2f} MB",
+        f"{validation['loss']:.3f}",
+        f"{validation['accuracy']:.1%}",
+        f"{validation['accuracy'] / whole:.1%}",
+        "-" if speed is None else f"{speed:,.0f}",
+    ]
+
+
+def table(cells: Sequence[list[str]]) -> str:
+    """Aligned lines for a terminal."""
+    return align([(row[0], row[1:]) for row in [["", *COLUMNS[1:]], *cells]])
+
+
+def continued(
+    directory: Path, prompt: str, settings: GenerateConfig, execution: ExecutionConfig
+) -> tuple[str, float | None]:
+    """(what the model writes after the prompt, tokens a second while decoding); None for a text too short to time."""
+    tokenizer, model = load_tokenizer(directory), load(directory, execution=execution)
+    settings = dataclasses.replace(settings, end_ids=end_ids(model, tokenizer))
+    prepared, rates, row = ready(model), [], Continuation(tokenizer, tokenizer.encode_prompt(prompt))
+    for _ in range(1 + TIMED):
+        row = Continuation(tokenizer, row.prompt)
+        times = []
+        for _ in stream(prepared, [row], settings):
+            times.append(time.perf_counter())
+        rates.append((len(row.ids) - 1) / (times[-1] - times[0]))
+    return row.text, statistics.median(rates[1:]) if len(row.ids) >= LEAST_TOKENS else None
+
+
+def picture(found: Sequence[Entry], file: Path) -> None:
+    """Validation loss against bytes: a labelled point for each model, and arrows along the reduction."""
+    figure, [[axes]] = drawing.panels(size=(7.5, 4.8))
+    places = {entry.name: (entry.figures["bytes"] / 1e6, entry.figures["validation"]["loss"]) for entry in found}
+    path = [entry.name for entry in reduction_path(found)]
+    for start, end in itertools.pairwise(path):
+        arrow = {"arrowstyle": "-|>", "color": "C0", "shrinkA": 6, "shrinkB": 6, "linewidth": 1.2}
+        axes.annotate("", places[end], places[start], arrowprops=arrow)
+    for name, (x, y) in places.items():
+        axes.plot([x], [y], "o", markersize=8, color="C0" if name in path else "C1")
+    axes.margins(0.18)
+    axes.set(xlabel="weights (MB in fp32)", ylabel="validation loss (nats a token), lower is better")
+    axes.grid(alpha=0.3)
+    _label(axes, places, path)
+    drawing.save(figure, file)
+
+
+def _label(axes, places: dict[str, tuple[float, float]], path: Sequence[str]) -> None:
+    """Names beside their points: below where an arrow comes from above or another name is near, else above."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    before = dict(zip(path[1:], path, strict=False))
+    done: list[tuple[float, float]] = []
+    for name, (x, y) in places.items():
+        crowded = any(abs(x - a) < NEAR * (right - left) and abs(y - b) < NEAR * (high - low) for a, b in done)
+        below = crowded or (name in before and places[before[name]][1] > y)
+        offset, alignment = (-10, "top") if below else (10, "bottom")
+        axes.annotate(
+            name, (x, y), xytext=(0, offset), textcoords="offset points", ha="center", va=alignment, fontsize=11
+        )
+        done.append((x, y))
