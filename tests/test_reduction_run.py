@@ -132,7 +132,7 @@ def test_anneals_in_a_straight_line_with_a_router_in_each_layer(tmp_path):
     np.testing.assert_allclose(bias, np.where(home[None] == np.array([[0], [1]]), 0.0, -1.0))
 
 
-def test_resumes_where_it_was_stopped(finished, tmp_path, monkeypatch):
+def test_resumes_where_it_was_stopped(finished, tmp_path, monkeypatch, capsys):
     file = finished / "config.py"
     once = stages.run_stage
 
@@ -156,6 +156,7 @@ def test_resumes_where_it_was_stopped(finished, tmp_path, monkeypatch):
     )
     assert _reduce(file, tmp_path / "run") == 0
     assert restored == [4]
+    assert f"{tmp_path / 'run'} resumes at stage 2 of 4, anneal" in capsys.readouterr().out.splitlines()
     for stage in ("02-anneal", "04-recover_50"):
         left, right = (moe_reduce.load(place / "run" / stage / "model") for place in (finished, tmp_path))
         assert_close(left.params, right.params)

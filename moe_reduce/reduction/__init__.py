@@ -1,1 +1,1 @@
-"""Model -> smaller model: pure functions of (config, params)."""
+"""Pure transforms from a model to a smaller model, and the scores that choose what to keep."""

@@ -15,7 +15,7 @@ from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import by_path, one, select
 from moe_reduce.reduction.pool import LOSSLESS_BIAS, foreign_bias, own_experts, pool
 from moe_reduce.reduction.prune import check_kept, prune
-from moe_reduce.reduction.selection import Kept
+from moe_reduce.reduction.selection import KeptExperts
 from moe_reduce.reduction.transform import abstract_model
 from moe_reduce.storage import manifest
 from moe_reduce.storage.model_directory import Contents
@@ -70,7 +70,7 @@ def open_directory(path: Path) -> Directory:
     return Directory(path, config, raw, files, manifest.read_chain(path))
 
 
-def prune_files(directory: Directory, kept: Kept, step: Step) -> Contents:
+def prune_files(directory: Directory, kept: KeptExperts, step: Step) -> Contents:
     """Return the model with the kept experts only, as `model_directory.write_directory` takes it.
 
     Layers of a per-layer model that keep different numbers of experts become one pool, in which each layer can choose
@@ -85,7 +85,7 @@ def prune_files(directory: Directory, kept: Kept, step: Step) -> Contents:
     return Contents(config, items(directory, config, kept), dtype, directory.path, directory.raw, chain)
 
 
-def pruned(directory: Directory, kept: Kept) -> Model:
+def pruned(directory: Directory, kept: KeptExperts) -> Model:
     """Return the pruned model with abstract leaves; raises UserError when the model cannot keep these experts."""
     model = abstract_model(directory.config, chain=directory.chain)
     if not _uneven(directory, kept):
@@ -99,7 +99,7 @@ def pruned(directory: Directory, kept: Kept) -> Model:
     )
 
 
-def _uneven(directory: Directory, kept: Kept) -> bool:
+def _uneven(directory: Directory, kept: KeptExperts) -> bool:
     return directory.moe.placement == "layer" and len({len(row) for row in kept}) > 1
 
 
@@ -107,7 +107,7 @@ def _layouts(directory: Directory) -> dict[str, Leaf]:
     return {leaf.path: leaf for leaf in leaves(directory.config)}
 
 
-def _smaller_items(directory: Directory, config: ModelConfig, kept: Kept) -> Iterator[TensorItem]:
+def _smaller_items(directory: Directory, config: ModelConfig, kept: KeptExperts) -> Iterator[TensorItem]:
     """Tensors of a model that keeps as many experts in each row."""
     before, records, by_layer = _layouts(directory), by_path(config), len(kept) > 1
     for leaf in leaves(config):
@@ -131,7 +131,7 @@ def _taken(
     return after.to_stored(np.take(directory.view(before, index), np.asarray(row), axis=axis))
 
 
-def _pooled_items(directory: Directory, config: ModelConfig, kept: Kept) -> Iterator[TensorItem]:
+def _pooled_items(directory: Directory, config: ModelConfig, kept: KeptExperts) -> Iterator[TensorItem]:
     """Tensors of a pool of layers that keep different numbers of experts."""
     places = [(layer, index) for layer, row in enumerate(kept) for index in row]
     before, records = _layouts(directory), by_path(config)
@@ -153,14 +153,14 @@ def _pooled_items(directory: Directory, config: ModelConfig, kept: Kept) -> Iter
                 yield name, leaf.stored_shape, entry.dtype, entry
 
 
-def _router(directory: Directory, leaf: Leaf, kept: Kept) -> np.ndarray:
-    """Kept columns of the routers of all layers, side by side."""
+def _router(directory: Directory, leaf: Leaf, kept: KeptExperts) -> np.ndarray:
+    """KeptExperts columns of the routers of all layers, side by side."""
     router = directory.layout("router")
     columns = [directory.view(router, (layer,))[:, list(row)] for layer, row in enumerate(kept)]
     return leaf.to_stored(np.concatenate(columns, axis=1))
 
 
-def _bias(directory: Directory, kept: Kept, layer: int) -> np.ndarray:
+def _bias(directory: Directory, kept: KeptExperts, layer: int) -> np.ndarray:
     """Selection bias of one layer, with which it can choose only its own experts, fp32 [P]."""
     sizes = [len(row) for row in kept]
     bias_P = foreign_bias(sizes, LOSSLESS_BIAS)[layer]
@@ -183,7 +183,7 @@ def sole_callers(directory: Directory) -> np.ndarray | None:
     return np.argmax(callable_NE, axis=0) if np.all(np.sum(callable_NE, axis=0) == 1) else None
 
 
-def kept_originals(directory: Directory, kept: Kept) -> list[list[list[int]]]:
+def kept_originals(directory: Directory, kept: KeptExperts) -> list[list[list[int]]]:
     """Original (layer, index) of the experts kept, by row and in their new order, as a manifest records them."""
     before = originals(directory.config, directory.chain)
     rows = [[before[row][index] for index in indices] for row, indices in enumerate(kept)]

@@ -24,7 +24,7 @@ from moe_reduce.models.moe.mixture import some_experts
 from moe_reduce.models.parameters import by_path
 from moe_reduce.models.weights import Weight
 from moe_reduce.reduction.files import Directory
-from moe_reduce.reduction.scores import Sums, fetched, sums_of
+from moe_reduce.reduction.scores import Sums, combining, fetched, sums_of
 from moe_reduce.training.task import Batch
 
 CHUNK_BYTES = 40 * 1024**2  # size of the experts that are in memory at a time
@@ -70,28 +70,22 @@ def _layer(directory: Directory, layer: int, states: list, weights: list, execut
             router[name] = _read(directory, directory.layout(name), layer)
     gain_D = _read(directory, directory.layout("output_gain"), layer) if moe.output_gain else jnp.ones(config.width)
     before = [_attend(config, execution, half, router, x_BTD) for x_BTD in states]
-    parts: list[Any] = [None] * len(states)
+    outputs: list[Any] = [None] * len(states)
     for first, experts in _chunks(directory, layer, execution.products):
-        for place, (_, normed_BTD, chosen_BTA, weights_BTA) in enumerate(before):
+        for batch, (_, normed_BTD, chosen_BTA, weights_BTA) in enumerate(before):
             rows = Assigned(normed_BTD, chosen_BTA, weights_BTA)
-            part = _experts(execution, moe.experts, rows, experts, jnp.int32(first))
-            parts[place] = part if parts[place] is None else _add(parts[place], part)
+            of_chunk = _experts(execution, moe.experts, rows, experts, jnp.int32(first))
+            outputs[batch] = of_chunk if outputs[batch] is None else _add(outputs[batch], of_chunk)
     after, totals = [], None
-    for (x_BTD, _, *routed), (y_BTD, *sizes), weights_BT in zip(before, parts, weights, strict=True):
+    for (x_BTD, _, *routed), (y_BTD, *sizes), weights_BT in zip(before, outputs, weights, strict=True):
         after.append(x_BTD + (y_BTD * gain_D[None, None]).astype(x_BTD.dtype))
         assignments = dict(zip(("expert", "weight", "norm", "maximum"), (*routed, *sizes), strict=True))
         sums = fetched(_sums(assignments, weights_BT, moe.experts))
-        totals = sums if totals is None else _merge(totals, sums)
+        totals = sums if totals is None else {name: combining(name)(totals[name], sums[name]) for name in sums}
     return after, totals
 
 
 _sums = jax.jit(sums_of, static_argnums=2)
-
-
-def _merge(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {
-        name: np.maximum(left[name], right[name]) if name == "maximum" else left[name] + right[name] for name in left
-    }
 
 
 @partial(jax.jit, static_argnums=(0, 1))

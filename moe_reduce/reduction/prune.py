@@ -10,11 +10,11 @@ from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import parameters
-from moe_reduce.reduction.selection import Kept
+from moe_reduce.reduction.selection import KeptExperts
 from moe_reduce.reduction.transform import Leaves, expert_rows, moe_of, transform
 
 
-def prune(model: Model, kept: Kept) -> Model:
+def prune(model: Model, kept: KeptExperts) -> Model:
     """Keep these experts and remove all others; keeping all is the identity, bit for bit.
 
     kept: a row of expert numbers for each layer, or one row for a shared pool. Raises UserError when layers would keep
@@ -31,7 +31,7 @@ def prune(model: Model, kept: Kept) -> Model:
     return transform(model, dataclasses.replace(model.config, moe=moe), per_expert, keep)
 
 
-def check_kept(config: ModelConfig, kept: Kept) -> None:
+def check_kept(config: ModelConfig, kept: KeptExperts) -> None:
     """Raises UserError when a model cannot keep these experts."""
     moe, rows = moe_of(config), expert_rows(config)
     if len(kept) != rows:
@@ -49,7 +49,7 @@ def check_kept(config: ModelConfig, kept: Kept) -> None:
             raise UserError(f"kept experts {row} are not ascending numbers below {moe.experts}: correct them")
 
 
-def _take(leaf: jax.Array, kept: Kept, axis: int) -> jax.Array:
+def _take(leaf: jax.Array, kept: KeptExperts, axis: int) -> jax.Array:
     """Take the kept experts along an axis; with several rows, those of each layer on the first axis."""
     if len(kept) == 1:
         return jnp.take(leaf, np.asarray(kept[0]), axis=axis)

@@ -25,17 +25,6 @@ from moe_reduce.models.model import Model
 from moe_reduce.reduction.transform import moe_of
 from moe_reduce.training.sharding import compiled
 
-CRITERIA = (
-    "reap",  # mean of g·‖f‖₂ over the tokens routed to the expert
-    "reap_total",  # the same sum over ALL tokens: usage counts
-    "reap_share",  # the same sum as a share of its layer's; of a shared pool the largest share in any layer (ours)
-    "frequency",  # number of tokens routed to the expert
-    "ean_mean",  # mean of ‖f‖₂
-    "ean_sum",  # sum of ‖f‖₂
-    "weighted_ean_sum",  # sum of g·‖f‖₂
-    "max_activation",  # largest |f|
-    "random",  # for comparison
-)
 TINY = np.float32(1e-30)  # divisor for a layer that adds nothing
 
 
@@ -54,23 +43,21 @@ class Sums:
     maximum: np.ndarray  # max |f|
 
     def __add__(self, other: "Sums") -> "Sums":
-        return Sums(
-            self.tokens + other.tokens,
-            self.counts + other.counts,
-            self.weighted_norm + other.weighted_norm,
-            self.norm + other.norm,
-            np.maximum(self.maximum, other.maximum),
-        )
+        both = {name: combining(name)(getattr(self, name), getattr(other, name)) for name in STATISTICS}
+        return Sums(self.tokens + other.tokens, **both)
 
     def pooled(self) -> "Sums":
-        """Add the layer calls of a pool that every layer calls, [1, E]."""
-        return Sums(
-            self.tokens,
-            np.sum(self.counts, axis=0, keepdims=True),
-            np.sum(self.weighted_norm, axis=0, keepdims=True),
-            np.sum(self.norm, axis=0, keepdims=True),
-            np.max(self.maximum, axis=0, keepdims=True),
-        )
+        """Combine the layer calls of a pool that every layer calls, [1, E]."""
+        rows = {name: combining(name).reduce(getattr(self, name), axis=0, keepdims=True) for name in STATISTICS}
+        return Sums(self.tokens, **rows)
+
+
+STATISTICS = tuple(field.name for field in dataclasses.fields(Sums) if field.name != "tokens")
+
+
+def combining(statistic: str) -> np.ufunc:
+    """Return how two values of a statistic are combined: maxima by their maximum, all others by their sum."""
+    return np.maximum if statistic == "maximum" else np.add
 
 
 def sums_of(assignments: dict[str, jax.Array], weights_BT: jax.Array, experts: int) -> dict[str, jax.Array]:
@@ -109,8 +96,8 @@ def collect(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> S
     found: Sums | None = None
     for batch in batches:
         tokens, by_name = step(model.params, batch)
-        part = Sums(int(tokens), **fetched(by_name))
-        found = part if found is None else found + part
+        of_batch = Sums(int(tokens), **fetched(by_name))
+        found = of_batch if found is None else found + of_batch
     if found is None:
         raise UserError("no tokens to score with: give a larger --data")
     if not np.all(np.isfinite(found.weighted_norm)):
@@ -135,6 +122,28 @@ def _step(config: ModelConfig, moe: MoEConfig, execution: ExecutionConfig, mesh:
     return compiled(sums, mesh)
 
 
+def _mean(total: np.ndarray, sums: Sums) -> np.ndarray:
+    return total / np.maximum(sums.counts, 1)
+
+
+def _share(total: np.ndarray) -> np.ndarray:
+    return total / np.maximum(np.sum(total, axis=1, keepdims=True), TINY)
+
+
+# [N, E] from the sums; of the tokens routed to an expert unless a comment says otherwise
+FORMULAS: dict[str, Callable[[Sums], np.ndarray]] = {
+    "reap": lambda sums: _mean(sums.weighted_norm, sums),  # mean of g·‖f‖₂
+    "reap_total": lambda sums: sums.weighted_norm / np.float32(sums.tokens),  # over ALL tokens: usage counts
+    "reap_share": lambda sums: _share(sums.weighted_norm),  # of its layer; of a pool the largest share (ours)
+    "frequency": lambda sums: sums.counts,  # number of tokens
+    "ean_mean": lambda sums: _mean(sums.norm, sums),  # mean of ‖f‖₂
+    "ean_sum": lambda sums: sums.norm,  # sum of ‖f‖₂
+    "weighted_ean_sum": lambda sums: sums.weighted_norm,  # sum of g·‖f‖₂
+    "max_activation": lambda sums: sums.maximum,  # largest |f|
+}
+CRITERIA = (*FORMULAS, "random")  # random: for comparison
+
+
 def check_criteria(names: Iterable[str]) -> None:
     """Raises UserError when a criterion is unknown."""
     for name in names:
@@ -148,20 +157,10 @@ def criterion(name: str, sums: Sums, seed: int = 0) -> np.ndarray:
     Higher scores are more worth keeping; an expert that no token was routed to has 0. seed: of the random criterion.
     Raises UserError when the criterion is unknown.
     """
-    counts = np.maximum(sums.counts, 1)
-    formulas = {
-        "reap": lambda: sums.weighted_norm / counts,
-        "reap_total": lambda: sums.weighted_norm / np.float32(sums.tokens),
-        "reap_share": lambda: sums.weighted_norm / np.maximum(np.sum(sums.weighted_norm, axis=1, keepdims=True), TINY),
-        "frequency": lambda: sums.counts,
-        "ean_mean": lambda: sums.norm / counts,
-        "ean_sum": lambda: sums.norm,
-        "weighted_ean_sum": lambda: sums.weighted_norm,
-        "max_activation": lambda: sums.maximum,
-        "random": lambda: np.random.default_rng(seed).random(sums.counts.shape, np.float32),
-    }
     check_criteria([name])
-    return np.where(sums.counts > 0, formulas[name](), 0).astype(np.float32)
+    random = np.random.default_rng(seed)
+    values = random.random(sums.counts.shape, np.float32) if name == "random" else FORMULAS[name](sums)
+    return np.where(sums.counts > 0, values, 0).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def write(found: Scores, file: Path) -> None:
 
 def write_arrays(sums: Sums, file: Path) -> None:
     """Write the sums of every layer call as .npz."""
-    np.savez(file, **{name: getattr(sums, name) for name in ("tokens", "counts", "weighted_norm", "norm", "maximum")})
+    np.savez(file, **{name: getattr(sums, name) for name in ("tokens", *STATISTICS)})
 
 
 def read(file: Path) -> Scores:

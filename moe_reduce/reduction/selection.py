@@ -9,14 +9,14 @@ import numpy as np
 
 from moe_reduce.core.errors import UserError
 
-Kept = tuple[tuple[int, ...], ...]  # for each row, the kept indices in ascending order
+KeptExperts = tuple[tuple[int, ...], ...]  # for each row, the kept expert numbers in ascending order
 
 SUPER_PERCENTILE = 99.5  # percentile of the experts' largest activations that a super expert exceeds
 SUPER_SHARE = 0.1  # share of the largest activation of all that a super expert exceeds
 SUPER_LAYERS = 0.75  # share of the layers, from the first, in which super experts are looked for
 
 
-def keep_by_row(scores_NE: np.ndarray, keep: int, protected: frozenset[tuple[int, int]] = frozenset()) -> Kept:
+def keep_by_row(scores_NE: np.ndarray, keep: int, protected: frozenset[tuple[int, int]] = frozenset()) -> KeptExperts:
     """Keep the `keep` best experts of each row, protected ones first; of equals the lower index stays.
 
     Raises UserError when a row has fewer experts, or more protected ones.
@@ -41,7 +41,7 @@ def keep_overall(
     floor: int,
     protected: frozenset[tuple[int, int]] = frozenset(),
     caller_NE: np.ndarray | None = None,
-) -> Kept:
+) -> KeptExperts:
     """Keep the `keep` best experts in one ranking over all rows, and at least `floor` in each layer.
 
     Scores are first divided by the mean of their layer, because layers differ in the scale of their outputs. protected

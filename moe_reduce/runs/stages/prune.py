@@ -14,7 +14,7 @@ from moe_reduce.data.batches import train_batches
 from moe_reduce.models.model import Model
 from moe_reduce.reduction import scores, selection
 from moe_reduce.reduction.prune import prune
-from moe_reduce.reduction.selection import Kept
+from moe_reduce.reduction.selection import KeptExperts
 from moe_reduce.reduction.transform import expert_count, expert_rows, moe_of
 from moe_reduce.runs.stages.stage import Originals, Result, RunContext, Stage, StageContext
 from moe_reduce.runs.stages.text import text_seed
@@ -72,6 +72,6 @@ def _calibration(stage: PruneStage, context: RunContext, seed: int) -> Iterator[
     return (sharding.put_batch(context.mesh, batch) for batch in itertools.islice(batches, stage.calibration_batches))
 
 
-def _kept_originals(model: Model, kept: Kept) -> Originals:
+def _kept_originals(model: Model, kept: KeptExperts) -> Originals:
     before = originals(model.config, model.chain)
     return [[before[row][index] for index in indices] for row, indices in enumerate(kept)]

@@ -1,0 +1,71 @@
+"""The plan of a reduction: what each stage makes of an architecture, and which stages cannot follow others."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from training_runs import MODELS
+
+from moe_reduce.core.config import ExecutionConfig, PoolStage, PruneStage, ReduceConfig, TrainConfig, TuneStage
+from moe_reduce.core.errors import UserError
+from moe_reduce.models.parameters import parameter_count
+from moe_reduce.reduction.transform import expert_count
+from moe_reduce.runs.stages import configurations, planned_jobs
+
+
+def _first(layers, experts):
+    moe = dataclasses.replace(MODELS["layer"].moe, experts=experts)
+    return dataclasses.replace(MODELS["layer"], layers=layers, moe=moe)
+
+
+def _run(**stages):
+    train = TrainConfig(steps=4, batch_size=2)
+    return ReduceConfig(model="nowhere", stages=stages, train=train, execution=ExecutionConfig().resolve("cpu"))
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(16, 4), (4, 16), (3, 5)])
+@pytest.mark.parametrize("keep", [1.0, 0.75, 0.5])
+def test_shares_are_of_a_model_of_any_size(layers, experts, keep):
+    first = _first(layers, experts)
+    total = layers * experts
+    run = _run(prune=PruneStage(keep=keep), pool=PoolStage(), again=PruneStage(keep=keep / 2))
+    by_layer, pooled, last = (config for _, config in configurations(first, run))
+    assert by_layer.moe.experts == int(np.ceil(keep * experts))
+    assert expert_count(pooled) == layers * by_layer.moe.experts
+    assert pooled.moe.output_gain
+    assert last.moe.experts == int(np.ceil(keep / 2 * total))
+
+
+@pytest.mark.parametrize("keep", [180.0, 0.2])
+def test_what_a_model_cannot_keep_names_the_range(keep):
+    with pytest.raises(UserError, match="cannot be kept") as raised:
+        list(configurations(_first(16, 4), _run(prune_it=PruneStage(keep=keep))))
+    message = str(raised.value)
+    assert message.startswith(f"stages.prune_it: keep={keep:g} asks for ")
+    assert message.endswith("of the first model's 64 experts keep a share, such as 0.5, or from 32 to 64")
+
+
+def test_a_number_that_is_no_number_of_experts_names_the_key():
+    with pytest.raises(UserError, match=r"^stages.prune_it: keep=1.5 must be a share"):
+        list(configurations(_first(4, 4), _run(prune_it=PruneStage(keep=1.5))))
+
+
+def test_planned_jobs_are_those_of_the_stages_that_train():
+    first = _first(4, 4)
+    run = _run(
+        pool=PoolStage(),
+        distil=TuneStage(steps=2, objective="router"),
+        anneal=TuneStage(steps=2, bias_from=4.0),
+        half=PruneStage(keep=0.5),
+        recover=TuneStage(steps=2, components="router,experts", teacher_weight=0.5, bias_from=1.0),
+    )
+    jobs = dict(planned_jobs(first, run, "bfloat16"))
+    assert list(jobs) == ["distil", "anneal", "recover"]
+    # the routers' teacher is in the canonical form of the pool, the other one as it was
+    assert [job.others["teacher"]["layers"].keys() >= {"output_gain"} for job in (jobs["distil"], jobs["recover"])] == [
+        True,
+        False,
+    ]
+    assert "teacher" not in jobs["anneal"].others
+    assert parameter_count(jobs["recover"].model) < parameter_count(jobs["anneal"].model)
+    assert jobs["recover"].initial["experts"]["gate"].shape[0] == 8
