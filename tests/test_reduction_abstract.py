@@ -6,6 +6,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from training_runs import MODELS
 
@@ -13,6 +14,8 @@ from moe_reduce.adapters.adapter import activate, init
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, ExecutionConfig, PoolStage
 from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import select
+from moe_reduce.models.weights import Int8
 from moe_reduce.reduction.canonical import canonical
 from moe_reduce.reduction.embedding import factorise_embedding
 from moe_reduce.reduction.heads import group_heads
@@ -110,3 +113,23 @@ def test_the_plan_is_what_a_transform_makes(name, kind):
     }
     own = {path: leaf.shape for path, leaf in arrays.items() if not path.startswith("adapter/")}
     assert own == {path: leaf.shape for path, leaf in trees.flatten(abstract_model(made.config).params).items()}
+
+
+@pytest.mark.parametrize("kind", ["layer", "shared"])
+@pytest.mark.parametrize("name", ["prune", "drop_layers"])
+def test_quantised_weights_are_sliced_with_their_scales(name, kind):
+    """Each output has a scale of its own, so that slicing and quantising commute."""
+    transform, _ = TRANSFORMS[name]
+    sliced = transform(_quantised(_real(kind)))
+    expected = _quantised(transform(_real(kind)))
+    jax.tree.map(np.testing.assert_array_equal, sliced.params, expected.params)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _quantised(_real(kind)).params)
+    planned = transform(dataclasses.replace(_real(kind), params=shapes))
+    assert jax.tree.map(lambda leaf: leaf.shape, planned.params) == jax.tree.map(lambda leaf: leaf.shape, sliced.params)
+
+
+def _quantised(model):
+    experts = select(model.config, component="experts")
+    flat = trees.flatten(model.params)
+    flat |= {record.path: Int8.quantise(flat[record.path], record) for record in experts}
+    return dataclasses.replace(model, params=trees.unflatten(flat))

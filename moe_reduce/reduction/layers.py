@@ -11,6 +11,7 @@ import numpy as np
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import parameters
+from moe_reduce.models.weights import map_parts
 from moe_reduce.reduction.transform import Leaves, transform
 from moe_reduce.training.task import Batch
 
@@ -32,7 +33,7 @@ def drop_layers(model: Model, layers: Sequence[int]) -> Model:
     stacked = [record for record in parameters(model.config) if record.stacked]
 
     def drop(leaves: Leaves) -> Leaves:
-        return {path: leaf[kept] for path, leaf in leaves.items()}
+        return {record.path: map_parts(lambda _, part: part[kept], record, leaves[record.path]) for record in stacked}
 
     return transform(model, dataclasses.replace(model.config, layers=len(kept)), stacked, drop)
 

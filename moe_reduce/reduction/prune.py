@@ -9,7 +9,8 @@ import numpy as np
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.model import Model
-from moe_reduce.models.parameters import parameters
+from moe_reduce.models.parameters import Parameter, parameters
+from moe_reduce.models.weights import Value, map_parts
 from moe_reduce.reduction.selection import KeptExperts
 from moe_reduce.reduction.transform import Leaves, expert_rows, moe_of, transform
 
@@ -26,7 +27,7 @@ def prune(model: Model, kept: KeptExperts) -> Model:
     per_expert = [record for record in parameters(model.config) if record.expert_axis is not None]
 
     def keep(leaves: Leaves) -> Leaves:
-        return {record.path: _take(leaves[record.path], kept, record.axes.index("E")) for record in per_expert}
+        return {record.path: _keep(leaves[record.path], record, kept) for record in per_expert}
 
     return transform(model, dataclasses.replace(model.config, moe=moe), per_expert, keep)
 
@@ -49,8 +50,13 @@ def check_kept(config: ModelConfig, kept: KeptExperts) -> None:
             raise UserError(f"kept experts {row} are not ascending numbers below {moe.experts}: correct them")
 
 
-def _take(leaf: jax.Array, kept: KeptExperts, axis: int) -> jax.Array:
-    """Take the kept experts along an axis; with several rows, those of each layer on the first axis."""
-    if len(kept) == 1:
-        return jnp.take(leaf, np.asarray(kept[0]), axis=axis)
-    return jnp.stack([jnp.take(leaf[layer], np.asarray(row), axis=axis - 1) for layer, row in enumerate(kept)])
+def _keep(value: Value, record: Parameter, kept: KeptExperts) -> Value:
+    """Take the kept experts of a parameter; with several rows, those of each layer on the first axis."""
+
+    def take(axes: tuple[int, ...], part: jax.Array) -> jax.Array:
+        axis = axes.index(record.axes.index("E"))
+        if len(kept) == 1:
+            return jnp.take(part, np.asarray(kept[0]), axis=axis)
+        return jnp.stack([jnp.take(part[layer], np.asarray(row), axis=axis - 1) for layer, row in enumerate(kept)])
+
+    return map_parts(take, record, value)
