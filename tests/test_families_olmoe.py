@@ -12,9 +12,10 @@ from transformers_models import written
 import moe_reduce
 from moe_reduce.__main__ import main
 from moe_reduce.core import trees
+from moe_reduce.core.config import PoolStage
 from moe_reduce.core.errors import UserError
 from moe_reduce.families import of_config
-from moe_reduce.reduction.architecture import group_heads
+from moe_reduce.reduction.heads import group_heads
 from moe_reduce.reduction.pool import pool
 from moe_reduce.reduction.prune import prune
 
@@ -66,7 +67,7 @@ def test_a_pruned_directory_is_the_transform_and_opens_in_transformers(directory
 def test_a_pool_computes_the_same_where_weights_are_renormalised(tmp_path: Path):
     written(tmp_path / "model", "olmoe", **NORMALISED)
     model = moe_reduce.load(tmp_path / "model")
-    pooled = pool(model)
+    pooled = pool(model, PoolStage(canonical=False))
     assert (of_config(model.config).name, of_config(pooled.config).name) == ("olmoe", "moe_reduce")
     moe_reduce.save(pooled, tmp_path / "pool")
     again = moe_reduce.load(tmp_path / "pool")
@@ -96,7 +97,7 @@ def test_uneven_pruning_from_file_to_file_keeps_the_rest_of_the_architecture(tmp
 
 def test_weights_that_are_not_renormalised_are_not_pooled(directory: Path):
     with pytest.raises(UserError, match="norm_topk_prob"):
-        pool(moe_reduce.load(directory))
+        pool(moe_reduce.load(directory), PoolStage(canonical=False))
 
 
 def test_grouping_equal_heads_changes_no_logit(tmp_path: Path):

@@ -11,6 +11,7 @@ import pytest
 from training_runs import MODELS
 
 from moe_reduce.adapters.adapter import activate, init
+from moe_reduce.adapters.merging import merge
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, ExecutionConfig, PoolStage
 from moe_reduce.models.model import Model
@@ -46,11 +47,16 @@ CONFIGS = {
 }
 PER_LAYER = tuple(name for name in CONFIGS if name.startswith("layer"))
 MIXTURES = (*PER_LAYER, "shared", "shared_with_options")
+LORA = AdapterConfig(targets="q,v", rank=2)
 SKEMA = AdapterConfig(method="skema", targets="attention,mlp", sketch_width=2)
 
 
 def _with_adapter(config, model):
     return activate(model, init(config, model))
+
+
+def _merged(config, model):
+    return merge(model, init(config, model))
 
 
 def _keep_some(model):
@@ -86,8 +92,10 @@ TRANSFORMS = {
     "prune_neurons": (lambda model: prune_neurons(model, 7), tuple(CONFIGS)),
     "prune_magnitude": (lambda model: prune_magnitude(model, 0.5), tuple(CONFIGS)),
     "prune_two_four": (prune_two_four, tuple(CONFIGS)),
-    "lora": (lambda model: _with_adapter(AdapterConfig(targets="q,v", rank=2), model), tuple(CONFIGS)),
+    "lora": (lambda model: _with_adapter(LORA, model), tuple(CONFIGS)),
     "skema": (lambda model: _with_adapter(SKEMA, model), tuple(CONFIGS)),
+    "merged_lora": (lambda model: _merged(LORA, model), tuple(CONFIGS)),
+    "merged_skema": (lambda model: _merged(SKEMA, model), tuple(CONFIGS)),
 }
 
 

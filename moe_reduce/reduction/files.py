@@ -154,7 +154,7 @@ def _pooled_items(directory: Directory, config: ModelConfig, kept: KeptExperts) 
 
 
 def _router(directory: Directory, leaf: Leaf, kept: KeptExperts) -> np.ndarray:
-    """KeptExperts columns of the routers of all layers, side by side."""
+    """Kept columns of the routers of all layers, side by side."""
     router = directory.layout("router")
     columns = [directory.view(router, (layer,))[:, list(row)] for layer, row in enumerate(kept)]
     return leaf.to_stored(np.concatenate(columns, axis=1))

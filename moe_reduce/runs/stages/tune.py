@@ -33,11 +33,10 @@ class Tune(Stage):
     config: TuneStage
 
     def after(self, model: Model, context: StageContext) -> Result:
-        """Return the model as it is; raises UserError when the stage cannot train it."""
+        """Return the model with the adapter merged, if there is one; raises UserError for what cannot train."""
         stage, moe = self.config, moe_of(model.config)
         recovery.check_components(stage, model.config)
         if stage.adapter is not None:
-            adapters.init(stage.adapter, model)
             check_split(stage.adapter, model.config, context.run.mesh.tensor)
             if "experts" in stage.components.split(",") and stage.objective == "language_model":
                 raise UserError("components names experts, which train whole: leave the adapter out")
@@ -50,7 +49,7 @@ class Tune(Stage):
             raise UserError(
                 "objective=router compares a whole pool with the routers it came from: put it before pruning"
             )
-        return Result(model)
+        return Result(model if stage.adapter is None else merging.merge(model, adapters.init(stage.adapter, model)))
 
     def job(self, model: Model, context: StageContext) -> Job:
         """Return what trains: the model with the stage's adapter, bias and teacher."""
