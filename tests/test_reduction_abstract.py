@@ -15,7 +15,7 @@ from moe_reduce.adapters.merging import merge
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, ExecutionConfig, PoolStage
 from moe_reduce.models.model import Model
-from moe_reduce.models.parameters import select
+from moe_reduce.models.parameters import one, select
 from moe_reduce.models.weights import Int8
 from moe_reduce.reduction.canonical import canonical
 from moe_reduce.reduction.embedding import factorise_embedding
@@ -137,7 +137,7 @@ def test_quantised_weights_are_sliced_with_their_scales(name, kind):
 
 
 def _quantised(model):
-    experts = select(model.config, component="experts")
+    records = [*select(model.config, component="experts"), one(model.config, "router")]
     flat = trees.flatten(model.params)
-    flat |= {record.path: Int8.quantise(flat[record.path], record) for record in experts}
+    flat |= {record.path: Int8.quantise(flat[record.path], record) for record in records}
     return dataclasses.replace(model, params=trees.unflatten(flat))
