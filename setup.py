@@ -11,6 +11,7 @@ NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10"]
 setup(
     name="moe_reduce",
     version="0.1.0",
+    license="Apache-2.0",
     description="Make a language model smaller, and show what it cost: shared expert pools, REAP, SkeMA, in JAX",
     packages=find_packages(include=["moe_reduce", "moe_reduce.*"]),
     python_requires=">=3.11",
