@@ -1,4 +1,4 @@
-"""The notebooks, run from beginning to end as a user's Jupyter does, each in a directory of its own."""
+"""Notebooks run from beginning to end as in a user's Jupyter, each in its own directory, and are kept with outputs."""
 
 import ast
 import os
@@ -26,11 +26,13 @@ def test_notebook_runs_and_ends_in_a_picture(file, tmp_path):
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_notebook_defines_nothing_and_is_kept_without_outputs(file):
+def test_notebook_defines_nothing_and_is_kept_with_small_outputs(file):
     notebook = nbformat.read(file, as_version=4)
     nbformat.validate(notebook)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == []
-            nodes = ast.walk(ast.parse(cell.source))
-            assert not [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code:
+        nodes = ast.walk(ast.parse(cell.source))
+        assert not [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert "error" not in [output.output_type for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs) >= 2
+    assert file.stat().st_size < 500_000
