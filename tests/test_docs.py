@@ -91,6 +91,11 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+def test_the_readme_lists_every_command():
+    listed = re.findall(r"`([\w-]+)`", (ROOT / "README.md").read_text())
+    assert set(COMMANDS) <= set(listed)
+
+
 def test_figures_of_the_readme_stand_on_the_pages_that_it_links():
     rows = re.findall(r"^\| .* \| (.*) \| \[.*\]\((docs/results/\w+\.md)\) \|$", (ROOT / "README.md").read_text(), re.M)
     assert 5 <= len(rows) <= 8
