@@ -4,6 +4,7 @@ import argparse
 import importlib
 import re
 import shlex
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
@@ -28,6 +29,7 @@ GUIDES = sorted(ROOT.glob("docs/guides/*.md"))
 BLOCK = re.compile(r"(<!-- run -->\n)?^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MODEL_OPTIONS = ("--model", "--baseline", "--config.model", "--config.data.tokenizer")
+ROOMS = {path.name for path in (ROOT / "moe_reduce").iterdir() if path.is_dir()}
 VOCABULARY = 300
 SCHEDULE = [
     "--config.train.batch_size=8", "--config.train.evaluate_every=2", "--config.train.evaluate_batches=1",
@@ -87,6 +89,14 @@ def test_documents_name_nothing_that_a_reader_lacks(document):
         assert private not in re.sub(r"\w/work(ers?|dirs?)", "", document.read_text())
 
 
+@pytest.mark.parametrize("document", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_modules_that_documents_name_exist(document):
+    named = re.findall(r"`(?:moe_reduce/)?([\w/]+/[\w/]*(?:\.py)?)`", (ROOT / document).read_text())
+    found = [name for name in named if name.split("/")[0] in ROOMS]
+    assert len(found) > 5
+    assert [name for name in found if not (ROOT / "moe_reduce" / name).exists()] == []
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
@@ -134,8 +144,8 @@ def stand_ins(tmp_path_factory):
     tokenizer = train_tokenizer([text(documents=100, seed=seed) for seed in range(2)], VOCABULARY)
     (directory / "tokenizer").mkdir()
     tokenizer.save(directory / "tokenizer")
-    for name, kind in {"mixture": "layer", "dense": "dense"}.items():
-        config, execution = MODELS[kind], ExecutionConfig(platform="cpu")
+    execution = ExecutionConfig(platform="cpu")
+    for name, config in {"mixture": MODELS["layer"], "dense": replace(MODELS["dense"], feed_forward_width=256)}.items():
         params = init_params(config, jax.random.key(0))
         moe_reduce.save(Model(config, params, execution, source=directory / "tokenizer"), directory / name)
     return directory
