@@ -145,7 +145,8 @@ def stand_ins(tmp_path_factory):
     (directory / "tokenizer").mkdir()
     tokenizer.save(directory / "tokenizer")
     execution = ExecutionConfig(platform="cpu")
-    for name, config in {"mixture": MODELS["layer"], "dense": replace(MODELS["dense"], feed_forward_width=256)}.items():
+    dense = replace(MODELS["dense"], vocab_size=VOCABULARY, feed_forward_width=256)
+    for name, config in {"mixture": replace(MODELS["layer"], vocab_size=VOCABULARY), "dense": dense}.items():
         params = init_params(config, jax.random.key(0))
         moe_reduce.save(Model(config, params, execution, source=directory / "tokenizer"), directory / name)
     return directory
