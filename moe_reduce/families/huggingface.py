@@ -55,7 +55,7 @@ class HuggingFaceFamily(Family):
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, raw: Mapping[str, Any]) -> ModelConfig:
-        """See Family."""
+        """The ModelConfig of a config.json; UserError names a key that cannot be represented."""
         self._check(raw)
         flat = self._flat(raw)
         values = {name: key.value(flat) for name, key in self.keys.items()} | dict(self.fixed)
@@ -69,7 +69,7 @@ class HuggingFaceFamily(Family):
         return ModelConfig(**values, moe=MoEConfig(**experts) if experts else None, family=self.name)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """See Family."""
+        """The keys of a new config.json."""
         values = self._values(config)
         raw = {key: value for key, value in values.items() if key not in self.rope}
         rope = {name: values[key] for key, name in self.rope.items()}
@@ -77,7 +77,7 @@ class HuggingFaceFamily(Family):
         return raw | dict(self.constants)
 
     def update(self, raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-        """See Family. A changed field's key is given even where it was left out: its default may not fit."""
+        """`raw` with the keys of changed fields replaced, and keys it left out added: their defaults may not fit."""
         flat, raw = self._flat(raw), dict(raw)
         spellings = {key: name for name, key in self.aliases.items() if name in raw}
         for key, value in self._values(config).items():
@@ -93,7 +93,7 @@ class HuggingFaceFamily(Family):
         return raw
 
     def represents(self, config: ModelConfig) -> bool:
-        """See Family. Decided by writing the config and reading it back."""
+        """True if writing the config and reading it back gives the same config."""
         if self._has_experts != (config.moe is not None):
             return False
         try:
@@ -102,7 +102,7 @@ class HuggingFaceFamily(Family):
             return False
 
     def same(self, left: ModelConfig, right: ModelConfig) -> bool:
-        """See Family. No file of transformers gives the experts' initial scale."""
+        """True if equal but for the experts' initial scale, which no file of transformers holds."""
         if left.moe is not None and right.moe is not None:
             left = dataclasses.replace(left, moe=dataclasses.replace(left.moe, init_scale=right.moe.init_scale))
         return left == right

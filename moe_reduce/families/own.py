@@ -29,26 +29,26 @@ class Own(Family):
     """The family that represents every config."""
 
     def read(self, raw: Mapping[str, Any]) -> ModelConfig:
-        """See Family."""
+        """The ModelConfig of a config.json; UserError names a key that is missing, unknown or ill-typed."""
         outside = {"architectures", "model_type", *CARRIED}
         inside = {key: value for key, value in raw.items() if key not in outside}
         return dataclasses.replace(configuration.model_from_dict(LATER_FIELDS | inside, NAME), family=NAME)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """See Family."""
+        """The fields of the config; later ones only if they differ from the default."""
         fields = configuration.to_dict(dataclasses.replace(config, family=None))
         return {key: value for key, value in fields.items() if key not in LATER_FIELDS or value != LATER_FIELDS[key]}
 
     def update(self, raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-        """See Family."""
+        """`raw` with the fields of the config."""
         return {key: value for key, value in raw.items() if key not in LATER_FIELDS} | self.write(config)
 
     def represents(self, config: ModelConfig) -> bool:  # noqa: ARG002
-        """See Family."""
+        """True: every field has a key."""
         return True
 
     def same(self, left: ModelConfig, right: ModelConfig) -> bool:
-        """See Family."""
+        """True if equal."""
         return left == right
 
 

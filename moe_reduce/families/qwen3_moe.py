@@ -11,7 +11,7 @@ class Qwen3MoE(HuggingFaceFamily):
     """The family, with a key that transformers wants although nothing reads it."""
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """See Family. `intermediate_size` would be the width of dense layers, of which there are none."""
+        """The keys of a new config.json, with `intermediate_size`, the width of dense layers that do not exist."""
         raw = super().write(config)
         return raw | {"intermediate_size": raw["moe_intermediate_size"]}
 

@@ -27,9 +27,9 @@ def arrays_of(leaf: Leaf, weight: Any) -> list[tuple[Leaf, Any]]:
 
 def stored_leaves(leaf: Leaf, names: Container[str]) -> list[Leaf]:
     """Layouts of the arrays that hold a weight in files of these tensors."""
-    if leaf.record.is_matrix and _scales(leaf).names()[0] in names:
-        return [leaf, _scales(leaf)]
-    return [leaf]
+    scales = _scales(leaf)
+    first = scales.name((0,) * len(scales.stacked))
+    return [leaf, scales] if leaf.record.is_matrix and first in names else [leaf]
 
 
 def weight_of(arrays: Sequence[Any]) -> Any:
