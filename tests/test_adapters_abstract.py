@@ -3,8 +3,11 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from test_adapters import METHODS, model_of
+from test_adapters import METHODS, disturbed, model_of
+from training_runs import random_batch
 
 from moe_reduce.adapters import adapter as adapters
 from moe_reduce.adapters import merging
@@ -12,6 +15,7 @@ from moe_reduce.adapters.targets import targets_of
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig
 from moe_reduce.models.model import Model
+from moe_reduce.quantization.round_to_nearest import quantise_int8
 
 KINDS = ("dense", "neox", "layer", "pool", "shared")  # neox: biases, GELU; layer, pool, shared: experts
 MIXTURES = ("layer", "pool", "shared")
@@ -63,6 +67,24 @@ def test_init_activate_merge_and_unmerge(method, kind):
         assert found.config == wanted.config
         assert [step.command for step in found.chain] == [step.command for step in wanted.chain]
         assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in trees.flatten(found.params).values())
+
+
+@pytest.mark.parametrize(("method", "kind"), [("lora", "layer"), ("dora", "dense"), ("skema_orthonormal_full", "pool")])
+def test_a_quantised_base(method, kind):
+    """Matrices that are merged into become float32; the merged model is the adapted one, real and planned."""
+    config, real = config_of(method, kind), quantise_int8(model_of(kind))
+    planned = dataclasses.replace(real, params=abstract(real.params))
+    adapter, planned_adapter = disturbed(adapters.init(config, real)), adapters.init(config, planned)
+    assert shapes(planned_adapter.tree) == shapes(adapter.tree)
+    active, merged = adapters.activate(real, adapter), merging.merge(real, adapter)
+    assert shapes(merging.merge(planned, planned_adapter).params) == shapes(merged.params)
+    flat = trees.flatten(merged.params)
+    assert {flat[target.path].dtype.name for target in targets_of(config, real.config)} == {"float32"}
+    tokens = random_batch()["tokens"]
+    expected = active(tokens)
+    scale = float(jnp.max(jnp.abs(expected)))
+    assert float(jnp.max(jnp.abs(expected - real(tokens)))) > 1e-3 * scale
+    np.testing.assert_allclose(merged(tokens), expected, rtol=0, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "skema_srht_full"])

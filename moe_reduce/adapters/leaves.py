@@ -14,6 +14,7 @@ from moe_reduce.adapters import projections
 from moe_reduce.adapters.targets import Target
 from moe_reduce.core.config import AdapterConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.models import weights
 
 LOW_RANK_CORE_STD = 1e-3  # of both factors of M, unless core_std is given
 Shape = tuple[int, ...]
@@ -53,9 +54,9 @@ def leaves_of(config: AdapterConfig, target: Target) -> dict[str, Leaf]:
     return found
 
 
-def is_abstract(leaf: Any) -> bool:
-    """True for a leaf that has a shape but no values."""
-    return isinstance(leaf, jax.ShapeDtypeStruct)
+def is_abstract(value: Any) -> bool:
+    """True for a leaf, or a quantised weight, that has shapes but no values."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value))
 
 
 def trained_names(config: AdapterConfig) -> frozenset[str]:
@@ -147,9 +148,11 @@ def _constant(value: float) -> Start:
     return lambda _, shape, __: jnp.full(shape, value, jnp.float32)
 
 
-def _row_norms(target: Target, layer: int, shape: Shape, weight: jax.Array) -> jax.Array:
+def _row_norms(target: Target, layer: int, shape: Shape, weight: Any) -> jax.Array:
     """‖w_o‖ of every output of a layer's matrix in fp32, [O]."""
-    w_IO = weight[layer].astype(jnp.float32).reshape(target.in_features, *shape)
+    contracted = tuple(axis - 1 for axis in target.parameter.contracted)
+    w = weights.dense(jax.tree.map(lambda leaf: leaf[layer], weight), contracted, jnp.float32)
+    w_IO = w.reshape(target.in_features, *shape)
     return jnp.sqrt(jnp.sum(jnp.square(w_IO), axis=0))
 
 

@@ -20,6 +20,7 @@ from moe_reduce.core import trees
 from moe_reduce.core.config import to_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
+from moe_reduce.models import weights
 from moe_reduce.models.deltas import ADAPTER, SMALLEST_SQUARE, srht_transposed
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import parameter_count
@@ -32,8 +33,8 @@ ORDER = "(core · S_in), then S_outᵀ · (…), then scale, then W + ΔW; all i
 def merge(model: Model, adapter: Adapter) -> Model:
     """The base with ΔW added to its matrices, and a step of its chain that records the merge.
 
-    The adapter may be active in the model. Abstract leaves give abstract leaves, and a step without hashes. UserError
-    if the adapter does not fit, or has been merged into this model before.
+    The adapter may be active in the model. A quantised matrix becomes a float32 one. Abstract leaves give abstract
+    leaves, and a step without hashes. UserError if the adapter does not fit, or has been merged into this model before.
     """
     base = unmerge(model) if ADAPTER in model.params else model
     # a copy of the adapter in PEFT's form has another config, and so another digest, but the same leaves
@@ -42,10 +43,10 @@ def merge(model: Model, adapter: Adapter) -> Model:
         if step.command == "merge" and any(value and value == step.arguments.get(key) for key, value in hashes.items()):
             raise UserError("this adapter has been merged into this model before: merge it into its base instead")
     check_fits(adapter, base.config)
-    weights = trees.flatten(base.params)
+    flat = trees.flatten(base.params)
     merged = {}
     for target in targets_of(adapter.config, base.config):
-        merged[target.path] = _merged(target, weights[target.path], delta_of(adapter, target))
+        merged[target.path] = _merged(target, flat[target.path], delta_of(adapter, target))
     total = parameter_count(base.config)
     arguments = hashes | {"config": to_dict(adapter.config), "order": ORDER}
     step = Step("merge", arguments, (), total, total)
@@ -104,12 +105,14 @@ def _digest_of_leaves(tree: trees.Tree) -> str | None:
 def _merged(target: Target, weight: Any, delta: Delta) -> Any:
     """The target's parameter with ΔW added to its matrices."""
     run = partial(_merged_layers, target)
-    if any(is_abstract(leaf) for leaf in jax.tree.leaves((weight, delta))):
+    if is_abstract((weight, delta)):
         return jax.eval_shape(run, weight, delta)
     return jax.jit(run)(weight, delta)  # compiled, so that a sharded weight keeps its sharding
 
 
-def _merged_layers(target: Target, weight: jax.Array, delta: Delta) -> jax.Array:
+def _merged_layers(target: Target, weight: Any, delta: Delta) -> jax.Array:
+    if weights.is_quantised(weight):
+        weight = weights.dense(weight, target.parameter.contracted, jnp.float32)
     if target.layers is None:
         return _merged_layer(target, weight, delta)
     layers = np.asarray(target.layers)

@@ -25,6 +25,7 @@ from moe_reduce.data.shards import TokenSource
 from moe_reduce.families import read_config
 from moe_reduce.inference.evaluate import measure
 from moe_reduce.inference.recall import recall
+from moe_reduce.models import weights
 from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Records, abstract_params, parameter_count, records, stored_params
@@ -178,7 +179,7 @@ def _print_budget(run: AdaptConfig, adapter: AdapterConfig, config: ModelConfig,
 def _as_stored(params: Any, before: Any) -> dict[str, Any]:
     """Trained fp32 leaves, cast to the dtypes that they had before."""
     dtypes = {path: leaf.dtype for path, leaf in trees.flatten(before).items()}
-    return trees.map_with_path(lambda path, leaf: leaf.astype(dtypes[path]), params)
+    return trees.map_with_path(lambda path, leaf: weights.cast(leaf, dtypes[path]), params)
 
 
 def _finish(

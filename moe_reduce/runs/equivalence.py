@@ -12,18 +12,18 @@ import numpy as np
 
 from moe_reduce.adapters import merging
 from moe_reduce.adapters.adapter import Adapter, activate
+from moe_reduce.adapters.targets import targets_of
 from moe_reduce.core import trees
 from moe_reduce.core.disk import write_json
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input
 from moe_reduce.inference.evaluate import measure
 from moe_reduce.models.model import Model
-from moe_reduce.models.parameters import select
 from moe_reduce.storage import manifest
 
 MERGE_LOG = "merge.json"
 EQUIVALENCE = "equivalence.json"
-# largest difference of a logit, relative to the largest logit, by the dtype of the base
+# largest difference of a logit, relative to the largest logit, by the dtype of the merged matrices
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 SAMPLE_ROWS = 4  # sequences whose logits are compared
 REPEATS = 5  # runs of which a latency is the median
@@ -32,7 +32,7 @@ REPEATS = 5  # runs of which a latency is the median
 def equivalence(base: Model, adapter: Adapter, merged: Model, batches: Sequence[Any]) -> dict[str, Any]:
     """Compare the merged model with the active adapter on a fixed sample: logits, perplexity and latency.
 
-    merged: rounded to the dtype of the base, as it is saved; that dtype decides the tolerance. All models compute in
+    merged: in the dtype that it is saved in, which decides the tolerance. All models compute in
     fp32, so that the report is about the parameters and not about a compute dtype.
     """
     base, merged = (_in_float32(model) for model in (base, merged))
@@ -42,8 +42,7 @@ def equivalence(base: Model, adapter: Adapter, merged: Model, batches: Sequence[
     with jax.default_matmul_precision("highest"):
         expected, found = (np.asarray(model(tokens_BT), np.float64) for model in (active, merged))
     largest = float(np.max(np.abs(expected)))
-    matrix = select(base.config, matrix=True, component="attention")[0]
-    dtype = str(trees.flatten(base.params)[matrix.path].dtype)
+    dtype = str(trees.flatten(merged.params)[targets_of(adapter.config, base.config)[0].path].dtype)
     report = {
         "sample": {"batches": len(batches), "tokens": int(sum(np.sum(batch["weights"]) for batch in batches))},
         "largest_logit": largest,
