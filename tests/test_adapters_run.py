@@ -25,7 +25,7 @@ from moe_reduce.training.checkpoints import Checkpoints
 from moe_reduce.training.metrics import read_metrics
 
 CONFIG = """
-from moe_reduce import config as defaults
+from moe_reduce.core import config as defaults
 
 
 def get_config():

@@ -135,7 +135,7 @@ def random_batch(seed: int = 0, rows: int = 8, masked: bool = False) -> dict[str
 
 
 CONFIG_FILE = """
-from moe_reduce import config as defaults
+from moe_reduce.core import config as defaults
 
 
 def get_config():
