@@ -28,8 +28,9 @@ from side_by_side import apart, medians, options, publish
 from moe_reduce.commands import config_file
 from moe_reduce.core.config import ExecutionConfig, MeshConfig, MoEConfig
 from moe_reduce.models.moe import expert_loop
-from moe_reduce.models.moe.dispatch import combine_rows, gather_rows, sort_by_expert
-from moe_reduce.models.moe.routing import route, router_logits
+from moe_reduce.models.moe.assignments import combine_rows, gather_rows, sort_by_expert
+from moe_reduce.models.moe.routing import RouterWeights, Routing, route
+from moe_reduce.models.weights import Weight
 from moe_reduce.planning import footprint
 from moe_reduce.reports import growth_picture
 from moe_reduce.runs.train import pretraining
@@ -55,9 +56,14 @@ def _wait(function: Any, *arguments: Any) -> None:
     jax.block_until_ready(function(*arguments))
 
 
+def routing_of(moe: MoEConfig, x_SD: jax.Array, router_DE: jax.Array) -> Routing:
+    """Routing by a linear router without a selection bias."""
+    return route(RouterWeights(Weight(router_DE, exact=True)).logits(x_SD), None, moe)
+
+
 def routed(moe: MoEConfig, x_SD: jax.Array, router_DE: jax.Array) -> jax.Array:
     """All of routing, as a sum that has gradients; what moves there and back is the rows themselves."""
-    routing = route(router_logits(x_SD, router_DE, None), None, moe)
+    routing = routing_of(moe, x_SD, router_DE)
     order = sort_by_expert(routing.experts_SA, moe.experts)
     balance = jnp.sum(routing.probability_E * jax.lax.stop_gradient(routing.counts_E))
     return jnp.sum(combine_rows(gather_rows(x_SD, order), routing.weights_SA, order)) + balance
@@ -97,13 +103,16 @@ def layer(experts: int, tokens: int, hidden: int, repeats: int) -> dict[str, flo
     x_SD, router_DE = inputs(experts, tokens, WIDTH)
     sizes = ((experts, WIDTH, hidden), (experts, WIDTH, hidden), (experts, hidden, WIDTH))
     matrices = tuple(jax.random.normal(key, size) * 0.05 for key, size in zip(keys, sizes, strict=True))
-    block_rows = expert_loop.rows_of_a_block(ExecutionConfig().block_rows, tokens * ACTIVE, experts)
+    tile_rows = expert_loop.tile_rows(ExecutionConfig().block_rows, tokens * ACTIVE, experts)
+    settings = expert_loop.Settings(tile_rows, "plain")
 
     def computed(rows_MD: jax.Array, counts_E: jax.Array, matrices: Any) -> jax.Array:
-        made: Any = expert_loop.grouped_swiglu(rows_MD, counts_E, matrices, (), {}, block_rows, "plain")
+        made: Any = expert_loop.loop_swiglu(rows_MD, counts_E, matrices, (), {}, settings)
         return jnp.sum(made[0])
 
-    order = sort_by_expert(route(router_logits(x_SD, router_DE, None), None, moe).experts_SA, experts)
+    order = sort_by_expert(
+        route(RouterWeights(Weight(router_DE, exact=True)).logits(x_SD), None, moe).experts_SA, experts
+    )
     rows_MD = gather_rows(x_SD, order)
     runs = routing_runs(moe, x_SD, router_DE) | {
         "experts": partial(_wait, jax.jit(computed), rows_MD, order.counts_E, matrices),

@@ -27,6 +27,8 @@ from moe_reduce.commands import config_file
 from moe_reduce.core.config import ExecutionConfig, ModelConfig, RunConfig
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.moe import dispatch
+from moe_reduce.models.moe.experts import Experts, computed
+from moe_reduce.models.weights import Weight
 from moe_reduce.planning.flops import train_flops_per_token
 from moe_reduce.training import optimizer, steps
 from moe_reduce.training.losses import language_model_task
@@ -124,7 +126,7 @@ def moe_layer(model: ModelConfig, rows: int, repeats: int) -> dict[str, Any]:
     experts, active, hidden = model.moe.experts, model.moe.active, model.moe.width
     keys = jax.random.split(jax.random.key(0), 6)
     x_SD = jax.random.normal(keys[0], (rows, model.width))
-    pool = dispatch.Experts(
+    pool = (
         jax.random.normal(keys[1], (experts, model.width, hidden)) * 0.02,
         jax.random.normal(keys[2], (experts, model.width, hidden)) * 0.02,
         jax.random.normal(keys[3], (experts, hidden, model.width)) * 0.02,
@@ -133,8 +135,9 @@ def moe_layer(model: ModelConfig, rows: int, repeats: int) -> dict[str, Any]:
     execution = ExecutionConfig().resolve("cpu")
 
     def layer(x_SD, weights_SA, matrices):
-        pool = dispatch.Pool.of(matrices, x_SD.dtype)
-        return dispatch.DISPATCHES[execution.dispatch](x_SD, chosen_SA, weights_SA, pool, execution).y_SD
+        experts, masters = computed(Experts(*map(Weight, matrices)), x_SD.dtype, trained=True)
+        rows = dispatch.Assigned(x_SD, chosen_SA, weights_SA)
+        return dispatch.DISPATCHES[execution.dispatch](rows, experts, masters, execution).y_SD
 
     def gradient(x_SD, weights_SA, matrices):
         return jax.vjp(layer, x_SD, weights_SA, matrices)[1](x_SD)
@@ -145,7 +148,7 @@ def moe_layer(model: ModelConfig, rows: int, repeats: int) -> dict[str, Any]:
     result = medians(
         {
             "square": lambda: jax.block_until_ready(multiply(square, square)),
-            "tall": lambda: jax.block_until_ready(multiply(tall, pool.gate_EDF[0])),
+            "tall": lambda: jax.block_until_ready(multiply(tall, pool[0][0])),
             "forward": lambda: jax.block_until_ready(forward(x_SD, weights_SA, pool)),
             "forward_backward": lambda: jax.block_until_ready(both(x_SD, weights_SA, pool)),
         },

@@ -20,16 +20,19 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from moe_reduce.models.layers import causal_attention
 from side_by_side import check_learning, options, publish
 
 from moe_reduce.commands import config_file
 from moe_reduce.core.config import GenerateConfig, MeshConfig, MoEConfig, RunConfig
 from moe_reduce.inference.generate import generate, ready
+from moe_reduce.models.attention.softmax import causal_attention
 from moe_reduce.models.decoder import Decoder, init_params
 from moe_reduce.models.model import Model
 from moe_reduce.models.moe import dispatch
-from moe_reduce.models.moe.routing import route, router_logits
+from moe_reduce.models.moe.assignments import combine_rows, gather_rows, sort_by_expert
+from moe_reduce.models.moe.experts import Experts, Masters
+from moe_reduce.models.moe.routing import RouterWeights, route
+from moe_reduce.models.weights import Weight
 from moe_reduce.planning.flops import train_flops_per_token
 from moe_reduce.training import losses, sharding, steps
 
@@ -169,16 +172,17 @@ def expert_layer(layer: Layer, name: str, gradients: bool = True) -> dict[str, R
     weights_SA, chosen_SA = jax.lax.top_k(jax.random.uniform(keys[4], (layer.tokens, experts)), layer.active)
     execution = read(CONFIGS["shared MoE 49.6M"], tiny=False, dispatch=name, compute_dtype="bfloat16").execution
 
-    def apply(x_SD: jax.Array, masters: dispatch.Experts, weights_SA: jax.Array, computed, chosen_SA) -> jax.Array:
-        pool = dispatch.Pool(computed, masters)
-        return dispatch.DISPATCHES[name](x_SD, chosen_SA, weights_SA, pool, execution).y_SD
+    def apply(x_SD: jax.Array, masters: Masters, weights_SA: jax.Array, computed, chosen_SA) -> jax.Array:
+        experts = Experts(*(Weight(value, layout=execution.products) for value in computed))
+        rows = dispatch.Assigned(x_SD, chosen_SA, weights_SA)
+        return dispatch.DISPATCHES[name](rows, experts, masters, execution).y_SD
 
     def both(x_SD, masters, weights_SA, computed, chosen_SA) -> Any:
         given = with_gradient(partial(apply, computed=computed, chosen_SA=chosen_SA))
         return given(x_SD, masters, weights_SA)
 
     # a step casts a pool once, for all layers
-    masters = dispatch.Experts(*drawn)
+    masters = tuple(drawn)
     computed = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), masters)
     arguments = (x_SD, masters, weights_SA, computed, chosen_SA.astype(jnp.int32))
     programs = {"forward": compiled(apply, *arguments)}
@@ -210,9 +214,9 @@ def routing(layer: Layer) -> Run:
     moe = MoEConfig(experts=layer.experts, active=layer.active, width=layer.hidden)
 
     def run(x_SD: jax.Array, router_DE: jax.Array) -> jax.Array:
-        chosen = route(router_logits(x_SD, router_DE, None), None, moe)
-        order = dispatch.sort_by_expert(chosen.experts_SA, layer.experts)
-        return dispatch.combine_rows(dispatch.gather_rows(x_SD, order), chosen.weights_SA, order)
+        chosen = route(RouterWeights(Weight(router_DE, exact=True)).logits(x_SD), None, moe)
+        order = sort_by_expert(chosen.experts_SA, layer.experts)
+        return combine_rows(gather_rows(x_SD, order), chosen.weights_SA, order)
 
     return compiled(run, x_SD, router_DE)
 

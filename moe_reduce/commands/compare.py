@@ -38,10 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     """Prints the table and the texts; returns the path of summary.json. A finished comparison is only shown again."""
     model_arguments.no_overrides(overrides)
-    from moe_reduce.core import validation
     from moe_reduce.reports import comparison
 
-    validation.check_generate(_settings(arguments))
+    _settings(arguments).check()
     model_arguments.check_utf8("--prompt", arguments.prompt)
     found = comparison.entries(arguments.runs)
     asked, file = _asked(arguments, found), arguments.out / comparison.SUMMARY
@@ -62,7 +61,7 @@ def _settings(arguments: argparse.Namespace) -> GenerateConfig:
 
 
 def _asked(arguments: argparse.Namespace, found: list["Entry"]) -> dict[str, Any]:
-    """Everything that decides the outcome, for telling a finished comparison from another one."""
+    """Everything that decides the outcome; a finished comparison that asked the same is not made again."""
     from moe_reduce.storage import manifest
 
     models = {entry.name: manifest.input_of(entry.directory).sha256 for entry in found}

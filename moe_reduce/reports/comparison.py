@@ -15,8 +15,7 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizers import load_tokenizer
 from moe_reduce.inference.generate import ready
 from moe_reduce.inference.text import Continuation, end_ids, stream
-from moe_reduce.reports import drawing
-from moe_reduce.reports.run_table import align
+from moe_reduce.reports import style, tables
 from moe_reduce.storage import manifest
 from moe_reduce.storage.model_directory import load
 
@@ -108,7 +107,7 @@ def _row(entry: Entry, whole: float, speed: float | None) -> list[str]:
 
 def table(cells: Sequence[list[str]]) -> str:
     """Aligned lines for a terminal."""
-    return align([(row[0], row[1:]) for row in [["", *COLUMNS[1:]], *cells]])
+    return tables.aligned([["", *COLUMNS[1:]], *cells])
 
 
 def continued(
@@ -129,7 +128,7 @@ def continued(
 
 def picture(found: Sequence[Entry], file: Path) -> None:
     """Validation loss against bytes: a labelled point for each model, and arrows along the reduction."""
-    figure, [[axes]] = drawing.panels(size=(7.5, 4.8))
+    figure, [[axes]] = style.panels(size=(7.5, 4.8))
     places = {entry.name: (entry.figures["bytes"] / 1e6, entry.figures["validation"]["loss"]) for entry in found}
     path = [entry.name for entry in reduction_path(found)]
     for start, end in itertools.pairwise(path):
@@ -141,7 +140,7 @@ def picture(found: Sequence[Entry], file: Path) -> None:
     axes.set(xlabel="weights (MB in fp32)", ylabel="validation loss (nats a token), lower is better")
     axes.grid(alpha=0.3)
     _label(axes, places, path)
-    drawing.save(figure, file)
+    style.save(figure, file)
 
 
 def _label(axes, places: dict[str, tuple[float, float]], path: Sequence[str]) -> None:
