@@ -112,7 +112,7 @@ def test_a_mistake_is_not_tried_again(tmp_path):
 
 
 def test_processes_that_nobody_knows_are_a_mistake(tmp_path):
-    words = ["train", f"--config={ROOT}/configs/quickstart.py", f"--workdir={tmp_path}/w", "--distributed"]
+    words = ["train", f"--config={ROOT}/configs/quickstart_models.py", f"--workdir={tmp_path}/w", "--distributed"]
     plain = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-m", "moe_reduce", *words], env=plain, capture_output=True, text=True, cwd=tmp_path

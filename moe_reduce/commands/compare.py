@@ -1,4 +1,4 @@
-"""moe-reduce compare: models of finished runs side by side, in a table, a picture and a text."""
+"""moe-reduce compare: set models of finished runs side by side in a table, a picture and a text."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_reduce.commands import model_arguments
 from moe_reduce.core import disk
-from moe_reduce.core.config import GenerateConfig
+from moe_reduce.core.generate_config import GenerateConfig
 
 if TYPE_CHECKING:
     from moe_reduce.reports.comparison import Entry
@@ -15,7 +15,7 @@ PICTURE = "quality.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the arguments of the command."""
     default = GenerateConfig()
     parser.add_argument(
         "--runs", nargs="+", type=Path, required=True, metavar="WORKDIR", help="finished runs of train and reduce"
@@ -38,10 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     """Prints the table and the texts; returns the path of summary.json. A finished comparison is only shown again."""
     model_arguments.no_overrides(overrides)
-    from moe_reduce.core import validation
     from moe_reduce.reports import comparison
 
-    validation.check_generate(_settings(arguments))
+    _settings(arguments).check()
     model_arguments.check_utf8("--prompt", arguments.prompt)
     found = comparison.entries(arguments.runs)
     asked, file = _asked(arguments, found), arguments.out / comparison.SUMMARY
