@@ -3,7 +3,7 @@
 Both read 0.8M tokens of the Python standard library's source. Each layer of the mixture has its own router and 16
 experts, 4 of them active for a token; the active experts together are as wide as the dense feed-forward block. Each
 of the 4 has a weight near a quarter, so experts start larger and learn faster than the dense block.
-Cost: about a minute a model on 2 cores. Expected: validation loss near 2.9 nats a token for both.
+Cost: about a minute a model on 2 cores. Expected: validation loss near 2.97 nats a token for both.
 Command: ./launch/quickstart.sh, or
 moe-reduce train --config=configs/quickstart_models.py --workdir=runs/quickstart/models
 """

@@ -2,7 +2,9 @@
 
 The pool computes exactly what the mixture computed. REAP (arXiv:2510.13999) scores each expert on the training text.
 The recovery trains routers, norms and experts on the same text, for a quarter of the pretraining's steps.
-Cost: about a minute on 2 cores. Expected: the pruned model is well behind the mixture, the recovered one close to it.
+Cost: about a minute on 2 cores.
+Expected: validation loss 2.98 (mixture and pool), 3.03 (pruned) and 2.96 (recovered). The recovered model has 63 % of
+the bytes, and is a little better because it trained for longer.
 Command: ./launch/quickstart.sh, or
 moe-reduce reduce --config=configs/quickstart_reduce.py --workdir=runs/quickstart/reduced
 """

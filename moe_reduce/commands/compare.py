@@ -1,4 +1,4 @@
-"""moe-reduce compare: models of finished runs side by side, in a table, a picture and a text."""
+"""moe-reduce compare: set models of finished runs side by side in a table, a picture and a text."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_reduce.commands import model_arguments
 from moe_reduce.core import disk
-from moe_reduce.core.config import GenerateConfig
+from moe_reduce.core.generate_config import GenerateConfig
 
 if TYPE_CHECKING:
     from moe_reduce.reports.comparison import Entry
@@ -15,7 +15,7 @@ PICTURE = "quality.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Adds the arguments of the command."""
     default = GenerateConfig()
     parser.add_argument(
         "--runs", nargs="+", type=Path, required=True, metavar="WORKDIR", help="finished runs of train and reduce"

@@ -15,7 +15,8 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizers import load_tokenizer
 from moe_reduce.inference.generate import ready
 from moe_reduce.inference.text import Continuation, end_ids, stream
-from moe_reduce.reports import style, tables
+from moe_reduce.reports import style
+from moe_reduce.reports.tables import aligned
 from moe_reduce.storage import manifest
 from moe_reduce.storage.model_directory import load
 
@@ -23,6 +24,7 @@ SUMMARY = "summary.json"
 COLUMNS = ["model", "parameters", "bytes (fp32)", "validation loss", "accuracy", "accuracy kept", "decoded tokens/s"]
 TIMED = 3  # generations that the speed is the median of, after one that compiles
 LEAST_TOKENS = 8  # a shorter text says nothing about speed
+PATH_COLOUR, OTHER_COLOUR = style.FAMILIES["pool"], style.FAMILIES["dense"]
 NEAR = 0.08  # share of an axis within which two labels would touch
 
 
@@ -107,7 +109,7 @@ def _row(entry: Entry, whole: float, speed: float | None) -> list[str]:
 
 def table(cells: Sequence[list[str]]) -> str:
     """Aligned lines for a terminal."""
-    return tables.aligned([["", *COLUMNS[1:]], *cells])
+    return aligned([["", *COLUMNS[1:]], *cells])
 
 
 def continued(
@@ -132,13 +134,12 @@ def picture(found: Sequence[Entry], file: Path) -> None:
     places = {entry.name: (entry.figures["bytes"] / 1e6, entry.figures["validation"]["loss"]) for entry in found}
     path = [entry.name for entry in reduction_path(found)]
     for start, end in itertools.pairwise(path):
-        arrow = {"arrowstyle": "-|>", "color": "C0", "shrinkA": 6, "shrinkB": 6, "linewidth": 1.2}
+        arrow = {"arrowstyle": "-|>", "color": PATH_COLOUR, "shrinkA": 6, "shrinkB": 6, "linewidth": 1.2}
         axes.annotate("", places[end], places[start], arrowprops=arrow)
     for name, (x, y) in places.items():
-        axes.plot([x], [y], "o", markersize=8, color="C0" if name in path else "C1")
+        axes.plot([x], [y], "o", markersize=8, color=PATH_COLOUR if name in path else OTHER_COLOUR)
     axes.margins(0.18)
     axes.set(xlabel="weights (MB in fp32)", ylabel="validation loss (nats a token), lower is better")
-    axes.grid(alpha=0.3)
     _label(axes, places, path)
     style.save(figure, file)
 
@@ -153,6 +154,6 @@ def _label(axes, places: dict[str, tuple[float, float]], path: Sequence[str]) ->
         below = crowded or (name in before and places[before[name]][1] > y)
         offset, alignment = (-10, "top") if below else (10, "bottom")
         axes.annotate(
-            name, (x, y), xytext=(0, offset), textcoords="offset points", ha="center", va=alignment, fontsize=11
+            name, (x, y), xytext=(0, offset), textcoords="offset points", ha="center", va=alignment, fontsize=style.FONT
         )
         done.append((x, y))
