@@ -41,7 +41,15 @@ CORPUS = ["--sequence-length=32", "--max-batches=1", "--cache=tokens"]
 SMALLER = {  # arguments that make a command of a guide quick, and change nothing else about it
     "train": [*SCHEDULE, *SHORT, f"--config.model.vocab_size={VOCABULARY}", "--config.model.layers=2"],
     "adapt": [*SCHEDULE, "--config.train.steps=2", "--config.train.warmup_steps=1", "--config.recall_pairs=2"],
-    "reduce": [*SCHEDULE, "--config.data.sequence_length=32"],
+    "reduce": [
+        *SCHEDULE,
+        "--config.data.sequence_length=32",
+        "--config.stages.prune.calibration_batches=1",
+        "--config.stages.anneal.steps=2",
+        "--config.stages.anneal.warmup_steps=1",
+        "--config.stages.recover.steps=2",
+        "--config.stages.recover.warmup_steps=1",
+    ],
     **dict.fromkeys(("score", "evaluate", "drop-layers"), CORPUS),
 }
 
@@ -67,7 +75,7 @@ def commands(document, run_only=False):
 
 @cache
 def runs_of(file, *overrides):
-    return config_file.read(str(ROOT / file), list(overrides), any_from_dict)
+    return config_file.read(file, list(overrides), any_from_dict)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=identified)
