@@ -44,7 +44,7 @@ def reducing(base: ml_collections.ConfigDict, model: str, stages: dict) -> ml_co
 
 def variants(kept: tuple[int, ...] = KEPT) -> dict:
     """Stages of each variant, pruning to each of the numbers `kept` in turn."""
-    ladder = partial(_ladder, kept)
+    ladder = partial(prunings, kept)
     annealed = {"pool": pool(), "anneal": tune(ANNEALING, bias_from=6.0)}
     found = {
         "pool": annealed | ladder("reap_total"),
@@ -118,7 +118,7 @@ def tune(steps: int, **changes) -> dict:
     return defaults.stage("tune", steps=steps, **(rates | changes))
 
 
-def _ladder(kept: tuple[int, ...], criterion: str, recover: bool = True, **changes) -> dict:
+def prunings(kept: tuple[int, ...], criterion: str, recover: bool = True, **changes) -> dict:
     """Pruning to each of the numbers `kept` in turn, each followed by recovery."""
     stages = {}
     for keep in kept:
