@@ -1,7 +1,7 @@
 """What one accelerator makes of the models: MFU of training, the expert layer, attention, decoding, bf16 beside fp32.
 
 Everything is stated against a bf16 matmul measured in the same run. Training steps are those of the configurations, at
-METHODS' batch for each of 32 devices (16 sequences of 1,024 tokens), with the loop's own program and its layers
+the published batch of each of 32 devices (16 sequences of 1,024 tokens), with the loop's own program and its layers
 unrolled. A step that does not fit is a row that says so; anything else that fails is an error, and that no step fits.
 Needs jax for the device, flax, optax and ml-collections, nothing else.
 

@@ -23,7 +23,7 @@ PYTHIA_SHAPE = ModelConfig(
     vocab_size=50_304, layers=12, width=768, query_heads=12, key_value_heads=12, head_width=64, feed_forward_width=2048
 )
 EXECUTION = ExecutionConfig(platform="cpu", block_rows=8).resolve("cpu")
-METHODS = {
+ADAPTER_METHODS = {
     "lora": AdapterConfig(rank=3, alpha=6.0),
     "rslora": AdapterConfig(method="rslora", rank=4, alpha=6.0),
     "dora": AdapterConfig(method="dora", rank=3),
@@ -113,14 +113,14 @@ def test_a_budget_buys_the_largest_size_that_there_is(changes, name, size):
 
 @pytest.mark.parametrize(
     ("method", "kind"),
-    [(method, "dense") for method in METHODS]
+    [(method, "dense") for method in ADAPTER_METHODS]
     + [(method, kind) for method in ("lora", "skema", "skema_srht") for kind in ("layer", "pool")]
     + [("dora", "layer")],
 )
 def test_merged_is_active(method, kind):
     """And an untrained adapter changes nothing, bit for bit but for DoRA's division by a length."""
     words = "attention" if method == "dora" and kind != "dense" else "attention,mlp"
-    config = dataclasses.replace(METHODS[method], targets=words, layers="1")
+    config = dataclasses.replace(ADAPTER_METHODS[method], targets=words, layers="1")
     if method in ("skema", "skema_trainable"):
         config = dataclasses.replace(config, sketch_width=4)
     model = model_of(kind)
@@ -148,7 +148,7 @@ def test_merged_is_active(method, kind):
 @pytest.mark.parametrize("dispatch", ["ragged", "grouped", "capacity", "reference"])
 @pytest.mark.parametrize("method", ["lora", "skema"])
 def test_every_dispatch_adapts_experts(dispatch, method):
-    config = dataclasses.replace(METHODS[method], targets="mlp")
+    config = dataclasses.replace(ADAPTER_METHODS[method], targets="mlp")
     model = model_of("layer")
     adapter = disturbed(adapters.init(config, model))
     tokens = random_batch()["tokens"]
@@ -157,10 +157,10 @@ def test_every_dispatch_adapts_experts(dispatch, method):
     np.testing.assert_allclose(adapters.activate(other, adapter)(tokens), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "dora"])
+@pytest.mark.parametrize("method", [name for name in ADAPTER_METHODS if name != "dora"])
 def test_merged_is_active_in_float64(method):
     """Within 1e-6 where rounding plays no part: one linear map through the code that models run."""
-    config = dataclasses.replace(METHODS[method], targets="q")
+    config = dataclasses.replace(ADAPTER_METHODS[method], targets="q")
     model = model_of("dense")
     (target,) = targets.targets_of(config, model.config)
     adapter = disturbed(adapters.init(config, model))
@@ -246,9 +246,9 @@ def test_mistakes_are_one_line(changes, part):
 
 
 @pytest.mark.parametrize("kind", ["dense", "layer", "pool"])
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(ADAPTER_METHODS))
 def test_shapes_are_known_without_numbers(method, kind):
-    config = dataclasses.replace(METHODS[method], targets="attention" if method == "dora" else "attention,mlp")
+    config = dataclasses.replace(ADAPTER_METHODS[method], targets="attention" if method == "dora" else "attention,mlp")
     if "skema" in method:
         config = dataclasses.replace(config, sketch_width=4)
     model = model_of(kind)
@@ -287,7 +287,7 @@ def test_only_what_trains_gets_a_gradient():
     """Every trained leaf of every method has one; the base has none where it is not asked for."""
     model = model_of("layer")
     tokens = random_batch()["tokens"]
-    for method, config in METHODS.items():
+    for method, config in ADAPTER_METHODS.items():
         words = "attention" if method == "dora" else "attention,mlp"
         config = dataclasses.replace(config, targets=words, **({"sketch_width": 4} if "skema" in method else {}))
         adapter = disturbed(adapters.init(config, model))

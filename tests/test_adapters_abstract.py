@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_adapters import METHODS, disturbed, model_of
+from test_adapters import ADAPTER_METHODS, disturbed, model_of
 from training_runs import random_batch
 
 from moe_reduce.adapters import adapter as adapters
@@ -29,7 +29,7 @@ SKEMA = {
     for trained in (False, True)
     if not (trained and projection == "srht")
 }  # fmt: skip
-CONFIGS = {name: METHODS[name] for name in ("lora", "rslora", "dora")} | SKEMA
+CONFIGS = {name: ADAPTER_METHODS[name] for name in ("lora", "rslora", "dora")} | SKEMA
 
 
 def config_of(method: str, kind: str) -> AdapterConfig:

@@ -8,7 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from test_adapters import METHODS, disturbed, model_of
+from test_adapters import ADAPTER_METHODS, disturbed, model_of
 from training_runs import assert_close, random_batch
 from transformers_models import tiny, written
 
@@ -33,13 +33,13 @@ PEFT_TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 def saved(directory, method="skema", kind="dense", **changes):
     """(model, adapter), the adapter written to the directory."""
     model = model_of(kind)
-    adapter = disturbed(adapters.init(dataclasses.replace(METHODS[method], **changes), model))
+    adapter = disturbed(adapters.init(dataclasses.replace(ADAPTER_METHODS[method], **changes), model))
     directory.mkdir(parents=True, exist_ok=True)
     adapter_directory.save(adapter, model.config, BASE, directory)
     return model, adapter
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(ADAPTER_METHODS))
 def test_round_trip_bit_for_bit(tmp_path, method):
     model, adapter = saved(tmp_path, method)
     again = adapter_directory.load(tmp_path, model.config, BASE)
@@ -142,13 +142,13 @@ def test_one_module_for_queries_keys_and_values(tmp_path):
     written(tmp_path / "base", "gpt_neox")
     model = moe_reduce.load(tmp_path / "base")
     for method, words in (("lora", "q,v,down"), ("rslora", "q,k,v"), ("skema", "q@1,v,up"), ("dora", "q,k,v,o")):
-        adapter = disturbed(adapters.init(dataclasses.replace(METHODS[method], targets=words), model))
+        adapter = disturbed(adapters.init(dataclasses.replace(ADAPTER_METHODS[method], targets=words), model))
         directory = tmp_path / method
         directory.mkdir()
         adapter_directory.save(adapter, model.config, manifest.input_of(tmp_path / "base"), directory)
         theirs = peft.PeftModel.from_pretrained(tiny("gpt_neox"), str(directory)).eval()
         close(torch_logits(theirs), adapters.activate(model, adapter)(TOKENS))
-    partly = disturbed(adapters.init(dataclasses.replace(METHODS["dora"], targets="q,v"), model))
+    partly = disturbed(adapters.init(dataclasses.replace(ADAPTER_METHODS["dora"], targets="q,v"), model))
     (tmp_path / "partly").mkdir()
     adapter_directory.save(partly, model.config, BASE, tmp_path / "partly")
     assert not (tmp_path / "partly" / WEIGHTS_FILE).exists(), "PEFT's DoRA rescales every output of a module"
@@ -160,11 +160,11 @@ def test_one_module_for_queries_keys_and_values(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "skema_trainable"])
+@pytest.mark.parametrize("method", [name for name in ADAPTER_METHODS if name != "skema_trainable"])
 def test_we_wrote_it_and_peft_computes_it(tmp_path, kind, method):
     written(tmp_path / "base", kind)
     model = moe_reduce.load(tmp_path / "base")
-    words = dataclasses.replace(METHODS[method], targets="q,k@1,o,down")
+    words = dataclasses.replace(ADAPTER_METHODS[method], targets="q,k@1,o,down")
     adapter = disturbed(adapters.init(words, model))
     (tmp_path / "adapter").mkdir()
     adapter_directory.save(adapter, model.config, manifest.input_of(tmp_path / "base"), tmp_path / "adapter")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import text
-from test_adapters import METHODS, disturbed
+from test_adapters import ADAPTER_METHODS, disturbed
 from training_runs import MODELS, initial_params
 from transformers_models import written
 
@@ -211,7 +211,7 @@ def test_the_command_splits_a_model(directory, capsys):
 
 def test_an_active_adapter_takes_part():
     base = model_of("dense")
-    adapter = disturbed(adapters.init(METHODS["dora"], base))
+    adapter = disturbed(adapters.init(ADAPTER_METHODS["dora"], base))
     adapted = dataclasses.replace(base, params=base.params | {deltas.ADAPTER: adapter.tree})
     (found,) = generate(adapted, [[3, 4]], GenerateConfig(max_tokens=8))
     assert found == whole_greedy(adapted, [3, 4], 8)

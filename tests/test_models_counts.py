@@ -1,4 +1,4 @@
-"""Exact parameter counts of METHODS §1 by component, from abstract initialisation, and FLOPs a token."""
+"""Exact parameter counts by component from abstract initialisation, and FLOPs per token."""
 
 import jax
 import jax.numpy as jnp

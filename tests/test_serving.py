@@ -1,4 +1,4 @@
-"""METHODS' tables of bytes, what decoding reads, and that every change said to make a model fit makes it fit."""
+"""Bytes of serving plans: exact tables, bytes read per decoded token, and changes that make a model fit."""
 
 import dataclasses
 import json

@@ -31,7 +31,7 @@ COLLECT = ("routing", "assignments", "hidden", KEYS_VALUES)  # what a block sows
 
 
 class Shared(NamedTuple):
-    """What every block reads: the experts of a shared pool, and a shared router; None where layers have their own."""
+    """Experts of a shared pool and shared router, which every block reads; None where layers have their own."""
 
     experts: Experts | None = None
     router: Weight | None = None
@@ -94,7 +94,7 @@ def expert_half(
 
 
 def router_weights(block: Any, shared: Weight | None) -> RouterWeights:
-    """What a block routes with: the shared router, or its own; its own selection bias and score offset."""
+    """Router weights of a block: the shared router or its own, and its own selection bias and score offset."""
     moe = block.config.moe
     router = Router(block.config, block.execution, name="router")() if shared is None else shared
     bias_E = read(block, "router_bias") if moe.selection_bias else None

@@ -1,15 +1,15 @@
-"""What an adapter adds to a linear map: x passes through a low-dimensional core, and the change of the matrix is never
-formed. Adapters travel beside the parameters, as the variable collection `ADAPTER` under the paths of the matrices.
+"""Deltas: the changes that adapters make to matrices, applied to x through a low-dimensional core, never formed.
 
-A delta is a dict. With I inputs, O outputs and k dimensions in between:
+Adapters travel beside the parameters, as the variable collection `ADAPTER` under the paths of the matrices. A delta is
+a dict. With I inputs, O outputs and k dimensions in between:
 
     in     {"matrix" [I, k]}, or {"signs" [Ip], "rows" int32 [k]} of a subsampled Hadamard transform
     core   [k, k], or core_left [k, r] and core_right [r, k], their product; without any: the identity
     out    {"matrix" [k, O]}, or {"signs" [Op], "rows" int32 [k]}
     scale  scalar
-    magnitude [O], present (scalar, 0 or 1): of DoRA only
+    magnitude [O], present (scalar, 0 or 1): DoRA only
 
-of ΔW = scale · outᵀ · core · inᵀ, [O, I], on which y = x·(W + ΔW)ᵀ. LoRA (arXiv:2106.09685) has in = Aᵀ and out = Bᵀ;
+Then ΔW = scale · outᵀ · core · inᵀ, [O, I], and y = x·(W + ΔW)ᵀ. LoRA (arXiv:2106.09685) has in = Aᵀ and out = Bᵀ;
 SkeMA has fixed in and out and trains the core; DoRA (arXiv:2402.09353) rescales the rows of W + ΔW to `magnitude`.
 Leaves of experts have a leading E where each expert has its own.
 """
@@ -27,14 +27,14 @@ import numpy as np
 from moe_reduce.models import products
 
 ADAPTER = "adapter"
-SMALLEST_SQUARE = 1e-30  # of the length of an output's weights, which DoRA divides by
-RADIX = 16  # of the Hadamard transform: products with a matrix of this size, and not passes of additions
+SMALLEST_SQUARE = 1e-30  # lower bound of the squared length of an output's weights, which DoRA divides by
+RADIX = 16  # size of the matrices whose products make the Hadamard transform: faster than passes of additions
 Delta = Mapping[str, Any]
 Multiply = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def variables(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What Decoder.apply takes: parameters, and the adapter among them (below "adapter") as a collection of its own.
+    """Variables for Decoder.apply: parameters, and the adapter among them (below "adapter") as a collection of its own.
 
     An adapter may change some layers only: its leaves are spread over all layers, with zeros for the others.
     """
@@ -58,7 +58,7 @@ def _spread(tree: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 
 def delta_of(module: nn.Module, name: str) -> Delta | None:
-    """What the adapter in use adds to the module's matrix of this name; None without one."""
+    """Delta of the module's matrix of this name; None without an adapter on it."""
     return module.get_variable(ADAPTER, name) if module.has_variable(ADAPTER, name) else None
 
 

@@ -1,4 +1,4 @@
-"""Where the arrays of a batch lie on the mesh in context, whose axes training/sharding.py explains."""
+"""Placement of a batch's arrays on the mesh in context, whose axes training/sharding.py explains."""
 
 import jax
 from jax.sharding import PartitionSpec
@@ -12,12 +12,12 @@ def shard_batch(x: jax.Array) -> jax.Array:
 
 
 def whole(x: jax.Array) -> jax.Array:
-    """On every device of the mesh in context."""
+    """Keeps a copy of x on every device of the mesh in context."""
     return _constrained(x, PartitionSpec())
 
 
 def on_one_device() -> bool:
-    """Whether there is no mesh in context, or one of a single device."""
+    """True without a mesh in context, or with one of a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1
 

@@ -21,7 +21,7 @@ from moe_reduce.models.deltas import variables
 
 
 class Output(NamedTuple):
-    """What `Model.apply` returns: fp32 logits [B, T, V], and what it was asked to collect, by name."""
+    """Result of `Model.apply`: fp32 logits [B, T, V], and the collected values by name."""
 
     logits_BTV: jax.Array
     collected: dict[str, Any]
@@ -29,7 +29,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """(config, params), how it computes, and where it comes from. Transforms return a new model and change none."""
+    """Configuration, parameters, execution settings and origin. Transforms return a new model and change none."""
 
     config: ModelConfig
     params: dict[str, Any]

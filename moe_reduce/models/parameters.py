@@ -30,7 +30,7 @@ GAIN = "/magnitude"  # DoRA's trained lengths: gains, although their adapter's o
 
 @dataclass(frozen=True)
 class Parameter:
-    """What one parameter is.
+    """Everything that is known about one parameter.
 
     path: keys below `params`, joined by "/". axes: one letter for each axis of `shape`. init: linen initialiser of one
     layer's values. component: name in counts and in `components=`. decays: whether AdamW decays it. precision:
@@ -57,7 +57,7 @@ class Parameter:
 
     @property
     def stacked(self) -> bool:
-        """Whether the first axis numbers layers."""
+        """True where the first axis numbers layers."""
         return self.axes.startswith("N")
 
     @property
@@ -77,7 +77,7 @@ class Parameter:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether rows are multiplied with it."""
+        """True where rows are multiplied with it."""
         return bool(self.inputs)
 
     @property

@@ -1,12 +1,12 @@
-"""Matrix products: operands in the compute dtype, sums in fp32, and a gradient that keeps to the same rule.
+"""Matrix products with operands in the compute dtype and sums in fp32, in the gradient too.
 
-Left to itself, the gradient of a bf16 product rounds what it gives a matrix to bf16 and multiplies fp32 with bf16 on
-the way. Here cotangents are in the compute dtype, and a matrix is given its gradient in the dtype that it is kept in.
+JAX's own gradient of a bf16 product rounds the gradient of a matrix to bf16 and multiplies fp32 with bf16. Here
+cotangents are in the compute dtype, and the gradient of a matrix is in the dtype that the matrix is stored in.
 
-`transposed` (ExecutionConfig.products) is for bf16 on CPUs: XLA reaches their matrix units, or takes a product of bf16
+layout "transposed" (ExecutionConfig.products) is for bf16 on CPUs: XLA uses their matrix units, or takes bf16 operands
 with an fp32 sum at all, only when the contracted axis of the left operand is the last one in memory. So that operand is
-transposed in memory first, and every operand is pinned as it lies (measured: 1,100 against 250 GFLOP/s). On other
-platforms that would only be a copy.
+transposed in memory first, and every operand keeps its layout (measured: 1,100 against 250 GFLOP/s). On other platforms
+that would only be a copy.
 """
 
 from functools import partial
@@ -16,23 +16,23 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType
 
-KEPT = "product"  # checkpoint_name of what remat=dots keeps: outputs of matrices, and rows from other devices
+KEPT = "product"  # checkpoint_name of the values that remat=dots keeps: products, and rows from other devices
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """What sums over values of this dtype are kept in: fp32, or fp64 for fp64."""
+    """Dtype of sums over values of a dtype: fp32, or fp64 for fp64."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def dot(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, form: str, batch: int = 0) -> jax.Array:
-    """Contracts one axis of each, counted from the end of the `batch` leading axes; summed in fp32, result fp32.
+def dot(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, layout: str, batch: int = 0) -> jax.Array:
+    """Contraction of one axis of each operand, counted from the end of the `batch` leading axes.
 
-    Of fp64 operands, in fp64.
+    Sums and result are fp32; fp64 for fp64 operands.
     """
     sums = wide(left.dtype)
     axes = tuple(range(batch))
     numbers = (((batch + left_axis,), (batch + right_axis,)), (axes, axes))
-    if form != "transposed":
+    if layout != "transposed":
         return jax.lax.dot_general(left, right, numbers, preferred_element_type=sums)
     if left_axis == 0:
         left, numbers = jnp.swapaxes(left, -1, -2), (((batch + 1,), (batch + right_axis,)), (axes, axes))
@@ -40,10 +40,10 @@ def dot(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, form
 
 
 def pinned(x: jax.Array) -> jax.Array:
-    """x written to memory with its axes in their order: XLA can neither swap the operands of a product, nor fold a
-    transposition away, nor compute x again wherever it is read.
+    """x, written to memory with its axes in their order.
 
-    As it is where the mesh in context splits arrays: the partitioner would gather x on every device first.
+    XLA can then neither swap the operands of a product, nor fold a transposition away, nor compute x again wherever it
+    is read. Does nothing where the mesh in context splits arrays: the partitioner would gather x on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
@@ -53,39 +53,39 @@ def pinned(x: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(x_SI: jax.Array, matrix_IO: jax.Array, form: str = "plain") -> jax.Array:
+def product(x_SI: jax.Array, matrix_IO: jax.Array, layout: str = "plain") -> jax.Array:
     """x · matrix, [S, O] in the dtype of x; the matrix is cast to it, its gradient is not."""
-    return dot(x_SI, matrix_IO.astype(x_SI.dtype), 1, 0, form).astype(x_SI.dtype)
+    return dot(x_SI, matrix_IO.astype(x_SI.dtype), 1, 0, layout).astype(x_SI.dtype)
 
 
-def _product_forward(x_SI, matrix_IO, form):
-    return product(x_SI, matrix_IO, form), (x_SI, matrix_IO)
+def _product_forward(x_SI, matrix_IO, layout):
+    return product(x_SI, matrix_IO, layout), (x_SI, matrix_IO)
 
 
-def _product_backward(form, saved, dy_SO):
+def _product_backward(layout, saved, dy_SO):
     x_SI, matrix_IO = saved
-    dx_SI = dot(dy_SO, matrix_IO.astype(dy_SO.dtype), 1, 1, form).astype(x_SI.dtype)
-    return dx_SI, dot(x_SI, dy_SO, 0, 0, form).astype(matrix_IO.dtype)
+    dx_SI = dot(dy_SO, matrix_IO.astype(dy_SO.dtype), 1, 1, layout).astype(x_SI.dtype)
+    return dx_SI, dot(x_SI, dy_SO, 0, 0, layout).astype(matrix_IO.dtype)
 
 
 product.defvjp(_product_forward, _product_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def logits(x_SD: jax.Array, table_VD: jax.Array, form: str = "plain") -> jax.Array:
+def logits(x_SD: jax.Array, table_VD: jax.Array, layout: str = "plain") -> jax.Array:
     """x · tableᵀ, [S, V] in fp32."""
-    return dot(x_SD, table_VD.astype(x_SD.dtype), 1, 1, form)
+    return dot(x_SD, table_VD.astype(x_SD.dtype), 1, 1, layout)
 
 
-def _logits_forward(x_SD, table_VD, form):
-    return logits(x_SD, table_VD, form), (x_SD, table_VD)
+def _logits_forward(x_SD, table_VD, layout):
+    return logits(x_SD, table_VD, layout), (x_SD, table_VD)
 
 
-def _logits_backward(form, saved, dlogits_SV):
+def _logits_backward(layout, saved, dlogits_SV):
     x_SD, table_VD = saved
     dlogits_SV = dlogits_SV.astype(x_SD.dtype)
-    dx_SD = dot(dlogits_SV, table_VD.astype(x_SD.dtype), 1, 0, form).astype(x_SD.dtype)
-    return dx_SD, dot(dlogits_SV, x_SD, 0, 0, form).astype(table_VD.dtype)
+    dx_SD = dot(dlogits_SV, table_VD.astype(x_SD.dtype), 1, 0, layout).astype(x_SD.dtype)
+    return dx_SD, dot(dlogits_SV, x_SD, 0, 0, layout).astype(table_VD.dtype)
 
 
 logits.defvjp(_logits_forward, _logits_backward)
@@ -93,14 +93,14 @@ logits.defvjp(_logits_forward, _logits_backward)
 
 @jax.custom_vjp
 def exact(x_SI: jax.Array, matrix_IO: jax.Array) -> jax.Array:
-    """x in bf16 · a matrix in fp32 as true as with fp32 products, [S, O] in fp32, in three passes of the matrix units.
+    """x in bf16 · a matrix in fp32, [S, O] in fp32, as accurate as an fp32 product, in three passes of matrix units.
 
-    An fp32 number is the sum of three in bf16, and a product of two in bf16 is exact. As one product, so that the sums
-    are not written in between. Its gradient is that of `product`.
+    An fp32 number is the sum of three bf16 numbers, and the product of two bf16 numbers is exact in fp32. The three
+    passes are one product, so that partial sums are not written to memory. The gradient is that of `product`.
     """
     parts, rest = [], matrix_IO.astype(jnp.float32)
     for _ in range(3):
-        # not a cast there and back, which XLA may leave out
+        # reduce_precision and not a cast to bf16 and back, which XLA may remove
         part = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
         parts.append(part.astype(jnp.bfloat16))
         rest = rest - part

@@ -81,7 +81,7 @@ def map_parts(function: Callable[[tuple[int, ...], Any], Any], record: Parameter
 
 
 def is_quantised(value: Any) -> bool:
-    """Whether a value is of a quantised kind, which no gradient trains."""
+    """True for a value of a quantised kind, which no gradient trains."""
     return isinstance(value, Int8)
 
 

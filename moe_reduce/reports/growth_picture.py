@@ -1,4 +1,4 @@
-"""How the cost of a layer and of a training step grows with the size of the model, of the batch and of the mesh."""
+"""Pictures of cost against size: of a layer and of a training step, by model, batch and mesh."""
 
 from collections.abc import Mapping
 from pathlib import Path

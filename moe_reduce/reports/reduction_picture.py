@@ -31,7 +31,7 @@ def picture(stages: Sequence[Summary], file: Path) -> None:
 
 
 def layers_served(expert_use: list[list[float]]) -> np.ndarray:
-    """For each expert, the number of layers in which it gets a tenth of the mean share or more."""
+    """Number of layers in which each expert gets a tenth of the mean share or more."""
     use_NE = np.asarray(expert_use)
     return np.sum(use_NE >= 0.1 / use_NE.shape[1], axis=0)
 

@@ -1,5 +1,7 @@
-"""Causal attention on TPU in tiles, so that no score is written to memory: jax's Splash kernel, forward and backward
-(FlashAttention, arXiv:2205.14135; tiles that the mask empties are left out). Off a TPU it is interpreted, for tests.
+"""Causal attention on TPU by jax's Splash kernel, forward and backward (FlashAttention, arXiv:2205.14135).
+
+Scores are computed tile by tile and never written to memory; tiles that the mask empties are left out. Off a TPU the
+kernel is interpreted, for tests.
 """
 
 from functools import partial
@@ -14,12 +16,9 @@ from jax.sharding import PartitionSpec
 from moe_reduce.models import products
 from moe_reduce.models.mesh import BATCH_AXES, on_one_device
 
-LANES = 128  # of a TPU's registers; an axis that is the last in memory fills up to a multiple
-TILES = (
-    512,
-    256,
-    LANES,
-)  # positions; the largest that divides a sequence, which is padded to a multiple of the smallest
+LANES = 128  # width of a TPU's registers; the last axis in memory is padded to a multiple of it
+# positions of a tile: the largest that divides a sequence, which is padded to a multiple of the smallest
+TILES = (512, 256, LANES)
 
 
 def causal_attention(
@@ -43,8 +42,8 @@ def _attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, interpret: bool) -> jax.Arra
     padded = time + -time % TILES[-1]
     tile = next(tile for tile in TILES if padded % tile == 0)
     sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    # Narrow heads lie with their positions last: half of the memory for 64 channels, and their halves, which the rotary
-    # embedding turns, are whole registers.
+    # Narrow heads have their positions last in memory: half of the memory for 64 channels, and each half of a head,
+    # which the rotary embedding rotates, fills whole registers.
     last = kernels.QKVLayout.SEQ_MINOR if width % LANES else kernels.QKVLayout.HEAD_DIM_MINOR
     layouts = ("q_layout", "k_layout", "v_layout")
     attend = kernels.make_splash_mha_single_device(

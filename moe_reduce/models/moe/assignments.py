@@ -10,7 +10,7 @@ from moe_reduce.models.products import wide
 
 
 class Result(NamedTuple):
-    """What one call of the experts gives. Sizes of raw expert outputs are for scoring; unused, they cost nothing."""
+    """Result of one call of the experts. Sizes of raw expert outputs are for scoring; unused, they cost nothing."""
 
     y_SD: jax.Array
     masters: Masters  # to hand on to the next call, for their gradient

@@ -80,7 +80,7 @@ def apply_experts(rows: Assigned, experts: Experts, masters: Masters, execution:
 
 
 def _specs(experts: Experts) -> Any:
-    """Where the leaves of experts lie: with their experts, and split along the hidden width."""
+    """Partition specs of the leaves of experts: with their experts, and split along the hidden width."""
 
     def value(spec: PartitionSpec, one: Weight) -> Any:
         # a quantised value's scales [E, O] lack the contracted axis
@@ -97,7 +97,7 @@ def _specs(experts: Experts) -> Any:
 
 
 def _delta_specs(name: str, delta: Delta) -> Any:
-    """Where an adapter's leaves lie: with their experts, and along the hidden width as the matrix of their delta."""
+    """Partition specs of an adapter's leaves: with their experts, and along the hidden width as their matrix."""
     hidden_side = "in" if name == "down" else "out"
 
     def spec(path: Any, leaf: jax.Array) -> PartitionSpec:

@@ -12,7 +12,7 @@ MANY = 2048  # experts; from here on ranking them by groups is faster
 
 
 class RouterWeights(NamedTuple):
-    """What a layer routes with: the router [D, E], the selection bias [E], and the offset of its logits, a scalar."""
+    """Weights of a layer's router: matrix [D, E], selection bias [E], and the offset of its logits, a scalar."""
 
     weight: Weight
     bias_E: jax.Array | None = None
@@ -25,7 +25,7 @@ class RouterWeights(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What one call of a router decides, for S tokens and E experts; everything float is fp32."""
+    """Result of one call of a router for S tokens and E experts; everything float is fp32."""
 
     experts_SA: jax.Array  # int32, the chosen experts
     weights_SA: jax.Array  # combine weights

@@ -27,7 +27,7 @@ from moe_reduce.models.products import KEPT
 
 
 class Tile(NamedTuple):
-    """Of one kernel: columns of a tile, what one step of the sum takes, Triton's warps and stages."""
+    """Sizes of one kernel: columns of a tile, terms of the sum that one step adds, and Triton's warps and stages."""
 
     columns: int
     inner: int
@@ -35,7 +35,7 @@ class Tile(NamedTuple):
     stages: int
 
     def of(self, dtype: jnp.dtype) -> "Tile":
-        """For operands of this dtype: fp32 takes twice the memory, and in full precision more registers."""
+        """Sizes for operands of a dtype: fp32 takes twice the memory, and in full precision more registers."""
         if jnp.dtype(dtype).itemsize <= 2:
             return self
         return self._replace(columns=min(self.columns, 64), inner=self.inner // 2)
@@ -55,7 +55,7 @@ TWO_OUTERS = Tile(64, 64, 8, 3)
 
 
 class Groups(NamedTuple):
-    """Where the rows of each expert lie, and which of them each tile of a product covers."""
+    """Ranges of the sorted rows: of each expert (E), and of each tile of a product (T) with the tile's expert."""
 
     first_E: jax.Array
     end_E: jax.Array
@@ -65,12 +65,15 @@ class Groups(NamedTuple):
 
 
 def tile_rows(rows: int, experts: int) -> int:
-    """Of a tile of a product: as many as an expert gets on average, within what is fast."""
+    """Rows of a tile of a product: as many as an expert gets on average, within what is fast."""
     return max(FEWEST_ROWS, expert_loop.tile_rows(MOST_ROWS, rows, experts))
 
 
 def groups_of(counts_E: jax.Array, rows: int) -> Groups:
-    """Of counts_E rows an expert, among `rows`: as many tiles as these can ever need; those left over are empty."""
+    """Groups of experts with counts_E rows each, of `rows` in all.
+
+    There are as many tiles as any counts can need; those left over are empty.
+    """
     experts = counts_E.shape[0]
     size = tile_rows(rows, experts)
     tiles_E = (counts_E + size - 1) // size
@@ -98,16 +101,45 @@ ONE = (Term(0, 0, 0),)
 Finish = Callable[[Sequence[jax.Array], Sequence[jax.Array]], Sequence[jax.Array]]
 
 
-def _rows_kernel(
-    expert_T, first_T, end_T, *refs, gathered, lefts, matrices, extras, terms, transposed, finish, rows, tile
-):
-    token_M, refs = (refs[0], refs[1:]) if gathered else (None, refs)
-    left_refs, refs = refs[:lefts], refs[lefts:]
-    matrix_refs, refs = refs[:matrices], refs[matrices:]
-    extra_refs, results = refs[:extras], refs[extras:]
+def _first(sums: Sequence[jax.Array], _) -> Sequence[jax.Array]:
+    return sums[:1]
+
+
+class Inputs(NamedTuple):
+    """Arrays that `by_rows` reads.
+
+    lefts: [M, I]; or [S, I] with the number of a row for each m in token_M. matrices: [E, I, O], or [E, O, I] where the
+    recipe is transposed. extras: [M, O], for the recipe's `finish`.
+    """
+
+    lefts: Sequence[jax.Array]
+    matrices: Sequence[jax.Array]
+    token_M: jax.Array | None = None
+    extras: Sequence[jax.Array] = ()
+
+
+class Recipe(NamedTuple):
+    """Static description of a kernel by rows.
+
+    terms: products, and the sum that each is added to. finish(sums, extras) -> `results` arrays, tile by tile, in fp32.
+    """
+
+    terms: Sequence[Term] = ONE
+    transposed: bool = False
+    finish: Finish = _first
+    results: int = 1
+    tile: Tile = ONE_MATRIX
+
+
+PLAIN = Recipe()
+
+
+def _rows_kernel(expert_T, first_T, end_T, *refs, structure, recipe: Recipe, rows: int):
+    inputs, results = structure.unflatten(refs[: structure.num_leaves]), refs[structure.num_leaves :]
+    token_M, tile, transposed = inputs.token_M, recipe.tile, recipe.transposed
     number, left = pl.program_id(1), pl.program_id(0) * tile.columns
     first, end = first_T[number], end_T[number]
-    inner, outputs = left_refs[0].shape[1], results[0].shape[1]
+    inner, outputs = inputs.lefts[0].shape[1], results[0].shape[1]
 
     @pl.when(first < end)
     def compute():
@@ -127,26 +159,23 @@ def _rows_kernel(
             inner_K = index * step + jnp.arange(step)
             inside_K = inner_K < inner if inner % step else None
             place = (source_R[:, None], inner_K[None, :])
-            tiles = [_load(ref, place, None, inside_K) for ref in left_refs]
+            tiles = [_load(ref, place, None, inside_K) for ref in inputs.lefts]
             sums = list(sums)
-            for term in terms:
+            for term in recipe.terms:
+                ref = inputs.matrices[term.matrix]
                 if transposed:
-                    matrix = _load(
-                        matrix_refs[term.matrix], (expert, column_C[:, None], inner_K[None, :]), inside_C, inside_K
-                    )
+                    matrix = _load(ref, (expert, column_C[:, None], inner_K[None, :]), inside_C, inside_K)
                 else:
-                    matrix = _load(
-                        matrix_refs[term.matrix], (expert, inner_K[:, None], column_C[None, :]), inside_K, inside_C
-                    )
+                    matrix = _load(ref, (expert, inner_K[:, None], column_C[None, :]), inside_K, inside_C)
                 sums[term.sum] += triton.dot(tiles[term.left], matrix, trans_b=transposed)
             return tuple(sums)
 
         here, mask = (row_R[:, None], column_C[None, :]), in_rows[:, None] & in_columns[None, :]
-        # fetched while the sums are formed
-        found = [triton.load(ref.at[here], mask=mask, other=0) for ref in extra_refs]
-        sums = tuple(jnp.zeros((rows, columns), jnp.float32) for _ in range(1 + max(term.sum for term in terms)))
+        # loaded here, so that they arrive while the sums are formed
+        extras = [triton.load(ref.at[here], mask=mask, other=0).astype(jnp.float32) for ref in inputs.extras]
+        sums = tuple(jnp.zeros((rows, columns), jnp.float32) for _ in range(1 + max(term.sum for term in recipe.terms)))
         sums = lax.fori_loop(0, pl.cdiv(inner, step), add, sums)
-        for result, value in zip(results, finish(sums, [extra.astype(jnp.float32) for extra in found]), strict=True):
+        for result, value in zip(results, recipe.finish(sums, extras), strict=True):
             triton.store(result.at[here], value.astype(result.dtype), mask=mask)
 
 
@@ -159,117 +188,89 @@ def _load(ref, place, rows: jax.Array | None, columns: jax.Array | None) -> jax.
     return triton.load(ref.at[place], mask=reduce(operator.and_, given), other=0)
 
 
-def _first(sums: Sequence[jax.Array], _) -> Sequence[jax.Array]:
-    return sums[:1]
-
-
-def by_rows(
-    lefts: Sequence[jax.Array],
-    matrices: Sequence[jax.Array],
-    groups: Groups,
-    interpret: bool,
-    *,
-    terms: Sequence[Term] = ONE,
-    transposed: bool = False,
-    token_M: jax.Array | None = None,
-    extras: Sequence[jax.Array] = (),
-    finish: Finish = _first,
-    results: int = 1,
-    tile: Tile = ONE_MATRIX,
-) -> list[jax.Array]:
+def by_rows(inputs: Inputs, groups: Groups, interpret: bool, recipe: Recipe = PLAIN) -> list[jax.Array]:
     """finish(sums over the terms, extras), each [M, O] in the dtype of the rows; undefined for rows of no expert.
 
-    Args:
-        lefts: [M, I]; or [S, I] with the number of a row for each m in token_M.
-        matrices: [E, I, O], or [E, O, I] transposed.
-        groups: of M rows.
-        interpret: off a GPU.
-        terms: what is multiplied, and which sum it goes to.
-        extras: [M, O], for finish.
-        finish: of sums and extras in fp32, tile by tile.
-        results: how many it gives.
+    groups: of the M rows. interpret: True off a GPU.
     """
-    tile = tile.of(lefts[0].dtype)
-    rows = (lefts[0] if token_M is None else token_M).shape[0]
-    outputs = matrices[0].shape[1 if transposed else 2]
-    kernel = partial(
-        _rows_kernel, gathered=token_M is not None, lefts=len(lefts), matrices=len(matrices), extras=len(extras),
-        terms=terms, transposed=transposed, finish=finish, rows=tile_rows(rows, matrices[0].shape[0]), tile=tile,
-    )  # fmt: skip
+    dtype = inputs.lefts[0].dtype
+    recipe = recipe._replace(tile=recipe.tile.of(dtype))
+    rows = (inputs.lefts[0] if inputs.token_M is None else inputs.token_M).shape[0]
+    outputs = inputs.matrices[0].shape[1 if recipe.transposed else 2]
+    leaves, structure = jax.tree.flatten(inputs)
+    size = tile_rows(rows, inputs.matrices[0].shape[0])
     called = pl.pallas_call(
-        kernel,
-        grid=(pl.cdiv(outputs, tile.columns), groups.expert_T.shape[0]),
-        out_shape=[jax.ShapeDtypeStruct((rows, outputs), lefts[0].dtype)] * results,
-        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        partial(_rows_kernel, structure=structure, recipe=recipe, rows=size),
+        grid=(pl.cdiv(outputs, recipe.tile.columns), groups.expert_T.shape[0]),
+        out_shape=[jax.ShapeDtypeStruct((rows, outputs), dtype)] * recipe.results,
+        compiler_params=triton.CompilerParams(num_warps=recipe.tile.warps, num_stages=recipe.tile.stages),
         interpret=interpret,
         name="expert_rows",
     )
-    return called(*groups[2:], *(() if token_M is None else (token_M,)), *lefts, *matrices, *extras)
+    return called(*groups[2:], *leaves)
 
 
-def _matrices_kernel(first_E, end_E, *refs, gathered, tile):
-    token_M, refs = (refs[0], refs[1:]) if gathered else (None, refs)
-    left_ref, refs = refs[0], refs[1:]
-    many = len(refs) // 3
-    right_refs, total_refs, results = refs[:many], refs[many : 2 * many], refs[2 * many :]
+class OuterProducts(NamedTuple):
+    """Arrays that `by_matrices` reads: left [M, I], or [S, I] with the number of a row for each m in token_M; rights,
+    each [M, O]; and for each right a total [E, I, O] that is added to."""
+
+    left: jax.Array
+    rights: Sequence[jax.Array]
+    totals: Sequence[jax.Array]
+    token_M: jax.Array | None = None
+
+
+def _matrices_kernel(first_E, end_E, *refs, structure, tile: Tile):
+    inputs, results = structure.unflatten(refs[: structure.num_leaves]), refs[structure.num_leaves :]
+    token_M = inputs.token_M
     rows, columns, step = OUTER_ROWS, tile.columns, tile.inner
     expert = pl.program_id(2)
     first, end = first_E[expert], end_E[expert]
-    inputs, outputs = left_ref.shape[1], right_refs[0].shape[1]
+    width, outputs = inputs.left.shape[1], inputs.rights[0].shape[1]
     input_R, output_C = pl.program_id(1) * rows + jnp.arange(rows), pl.program_id(0) * columns + jnp.arange(columns)
-    in_rows, in_columns = input_R < inputs, output_C < outputs
-    inside_R, inside_C = in_rows if inputs % rows else None, in_columns if outputs % columns else None
+    in_rows, in_columns = input_R < width, output_C < outputs
+    inside_R, inside_C = in_rows if width % rows else None, in_columns if outputs % columns else None
 
     def add(index, sums):
         row_K = first + index * step + jnp.arange(step)
         inside_K = row_K < end
         source_K = row_K if token_M is None else triton.load(token_M.at[row_K], mask=inside_K, other=0)
-        left = _load(left_ref, (source_K[:, None], input_R[None, :]), inside_K, inside_R)
-        rights = [_load(ref, (row_K[:, None], output_C[None, :]), inside_K, inside_C) for ref in right_refs]
+        left = _load(inputs.left, (source_K[:, None], input_R[None, :]), inside_K, inside_R)
+        rights = [_load(ref, (row_K[:, None], output_C[None, :]), inside_K, inside_C) for ref in inputs.rights]
         return tuple(total + triton.dot(left, right, trans_a=True) for total, right in zip(sums, rights, strict=True))
 
-    sums = tuple(jnp.zeros((rows, columns), jnp.float32) for _ in right_refs)
+    sums = tuple(jnp.zeros((rows, columns), jnp.float32) for _ in inputs.rights)
     sums = lax.fori_loop(0, (end - first + step - 1) // step, add, sums)
     here, mask = (expert, input_R[:, None], output_C[None, :]), in_rows[:, None] & in_columns[None, :]
-    for total, result, part in zip(total_refs, results, sums, strict=True):
+    for total, result, part in zip(inputs.totals, results, sums, strict=True):
         before = triton.load(total.at[here], mask=mask, other=0)
         triton.store(result.at[here], before + part.astype(result.dtype), mask=mask)
 
 
-def by_matrices(
-    left: jax.Array,
-    rights: Sequence[jax.Array],
-    totals: Sequence[jax.Array],
-    groups: Groups,
-    interpret: bool,
-    *,
-    token_M: jax.Array | None = None,
-    tile: Tile = ONE_OUTER,
-) -> list[jax.Array]:
-    """totals [E, I, O], each with Σ over an expert's rows of leftᵀ · right added, in place where XLA can.
-
-    left is [M, I], or [S, I] with the number of a row for each m in token_M; rights are [M, O].
-    """
-    tile = tile.of(left.dtype)
-    experts, inputs, outputs = totals[0].shape
-    before = 3 + len(rights) + (token_M is not None)
+def by_matrices(inputs: OuterProducts, groups: Groups, interpret: bool, tile: Tile = ONE_OUTER) -> list[jax.Array]:
+    """totals, each with Σ over an expert's rows of leftᵀ · right added, in place where XLA can."""
+    tile = tile.of(inputs.left.dtype)
+    totals = inputs.totals
+    experts, width, outputs = totals[0].shape
+    leaves, structure = jax.tree.flatten(inputs)
+    before = 2 + 1 + len(inputs.rights)  # arguments in front of the totals: two of the groups, left, rights
     called = pl.pallas_call(
-        partial(_matrices_kernel, gathered=token_M is not None, tile=tile),
-        grid=(pl.cdiv(outputs, tile.columns), pl.cdiv(inputs, OUTER_ROWS), experts),
+        partial(_matrices_kernel, structure=structure, tile=tile),
+        grid=(pl.cdiv(outputs, tile.columns), pl.cdiv(width, OUTER_ROWS), experts),
         out_shape=[jax.ShapeDtypeStruct(total.shape, total.dtype) for total in totals],
         input_output_aliases={before + number: number for number in range(len(totals))},
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="expert_matrices",
     )
-    return called(*groups[:2], *(() if token_M is None else (token_M,)), left, *rights, *totals)
+    return called(*groups[:2], *leaves)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def product(x_MI: jax.Array, matrices_EIO: jax.Array, groups: Groups, interpret: bool) -> jax.Array:
     """Row m times the matrix of its expert, [M, O] in the dtype of x; undefined for rows of no expert, and so
     is what comes back to them."""
-    return by_rows((x_MI,), (matrices_EIO,), groups, interpret)[0]
+    return by_rows(Inputs((x_MI,), (matrices_EIO,)), groups, interpret)[0]
 
 
 def _product_forward(x_MI, matrices_EIO, groups, interpret):
@@ -278,9 +279,9 @@ def _product_forward(x_MI, matrices_EIO, groups, interpret):
 
 def _product_backward(interpret, saved, dy_MO):
     x_MI, matrices_EIO, groups = saved
-    (dx_MI,) = by_rows((dy_MO,), (matrices_EIO,), groups, interpret, transposed=True)
+    (dx_MI,) = by_rows(Inputs((dy_MO,), (matrices_EIO,)), groups, interpret, Recipe(transposed=True))
     nothing = jnp.zeros(matrices_EIO.shape, jnp.float32)
-    (dmatrices_EIO,) = by_matrices(x_MI, (dy_MO,), (nothing,), groups, interpret)
+    (dmatrices_EIO,) = by_matrices(OuterProducts(x_MI, (dy_MO,), (nothing,)), groups, interpret)
     return dx_MI, dmatrices_EIO.astype(matrices_EIO.dtype), None
 
 
@@ -300,7 +301,7 @@ def _activate_back(sums, extras):
 
 
 class Places(NamedTuple):
-    """Where sorted rows come from and go to: the token of each, the rank of each assignment, the groups of experts."""
+    """Origin and order of the sorted rows: token of each row, rank of each assignment, groups of experts."""
 
     token_M: jax.Array
     rank_SA: jax.Array
@@ -319,20 +320,20 @@ def swiglu(x_SD, places: Places, matrices, masters, interpret: bool):
         interpret: off a GPU.
     """
     (hidden_MF,) = _inward(x_SD, places, matrices, interpret, results=1)
-    return by_rows((hidden_MF,), matrices[2:], places.groups, interpret)[0], masters
+    return by_rows(Inputs((hidden_MF,), matrices[2:]), places.groups, interpret)[0], masters
 
 
 def _inward(x_SD, places: Places, matrices, interpret, results: int):
     """The first `results` of hidden, gate and up, [M, F]."""
-    return by_rows(
-        (x_SD,), matrices[:2], places.groups, interpret, terms=(Term(0, 0, 0), Term(0, 1, 1)), token_M=places.token_M,
-        finish=lambda *values: _activate(*values)[:results], results=results, tile=TWO_MATRICES,
-    )  # fmt: skip
+    inputs = Inputs((x_SD,), matrices[:2], token_M=places.token_M)
+    terms = (Term(0, 0, 0), Term(0, 1, 1))
+    recipe = Recipe(terms, finish=lambda *values: _activate(*values)[:results], results=results, tile=TWO_MATRICES)
+    return by_rows(inputs, places.groups, interpret, recipe)
 
 
 def _swiglu_forward(x_SD, places: Places, matrices, masters, interpret):
     hidden_MF, gate_MF, up_MF = _inward(x_SD, places, matrices, interpret, results=3)
-    (y_MD,) = by_rows((hidden_MF,), matrices[2:], places.groups, interpret)
+    (y_MD,) = by_rows(Inputs((hidden_MF,), matrices[2:]), places.groups, interpret)
     hidden_MF, gate_MF, up_MF, y_MD = (checkpoint_name(kept, KEPT) for kept in (hidden_MF, gate_MF, up_MF, y_MD))
     return (y_MD, masters), (x_SD, places, matrices, hidden_MF, gate_MF, up_MF)
 
@@ -340,20 +341,17 @@ def _swiglu_forward(x_SD, places: Places, matrices, masters, interpret):
 def _swiglu_backward(interpret, saved, cotangents):
     x_SD, (token_M, rank_SA, groups), (gate_EDF, up_EDF, down_EFD), hidden_MF, gate_MF, up_MF = saved
     dy_MD, dmasters = cotangents
-    dgate_MF, dup_MF = by_rows(
-        (dy_MD,), (down_EFD,), groups, interpret, transposed=True, extras=(gate_MF, up_MF),
-        finish=_activate_back, results=2, tile=EXTRAS,
-    )  # fmt: skip
-    (dx_MD,) = by_rows(
-        (dgate_MF, dup_MF), (gate_EDF, up_EDF), groups, interpret, terms=(Term(0, 0, 0), Term(1, 1, 0)),
-        transposed=True, tile=TWO_LEFTS,
-    )  # fmt: skip
+    inputs = Inputs((dy_MD,), (down_EFD,), extras=(gate_MF, up_MF))
+    recipe = Recipe(transposed=True, finish=_activate_back, results=2, tile=EXTRAS)
+    dgate_MF, dup_MF = by_rows(inputs, groups, interpret, recipe)
+    inputs = Inputs((dgate_MF, dup_MF), (gate_EDF, up_EDF))
+    recipe = Recipe((Term(0, 0, 0), Term(1, 1, 0)), transposed=True, tile=TWO_LEFTS)
+    (dx_MD,) = by_rows(inputs, groups, interpret, recipe)
     if dmasters:
         dgate, dup, ddown = dmasters
-        dgate, dup = by_matrices(
-            x_SD, (dgate_MF, dup_MF), (dgate, dup), groups, interpret, token_M=token_M, tile=TWO_OUTERS
-        )
-        (ddown,) = by_matrices(hidden_MF, (dy_MD,), (ddown,), groups, interpret)
+        outer = OuterProducts(x_SD, (dgate_MF, dup_MF), (dgate, dup), token_M)
+        dgate, dup = by_matrices(outer, groups, interpret, TWO_OUTERS)
+        (ddown,) = by_matrices(OuterProducts(hidden_MF, (dy_MD,), (ddown,)), groups, interpret)
         dmasters = (dgate, dup, ddown)
     here_SA1 = (rank_SA < groups.end_E[-1])[:, :, None]
     dx_SD = jnp.sum(jnp.where(here_SA1, dx_MD[rank_SA], 0), axis=1)
