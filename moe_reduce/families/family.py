@@ -27,6 +27,16 @@ class Family(ABC):
     tensors: Mapping[str, Tensor]
     ignored: re.Pattern[str] = NOTHING
 
+    @property
+    def input_table(self) -> str:
+        """Name of the tensor of the input embedding."""
+        return self.tensors["embedding/table"].name
+
+    @property
+    def output_table(self) -> str:
+        """Name of the tensor of the output embedding, which files with tied embeddings leave out."""
+        return self.tensors["unembedding/table"].name
+
     @abstractmethod
     def read(self, raw: Mapping[str, Any]) -> ModelConfig:
         """The ModelConfig of a config.json of this family; UserError names a key that cannot be represented."""

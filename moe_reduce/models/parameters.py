@@ -26,6 +26,7 @@ Records = Mapping[str, "Parameter"]
 MeshAxis = str | tuple[str, ...] | None
 FSDP = ("fsdp", "expert")  # for everything but experts, the expert axis of the mesh is one more fsdp axis
 GAIN = "/magnitude"  # DoRA's trained lengths: gains, although their adapter's other leaves are matrices
+ROUTER_BIAS = "layers/router_bias"  # path of the selection biases, which balancing moves without a gradient
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,7 @@ def _experts(config: ModelConfig) -> list[Parameter]:
         ),
     ]  # fmt: skip
     if moe.selection_bias:
-        bias = _vector(config, "layers/router_bias", "NE", "router_bias")
+        bias = _vector(config, ROUTER_BIAS, "NE", "router_bias")
         found.append(dataclasses.replace(bias, precision="float32_stored"))
     if moe.score_offset:
         found.append(_vector(config, "layers/score_offset", "N", "score_offset"))

@@ -34,9 +34,9 @@ def check_names(files: TensorFiles, config: ModelConfig) -> None:
             raise UserError(f"tensor {name} in {entry.file} has shape {entry.shape}, config.json says {shape}: fix one")
     family = of_config(config)
     unknown = [name for name in files.entries if name not in expected and not family.ignored.fullmatch(name)]
-    output = family.tensors["unembedding/table"].name
+    output = family.output_table
     if config.tied_embeddings and output in unknown and config.embedding_factor is None:
-        _check_tied(files, family.tensors["embedding/table"].name, output)
+        _check_tied(files, family.input_table, output)
         unknown.remove(output)
     if unknown:
         raise UserError(

@@ -11,7 +11,7 @@ import numpy as np
 from moe_reduce.core import trees
 from moe_reduce.core.config import BalanceConfig, ExecutionConfig, ModelConfig, MoEConfig
 from moe_reduce.models.model import Model
-from moe_reduce.models.parameters import by_path
+from moe_reduce.models.parameters import ROUTER_BIAS, by_path
 from moe_reduce.training.task import Batch, Params, Sums, Task, never, no_change
 
 
@@ -159,6 +159,6 @@ def move_bias(params: Params, counts_NE: jax.Array, balance: BalanceConfig) -> P
     """Loss-free balancing (arXiv:2408.15664): raise the bias of experts used less than the mean, lower the others."""
     if balance.bias_scope == "pooled":
         counts_NE = jnp.broadcast_to(jnp.mean(counts_NE, axis=0, keepdims=True), counts_NE.shape)
-    (path, bias_NE), *_ = trees.select(params, "layers/router_bias", expect=1).items()
+    (path, bias_NE), *_ = trees.select(params, ROUTER_BIAS, expect=1).items()
     error_NE = jnp.mean(counts_NE, axis=1, keepdims=True) - counts_NE
     return trees.update(params, {path: bias_NE + balance.bias_rate * jnp.sign(error_NE)})
