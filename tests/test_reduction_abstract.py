@@ -14,6 +14,7 @@ from moe_reduce.adapters.adapter import activate, init
 from moe_reduce.adapters.merging import merge
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, ExecutionConfig, PoolStage
+from moe_reduce.core.errors import UserError
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import one, select
 from moe_reduce.models.weights import Int8
@@ -134,6 +135,13 @@ def test_quantised_weights_are_sliced_with_their_scales(name, kind):
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _quantised(_real(kind)).params)
     planned = transform(dataclasses.replace(_real(kind), params=shapes))
     assert jax.tree.map(lambda leaf: leaf.shape, planned.params) == jax.tree.map(lambda leaf: leaf.shape, sliced.params)
+
+
+@pytest.mark.parametrize("name", [next(iter(TRANSFORMS)), "canonical", "prune_neurons", "prune_magnitude"])
+def test_reductions_that_change_values_refuse_quantised_weights(name):
+    transform, _ = TRANSFORMS[name]
+    with pytest.raises(UserError, match=r"is quantised.*reduce, then quantise"):
+        transform(_quantised(_real("layer")))
 
 
 def _quantised(model):

@@ -35,7 +35,7 @@ def drop_layers(model: Model, layers: Sequence[int]) -> Model:
     def drop(leaves: Leaves) -> Leaves:
         return {record.path: map_parts(lambda _, part: part[kept], record, leaves[record.path]) for record in stacked}
 
-    return transform(model, dataclasses.replace(model.config, layers=len(kept)), stacked, drop)
+    return transform(model, dataclasses.replace(model.config, layers=len(kept)), stacked, drop, slices=True)
 
 
 def block_influence(model: Model, batches: Iterable[Batch]) -> np.ndarray:

@@ -29,7 +29,7 @@ def prune(model: Model, kept: KeptExperts) -> Model:
     def keep(leaves: Leaves) -> Leaves:
         return {record.path: _keep(leaves[record.path], record, kept) for record in per_expert}
 
-    return transform(model, dataclasses.replace(model.config, moe=moe), per_expert, keep)
+    return transform(model, dataclasses.replace(model.config, moe=moe), per_expert, keep, slices=True)
 
 
 def check_kept(config: ModelConfig, kept: KeptExperts) -> None:

@@ -18,20 +18,29 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Parameter, by_path, stored_params
+from moe_reduce.models.weights import is_quantised
 
 Leaves = dict[str, Any]  # parameter values by path
 
 
 def transform(
-    model: Model, config: ModelConfig, replaced: Iterable[Parameter], change: Callable[[Leaves], Leaves]
+    model: Model,
+    config: ModelConfig,
+    replaced: Iterable[Parameter],
+    change: Callable[[Leaves], Leaves],
+    slices: bool = False,
 ) -> Model:
     """Return a model with this configuration, in which other parameters stand in place of the replaced ones.
 
     replaced: records of the model's present parameters. change: maps their values, by path, to the values of the new
-    parameters, by path in the new configuration. All other parameters stay as they are.
+    parameters, by path in the new configuration. All other parameters stay as they are. slices: True where `change`
+    only selects rows, which it can do to quantised values too; otherwise these raise UserError.
     """
     flat = trees.flatten(model.params)
     before = {record.path: flat.pop(record.path) for record in replaced}
+    quantised = sorted(path for path, value in before.items() if is_quantised(value))
+    if quantised and not slices:
+        raise UserError(f"{quantised[0]} is quantised, and this reduction changes its values: reduce, then quantise")
     after = evaluate(change, before)
     wanted = by_path(config)
     for path, leaf in after.items():
