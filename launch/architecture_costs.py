@@ -1,6 +1,6 @@
-"""What each exact or data-light reduction of the architecture costs a trained dense model, without any retraining.
+"""Loss that each exact or data-light architecture reduction costs a trained dense model, without retraining.
 
-Loss on a text that the model has not seen, before and after, through the commands themselves.
+The moe-reduce commands measure the loss on unseen text before and after each reduction.
 Command: python launch/architecture_costs.py --model=runs/cpu_pair/seed1/dense/model --data=TEXT
 (writes docs/results/architecture/summary.json; the model is the dense one of ./launch/shared_moe.sh)
 """
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def reductions(config: ModelConfig) -> dict[str, list[str]]:
-    """What is measured, as arguments, in sizes that fit the model."""
+    """Command arguments of each measured reduction, in sizes that fit the model."""
     width = config.feed_forward_width or 0
     return {
         "the identity (all layers kept, GQA of as many heads)": [
@@ -41,7 +41,7 @@ def reductions(config: ModelConfig) -> dict[str, list[str]]:
 
 
 def run(model: Path, data: str, max_batches: int) -> list[list[str]]:
-    """A row a reduction."""
+    """Rows of the table, one for each reduction."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, arguments) in enumerate(reductions(moe_reduce.load(model).config).items()):

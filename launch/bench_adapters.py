@@ -1,9 +1,9 @@
-"""What adapting costs beside training everything: step, memory, state; and SkeMA's fast projection beside a dense one.
+"""Adapters against full fine-tuning: step time, memory, state; and SkeMA's fast projection against a dense one.
 
-All steps run in turn in one process (full, LoRA, SkeMA, full, …), on the dense model of experiment 1 with random
-weights, LoRA of rank 8 on queries and values and SkeMA of as many parameters; and on the mixture of experiment 2, LoRA
-of rank 2 on every expert. Peak memory is what XLA says of the
-compiled step: arguments and temporaries. The projection is S·x of an SRHT and of its dense matrix.
+All steps alternate in one process (full, LoRA, SkeMA, full, …), with random weights: on the dense model of experiment
+1, LoRA of rank 8 on queries and values and SkeMA with equally many parameters; on the MoE of experiment 2, LoRA of rank
+2 on every expert. Peak memory is XLA's estimate for the compiled step: arguments and temporaries. The projection S·x is
+timed as an SRHT and as its dense matrix.
 
 Command: python launch/bench_adapters.py    (writes docs/results/adapters_cost/summary.json; --tiny for a quick check)
 """
@@ -38,7 +38,7 @@ COLUMNS = ["what", "measured", "aim"]
 
 
 class Step:
-    """A compiled training step of one way to adapt, and its state."""
+    """A compiled training step of one adaptation method, and its state."""
 
     def __init__(self, model: Model, chosen: AdapterConfig | None, batch: dict[str, jax.Array]):
         run = AdaptConfig(model="random", adapter=chosen, execution=model.execution)
@@ -62,7 +62,7 @@ class Step:
 
 
 def compared(model: Model, lora: AdapterConfig, batch: dict[str, jax.Array], repeats: int):
-    """Steps of full fine-tuning, of a LoRA and of a SkeMA of as many parameters, their seconds, and the SkeMA."""
+    """(steps of full fine-tuning, LoRA and a SkeMA with equally many parameters, their seconds, the SkeMA)."""
     allowed = adapters.count(adapters.init(lora, model))
     skema = within_budget(AdapterConfig(method="skema", targets=lora.targets), model.config, allowed)
     made = {"full": Step(model, None, batch), "lora": Step(model, lora, batch), "skema": Step(model, skema, batch)}
@@ -73,13 +73,13 @@ def compared(model: Model, lora: AdapterConfig, batch: dict[str, jax.Array], rep
 
 
 def random_model(config: ModelConfig) -> Model:
-    """Of random weights."""
+    """A model with random weights."""
     execution = ExecutionConfig(scan_unroll=config.layers).resolve("cpu")
     return Model(config, jax.jit(partial(init_params, config))(jax.random.key(0)), execution)
 
 
 def random_batch(config: ModelConfig, rows: int, length: int) -> dict[str, jax.Array]:
-    """Of random tokens."""
+    """A batch of random tokens."""
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, length + 1), dtype=np.int32)
     return {
         "tokens": jnp.asarray(tokens[:, :-1]),
@@ -89,7 +89,7 @@ def random_batch(config: ModelConfig, rows: int, length: int) -> dict[str, jax.A
 
 
 def of_experts(config: ModelConfig, rows: int, length: int, repeats: int) -> list[list[str]]:
-    """Rows of the table about adapting every expert of a mixture."""
+    """Rows of the table about adapting every expert of an MoE."""
     assert config.moe is not None
     lora = AdapterConfig(targets="mlp", rank=2)
     _, seconds, _ = compared(random_model(config), lora, random_batch(config, rows, length), repeats)
@@ -156,7 +156,7 @@ def projection(sizes: list[int], width: int, repeats: int) -> list[list[str]]:
 
 
 def read_model(name: str) -> ModelConfig:
-    """The architecture of a configuration of pretraining."""
+    """The architecture in a pretraining configuration."""
     (run,) = config_file.read(str(ROOT / f"configs/{name}.py"), []).values()
     return run.model
 

@@ -1,7 +1,7 @@
 """A model larger than memory: time and peak resident memory of prune, layer-wise score, inspect and plan.
 
-Pruning is timed beside copying the kept bytes, in turn, each while the disk has nothing left to write from before.
-inspect and plan read headers only; their time is quoted beyond that of the imports.
+Pruning alternates with copying as many bytes as it keeps; each starts when earlier writes are on disk. inspect and
+plan read headers only; their times exclude imports.
 
 Command: python launch/bench_files.py [--model DIR] (default: a synthetic 7.7 GB Qwen3-MoE, written first and removed);
 writes docs/results/files/summary.json.
@@ -25,7 +25,7 @@ from moe_reduce.storage.tensors import TensorFiles
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "moe_reduce"]
 CHUNK = 4 * 1024**2
-TOKENS, LENGTH = 4096, 256  # that are scored
+TOKENS, LENGTH = 4096, 256  # size of the scored text
 
 
 def measured(command: list[str]) -> tuple[float, int]:
@@ -52,7 +52,7 @@ def copy(model: Path, out: Path, count: int) -> float:
 
 
 def write_scores(model: Path, file: Path) -> None:
-    """Random scores of the model's shape: which experts are kept does not change the cost."""
+    """Writes random scores of the model's shape: which experts are kept does not change the cost."""
     config, _ = read_config(model)
     assert config.moe is not None
     shape = (config.layers, config.moe.experts)
@@ -109,7 +109,7 @@ def compare(model: Path, scratch: Path, repeats: int) -> dict:
 
 
 def prune(model: Path, scratch: Path, repeats: int) -> dict:
-    """Prunes to half and copies as many bytes, in turn; medians."""
+    """Medians of pruning half of the experts and of copying as many bytes, in turn."""
     write_scores(model, scratch / "scores.json")
     pruned = scratch / "pruned"
     command = [*COMMAND, "prune", f"--model={model}", f"--scores={scratch / 'scores.json'}"]
@@ -129,7 +129,7 @@ def prune(model: Path, scratch: Path, repeats: int) -> dict:
 
 
 def check_pruned(model: Path, pruned: Path) -> None:
-    """Raises unless half of the experts are there, and the last of them has the bytes that its original has."""
+    """Raises unless half of the experts remain and the last of them has the bytes of its original."""
     before, after = (TensorFiles(directory) for directory in (model, pruned))
     (before_moe, after_moe) = (read_config(directory)[0].moe for directory in (model, pruned))
     assert before_moe is not None
@@ -143,7 +143,7 @@ def check_pruned(model: Path, pruned: Path) -> None:
 
 
 def score(model: Path, scratch: Path) -> dict:
-    """REAP of random tokens, a layer at a time."""
+    """Measures REAP on random tokens, a layer at a time."""
     config, _ = read_config(model)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (TOKENS // LENGTH, LENGTH + 1)).astype(np.int32)
     np.save(scratch / "tokens.npy", tokens)
@@ -154,7 +154,7 @@ def score(model: Path, scratch: Path) -> dict:
 
 
 def beyond_imports(command: str, model: Path, repeats: int) -> float:
-    """Median seconds of a command less those of importing what it imports."""
+    """Median seconds of a command minus those of its imports."""
     imports = f"import moe_reduce, moe_reduce.commands.{command}, moe_reduce.planning.flops, moe_reduce.models.decoder"
     whole = [measured([*COMMAND, command, f"--model={model}"])[0] for _ in range(repeats)]
     bare = [measured([sys.executable, "-c", imports])[0] for _ in range(repeats)]

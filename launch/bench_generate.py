@@ -1,9 +1,8 @@
-"""Decoding speed on this machine, of one text, side by side with transformers' generate on torch; medians.
+"""Median speed of decoding one text on this machine, compared with transformers' generate on torch.
 
-The same random LLaMA (both read it from one directory), prompt, precision and threads; each side in a process of its
-own, and runs alternate (ours, theirs, a copy, ours, …), so that a machine whose speed drifts slows all alike. The copy
-of a large array, read and written, gives the bandwidth to which the weights that a token must read are compared; the
-sum of one, which is only read, what of it reading alone can have.
+Both sides read the same random LLaMA and use the same prompt, precision and threads. Each has its own process, and runs
+alternate (ours, theirs, copy, read, ours, …), so that drift of the machine's speed affects all alike. Weight bytes read
+per second are compared with two bandwidths: copying a large array (read and written) and summing it (read only).
 
 Command: ./launch/bench_generate.sh    (writes docs/results/generate/summary.json; --tiny for a quick check)
 """
@@ -29,7 +28,7 @@ NAMES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def write_model(directory: Path, sizes: dict[str, Any], dtype: str) -> int:
-    """A random model in a directory; the bytes of its weights, all of which a token reads."""
+    """Writes a random model; returns the bytes of its weights, all of which are read for each token."""
     import torch
     import transformers
 
@@ -40,7 +39,7 @@ def write_model(directory: Path, sizes: dict[str, Any], dtype: str) -> int:
 
 
 def prompt_of(sizes: dict[str, Any]) -> list[int]:
-    """The same ids for both."""
+    """Prompt ids, the same for both sides."""
     return [(7 * number) % sizes["vocab_size"] for number in range(1, PROMPT_TOKENS + 1)]
 
 
@@ -60,7 +59,7 @@ def ours(directory: Path, dtype: str, tokens: int) -> tuple[Run, list[int]]:
 
 
 def theirs(directory: Path, dtype: str, tokens: int) -> tuple[Run, list[int]]:
-    """The same in torch."""
+    """Greedy decoding with transformers' generate on torch."""
     import torch
     import transformers
 
@@ -76,7 +75,7 @@ def theirs(directory: Path, dtype: str, tokens: int) -> tuple[Run, list[int]]:
 
 
 def copy(megabytes: int) -> tuple[Run, None]:
-    """One array onto another, with all threads."""
+    """Copies one array to another, with all threads."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -85,7 +84,7 @@ def copy(megabytes: int) -> tuple[Run, None]:
 
 
 def read(megabytes: int) -> tuple[Run, None]:
-    """The sum of one array, with all threads."""
+    """Sums one array, with all threads."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -94,12 +93,12 @@ def read(megabytes: int) -> tuple[Run, None]:
 
 
 def compare(sizes: dict[str, Any], dtype: str, tokens: int, megabytes: int, repeats: int) -> dict[str, Any]:
-    """Our decoding against transformers' and against the bandwidth."""
+    """Compares our decoding with transformers' and with the bandwidth."""
     with tempfile.TemporaryDirectory() as place:
         weight_bytes = write_model(Path(place), sizes, dtype)
         builds = {side.__name__: (side, Path(place), dtype, tokens) for side in (ours, theirs)}
         seconds, said = side_by_side.compare(builds | {"copy": (copy, megabytes), "read": (read, megabytes)}, repeats)
-    # in bf16 the two round differently, and greedy decoding then parts
+    # in bf16 the two round differently, so that greedy decoding diverges
     if dtype == "float32" and said["ours"] != said["theirs"]:
         raise AssertionError("in fp32 both must write the same text")
     bandwidth, reading = 2 * megabytes * 10**6 / seconds["copy"], megabytes * 10**6 / seconds["read"]

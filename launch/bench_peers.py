@@ -1,9 +1,9 @@
-"""What others do too, beside how they do it: scoring experts, preparing text, training an adapter; ratios of medians.
+"""Speed against peer libraries in scoring experts, preparing text and training an adapter: ratios of medians.
 
-- scoring: REAP over a random Qwen3-MoE, beside hooks on transformers' model that compute each expert's outputs once
-  more, on its own tokens only (what a plain torch implementation does at best).
-- data: a text to rows of tokens on disk, beside datasets.map with the same tokenizer and as many processes.
-- adapter: a training step of LoRA r=8 on queries and values of the dense model of experiment 1, beside PEFT.
+- scoring: REAP on a random Qwen3-MoE, against hooks on transformers' model that recompute each expert's outputs on its
+  own tokens only (the best that a plain torch implementation can do).
+- data: text to rows of tokens on disk, against datasets.map with the same tokenizer and number of processes.
+- adapter: a training step of LoRA r=8 on queries and values of the dense model of experiment 1, against PEFT.
 
 Command: python launch/bench_peers.py    (writes docs/results/peers/summary.json; --tiny for a quick check)
 """
@@ -27,7 +27,7 @@ COLUMNS = ["what", "shape", "ours", "peer", "ratio", "aim"]
 
 
 def our_scores(directory: Path, tokens_BT: np.ndarray) -> tuple[Run, Any]:
-    """Seconds of `moe-reduce score` on a loaded model, and REAP by layer and expert."""
+    """(`moe-reduce score` on a loaded model, its REAP scores by layer and expert)."""
     import jax
 
     import moe_reduce
@@ -82,7 +82,7 @@ def their_scores(directory: Path, tokens_BT: np.ndarray) -> tuple[Run, Any]:
 
 
 def scoring(tiny: bool, repeats: int) -> list[str]:
-    """A row about scores of experts, whose two sides must agree."""
+    """Table row about scoring experts; both sides must agree."""
     import torch
     import transformers
 
@@ -106,7 +106,7 @@ def scoring(tiny: bool, repeats: int) -> list[str]:
 
 
 def _corpus(directory: Path, megabytes: float) -> Path:
-    """Python's own library as rows of JSON, and a tokenizer of 8,192 pieces for it."""
+    """Writes Python's standard library as JSON lines, and a tokenizer of 8,192 pieces for it."""
     from moe_reduce.core.config import DataConfig
     from moe_reduce.data.sources import documents
 
@@ -122,7 +122,7 @@ def _corpus(directory: Path, megabytes: float) -> Path:
 
 
 def our_data(file: Path, tokenizer: Path, length: int, workers: int) -> tuple[Run, int]:
-    """Preparation into a new cache each time, and the number of tokens."""
+    """(preparation into a new cache each time, number of tokens)."""
     from moe_reduce.core.config import DataConfig
     from moe_reduce.data.prepare import prepare
 
@@ -141,7 +141,7 @@ def our_data(file: Path, tokenizer: Path, length: int, workers: int) -> tuple[Ru
 
 
 def their_data(file: Path, tokenizer: Path, length: int, workers: int) -> tuple[Run, int]:
-    """The usual two maps: tokenize, then cut into rows."""
+    """The same with two maps, as usual: tokenize, then cut into rows."""
     import datasets
     import transformers
 
@@ -167,7 +167,7 @@ def their_data(file: Path, tokenizer: Path, length: int, workers: int) -> tuple[
 
 
 def data(tiny: bool, repeats: int) -> list[str]:
-    """A row about preparing text."""
+    """Table row about preparing text."""
     from moe_reduce.core.config import DataConfig
     from moe_reduce.data.prepare import prepare
 
@@ -192,7 +192,7 @@ def _made(directory: Path) -> Path:
 
 
 def our_adapter(config: Any, tokens: np.ndarray) -> tuple[Run, int]:
-    """A step of LoRA, and the number of trained parameters."""
+    """(LoRA training step, number of trained parameters)."""
     import jax
     import jax.numpy as jnp
 
@@ -249,7 +249,7 @@ def their_adapter(config: Any, tokens: np.ndarray) -> tuple[Run, int]:
 
 
 def adapter(tiny: bool, repeats: int) -> list[str]:
-    """A row about a training step of an adapter."""
+    """Table row about a training step of an adapter."""
     from moe_reduce.commands import config_file
 
     (run,) = config_file.read(str(ROOT / "configs/dense_llama_125m.py"), []).values()

@@ -1,12 +1,12 @@
-"""How cost grows: with experts, tokens, layers and devices; and what routing costs beside the experts themselves.
+"""How cost grows with experts, tokens, layers and devices; and the cost of routing relative to the experts.
 
-Routing is the router's product, scores, top-k, sorting, and moving rows there and back; experts: the products of the
-sorted rows alone. Width is small (64) where experts are computed, so that 6,144 of Qwen3's hidden width fit a CPU. The
-same routing at Qwen3's own width is set beside the FLOPs of its experts at the rate of one large product, measured in
-the same run: of these the router's product alone is E / (3 · A · F), a third. Times are medians, in turn, each size in
-a process of its own. Steps are those of configs/cpu_pair.py's shared mixture, one number of it changed at a time: real
-steps, and the bytes of a device as compiled. Simulated devices share the cores, so their tokens/s say what exchanging
-costs, and not what it gains.
+Routing is the router matmul, scores, top-k, sorting, gathering and combining rows; experts are the matmuls of sorted
+rows alone. Where experts are computed, D is small (64), so that 6,144 experts with Qwen3's F fit a CPU. Routing at
+Qwen3's own D is compared with the time of its experts' FLOPs at the rate of one large matmul, measured in the same run:
+the router matmul alone is E / (3 · A · F), a third, of these FLOPs. Times are medians of alternating runs, each size in
+its own process. Training steps are those of the shared MoE in configs/cpu_pair.py, with one number changed at a time:
+real steps, and compiled bytes per device. Simulated devices share the cores, so their tokens/s show the cost of
+communication, not the gain.
 
 Command: python launch/bench_scale.py    (writes docs/results/scale; --tiny for a quick check)
 """
@@ -40,13 +40,13 @@ ROOT = Path(__file__).parent.parent
 COLUMNS = ["what", "at", "measured", "aim"]
 ACTIVE, FULL_WIDTH, HIDDEN = 8, 2048, 768  # of Qwen3-30B-A3B
 WIDTH = 64  # where experts are computed
-# of training steps
+# sizes of the training steps
 SIZES = {
     "layers": (2, 4, 8, 16), "experts": (4, 16, 64, 256), "length": (128, 256, 512, 1024), "data": (1, 2, 4),
     "expert": (1, 2, 4),
 }  # fmt: skip
 TINY_SIZES = {"layers": (2, 4), "expert": (1, 2)}
-# what grows, and how fast it must: attention is quadratic in a sequence
+# label, and largest exponent allowed: attention is quadratic in sequence length
 LABELS = {
     "layers": ("layers", "≤ n^1"), "experts": ("experts", "≤ n^1"), "length": ("tokens of a sequence", "≤ n^2"),
 }  # fmt: skip
@@ -62,7 +62,7 @@ def routing_of(moe: MoEConfig, x_SD: jax.Array, router_DE: jax.Array) -> Routing
 
 
 def routed(moe: MoEConfig, x_SD: jax.Array, router_DE: jax.Array) -> jax.Array:
-    """All of routing, as a sum that has gradients; what moves there and back is the rows themselves."""
+    """All of routing, summed to a differentiable scalar; rows are gathered and combined, without experts."""
     routing = routing_of(moe, x_SD, router_DE)
     order = sort_by_expert(routing.experts_SA, moe.experts)
     balance = jnp.sum(routing.probability_E * jax.lax.stop_gradient(routing.counts_E))
@@ -70,7 +70,7 @@ def routed(moe: MoEConfig, x_SD: jax.Array, router_DE: jax.Array) -> jax.Array:
 
 
 def routing_runs(moe: MoEConfig, x_SD: jax.Array, router_DE: jax.Array) -> dict[str, Any]:
-    """Routing forward, and with gradients."""
+    """Runs of routing: forward, and with gradients."""
     forward = partial(routed, moe)
     both = jax.jit(jax.grad(forward, argnums=(0, 1)))
     return {
@@ -80,13 +80,13 @@ def routing_runs(moe: MoEConfig, x_SD: jax.Array, router_DE: jax.Array) -> dict[
 
 
 def inputs(experts: int, tokens: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """x_SD and router_DE."""
+    """Random (x_SD, router_DE)."""
     keys = jax.random.split(jax.random.key(0))
     return jax.random.normal(keys[0], (tokens, width)), jax.random.normal(keys[1], (width, experts)) * 0.1
 
 
 def beside_flops(experts: int, tokens: int, width: int, repeats: int) -> dict[str, float]:
-    """Routing as a share of the experts' FLOPs, forward, and with gradients for everything."""
+    """Time of routing relative to that of the experts' FLOPs, forward and with gradients of both."""
     moe = MoEConfig(experts=experts, active=ACTIVE, width=HIDDEN)
     seconds = medians(routing_runs(moe, *inputs(experts, tokens, width)), repeats)
     forward = 6 * tokens * ACTIVE * width * HIDDEN / throughput.measure(jax.devices()[0], "float32")
@@ -97,7 +97,7 @@ def beside_flops(experts: int, tokens: int, width: int, repeats: int) -> dict[st
 
 
 def layer(experts: int, tokens: int, hidden: int, repeats: int) -> dict[str, float]:
-    """Seconds of routing, and of the experts, forward and with gradients, of one mixture."""
+    """Seconds of one MoE layer's routing and experts, each forward and with gradients."""
     keys = jax.random.split(jax.random.key(1), 3)
     moe = MoEConfig(experts=experts, active=ACTIVE, width=hidden)
     x_SD, router_DE = inputs(experts, tokens, WIDTH)
@@ -130,7 +130,7 @@ def changed(run: Any, **numbers: int) -> Any:
         model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, experts=numbers["experts"]))
     if "length" in numbers:
         data = dataclasses.replace(data, sequence_length=numbers["length"])
-    train = dataclasses.replace(run.train, warmup_steps=0)  # the first step learns
+    train = dataclasses.replace(run.train, warmup_steps=0)  # so that the first step learns
     mesh = {axis: count for axis, count in numbers.items() if axis in sharding.AXES}
     execution = dataclasses.replace(run.execution, scan_unroll=1).resolve("cpu")
     mesh = MeshConfig(**{"data": 1} | mesh)
@@ -138,7 +138,7 @@ def changed(run: Any, **numbers: int) -> Any:
 
 
 def step(run: Any, repeats: int) -> dict[str, float]:
-    """Seconds and tokens/s of the run's training step, and the bytes that it takes on a device."""
+    """Seconds and tokens/s of the run's training step, and the bytes that it needs on a device."""
     job, mesh = pretraining(run), sharding.make_mesh(run.mesh)
     planned = footprint.of(job, mesh)
     program = planned.program
@@ -149,7 +149,7 @@ def step(run: Any, repeats: int) -> dict[str, float]:
     tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, rows, dtype=np.int32)
     batch = {"tokens": tokens, "targets": tokens, "weights": np.ones(rows, np.float32)}
     losses = []
-    # not within the mesh: initialisation runs the model on one token, which a mesh could not divide
+    # outside the mesh: initialisation runs the model on one token, which a mesh cannot divide
     held = [jax.jit(lambda: program.new_state(job.initial()), out_shardings=program.shardings)()]
     with jax.set_mesh(mesh):
         placed = sharding.put_batch(mesh, batch)

@@ -1,9 +1,9 @@
-"""Training speed on this machine, side by side with transformers on torch; ratios of medians.
+"""Training speed on this machine, compared with transformers on torch; ratios of medians.
 
-Same shapes, precision, threads, AdamW with clipping, malloc settings. Each side lives in a process of its own, so that
-neither runs in what the other's allocator left, and steps alternate (ours, theirs, ours, …), so that a machine whose
-speed drifts slows both alike. bfloat16 is fp32 masters and bf16 products on both sides: compute_dtype and
-torch.autocast. Also the MoE layer against the matmul peak measured between its runs, forward and backward.
+Shapes, precision, threads, AdamW with clipping and malloc settings are the same. Each side has its own process, so that
+neither inherits the other's heap, and steps alternate (ours, theirs, ours, …), so that drift of the machine's speed
+affects both alike. bfloat16 means fp32 master weights and bf16 matmuls on both sides (compute_dtype, torch.autocast).
+Also compares the MoE layer, forward and backward, with the matmul peak measured between its runs.
 
 Command: ./launch/bench_train.sh    (writes docs/results/cpu_speed/summary.json; --tiny for a quick check)
 """
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def our_step(run: RunConfig, tokens: np.ndarray) -> tuple[Run, float]:
-    """One training step as the loop runs it, and the seconds that it took to compile."""
+    """(one training step as the loop runs it, seconds of its compilation)."""
     task = language_model_task(run.model, run.execution, run.balance)
     params = jax.jit(partial(init_params, run.model))(jax.random.key(0))
     tx = optimizer.build(run.train, params, task.records)
@@ -86,7 +86,7 @@ def their_step(run: RunConfig, tokens: np.ndarray) -> tuple[Run, float]:
 
 
 def peer_config(model: ModelConfig) -> Any:
-    """The transformers model of the same attention and feed-forward shapes."""
+    """Configuration of the transformers model with the same attention and feed-forward shapes."""
     import transformers
 
     shared = {
@@ -103,7 +103,7 @@ def peer_config(model: ModelConfig) -> Any:
 
 
 def compare_steps(name: str, run: RunConfig, batch: int, length: int, repeats: int) -> dict[str, Any]:
-    """Our training step against transformers'."""
+    """Compares our training step with transformers'."""
     tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (batch, length + 1)).astype(np.int32)
     sides = {"ours": (our_step, run, tokens), "peer": (their_step, run, tokens)}
     result, said = compare(sides, repeats, run.model.vocab_size)
@@ -121,7 +121,7 @@ def compare_steps(name: str, run: RunConfig, batch: int, length: int, repeats: i
 
 
 def moe_layer(model: ModelConfig, rows: int, repeats: int) -> dict[str, Any]:
-    """Useful FLOP/s of the dropless expert layer against the better of two matmul shapes, alternating."""
+    """Useful FLOP/s of the dropless MoE layer as a share of the faster of two matmuls, run in turn."""
     assert model.moe is not None
     experts, active, hidden = model.moe.experts, model.moe.active, model.moe.width
     keys = jax.random.split(jax.random.key(0), 6)
@@ -192,7 +192,7 @@ def main() -> None:
         execution = ["--config.execution.platform=cpu", f"--config.execution.compute_dtype={dtype}"]
         overrides = [*execution, "--config.execution.remat=none", "--config.execution.scan_unroll=12", *small]
         (run,) = config_file.read(str(ROOT / "configs" / name), overrides).values()
-        train = dataclasses.replace(run.train, warmup_steps=0)  # as the peer, which shows that it learns
+        train = dataclasses.replace(run.train, warmup_steps=0)  # as the peer; it shows that the step learns
         return dataclasses.replace(run, train=train, execution=run.execution.resolve("cpu"))
 
     peers = {

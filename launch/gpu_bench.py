@@ -1,9 +1,9 @@
-"""What one accelerator makes of the models: MFU of training, the expert layer, attention, decoding, bf16 beside fp32.
+"""Speed of the models on one accelerator: training MFU, MoE layer, routing, attention, decoding; bf16 error.
 
-Everything is stated against a bf16 matmul measured in the same run. Training steps are those of the configurations, at
-the published batch of each of 32 devices (16 sequences of 1,024 tokens), with the loop's own program and its layers
-unrolled. A step that does not fit is a row that says so; anything else that fails is an error, and that no step fits.
-Needs jax for the device, flax, optax and ml-collections, nothing else.
+FLOP/s are relative to a bf16 matmul measured in the same run. Training steps are those of the configurations, at the
+published batch per device on 32 devices (16 sequences of 1,024 tokens), with the loop's own program and its layers
+unrolled. A step that does not fit gets a row that says so; if no step fits, or anything else fails, that is an error.
+Needs only jax for the device, flax, optax and ml-collections.
 
 Command: ./launch/gpu_bench.sh    (writes docs/results/gpu/summary.json; --tiny checks the script on a CPU)
 """
@@ -44,12 +44,12 @@ COLUMNS = ["what", "shape", "measured", "of the matmul peak", "aim"]
 CONFIGS = {"dense 137.8M": "dense_llama_125m.py", "shared MoE 49.6M": "shared_moe_50m.py"}
 AIMS = {"dense 137.8M": "≥ 50 %", "shared MoE 49.6M": "≥ 35 %"}
 PRECISIONS = {"logits": "largest difference, of the largest logit", "gradients": "norm of the difference, of the norm"}
-FAILED = object()  # in place of what a part gives
+FAILED = object()  # in place of a result
 STEP = {"remat": "none", "scan_unroll": 12}  # fastest where memory allows
 
 
 class Layer(NamedTuple):
-    """The size of an expert layer, and of what it is given."""
+    """The sizes of an expert layer and its input."""
 
     experts: int
     active: int
@@ -58,7 +58,7 @@ class Layer(NamedTuple):
     tokens: int
 
     def flops(self) -> float:
-        """Of its products, forward."""
+        """Forward FLOPs of its matmuls."""
         return 6.0 * self.tokens * self.active * self.width * self.hidden
 
     def __str__(self) -> str:
@@ -67,13 +67,13 @@ class Layer(NamedTuple):
 
 LAYERS = {"shared MoE 49.6M": Layer(16, 2, 768, 720, 16_384), "Qwen3-30B-A3B": Layer(128, 8, 2048, 768, 8192)}
 POOL = Layer(6144, 8, 2048, 768, 4096)  # all experts of Qwen3-30B-A3B
-NARROW_POOL = POOL._replace(width=512, hidden=192)  # whose experts fit the device
+NARROW_POOL = POOL._replace(width=512, hidden=192)  # narrow enough to fit the device
 TINY = Layer(8, 2, 64, 48, 64)
 
 
 def seconds_of(run: Run, repeats: int) -> float:
-    """Median seconds of a run, after two to warm up. Short ones are timed many in a row: the wait for the device costs
-    as much."""
+    """Median seconds of a run, after two warm-up runs. Short runs are timed many in a row, to spread the
+    wait for the device."""
 
     def timed(times: int) -> float:
         started = time.perf_counter()
@@ -88,17 +88,17 @@ def seconds_of(run: Run, repeats: int) -> float:
 
 
 def compiled(function: Callable[..., Any], *arguments: Any) -> Run:
-    """A call of the function, compiled now."""
+    """Compiles the function; returns a call with these arguments."""
     return partial(jax.jit(function).lower(*arguments).compile(), *arguments)
 
 
 def with_gradient(function: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """What comes back to all arguments of the function; its first is the cotangent as well."""
+    """Makes the function's VJP in all arguments; the first argument also serves as cotangent."""
     return lambda *arguments: jax.vjp(function, *arguments)[1](arguments[0])
 
 
 def if_it_fits(function: Callable[..., T], *arguments: Any) -> T | None:
-    """function(*arguments), or None where the device has not the memory."""
+    """function(*arguments), or None if the device runs out of memory."""
     try:
         return function(*arguments)
     except jax.errors.JaxRuntimeError as error:
@@ -108,7 +108,7 @@ def if_it_fits(function: Callable[..., T], *arguments: Any) -> T | None:
 
 
 def matmul(size: int) -> Run:
-    """Ten square products in a row, in bf16 with fp32 sums, on random values: zeros draw less power."""
+    """Ten chained square matmuls in bf16 with fp32 sums, on random values: zeros draw less power."""
     x, matrix = (jax.random.normal(jax.random.key(number), (size, size), jnp.bfloat16) for number in range(2))
 
     def chain(x: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -120,7 +120,7 @@ def matmul(size: int) -> Run:
 
 
 def read(file: str, tiny: bool, **execution: Any) -> RunConfig:
-    """A configuration for this platform."""
+    """Reads a configuration, resolved for this platform."""
     small = ["--config.model.layers=2", "--config.model.vocab_size=512"] if tiny else []
     (run,) = config_file.read(str(ROOT / "configs" / file), small).values()
     wanted = dataclasses.replace(run.execution, platform="auto", **execution)
@@ -128,7 +128,7 @@ def read(file: str, tiny: bool, **execution: Any) -> RunConfig:
 
 
 class Training:
-    """Training steps of a run on random tokens, one a call, compiled now."""
+    """A compiled training step of a run on random tokens; each call runs it once."""
 
     def __init__(self, run: RunConfig, rows: int, length: int):
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=rows, warmup_steps=0))
@@ -154,7 +154,7 @@ class Training:
         return metrics["loss"]
 
     def measure(self, repeats: int) -> dict[str, float]:
-        """Tokens a second and FLOP/s of a step, which must learn."""
+        """Tokens/s and FLOP/s of a step; raises if it does not learn."""
         self.state = self.new_state()
         seconds = seconds_of(self, repeats)
         check_learning("the training step", [float(loss) for loss in self.losses], self.model.vocab_size)
@@ -208,7 +208,7 @@ def attention(run: RunConfig, way: str, rows: int, length: int) -> dict[str, Run
 
 
 def routing(layer: Layer) -> Run:
-    """The router's product, the choice, sorting, and moving rows there and back."""
+    """The router matmul, top-k, sorting, gathering rows and combining them."""
     x_SD = jax.random.normal(jax.random.key(0), (layer.tokens, layer.width), jnp.bfloat16)
     router_DE = jax.random.normal(jax.random.key(1), (layer.width, layer.experts)) * 0.1
     moe = MoEConfig(experts=layer.experts, active=layer.active, width=layer.hidden)
@@ -222,7 +222,7 @@ def routing(layer: Layer) -> Run:
 
 
 def precision(run: RunConfig, way: str, tokens: int) -> dict[str, float]:
-    """Logits and gradients of bf16 with one attention beside those of fp32 with plain products, as shares of these."""
+    """Relative errors of bf16 logits and gradients, with attention `way`, against fp32 with XLA attention."""
     params = jax.jit(partial(init_params, run.model))(jax.random.key(0))
     ids = jax.random.randint(jax.random.key(1), (1, tokens), 0, run.model.vocab_size, jnp.int32)
     found = {}
@@ -246,7 +246,7 @@ def precision(run: RunConfig, way: str, tokens: int) -> dict[str, float]:
 
 
 def decoding(run: RunConfig, tokens: int) -> Run:
-    """One greedy text."""
+    """Greedy decoding of one text."""
     params = jax.jit(partial(init_params, run.model))(jax.random.key(0))
     model = ready(Model(run.model, params, run.execution))
     write = partial(generate, model, [list(range(1, 17))], GenerateConfig(max_tokens=tokens))
@@ -255,9 +255,9 @@ def decoding(run: RunConfig, tokens: int) -> Run:
 
 
 class Bench:
-    """The parts, in turn: each compiles its programs side by side and then measures them, one by one.
+    """The parts: each compiles its programs in parallel and then measures them one by one.
 
-    `result` holds what is known so far; what failed is a line of it, and the other parts go on.
+    `result` holds all results so far; a failure adds a line to it, and the other parts go on.
     """
 
     def __init__(self, tiny: bool, repeats: int):
@@ -269,7 +269,7 @@ class Bench:
         self.peak = float("nan")
 
     def attempt(self, what: str, function: Callable[[], Any]) -> Any:
-        """What one part gives, or FAILED and a line on what went wrong."""
+        """Result of one part, or FAILED and a line on what went wrong."""
         try:
             return function()
         except Exception as error:
@@ -279,37 +279,37 @@ class Bench:
             return FAILED
 
     def built(self, builds: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
-        """What each build gives, without those that failed."""
+        """Results of all builds that did not fail."""
         with ThreadPoolExecutor() as threads:
             futures = {key: threads.submit(self.attempt, str(key), build) for key, build in builds.items()}
             made = {key: future.result() for key, future in futures.items()}
         return {key: one for key, one in made.items() if one is not FAILED}
 
     def measured(self, builds: dict[Any, Callable[[], dict[str, Run]]]) -> dict[Any, dict[str, float]]:
-        """Seconds of the programs that each build gives by name."""
+        """Seconds of each build's programs, by name."""
         return {
             key: {part: seconds_of(run, self.repeats) for part, run in runs.items()}
             for key, runs in self.built(builds).items()
         }
 
     def row(self, *cells: str) -> None:
-        """One more, shown at once."""
+        """Adds a row and prints it at once."""
         self.result["rows"].append(list(cells))
         print(*cells, sep="  ", file=sys.stderr, flush=True)
 
     def rate(self, what: str, shape: str, flops: float, aim: str = "") -> float:
-        """A row of FLOP/s."""
+        """Adds a row of FLOP/s; returns them."""
         self.row(what, shape, f"{flops / 1e12:.2f} TFLOP/s", f"{flops / self.peak:.1%}", aim)
         return flops
 
     def matmul(self) -> None:
-        """The peak that all else is stated against."""
+        """Measures the peak FLOP/s."""
         size = 256 if self.tiny else 8192
         self.peak = self.result["matmul_peak"] = 20 * size**3 / seconds_of(matmul(size), self.repeats)
         self.rate("matmul", f"{size}²", self.peak)
 
     def training(self) -> None:
-        """Steps of both models under each attention."""
+        """Training steps of both models with each attention."""
         wanted = [(name, way) for name in CONFIGS for way in self.ways]
         builds = {
             (name, way): partial(
@@ -337,10 +337,10 @@ class Bench:
             self.result["failed"].append("no training step fits this device")
 
     def layers(self) -> None:
-        """The expert layer of the shared mixture under each dispatch, and Qwen3's under the usual one."""
+        """The MoE layer of the shared MoE with each dispatch, and Qwen3's with the usual one."""
         shapes = dict.fromkeys(LAYERS, TINY) if self.tiny else LAYERS
         first = next(iter(shapes))
-        others = {"reference"} if self.usual == "grouped" else {"reference", "grouped"}  # slow, and only for GPUs
+        others = {"reference"} if self.usual == "grouped" else {"reference", "grouped"}  # too slow; for GPUs only
         dispatches = [name for name in dispatch.DISPATCHES if name not in others]
         builds = {
             (shape, name): partial(expert_layer, layer, name)
@@ -356,7 +356,7 @@ class Bench:
                 self.rate(f"expert layer, {name}, {part}", str(shapes[shape]), flops, aim)
 
     def attention(self) -> None:
-        """One layer's, of the half of the products that is causal."""
+        """Attention of one layer; FLOPs of the causal half only."""
         run = read(CONFIGS["dense 137.8M"], self.tiny)
         flops = 2.0 * self.rows * self.length**2 * run.model.query_heads * run.model.head_width
         builds = {way: partial(attention, run, way, self.rows, self.length) for way in self.ways}
@@ -370,7 +370,7 @@ class Bench:
         }
 
     def routing(self) -> None:
-        """Over thousands of experts, beside their time at a width at which they fit, and beside their FLOPs."""
+        """Routing over thousands of experts, relative to their time at a width that fits, and to their FLOPs."""
         wide, narrow = (TINY, TINY) if self.tiny else (POOL, NARROW_POOL)
         found = self.measured(
             {
@@ -380,7 +380,7 @@ class Bench:
             }
         )
         if len(found) < 3:
-            return  # and the line of what failed is there
+            return  # `failed` has a line for the failure
         seconds, at = found["narrow"]["routing"], found["wide"]["routing"]
         beside = {"measured": seconds / found["experts"]["forward"], "flops_at_peak": at * self.peak / wide.flops()}
         self.result["routing"] = {"seconds": seconds, "wide_seconds": at} | beside
@@ -391,7 +391,7 @@ class Bench:
         self.row("routing", str(wide), f"{at * 1e3:.2f} ms", share, "")
 
     def precision(self) -> None:
-        """bf16 beside fp32."""
+        """Errors of bf16 against fp32."""
         builds = {
             f"{name}, {way}": partial(precision, read(file, self.tiny), way, 64 if self.tiny else 512)
             for name, file in CONFIGS.items()
@@ -403,7 +403,7 @@ class Bench:
                 self.row(f"bf16 beside fp32, {key}", PRECISIONS[what], f"{difference:.1e}", "", "")
 
     def decoding(self) -> None:
-        """One text at a time."""
+        """Decoding of one text at a time."""
         tokens = 8 if self.tiny else 128
         self.result["decoding"] = {}
         for name, write in self.built(
@@ -417,7 +417,7 @@ PARTS = (Bench.matmul, Bench.training, Bench.layers, Bench.routing, Bench.attent
 
 
 def main() -> None:
-    """Measures, prints and writes the result, also when it is stopped or something failed, which is an error."""
+    """Measures, prints and writes the result, even if stopped or if a part fails; then exits with an error."""
     given = options(__doc__, "gpu", repeats=10)
     device = jax.devices()[0].device_kind
     bench = Bench(given.tiny, given.repeats)
@@ -425,7 +425,7 @@ def main() -> None:
         for part in PARTS:
             bench.attempt(part.__name__, partial(part, bench))
             if np.isnan(bench.peak):
-                break  # nothing to state the others against
+                break  # no peak to compare the others with
     except KeyboardInterrupt:
         bench.result["failed"].append("stopped")
     head = {"title": f"One {device}, bf16", "command": "./launch/gpu_bench.sh", "columns": COLUMNS}

@@ -17,7 +17,7 @@ GB = 1e9
 
 
 def row(name: str, plan: dict[str, Any]) -> list[str]:
-    """One plan; bytes are those of one device."""
+    """Row of one plan; bytes are per device."""
     held = plan["held_bytes"]
     trained = sum(held.get(kind, 0) for kind in ("trained_parameters", "optimizer", "average"))
     moved = {kind: f"{kind} {one['bytes'] / GB:.2f} GB" for kind, one in plan.get("collectives", {}).items()}

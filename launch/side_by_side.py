@@ -1,7 +1,7 @@
-"""What the benchmarks share: programs timed beside each other, and how a result is written.
+"""Shared code of the benchmarks: timing programs against each other, and writing a result.
 
-Each side has a process of its own, so that neither runs in what the other's allocator left, and they run in turn, so
-that a machine whose speed drifts slows all alike.
+Each side has its own process, so that none inherits another's heap, and sides run in turn, so that drift of the
+machine's speed affects all alike.
 """
 
 import argparse
@@ -20,11 +20,11 @@ T = TypeVar("T")
 RESULTS = Path(__file__).parent.parent / "docs/results"
 
 Run = Callable[[], Any]  # a training step returns its loss
-Build = Callable[..., tuple[Run, Any]]  # what is timed, and what it has to say of itself
+Build = Callable[..., tuple[Run, Any]]  # -> (the run to time, facts to report about it)
 
 
 def medians(runs: dict[str, Run], repeats: int) -> dict[str, float]:
-    """Median seconds of each, run in turn; the first round is a warm-up."""
+    """Median seconds of each run, timed in turn; the first round is a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
@@ -44,7 +44,7 @@ def _serve(connection: Any, build: Build, *arguments: Any) -> None:
 
 
 class Side:
-    """One side of a comparison in a process of its own; `said` is what its `build` says."""
+    """One side of a comparison in its own process; `said` holds the facts that its `build` returned."""
 
     def __init__(self, build: Build, *arguments: Any):
         context = multiprocessing.get_context("spawn")
@@ -56,12 +56,12 @@ class Side:
         self.losses = [first]
 
     def __call__(self) -> None:
-        """Once, waited for."""
+        """Runs once and waits for the end."""
         self.connection.send(True)
         self.losses.append(self.connection.recv())
 
     def end(self) -> None:
-        """Gives its memory back."""
+        """Ends the process and frees its memory."""
         self.connection.send(False)
         self.process.join()
 
@@ -69,9 +69,9 @@ class Side:
 def compare(
     builds: dict[str, tuple[Any, ...]], repeats: int, vocab_size: int | None = None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """(median seconds, what each says) of builds with their arguments, by name.
+    """(median seconds, facts) by name, of builds with their arguments.
 
-    vocab_size: of models that all of them train from random weights, which is then checked.
+    vocab_size: if given, checks that all builds learn, starting from random weights.
     """
     sides = {name: Side(*build) for name, build in builds.items()}
     seconds = medians(dict(sides), repeats)
@@ -83,19 +83,19 @@ def compare(
 
 
 def apart(function: Callable[..., T], *arguments: Any) -> T:
-    """What the function gives in a process of its own, which leaves no memory behind, nor finds any."""
+    """Result of the function, called in a new process, so that no memory is shared with other calls."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def check_learning(name: str, losses: list[Any], vocab_size: int) -> None:
-    """Raises unless losses begin at ln V, as of random weights, and end lower: a step that does nothing is fast."""
+    """Raises unless losses begin near ln V, as with random weights, and end lower: a no-op step would be fast."""
     if not (abs(losses[0] / np.log(vocab_size) - 1) < 0.1 and losses[-1] < losses[0]):
         raise AssertionError(f"{name} does not train: losses {losses}, expected to begin near {np.log(vocab_size):.2f}")
 
 
 def options(description: str, name: str, repeats: int) -> argparse.Namespace:
-    """tiny, repeats and out of a benchmark whose result has this name."""
+    """Parses a benchmark's options: tiny, repeats and out; name: of its result."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a quick check of the script; needs --out")
     parser.add_argument("--repeats", type=int, default=repeats, help="that a median is taken of (default: %(default)s)")

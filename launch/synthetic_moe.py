@@ -1,4 +1,4 @@
-"""A Qwen3-MoE checkpoint of random bf16 weights in many shards, of any size, for measuring memory and time.
+"""A Qwen3-MoE checkpoint of any size, with random bf16 weights in many shards, to measure memory and time.
 
 Usage: python launch/synthetic_moe.py OUT [--layers 6] [--experts 128] [--shard-megabytes 500]    (default: 7.4 GB)
 """
@@ -27,7 +27,7 @@ def config(layers: int, experts: int, width: int = 2048, hidden: int = 768) -> M
 
 
 def write(model: ModelConfig, out: Path, shard_bytes: int) -> None:
-    """Writes tensor by tensor; weights are slices of one random block, at an offset of their own."""
+    """Writes tensor by tensor; each weight is a slice of one random block, at its own offset."""
     generator = np.random.default_rng(0)
     largest = max(math.prod(leaf.stored_shape) for leaf in leaves(model))
     block = (STD * generator.standard_normal(largest + 4096, np.float32)).astype(ml_dtypes.bfloat16)

@@ -15,12 +15,12 @@ PROBES = 64  # random inputs that measure the output size of an expert
 
 
 def canonical(model: Model, seed: int = 0) -> Model:
-    """Rescale a model, which computes the same, so that experts map inputs of unit RMS to outputs of comparable size.
+    """Rescale a model without changing its outputs, so that experts map unit-RMS inputs to outputs of comparable size.
 
     The scale of each layer's norm is folded into its router and the input matrices of its experts. The output size of
     a layer's experts (RMS over random inputs of unit RMS) moves from `down` into the layer's output gain, which the
-    model gets if it has none. Arithmetic is in fp32, and each result has the dtype of its parameter. seed: of the
-    random inputs. Raises UserError for a dense model, a shared pool and sigmoid routers.
+    model gets if it has none. Arithmetic is in fp32, and each result has the dtype of its parameter. seed: seeds
+    the random inputs. Raises UserError for a dense model, a shared pool and sigmoid routers.
     """
     check_per_layer(model.config)
     moe = moe_of(model.config)
@@ -55,7 +55,7 @@ def expert_matrices(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def check_per_layer(config: ModelConfig) -> None:
-    """Raises UserError unless each layer has experts of its own, which a softmax router chooses."""
+    """Raises UserError unless each layer has its own experts and a softmax router."""
     moe = moe_of(config)
     if moe.placement != "layer":
         raise UserError("the experts of this model are one pool already: give a model with experts in each layer")

@@ -13,7 +13,7 @@ from moe_reduce.reduction.transform import Leaves, transform
 def factorise_embedding(model: Model, inner: int) -> Model:
     """Factorise the tied table [V, D] into factor [V, K] · projection [K, D], K = `inner`, by truncated SVD.
 
-    The product is the nearest of its rank, and exact when K reaches the rank of the table. The projection keeps
+    The product is the best approximation of rank K, exact when K reaches the table's rank. The projection preserves
     lengths on average, as it does at initialisation (ALBERT, arXiv:1909.11942). The SVD runs in fp32; both factors get
     the dtype of the table. Raises UserError for an untied or factorised model, or an unfit K.
     """
@@ -31,7 +31,7 @@ def factorise_embedding(model: Model, inner: int) -> Model:
     def factorise(leaves: Leaves) -> Leaves:
         table_VD = leaves[table.path]
         left, singular, right = jnp.linalg.svd(table_VD.astype(jnp.float32), full_matrices=False)
-        gain = (config.width / inner) ** 0.5  # of the projection over orthonormal rows
+        gain = (config.width / inner) ** 0.5  # scale of the projection relative to orthonormal rows
         factors = {"VK": left[:, :inner] * (singular[None, :inner] / gain), "KD": right[:inner] * gain}
         records = select(factorised, component="embedding")
         return {record.path: factors[record.axes].astype(table_VD.dtype) for record in records}

@@ -1,4 +1,4 @@
-"""Pruning from file to file: the bytes of kept experts are copied, and no model needs to fit into memory."""
+"""Pruning from file to file: copies the bytes of kept experts, so the model need not fit into memory."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ Source = Entry | Callable[[], np.ndarray]
 
 @dataclass(frozen=True)
 class Directory:
-    """A model directory of which only configuration, headers and manifest have been read."""
+    """A model directory; only its configuration, tensor headers and manifest have been read."""
 
     path: Path
     config: ModelConfig
@@ -43,12 +43,12 @@ class Directory:
         return self.config.moe
 
     def layout(self, component: str, name: str | None = None) -> Leaf:
-        """Layout on disk of the only parameter of a component, or of a name within it."""
+        """Layout on disk of a component's only parameter, or of the one called `name`."""
         path = one(self.config, component, name).path
         return next(leaf for leaf in leaves(self.config) if leaf.path == path)
 
     def view(self, leaf: Leaf, index: tuple[int, ...] = ()) -> np.ndarray:
-        """View of one tensor on disk, with the axes of its parameter behind the stacked ones."""
+        """View of one tensor on disk; its axes are those that follow the parameter's stacked axes."""
         return leaf.from_stored(self.files.read(leaf.name(index)))
 
 
@@ -71,11 +71,11 @@ def open_directory(path: Path) -> Directory:
 
 
 def prune_files(directory: Directory, kept: KeptExperts, step: Step) -> Contents:
-    """Return the model with the kept experts only, as `model_directory.write_directory` takes it.
+    """Return the model with only the kept experts, as input of `model_directory.write_directory`.
 
-    Layers of a per-layer model that keep different numbers of experts become one pool, in which each layer can choose
-    only its own: no configuration of a per-layer model can express that. step: appended to the chain. Raises UserError
-    as `pruned` does.
+    If layers of a per-layer model keep different numbers of experts, which a per-layer configuration cannot express,
+    the result is one pool in which each layer can choose only its own. step: appended to the chain. Raises UserError as
+    `pruned` does.
     """
     config = pruned(directory, kept).config
     items = _pooled_items if _uneven(directory, kept) else _smaller_items
@@ -108,7 +108,7 @@ def _layouts(directory: Directory) -> dict[str, Leaf]:
 
 
 def _smaller_items(directory: Directory, config: ModelConfig, kept: KeptExperts) -> Iterator[TensorItem]:
-    """Tensors of a model that keeps as many experts in each row."""
+    """Tensors of a model that keeps equally many experts in each row."""
     before, records, by_layer = _layouts(directory), by_path(config), len(kept) > 1
     for leaf in leaves(config):
         axis, numbered = records[leaf.path].expert_axis, len(leaf.stacked)
@@ -126,13 +126,13 @@ def _smaller_items(directory: Directory, config: ModelConfig, kept: KeptExperts)
 def _taken(
     directory: Directory, layouts: tuple[Leaf, Leaf], index: tuple[int, ...], axis: int, row: tuple[int, ...]
 ) -> np.ndarray:
-    """The kept slices of one tensor, in its layout before -> in its layout after."""
+    """Kept slices of one tensor, converted from the old layout to the new one."""
     before, after = layouts
     return after.to_stored(np.take(directory.view(before, index), np.asarray(row), axis=axis))
 
 
 def _pooled_items(directory: Directory, config: ModelConfig, kept: KeptExperts) -> Iterator[TensorItem]:
-    """Tensors of a pool of layers that keep different numbers of experts."""
+    """Tensors of the pool made from layers that keep different numbers of experts."""
     places = [(layer, index) for layer, row in enumerate(kept) for index in row]
     before, records = _layouts(directory), by_path(config)
     for leaf in leaves(config):
@@ -161,7 +161,7 @@ def _router(directory: Directory, leaf: Leaf, kept: KeptExperts) -> np.ndarray:
 
 
 def _bias(directory: Directory, kept: KeptExperts, layer: int) -> np.ndarray:
-    """Selection bias of one layer, with which it can choose only its own experts, fp32 [P]."""
+    """Selection bias that restricts one layer to its own experts, fp32 [P]."""
     sizes = [len(row) for row in kept]
     bias_P = foreign_bias(sizes, LOSSLESS_BIAS)[layer]
     if directory.moe.selection_bias:
@@ -171,7 +171,7 @@ def _bias(directory: Directory, kept: KeptExperts, layer: int) -> np.ndarray:
 
 
 def sole_callers(directory: Directory) -> np.ndarray | None:
-    """Return the only layer that can choose each expert of a pool, [E]; None where layers share or own their experts.
+    """Return the only layer that can choose each expert of a pool, [E]; None if experts are shared or per-layer.
 
     A pool has such layers after an uneven pruning or a lossless start, until the bias is annealed.
     """

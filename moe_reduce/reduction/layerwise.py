@@ -1,4 +1,4 @@
-"""Scores of a model that does not fit into memory: one layer at a time, and of its experts a few at a time.
+"""Scores of a model that does not fit into memory: reads one layer, and a few of its experts, at a time.
 
 The hidden states of the whole calibration set pass from layer to layer, so that each weight is read once.
 """
@@ -28,11 +28,11 @@ from moe_reduce.reduction.scores import Sums, combining, fetched, sums_of
 from moe_reduce.training.task import Batch
 
 CHUNK_BYTES = 40 * 1024**2  # size of the experts that are in memory at a time
-ATTENTION_HALF = ("attention", "norm", "bias")  # components of a layer's parameters that are not about experts
+ATTENTION_HALF = ("attention", "norm", "bias")  # components of a layer other than router and experts
 
 
 def collect(directory: Directory, batches: Sequence[Batch], execution: ExecutionConfig) -> Sums:
-    """Collect what scores.collect does, with the attention and a few experts of one layer in memory at a time.
+    """Collect the same sums as scores.collect, with the attention and a few experts of one layer in memory at a time.
 
     The hidden states of all batches stay in memory as well: 4 bytes · D · 3 for each token. Raises UserError for a
     shared pool, whose experts every layer needs, for a factorised embedding, and without a batch.
@@ -55,13 +55,13 @@ def collect(directory: Directory, batches: Sequence[Batch], execution: Execution
 
 
 def _embed(directory: Directory, tokens_BT: Any, dtype: jnp.dtype) -> jax.Array:
-    """Embed tokens; only the rows of the table that occur are read."""
+    """Embed tokens; reads only the table rows of tokens that occur."""
     rows = directory.view(directory.layout("embedding"))[np.asarray(tokens_BT)]
     return jnp.asarray(rows).astype(dtype)
 
 
 def _layer(directory: Directory, layer: int, states: list, weights: list, execution: ExecutionConfig):
-    """Run one layer on all batches: their new states, and the summed statistics of the layer's experts, [E] each."""
+    """Run one layer on all batches; return their new states and the summed statistics of its experts, [E] each."""
     config, moe = directory.config, directory.moe
     half = trees.unflatten(dict(_attention_half(directory, layer)))[STACK]
     router: dict[str, Any] = {"router": {"weight": _read(directory, directory.layout("router"), layer)}}
@@ -125,7 +125,7 @@ def _attention_half(directory: Directory, layer: int) -> Iterator[tuple[str, jax
 
 
 def _chunks(directory: Directory, layer: int, layout: str) -> Iterator[tuple[int, Experts]]:
-    """Read a few experts of a layer at a time, always equally many: (number of the first, their matrices)."""
+    """Read a layer's experts in chunks of equal size: (number of the first expert, matrices of the chunk)."""
     described = [directory.layout("experts", name) for name in ("gate", "up", "down")]
     names = [[leaf.name((layer, expert)) for leaf in described] for expert in range(directory.moe.experts)]
     one = sum(directory.files.entries[name].stop - directory.files.entries[name].start for name in names[0])

@@ -1,8 +1,8 @@
 """All experts of a per-layer MoE in one shared pool, without changing what the model computes.
 
-Own work, from the algebra. Expert e of layer l becomes expert l·E + e of the pool; the pool's router G is the
+This is our own derivation. Expert e of layer l becomes expert l·E + e of the pool; the pool's router G is the
 concatenation of the layers' routers; and each layer has a selection bias over the pool, 0 on its own slice and -c
-elsewhere. With softmax scores renormalised over the chosen experts, and c beyond any difference of logits, the pooled
+elsewhere. With softmax scores renormalised over the chosen experts, and c above any difference of logits, the pooled
 model computes the original logits. With sigmoid scores each layer subtracts an offset t from the logits: for z far
 below t, σ(z - t) ≈ e^(z - t), so that normalised gates approach the softmax gates with a relative error of about
 e^(max z - t). Training then lowers c towards 0.
@@ -23,7 +23,7 @@ from moe_reduce.models.parameters import Parameter, one, parameters
 from moe_reduce.reduction.canonical import canonical, check_per_layer, expert_matrices
 from moe_reduce.reduction.transform import Leaves, expert_count, moe_of, transform
 
-# c of the lossless start: beyond any difference of logits, and small enough that a logit beside it keeps 0.001 in fp32
+# c of the lossless start: above any difference of logits, yet in fp32 (logit - c) keeps steps of 0.001
 LOSSLESS_BIAS = 1e4
 POOLED = ("experts", "router", "router_bias", "score_offset")  # components whose parameters the pool replaces
 
@@ -35,8 +35,8 @@ def pool(model: Model, options: PoolStage, seed: int = 0) -> Model:
     without a bias) or `random` (a new router from `seed`, no bias). options.router: one for all layers, or one for
     each. options.bias: c in units of the logits; None is large enough to be exact. options.offset: t of sigmoid scores,
     the same in each layer. options.canonical: first bring the model into canonical form. Raises UserError when the
-    model has no per-layer experts, or when its weights are not renormalised over the chosen experts, which no pool can
-    reproduce, or when the options contradict each other.
+    model has no per-layer experts, when its combine weights are not renormalised over the chosen experts, which no pool
+    can reproduce, or when the options contradict each other.
     """
     check_options(options)
     _check_poolable(model.config)
@@ -78,7 +78,7 @@ def _concatenated(router_NDE: jax.Array, pooled: Parameter) -> jax.Array:
 
 
 def _selection_bias(config: ModelConfig, leaves: Leaves, strength: float) -> jax.Array:
-    """-strength against experts of other layers, and on its own the bias that a layer had, fp32 [N, P]."""
+    """Selection bias, fp32 [N, P]: -strength on other layers' experts; on its own, the bias that a layer had."""
     sizes = (moe_of(config).experts,) * config.layers
     bias_NP = jnp.asarray(foreign_bias(sizes, strength))
     if not moe_of(config).selection_bias:
@@ -88,13 +88,13 @@ def _selection_bias(config: ModelConfig, leaves: Leaves, strength: float) -> jax
 
 
 def own_experts(sizes: Sequence[int]) -> np.ndarray:
-    """True where an expert of a pool is a layer's own, [N, P]; the experts of layer n are the next sizes[n]."""
+    """Mask of each layer's own experts in a pool, [N, P]; layer n has the next sizes[n] experts in order."""
     layers = np.arange(len(sizes))
     return layers[:, None] == np.repeat(layers, sizes)[None]
 
 
 def foreign_bias(sizes: Sequence[int], strength: float) -> np.ndarray:
-    """-strength against experts of other layers and 0 on a layer's own, fp32 [N, P]; sizes as in `own_experts`."""
+    """Bias -strength on other layers' experts and 0 on a layer's own, fp32 [N, P]; sizes: as in `own_experts`."""
     return np.where(own_experts(sizes), np.float32(0), np.float32(-strength))
 
 

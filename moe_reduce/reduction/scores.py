@@ -25,12 +25,12 @@ from moe_reduce.models.model import Model
 from moe_reduce.reduction.transform import moe_of
 from moe_reduce.training.sharding import compiled
 
-TINY = np.float32(1e-30)  # divisor for a layer that adds nothing
+TINY = np.float32(1e-30)  # divisor for a layer whose total is 0
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Statistics that one pass sums up by layer call and expert: arrays [N, E].
+    """Statistics of one pass, summed by layer call and expert: arrays [N, E].
 
     Each batch is summed in fp32 and batches are added in float64. This is exact, and so independent of how passes are
     split, as long as no batch adds less than 2^-29 of an expert's total. Scores are rounded to fp32.
@@ -47,7 +47,7 @@ class Sums:
         return Sums(self.tokens + other.tokens, **both)
 
     def pooled(self) -> "Sums":
-        """Combine the layer calls of a pool that every layer calls, [1, E]."""
+        """Combine all layer calls of a shared pool, [1, E]."""
         rows = {name: combining(name).reduce(getattr(self, name), axis=0, keepdims=True) for name in STATISTICS}
         return Sums(self.tokens, **rows)
 
@@ -56,12 +56,12 @@ STATISTICS = tuple(field.name for field in dataclasses.fields(Sums) if field.nam
 
 
 def combining(statistic: str) -> np.ufunc:
-    """Return how two values of a statistic are combined: maxima by their maximum, all others by their sum."""
+    """Return the ufunc that combines two values of a statistic: maximum for maxima, add for all others."""
     return np.maximum if statistic == "maximum" else np.add
 
 
 def sums_of(assignments: dict[str, jax.Array], weights_BT: jax.Array, experts: int) -> dict[str, jax.Array]:
-    """Sum one layer call, [E] each. Tokens of weight 0 do not count.
+    """Sum the statistics of one layer call by expert, [E] each. Tokens of weight 0 do not count.
 
     assignments: expert, weight, norm and maximum of each assignment, [B, T, A], as Model.apply collects them.
     """
@@ -130,11 +130,11 @@ def _share(total: np.ndarray) -> np.ndarray:
     return total / np.maximum(np.sum(total, axis=1, keepdims=True), TINY)
 
 
-# [N, E] from the sums; of the tokens routed to an expert unless a comment says otherwise
+# sums -> scores [N, E], over the tokens routed to an expert unless a comment says otherwise
 FORMULAS: dict[str, Callable[[Sums], np.ndarray]] = {
     "reap": lambda sums: _mean(sums.weighted_norm, sums),  # mean of g·‖f‖₂
-    "reap_total": lambda sums: sums.weighted_norm / np.float32(sums.tokens),  # over ALL tokens: usage counts
-    "reap_share": lambda sums: _share(sums.weighted_norm),  # of its layer; of a pool the largest share (ours)
+    "reap_total": lambda sums: sums.weighted_norm / np.float32(sums.tokens),  # mean over ALL tokens: usage counts
+    "reap_share": lambda sums: _share(sums.weighted_norm),  # share of its layer's sum; in a pool, the largest (ours)
     "frequency": lambda sums: sums.counts,  # number of tokens
     "ean_mean": lambda sums: _mean(sums.norm, sums),  # mean of ‖f‖₂
     "ean_sum": lambda sums: sums.norm,  # sum of ‖f‖₂
@@ -154,7 +154,7 @@ def check_criteria(names: Iterable[str]) -> None:
 def criterion(name: str, sums: Sums, seed: int = 0) -> np.ndarray:
     """Compute the scores of one criterion, fp32 [N, E].
 
-    Higher scores are more worth keeping; an expert that no token was routed to has 0. seed: of the random criterion.
+    Higher is more worth keeping; an expert that no token was routed to has 0. seed: for the random criterion.
     Raises UserError when the criterion is unknown.
     """
     check_criteria([name])
@@ -187,7 +187,7 @@ def scores(moe: MoEConfig, sums: Sums, criteria: Iterable[str], seed: int = 0) -
     by_name = {name: criterion(name, rows, seed) for name in criteria}
     if shared and "reap_share" in by_name:
         # Outputs grow with depth, so that scores summed over layers remove the experts that early layers need. Without
-        # recovery that is worse than the largest share in any layer; with recovery it is better.
+        # recovery, the sum is worse than the largest share in any layer; with recovery, it is better.
         by_name["reap_share"] = np.max(criterion("reap_share", sums), axis=0, keepdims=True)
     return Scores(sums.tokens, rows.counts, by_name, sums.counts if shared else None)
 

@@ -17,9 +17,9 @@ SUPER_LAYERS = 0.75  # share of the layers, from the first, in which super exper
 
 
 def keep_by_row(scores_NE: np.ndarray, keep: int, protected: frozenset[tuple[int, int]] = frozenset()) -> KeptExperts:
-    """Keep the `keep` best experts of each row, protected ones first; of equals the lower index stays.
+    """Keep the `keep` best experts of each row, protected ones first; ties keep the lower index.
 
-    Raises UserError when a row has fewer experts, or more protected ones.
+    Raises UserError when a row has fewer than `keep` experts, or more protected ones.
     """
     rows, experts = scores_NE.shape
     _check_keep(keep, experts)
@@ -45,8 +45,8 @@ def keep_overall(
     """Keep the `keep` best experts in one ranking over all rows, and at least `floor` in each layer.
 
     Scores are first divided by the mean of their layer, because layers differ in the scale of their outputs. protected
-    experts stay. caller_NE: the only layer that can choose each expert; None where that layer is the row, or where the
-    layers share a pool. Raises UserError when floor or protection leave too little room.
+    experts stay. caller_NE: the only layer that can choose each expert; None if that layer is the row, or if the layers
+    share a pool. Raises UserError when floor or protection leave too little room.
     """
     rows, experts = scores_NE.shape
     _check_keep(keep, rows * experts)
@@ -81,9 +81,9 @@ def _check_keep(keep: int, experts: int) -> None:
 
 
 def count_of(keep: float, experts: int, key: str = "--keep") -> int:
-    """Number of experts that a share in (0, 1], rounded up, or a whole number above 1 stands for.
+    """Number of experts given by `keep`: a share in (0, 1], rounded up, or a whole number above 1.
 
-    key: what the user calls the number. Raises UserError for anything else.
+    key: name of the option in messages. Raises UserError for anything else.
     """
     if 0 < keep <= 1:
         return math.ceil(round(keep * experts, 6))

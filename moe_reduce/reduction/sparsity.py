@@ -1,6 +1,6 @@
-"""Zeros in place of single weights: the smallest of each matrix, or two of each four (2:4).
+"""Sparse weights: zeros in place of the smallest of each matrix, or of two in each four (2:4).
 
-Both change attention, feed-forward and expert matrices, each by itself, and never embeddings, norms, routers or biases.
+Both prune each attention, feed-forward and expert matrix separately, but no embeddings, norms, routers or biases.
 I and O are the inputs and outputs of a matrix, and M counts the matrices that are stacked in one parameter.
 """
 
@@ -20,9 +20,9 @@ PRUNED = ("attention", "feed_forward", "experts")  # components whose matrices a
 
 
 def prune_magnitude(model: Model, share: float) -> Model:
-    """Set the ⌊share · n⌋ smallest |w| of each matrix of n weights to zero; of equals the first go.
+    """Set the ⌊share · n⌋ smallest |w| of each matrix of n weights to zero; of equal ones, the first.
 
-    Zeros that are there already count. Raises UserError unless 0 <= share < 1.
+    Existing zeros count. Raises UserError unless 0 <= share < 1.
     """
     if not 0 <= share < 1:
         raise UserError(f"share={share} must be at least 0 and below 1: it is the share of the weights set to zero")
@@ -36,7 +36,7 @@ def prune_magnitude(model: Model, share: float) -> Model:
 
 
 def prune_two_four(model: Model) -> Model:
-    """Keep the 2 largest |w| of each 4 consecutive inputs of each output; of equals the last stay.
+    """Keep the 2 largest |w| of each 4 consecutive inputs of each output; ties keep the last.
 
     Sparse tensor cores read this 2:4 pattern (arXiv:2104.08378). Raises UserError when 4 does not divide the inputs of
     a matrix.
@@ -61,7 +61,7 @@ def pruned_matrices(config: ModelConfig) -> list[Parameter]:
 
 
 def _prune_matrices(model: Model, matrices: list[Parameter], prune: Callable[[jax.Array], jax.Array]) -> Model:
-    """Apply prune(w_IO) -> w_IO to every matrix, one at a time: sorting needs memory of its own."""
+    """Apply prune(w_IO) -> w_IO to every matrix, one at a time, because sorting needs extra memory."""
 
     def prune_all(leaves: Leaves) -> Leaves:
         pruned = {}

@@ -2,7 +2,7 @@
 
 A transform states the new configuration, the records of the parameters that it replaces, and a function from their
 values to the new values. The function runs as it is on arrays, and under jax.eval_shape on abstract leaves
-(jax.ShapeDtypeStruct), so that planning a reduction is running it.
+(jax.ShapeDtypeStruct), so that planning a reduction runs the same code.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def transform(
     change: Callable[[Leaves], Leaves],
     slices: bool = False,
 ) -> Model:
-    """Return a model with this configuration, in which other parameters stand in place of the replaced ones.
+    """Return a model with this configuration, in which new parameters replace those in `replaced`.
 
     replaced: records of the model's present parameters. change: maps their values, by path, to the values of the new
     parameters, by path in the new configuration. All other parameters stay as they are. slices: True where `change`

@@ -42,7 +42,7 @@ def result(groups: Groups, title: str, out: Path) -> dict[str, Any]:
 
 
 def _is_recall(groups: Groups) -> bool:
-    """Tells runs that learned completions, whose recall was measured, from runs that learned a text."""
+    """True for runs that learned completions, whose recall was measured; False for runs on a text."""
     measured = [bool(one.summary["measured"]) for runs in groups.values() for one in runs]
     if any(measured) and not all(measured):
         raise UserError("--runs are of completions and of text: collect them apart")
@@ -122,5 +122,5 @@ def _percent(values: Sequence[float]) -> str:
 
 def _perplexities(runs: list[Measured]) -> list[str]:
     tests = [one.summary["test"]["perplexity"] for one in runs if one.summary.get("test")]
-    shown = spread(tests, ".2f") if len(tests) == len(runs) else ""  # of all seeds, or not at all
+    shown = spread(tests, ".2f") if len(tests) == len(runs) else ""  # only if all seeds have it
     return [spread([one.summary["validation"]["perplexity"] for one in runs], ".2f"), shown]

@@ -22,7 +22,7 @@ from moe_reduce.storage.model_directory import load
 
 SUMMARY = "summary.json"
 COLUMNS = ["model", "parameters", "bytes (fp32)", "validation loss", "accuracy", "accuracy kept", "decoded tokens/s"]
-TIMED = 3  # generations that the speed is the median of, after one that compiles
+TIMED = 3  # timed generations, after one that compiles; the speed is their median
 LEAST_TOKENS = 8  # a shorter text says nothing about speed
 PATH_COLOUR, OTHER_COLOUR = style.FAMILIES["pool"], style.FAMILIES["dense"]
 NEAR = 0.08  # share of an axis within which two labels would touch
@@ -79,7 +79,7 @@ def _of_reduction(workdir: Path, summary: dict[str, Any]) -> list[Entry]:
 
 
 def reduction_path(found: Sequence[Entry]) -> list[Entry]:
-    """The model that was reduced, where it is among the entries, then the model after each stage of its reduction."""
+    """The model that was reduced, if it is among the entries, then the model after each stage of its reduction."""
     after = [entry for entry in found if entry.reduced_from is not None]
     began = {entry.reduced_from for entry in after}
     before = [
@@ -89,7 +89,7 @@ def reduction_path(found: Sequence[Entry]) -> list[Entry]:
 
 
 def rows(found: Sequence[Entry], speeds: dict[str, float | None]) -> list[list[str]]:
-    """Cells of `COLUMNS` for each model; accuracy kept is a share of that of the reduced, or else the first, model."""
+    """Cells of `COLUMNS` for each model; accuracy kept is relative to the reduced model, or else the first."""
     whole = (reduction_path(found) or found)[0].figures["validation"]["accuracy"]
     return [_row(entry, whole, speeds[entry.name]) for entry in found]
 
@@ -115,7 +115,7 @@ def table(cells: Sequence[list[str]]) -> str:
 def continued(
     directory: Path, prompt: str, settings: GenerateConfig, execution: ExecutionConfig
 ) -> tuple[str, float | None]:
-    """(what the model writes after the prompt, tokens a second while decoding); None for a text too short to time."""
+    """(continuation of the prompt, decoding speed in tokens/s); speed is None for a text too short to time."""
     tokenizer, model = load_tokenizer(directory), load(directory, execution=execution)
     settings = dataclasses.replace(settings, end_ids=end_ids(model, tokenizer))
     prepared, rates, row = ready(model), [], Continuation(tokenizer, tokenizer.encode_prompt(prompt))

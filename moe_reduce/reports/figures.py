@@ -10,12 +10,12 @@ Summary = dict[str, Any]  # the content of a run's summary.json
 
 
 def is_baseline(name: str, summary: Summary) -> bool:
-    """Tells the run that others are compared with: a dense model, or a base model that was trained whole."""
+    """True for a run that others are compared with: a dense model, or full fine-tuning of a base model."""
     return name == "dense" or ("method" in summary and summary["method"] == "full")
 
 
 def baseline(summaries: Sequence[Summary]) -> Summary:
-    """The run that the others are compared with; the first one if none is a baseline by nature."""
+    """The run that the others are compared with; the first one if `is_baseline` is True for none."""
     return next((summary for summary in summaries if is_baseline(summary["name"], summary)), summaries[0])
 
 

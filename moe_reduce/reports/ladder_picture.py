@@ -48,8 +48,8 @@ def ladder(run: Summary) -> Ladder:
 def picture(ladders: Mapping[str, Sequence[Ladder]], file: Path) -> None:
     """Draws validation loss against the share of the experts kept: a panel for each kind of recovery.
 
-    ladders: of each seed, by the name of the reduction. Names that tell no recovery share one panel. Of reductions
-    that differ in a teacher or in their balancing only, the one that ends lowest is drawn; the table has all.
+    ladders: one for each seed, by name of the reduction. If no name tells a recovery, there is one panel. Among
+    reductions that differ only in VARIATIONS, the one with the lowest final loss is drawn; the table has all.
     """
     if not any(recovery(name) != ROUTERS for name in ladders):
         figure, [[axes]] = style.panels(size=(8.5, 4.8))
@@ -97,7 +97,7 @@ def _means(runs: Sequence[Ladder]) -> tuple[list[int], list[float]]:
 
 
 def _draw(axes: Axes, drawn: Mapping[str, tuple[str, str]], ladders: Mapping[str, Sequence[Ladder]]) -> None:
-    """At most eight lines, those that end lowest."""
+    """Draws at most eight lines, those with the lowest final loss."""
     means = {name: _means(ladders[name]) for name in drawn}
     shown = sorted(drawn, key=lambda name: means[name][1][-1])[: style.MOST_LINES]
     colours = style.colours([drawn[name][0] for name in shown])

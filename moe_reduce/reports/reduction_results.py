@@ -14,8 +14,9 @@ from moe_reduce.reports.measured import Groups
 def result(groups: Groups, title: str, out: Path) -> dict[str, Any]:
     """Validation loss and share of the accuracy kept, with curves.png; several seeds: mean ± half of the range.
 
-    Where experts were pruned and the model was then recovered, the recovered model counts. Shares of the accuracy are
-    of each run's own first model; losses of two rows compare if those of their first models do, which a column gives.
+    Where experts were pruned and the model was then recovered, the recovered model counts. Accuracy shares are
+    relative to each run's first model. Losses of two rows are comparable only if their first models' losses, which a
+    column gives, are.
     """
     del title
     ladders = {name: [ladder(one.summary) for one in groups[name]] for name in sorted(groups)}
@@ -38,7 +39,7 @@ def result(groups: Groups, title: str, out: Path) -> dict[str, Any]:
 
 
 def _sizes(stages: list[Summary]) -> str:
-    """Parameter count, or its range, where pools with a router for each layer have more than others."""
+    """Parameter count, or its range if reductions differ: pools with a router for each layer have more."""
     counts = sorted({stage["parameters"] for stage in stages})
     return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-MOST_LINES = 8  # of one chart: more cannot be told apart
+MOST_LINES = 8  # in one chart: more cannot be told apart
 FONT = 11  # points; readable when the picture is shown at half its size
 GREY = "#707070"
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow
@@ -93,9 +93,9 @@ def looks(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def charts(names: list[str], repeat_first: bool = False) -> list[list[str]]:
-    """Names of lines, in the same order, in groups of about the same size that a chart can hold.
+    """Splits names of lines, in order, into groups of similar size that a chart can hold.
 
-    repeat_first: the first name is in each group, to compare the others with.
+    repeat_first: puts the first name into each group, for comparison.
     """
     if len(names) <= MOST_LINES:
         return [names]

@@ -18,7 +18,7 @@ COLUMNS = [
     "accuracy", "tokens/s", "pool use", "a layer's use",
 ]  # fmt: skip
 CURVES = "curves.jsonl"
-POINTS = 200  # kept of each curve
+POINTS = 200  # points kept of each curve
 
 
 def result(groups: Groups, title: str, out: Path) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _row(name: str, runs: list[Summary], first: list[Summary]) -> list[str]:
 
 
 def _curve(one: Measured) -> dict[str, Any]:
-    """Validation loss against tokens, and the FLOPs a token, by which tokens turn into FLOPs."""
+    """Validation loss against tokens, and FLOPs per token, which convert tokens to FLOPs."""
     run = one.summary
     if (one.source / CURVES).is_file():  # an earlier result has no metrics.jsonl
         kept = [json.loads(line) for line in (one.source / CURVES).read_text().splitlines()]

@@ -46,7 +46,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def _expert_use(shares: list[list[float]] | None) -> str:
-    """Relative entropy of the use over all layers and of one layer, and the number of experts hardly ever used."""
+    """Normalised entropy of expert use over all layers and in one layer, and the number of unused experts."""
     if shares is None:
         return "-"
     pooled = np.mean(shares, axis=0)

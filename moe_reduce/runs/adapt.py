@@ -40,11 +40,11 @@ from moe_reduce.training.losses import collapse, evaluator, predict
 from moe_reduce.training.task import Task, every_leaf, never, nothing_else
 
 SAMPLE_BATCHES = 4  # validation batches for the equivalence report
-WELL_USED = 0.8  # share of a budget below which a line is printed
+WELL_USED = 0.8  # share of a budget below which a note is printed
 
 
 def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
-    """Train, resume, or find the run finished; returns the content of summary.json."""
+    """Train, resume, or skip a finished run; returns the content of summary.json."""
     run, config = _resolved(run)
     run.mesh.check_fits(config)
     mesh = sharding.make_mesh(run.mesh)
@@ -97,7 +97,7 @@ def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None
 
 
 def planned_job(run: AdaptConfig, config: ModelConfig, dtype: Any) -> Job:
-    """The job of an adaptation on abstract leaves. config: the base's; dtype: the base's; run.execution: resolved."""
+    """The job of an adaptation on abstract leaves. config, dtype: of the base model; run.execution: resolved."""
     sized = dataclasses.replace(run, adapter=_sized(run, config)[0], budget=None)
     params = stored_params(config, dtype)
     if sized.adapter is not None:
@@ -107,7 +107,7 @@ def planned_job(run: AdaptConfig, config: ModelConfig, dtype: Any) -> Job:
 
 
 def _test_batches(run: AdaptConfig, config: ModelConfig, mesh: jax.sharding.Mesh) -> list[Any] | None:
-    """This process's share of the whole test text; None without one."""
+    """This process's share of the whole test text; None if there is no test text."""
     if run.test_source is None:
         return None
     data = dataclasses.replace(
@@ -132,12 +132,12 @@ def _trains(config: AdapterConfig, path: str) -> bool:
 
 
 def _resolved(run: AdaptConfig) -> tuple[AdaptConfig, ModelConfig]:
-    """(the run with every `auto`, `train` and budget replaced by its value, the base's architecture)."""
+    """(the run with every `auto`, `train` and budget resolved, the architecture of the base)."""
     config, _ = read_config(Path(run.model))
     adapter, allowed = _sized(run, config)
     if adapter is not None and allowed is not None:
         _print_budget(run, adapter, config, allowed)
-    if adapter is not None:  # runs of different seeds differ in all that is random
+    if adapter is not None:  # so that runs of different seeds also differ in the adapter
         adapter = dataclasses.replace(adapter, seed=adapter.seed + run.train.seed)
     base = manifest.input_of(Path(run.model)).sha256
     if run.base_sha256 not in (None, base):
@@ -226,7 +226,7 @@ def _finish(
 def _report(
     workdir: Path, base_input: Input, base: Model, adapter: Adapter, merged: Model, sample: Callable[[], list[Any]]
 ) -> None:
-    """Write the merge's reports; a difference beyond the tolerance is printed, and the result is kept."""
+    """Write the merge reports; a difference above the tolerance prints a warning and the result stays."""
     found = equivalence.equivalence(base, adapter, merged, sample())
     described = manifest.read(workdir / "model")
     assert described is not None, "save wrote a manifest"
@@ -243,4 +243,4 @@ def _write_adapter(adapter: Adapter, base: Model, base_input: Input, workdir: Pa
     target = workdir / "adapter"
     with disk.temporary_beside(target) as unfinished:
         adapter_directory.save(adapter, base.config, base_input, unfinished)
-        disk.replace_directory(unfinished, target)  # replaces the adapter of an attempt that was stopped after this
+        disk.replace_directory(unfinished, target)  # may replace the adapter of an interrupted attempt

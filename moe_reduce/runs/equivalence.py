@@ -23,17 +23,17 @@ from moe_reduce.storage import manifest
 
 MERGE_LOG = "merge.json"
 EQUIVALENCE = "equivalence.json"
-# largest difference of a logit, relative to the largest logit, by the dtype of the merged matrices
+# largest allowed difference of a logit, relative to the largest logit, by the dtype of the merged matrices
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 SAMPLE_ROWS = 4  # sequences whose logits are compared
-REPEATS = 5  # runs of which a latency is the median
+REPEATS = 5  # timed runs; the latency is their median
 
 
 def equivalence(base: Model, adapter: Adapter, merged: Model, batches: Sequence[Any]) -> dict[str, Any]:
     """Compare the merged model with the active adapter on a fixed sample: logits, perplexity and latency.
 
-    merged: in the dtype that it is saved in, which decides the tolerance. All models compute in
-    fp32, so that the report is about the parameters and not about a compute dtype.
+    merged: in its saved dtype, which decides the tolerance. All models compute in fp32, so that the report is about
+    the parameters and not about a compute dtype.
     """
     base, merged = (_in_float32(model) for model in (base, merged))
     active = activate(base, adapter)

@@ -38,7 +38,7 @@ MODEL_HASH = "model_sha256"  # hash of that model, in its summary
 def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     """Run the stages that are not done yet; return the content of summary.json.
 
-    name: of the variant. Raises UserError, before any weight is read, when a stage cannot follow the stages before it.
+    name: the variant's name. Raises UserError before any weight is read when a stage cannot follow those before it.
     """
     run = _resolved(run)
     mesh = sharding.make_mesh(run.mesh)
@@ -53,7 +53,7 @@ def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     if done is not None:
         return done
     tokens, _ = prepare(run.data, first.vocab_size)
-    with writing(workdir):  # not within the mesh: abstract initialisation runs on one token, which it could not divide
+    with writing(workdir):  # outside the mesh: abstract initialisation runs on one token, which a mesh cannot divide
         reduction = Reduction(run, workdir, mesh, tokens)
         reduction.say_where_it_resumes()
         summaries = [reduction.measure_first(), *map(reduction.stage, range(1, len(run.stages) + 1))]
@@ -67,7 +67,7 @@ def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
 
 
 def _resolved(run: ReduceConfig) -> ReduceConfig:
-    """Replace `auto` and `train` by what they stand for here."""
+    """Replace `auto` and `train` by their resolved values."""
     tokenizer = run.model if run.data.tokenizer == "train" else run.data.tokenizer
     return dataclasses.replace(
         run,
@@ -103,7 +103,7 @@ def _model_directory(run: ReduceConfig, workdir: Path, number: int) -> Path:
 
 @dataclass(frozen=True)
 class Reduction:
-    """A reduction at work in its workdir. Stages are numbered from 1; 0 is the model that it begins with."""
+    """A reduction running in its workdir. Stages are numbered from 1; 0 is the model that it begins with."""
 
     run: ReduceConfig
     workdir: Path
@@ -118,7 +118,7 @@ class Reduction:
         """Load the model after a stage onto the mesh."""
         directory = _model_directory(self.run, self.workdir, number)
         shardings = sharding.model_shardings(self.mesh, read_config(directory)[0])
-        # only the first model is cast: what trained since is kept in fp32
+        # only the first model is cast: parameters trained since stay in fp32
         cast = self.run.dtype if self.run.dtype != "stored" and number == 0 else None
         return load(directory, cast, self.run.execution, shardings)
 
@@ -143,7 +143,7 @@ class Reduction:
         return summary
 
     def stage(self, number: int) -> dict[str, Any]:
-        """Run a stage unless it is done here or in a variant beside; return its summary."""
+        """Run a stage unless it is done here or in a sibling variant; return its summary."""
         name, entry = list(self.run.stages.items())[number - 1]
         directory = self.directory(number)
         if jax.process_index() == 0:
@@ -157,7 +157,7 @@ class Reduction:
         first, _ = read_config(Path(self.run.model))
         context = RunContext(self.run, name, first, lambda: self.load(0), self.mesh, self.tokens, directory)
         result = run_stage(entry, model, context)
-        # measured again: what is saved may be rounded to the dtype that it was stored in
+        # measured again: saving may round parameters to their stored dtype
         summary = result.figures | self.measure(name, entry.kind, result.model)
         step = Step(
             command="reduce",
@@ -189,7 +189,7 @@ class Reduction:
 
 
 def _take_over(run: ReduceConfig, workdir: Path, number: int) -> None:
-    """Link a stage that a variant beside this one has done from the same beginning, instead of running it again."""
+    """Link a stage that a sibling variant has finished from the same start, instead of running it again."""
     directory = _stage_directory(run, workdir, number)
     beginning, source = _beginning(to_dict(run), number), _model_directory(run, workdir, number - 1)
     for config in sorted(workdir.parent.glob("*/config.json")):
@@ -207,20 +207,20 @@ def _take_over(run: ReduceConfig, workdir: Path, number: int) -> None:
 
 
 def _made_from(done: Path, source: Path) -> bool:
-    """Return whether the model of a stage was made from `source`, and not from another that lay in its place then."""
+    """Return whether a stage's model was made from the present content of `source`, compared by hash."""
     chain = manifest.read_chain(done / "model")
     return bool(chain) and chain[-1].inputs[0].sha256 == manifest.input_of(source).sha256
 
 
 def _beginning(run: dict[str, Any], number: int) -> Any:
-    """Return the part of a configuration, as nested values, that decides the outcome of its first stages."""
+    """Return the part of a configuration, as nested values, that decides the results of the first `number` stages."""
     order = run["order"].split(",")[:number] if "order" in run else None
     rest = {key: value for key, value in run.items() if key not in ("order", "stages")}
     return rest, order, [run["stages"][name] for name in order] if order and "stages" in run else None
 
 
 def _link_result(run: ReduceConfig, workdir: Path) -> None:
-    """Link model/, which every workdir of a run has, to the model of the last stage, where the disk has links."""
+    """Link model/, which every finished workdir has, to the last stage's model, if the disk supports links."""
     name = workdir / "model"
     with contextlib.suppress(OSError):
         name.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from moe_reduce.training.losses import language_model_task
 def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     """Train from the start or from the newest checkpoint, unless the run is done; return the content of summary.json.
 
-    name: of the variant.
+    name: the variant's name.
     """
     run = dataclasses.replace(run, execution=run.execution.resolve(jax.default_backend()))
     mesh = sharding.make_mesh(run.mesh)

@@ -35,7 +35,7 @@ def finish(
         save(model, workdir / "model", step, overwrite=True)
         report()
         disk.write_json(workdir / SUMMARY, summary)
-    if jax.process_count() > 1:  # a process that left earlier would take down the connection of the others
+    if jax.process_count() > 1:  # a process that exits early would break the connection of the others
         multihost_utils.sync_global_devices("result written")
 
 
@@ -54,7 +54,7 @@ def begin(workdir: Path, run: Any) -> dict[str, Any] | None:
 
 
 def finished(workdir: Path) -> dict[str, Any] | None:
-    """Return the summary of a run that is done, {} where only the first process can read it; None if it is not done."""
+    """Return the summary of a finished run, {} if this process cannot see its file; None if the run is not finished."""
     file = workdir / SUMMARY
     done = file.exists()
     if jax.process_count() > 1:  # disks differ or show files late, but all processes must decide alike
@@ -65,9 +65,9 @@ def finished(workdir: Path) -> dict[str, Any] | None:
 
 
 def claim(workdir: Path, run: Any) -> None:
-    """Make the workdir that of a run, by its resolved configuration.
+    """Claim the workdir for a run by its resolved configuration.
 
-    run: a configuration dataclass. A key that the workdir's version did not know counts as its default. `mesh` may
+    run: a configuration dataclass. A key that an older config.json lacks counts as its default. `mesh` may
     change, because checkpoints are restored onto any mesh. A run that ended before its first step, for example because
     its corpus was missing, may be corrected and started in the same workdir. Raises UserError when the workdir belongs
     to another configuration, or cannot be written.

@@ -50,7 +50,7 @@ def fit(job: Job, mesh: Mesh, tokens: TokenSource, workdir: Path) -> tuple[Param
 
 
 def feed(job: Job, mesh: Mesh, tokens: TokenSource) -> Feed:
-    """Make the batches of a job, of which this process reads its own rows."""
+    """Make the batches of a job; this process reads only its own rows."""
     share = sharding.batch_share(mesh)
     size, seed = job.train.batch_size, job.train.seed
     return Feed(
@@ -77,7 +77,7 @@ def _figures(job: Job, outcome: Outcome, speed: Speed) -> dict[str, Any]:
 
 
 def quality(validation: dict[str, Any]) -> dict[str, Any]:
-    """Select what a summary keeps of a validation: losses, and the use of experts."""
+    """Select the validation figures that a summary keeps: losses and expert use."""
     losses = {name: validation[name] for name in ("loss", "perplexity", "accuracy")}
     return {"validation": losses, "expert_use": expert_use(validation)}
 

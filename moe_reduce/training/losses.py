@@ -107,7 +107,7 @@ def balance_terms(routing: Any, balance: BalanceConfig, moe: MoEConfig) -> tuple
     """Weighted balancing penalty and its metrics. routing: statistics of all N layer calls, stacked.
 
     The GShard/Switch loss E · Σ_e f_e · P_e (arXiv:2006.16668, 2101.03961) is 1 when balanced. `per_call` averages the
-    losses of all calls; `pooled` takes the loss of f and P averaged over all calls, so that a layer may specialise
+    losses of all calls; `pooled` computes it from f and P averaged over all calls, so that a layer may specialise
     while the pool as a whole stays in use.
     """
     counts_NE, probability_NE = routing["counts_E"], routing["probability_E"]
@@ -131,7 +131,7 @@ def balance_terms(routing: Any, balance: BalanceConfig, moe: MoEConfig) -> tuple
 def _evenness(share_NE: jax.Array, moe: MoEConfig) -> dict[str, jax.Array]:
     """Evenness of expert use: entropy (0: all tokens choose the same experts, 1: even) and share of dead experts.
 
-    An expert is dead under a tenth of the mean use. A shared pool is measured as a whole, since a layer may specialise;
+    An expert with under a tenth of the mean use is dead. A pool is measured as a whole, since a layer may specialise;
     otherwise each layer's experts are measured, and the entropies averaged.
     """
     rows = jnp.mean(share_NE, axis=0, keepdims=True) if moe.placement == "shared" else share_NE

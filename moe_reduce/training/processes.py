@@ -19,7 +19,7 @@ from jax._src import distributed  # gives the processes' key-value store, which 
 from moe_reduce.core.errors import PeerLost, UserError
 
 PULSE_SECONDS = 2.0
-SILENCE_SECONDS = 20.0  # without a heartbeat, after which a process counts as lost
+SILENCE_SECONDS = 20.0  # a process without a heartbeat for this long counts as lost
 KEYS = "moe_reduce/alive/"
 LEFT, FAILED = "left", "failed"
 # words in the errors of gloo, NCCL and the coordination service when a process is lost during an exchange
@@ -74,7 +74,7 @@ def _watch(client: Any, over: threading.Event) -> None:
         try:
             _say(client, str(number := number + 1))
             found = {key.rsplit("/", 1)[-1]: value for key, value in client.key_value_dir_get(KEYS)}
-        except Exception:  # of any kind: the first process, which holds the store, is lost
+        except Exception:  # any error: the first process, which holds the store, is lost
             found = {"0": FAILED}
         for process, value in found.items():
             since = pulses[process][1] if pulses.get(process, ("", 0.0))[0] == value else time.monotonic()

@@ -62,8 +62,8 @@ def new_state(params: Params, train: TrainConfig, tx: optax.GradientTransformati
 def state_shardings(mesh: Mesh, abstract: State, records: Records) -> State:
     """Shardings of a run's state: every optimiser leaf is sharded like its parameter, and scalars are replicated.
 
-    The end of an optimiser leaf's path names its parameter, whatever optax wraps around it. Raises UserError for a leaf
-    that matches no parameter, rather than replicating it silently.
+    The suffix of an optimiser leaf's path names its parameter, whatever optax wraps around it. Raises UserError for a
+    leaf that matches no parameter, rather than replicating it silently.
     """
     params = sharding.shardings(mesh, abstract.params, records)
     shapes, by_path = trees.flatten(abstract.params), trees.flatten(params)
@@ -85,9 +85,9 @@ def state_shardings(mesh: Mesh, abstract: State, records: Records) -> State:
 
 
 def _parameter_path(keys: tuple[Any, ...], known: Mapping[str, Any]) -> str | None:
-    """Longest end of a key path that names a parameter; None where no end does."""
+    """Longest suffix of a key path that names a parameter; None if none does."""
     names: list[str] = []
-    for key in keys:  # any key that is not a dict's, such as a field of an optax state, ends the path so far
+    for key in keys:  # a key that is not a dict's, such as a field of an optax state, restarts the path
         names = [*names, str(key.key)] if isinstance(key, jax.tree_util.DictKey) else []
     paths = ("/".join(names[start:]) for start in range(len(names)))
     return next((path for path in paths if path in known), None)

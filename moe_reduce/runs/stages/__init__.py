@@ -48,7 +48,7 @@ def configurations(first: ModelConfig, run: ReduceConfig) -> Iterator[tuple[str,
 
 
 def planned_jobs(first: ModelConfig, run: ReduceConfig, dtype: Any) -> Iterator[tuple[str, Job]]:
-    """Yield the name of each stage that trains, and what it trains, on abstract leaves of a dtype.
+    """Yield the name and job of each stage that trains, on abstract leaves of this dtype.
 
     run.execution: resolved.
     """
@@ -73,7 +73,7 @@ def _planned(first: ModelConfig, run: ReduceConfig, dtype: Any) -> Iterator[tupl
 
 
 def _with_step(result: Result, entry: config.Stage, before: Model) -> Model:
-    """Return the model with the link in its chain that a run would write."""
+    """Return the model with the step that a run would append to its chain."""
     counts = parameter_count(before.config), parameter_count(result.model.config)
     step = Step("reduce", dataclasses.asdict(entry), (), *counts, kept_experts=result.kept_experts)
     return dataclasses.replace(result.model, chain=(*result.model.chain, step))

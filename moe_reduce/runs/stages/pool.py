@@ -26,7 +26,7 @@ class Pool(Stage):
 
 
 def pool_experts(config: PoolStage, model: Model, seed: int) -> Result:
-    """Pool the experts of a model. seed: of a random start. Raises UserError when the model cannot be pooled."""
+    """Pool the experts of a model. seed: for a random start. Raises UserError when the model cannot be pooled."""
     moe_of(model.config)
     home = [pair for row in originals(model.config, model.chain) for pair in row]
     return Result(pool(model, config, seed), [home])

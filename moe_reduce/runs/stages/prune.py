@@ -28,7 +28,7 @@ class Prune(Stage):
     config: PruneStage
 
     def after(self, model: Model, context: StageContext) -> Result:
-        """Keep as many experts as `run` does; the first ones, because the best are known only from scores."""
+        """Keep the first experts, as many as `run` keeps: the best are known only from scores."""
         moe_of(model.config)
         scores.check_criteria([self.config.criterion])
         kept = (tuple(range(self._keep(model.config, context))),) * expert_rows(model.config)
@@ -52,7 +52,7 @@ class Prune(Stage):
         return Result(prune(model, kept), _kept_originals(model, kept), figures)
 
     def _keep(self, config: ModelConfig, context: StageContext) -> int:
-        """Experts to keep in each row: `keep` counts all experts of the first model."""
+        """Number of experts to keep in each row; `keep` refers to all experts of the first model."""
         moe, rows, total = moe_of(config), expert_rows(config), expert_count(context.first)
         keep = -(-selection.count_of(self.config.keep, total, "keep") // rows)
         if not moe.active <= keep <= moe.experts:

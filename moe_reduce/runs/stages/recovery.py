@@ -1,7 +1,7 @@
 """Tasks for the loop that train a reduced model.
 
-Its components learn from text and from the logits of a teacher, or its routers from the choices of the teacher's
-routers. The teacher is the model that the reduction began with; its parameters are frozen leaves below TEACHER.
+They train components on text and a teacher's logits, or fit a pool's router to the teacher's routers. The teacher is
+the model that the reduction began with; its parameters are frozen leaves below TEACHER.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ def recovery_task(
 ) -> Task:
     """Return the task of a stage.
 
-    student: the model without parameters, and how it computes. foreign_NE: True where the annealed bias is against an
-    expert that came from another layer; None: no bias is annealed.
+    student: the model without parameters, and how it computes. foreign_NE: True for experts that came from
+    another layer, whose bias is annealed; None: no bias is annealed.
     """
     execution = dataclasses.replace(student.execution, expert_gradients="experts" in stage.components.split(","))
     student = dataclasses.replace(student, execution=execution)
@@ -73,7 +73,7 @@ def _records(model: ModelConfig, teacher: ModelConfig, stage: TuneStage) -> Reco
 
 
 def trains(stage: TuneStage, model: ModelConfig, path: str) -> bool:
-    """Return whether the stage changes a leaf: one that trains, or the bias where annealing moves it."""
+    """Return whether the stage changes a leaf, by training it or by annealing the bias."""
     if path.startswith(f"{ADAPTER}/"):
         return stage.adapter is not None and adapters.trained(stage.adapter, path)
     component = lookup(by_path(model), path).component
@@ -89,7 +89,7 @@ def check_components(stage: TuneStage, model: ModelConfig) -> None:
 
 
 def _split(params: Params) -> tuple[Params, Params]:
-    """Split all leaves into those of the student and those of the teacher."""
+    """Split parameters into the student's and the teacher's."""
     student = dict(params)
     return student, student.pop(TEACHER, {})
 
@@ -167,7 +167,7 @@ def home_slices(model: ModelConfig, params: Params, layers: int) -> jax.Array:
 def _anneal(
     stage: TuneStage, model: ModelConfig, foreign_NE: np.ndarray, params: Params, metrics: dict[str, jax.Array]
 ) -> Params:
-    """Move the bias against experts of other layers one step closer to where it ends."""
+    """Move the bias against experts of other layers one step towards its final value."""
     del metrics
     assert stage.bias_from is not None
     step = (stage.bias_from - stage.bias_to) / max(1, round(stage.steps * stage.anneal_share))

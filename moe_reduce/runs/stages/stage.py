@@ -41,7 +41,7 @@ class Result:
 
     model: Model
     kept_experts: Originals | None = None  # None: the stage neither moved nor removed experts
-    figures: dict[str, Any] = field(default_factory=lambda: {"tokens": 0})  # entries of the summary; tokens trained on
+    figures: dict[str, Any] = field(default_factory=lambda: {"tokens": 0})  # for the summary; tokens: those trained on
 
 
 class Stage(ABC):
@@ -56,6 +56,6 @@ class Stage(ABC):
         """Apply the stage to arrays."""
 
     def job(self, model: Model, context: StageContext) -> Job | None:
-        """Return what the stage trains, on the leaves of the model, be they abstract or arrays; None: nothing."""
+        """Return the stage's training job on the model's leaves, abstract or arrays; None if it trains nothing."""
         del model, context
         return None

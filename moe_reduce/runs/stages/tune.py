@@ -33,7 +33,7 @@ class Tune(Stage):
     config: TuneStage
 
     def after(self, model: Model, context: StageContext) -> Result:
-        """Return the model with the adapter merged, if there is one; raises UserError for what cannot train."""
+        """Return the model with the adapter merged, if there is one; raises UserError if the stage cannot train it."""
         stage, moe = self.config, moe_of(model.config)
         recovery.check_components(stage, model.config)
         if stage.adapter is not None:
@@ -52,7 +52,7 @@ class Tune(Stage):
         return Result(model if stage.adapter is None else merging.merge(model, adapters.init(stage.adapter, model)))
 
     def job(self, model: Model, context: StageContext) -> Job:
-        """Return what trains: the model with the stage's adapter, bias and teacher."""
+        """Return the job: the model with the stage's adapter, bias and teacher."""
         stage, run, first = self.config, context.run, context.first
         if stage.adapter is not None:
             model = adapters.activate(model, adapters.init(stage.adapter, model))
@@ -79,7 +79,7 @@ class Tune(Stage):
         return Result(tuned, None, figures)
 
     def _teacher(self, model: Model, context: StageContext) -> Model:
-        """Return the first model; for routers in canonical form if the pool is, so that both read the same inputs."""
+        """Return the first model; for objective=router, in canonical form if the pool is, to read the same inputs."""
         teacher = context.load_first()
         steps = model.chain[len(teacher.chain) :]
         if self.config.objective == "router" and any(step.arguments.get("canonical") for step in steps):
@@ -100,7 +100,7 @@ def _as_stored(config: ModelConfig, trained: Any, before: Any) -> dict[str, Any]
 
 
 def foreign_experts(config: ModelConfig, chain: tuple[Step, ...]) -> np.ndarray:
-    """Return where an expert of a pool came from another layer, bool [N, E].
+    """Return a mask of a pool's experts that came from another layer, bool [N, E].
 
     Raises UserError when the chain does not say which layer each expert came from.
     """
