@@ -1,6 +1,6 @@
 """A Qwen3-MoE checkpoint of any size, with random bf16 weights in many shards, to measure memory and time.
 
-Usage: python launch/synthetic_moe.py OUT [--layers 6] [--experts 128] [--shard-megabytes 500]    (default: 7.4 GB)
+Usage: python launch/synthetic_moe.py OUT [--layers 6] [--experts 128] [--shard-megabytes 500]    (default: 7.7 GB)
 """
 
 import argparse
