@@ -1,13 +1,13 @@
-"""The key/value cache: what a decoder has read, so that a further token is not computed with all before it.
+"""The key/value cache: keys and values of earlier tokens, so that a new token need not recompute them.
 
 A cache is a pytree that enters as the variable collection `CACHE`, under the paths of the attention modules. They never
-write it: keys and values of new tokens leave as the collection `KEYS_VALUES`, and the caller puts them into the cache.
-Entry p of a row holds its token at position p, so positions alone say what a row may see. Of each layer (with a leading
-N where layers are stacked), for P entries:
+write it: they sow keys and values of new tokens as the collection `KEYS_VALUES`, and the caller writes the cache.
+Entry p of a row holds its token at position p, so positions alone determine the mask. Each layer has, for P entries
+(with a leading N if layers are stacked):
 
     keys, values              [B, G, P, C], in the compute dtype or int8. Heads come before entries, so that products
-                              read a cache as it lies; G heads and not H (GQA, arXiv:2305.13245)
-    key_scales, value_scales  [B, G, P] fp32, of an int8 cache: what 1 stands for, by token and head
+                              need no transposed copy; G heads, not H (GQA, arXiv:2305.13245)
+    key_scales, value_scales  [B, G, P] fp32, for an int8 cache: value of one integer step, by token and head
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 CACHE = "cache"
 KEYS_VALUES = "keys_values"
-LARGEST = 127  # of int8, the same on both sides of zero
+LARGEST = 127  # symmetric int8 range, -127 to 127
 SCALES = {"keys": "key_scales", "values": "value_scales"}
 Layer = Mapping[str, jax.Array]
 
@@ -40,7 +40,7 @@ def hand_out(module: nn.Module, k_BTGC: jax.Array, v_BTGC: jax.Array) -> None:
 
 
 def of_prompts(new: Mapping[str, Any], entries: int, quantised: bool, stacked: bool) -> dict[str, Any]:
-    """A cache of so many entries, at least T, that starts with the T tokens' keys and values `new`."""
+    """A cache of `entries` >= T entries that starts with `new`, the keys and values of T tokens."""
 
     def filled(layer: Layer) -> dict[str, jax.Array]:
         spare = entries - layer["keys"].shape[1]
@@ -50,12 +50,12 @@ def of_prompts(new: Mapping[str, Any], entries: int, quantised: bool, stacked: b
 
 
 def _padded(leaf: jax.Array, spare: int) -> jax.Array:
-    """A leaf with more entries, on the third axis."""
+    """A leaf with `spare` more entries, on the third axis."""
     return jnp.pad(leaf, [(0, spare if axis == 2 else 0) for axis in range(leaf.ndim)])
 
 
 def written(cache: Mapping[str, Any], new: Mapping[str, Any], positions_B: jax.Array, stacked: bool) -> dict[str, Any]:
-    """The cache with one token's keys and values `new` of each row, at the row's position.
+    """The cache with `new`, keys and values of one token per row, written at the row's position.
 
     A position past the last entry writes nothing.
     """
@@ -73,7 +73,7 @@ def _put(leaf: jax.Array, rows_B: jax.Array, positions_B: jax.Array, new: jax.Ar
 
 
 def _each_layer(function: Callable[..., Any], tree: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
-    """function(a layer of the tree, and of the others) in place of each layer."""
+    """The tree with each layer replaced by function(layer, the same layer of the others)."""
     if "keys" in tree:
         return function(tree, *others)
     return {name: _each_layer(function, tree[name], *(other[name] for other in others)) for name in tree}

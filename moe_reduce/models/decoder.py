@@ -22,7 +22,7 @@ from moe_reduce.models.norms import residual_norm
 from moe_reduce.models.weights import Weight, read
 
 REMAT_POLICIES = {
-    # by name: a policy that looks for products does not see into those with hand-written gradients
+    # by name: JAX's dots policies do not see products inside custom_vjp functions
     "dots": jax.checkpoint_policies.save_only_these_names(products.KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -31,18 +31,18 @@ COLLECT = ("routing", "assignments", "hidden", KEYS_VALUES)  # what a block sows
 
 
 class Shared(NamedTuple):
-    """Experts of a shared pool and shared router, which every block reads; None where layers have their own."""
+    """The shared expert pool and shared router that every block reads; None where layers have their own."""
 
     experts: Experts | None = None
     router: Weight | None = None
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, or experts, each added to the residual stream, one after the other.
+    """Pre-norm attention, then feed-forward or experts; each output is added to the residual stream.
 
-    With config.parallel_residual both halves read the stream as the block found it (GPT-J; arXiv:2204.06745). A block
-    uses the shared experts and router that it is given, and its own where it is given none. The masters of shared
-    experts go from block to block with x, so that their gradient adds up on the way back.
+    With config.parallel_residual both halves read the block's input (GPT-J; arXiv:2204.06745). A block uses the experts
+    and router of `shared`, or its own where these are None. The masters of shared experts (moe/experts.py) are carried
+    from block to block with x, so that their gradient accumulates in the backward pass.
     """
 
     config: ModelConfig
@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 def attention_half(block: nn.Module, x_BTD, positions_BT, segments_BT) -> tuple[jax.Array, jax.Array]:
-    """The first half of a block, as submodules of it: (x after attention, normed input of the second half)."""
+    """Attention half of a block, in the block's scope: (x after attention, normed input of the second half)."""
     config, execution = block.config, block.execution  # type: ignore[attr-defined]
     normed_BTD = residual_norm(config, "attention_norm")(x_BTD)
     attended_BTD = x_BTD + Attention(config, execution, name="attention")(normed_BTD, positions_BT, segments_BT)
@@ -75,7 +75,7 @@ def attention_half(block: nn.Module, x_BTD, positions_BT, segments_BT) -> tuple[
 def expert_half(
     block: Any, normed_BTD: jax.Array, masters: Masters, shared: Shared, real_BT: jax.Array | None
 ) -> tuple[jax.Array, Masters]:
-    """The second half of a block with experts, as submodules of it: (what the experts add, masters to hand on)."""
+    """Expert half of a block, in the block's scope: (output of the experts, masters for the next block)."""
     config, execution = block.config, block.execution
     if shared.experts is None:
         experts, own = ExpertPool(config, execution, name="experts")()
@@ -102,7 +102,7 @@ def router_weights(block: Any, shared: Weight | None) -> RouterWeights:
 
 
 class AttentionHalf(nn.Module):
-    """The first half of a block by itself, under the same parameter names: for models that pass layer by layer."""
+    """A block's attention half as its own module, with the same parameter names, to run a model layer by layer."""
 
     config: ModelConfig
     execution: ExecutionConfig
@@ -113,7 +113,7 @@ class AttentionHalf(nn.Module):
 
 
 class LayerRouter(nn.Module):
-    """The router of one layer by itself, under the same parameter names: for models that pass layer by layer."""
+    """A layer's router as its own module, with the same parameter names, to run a model layer by layer."""
 
     config: ModelConfig
     execution: ExecutionConfig
@@ -125,7 +125,7 @@ class LayerRouter(nn.Module):
 
 
 def _sow(module: nn.Module, collection: str, values: dict[str, jax.Array]) -> None:
-    """Hand out values for callers that collect them; without the tuple that linen collects repeated calls in."""
+    """Sow values for callers that collect them: the latest value, not linen's tuple of all calls."""
     last: Any = {"reduce_fn": lambda _, new: new, "init_fn": dict}
     for name, value in values.items():
         module.sow(collection, name, value, **last)
@@ -134,11 +134,11 @@ def _sow(module: nn.Module, collection: str, values: dict[str, jax.Array]) -> No
 class Decoder(nn.Module):
     """tokens_BT int32 -> logits_BTV fp32.
 
-    `segments` (document index within the row) keeps attention inside a document, `positions` restarts there. `real_BT`
-    says which tokens count in router statistics. `last` names the only position of each row whose logits are wanted:
-    they are [B, 1, V] then. With a cache among the variables the tokens go on where it ends, at `positions`.
+    `segments` (document index within the row) keeps attention inside a document; `positions` restarts at each.
+    `real_BT` is True for tokens counted in router statistics. `last` [B] selects one position of each row: logits are
+    then [B, 1, V]. With a cache among the variables, the tokens continue it at `positions`.
 
-    stacked: one scan over layers, whose parameters are stacked; else one by one, from parameters that `unstacked` made.
+    stacked: a scan over layers with stacked parameters; otherwise a Python loop over the parameters from `unstacked`.
     """
 
     config: ModelConfig
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
         if moe is not None and moe.placement == "shared":
             experts, masters = ExpertPool(self.config, self.execution, name="experts")()
         if moe is not None and moe.router == "shared":
-            # gathered once, and not by every layer's call
+            # gathered once, not in every layer
             router = jax.tree.map(whole, Router(self.config, self.execution, name="router")())
         return Shared(experts, router), masters
 
@@ -200,9 +200,9 @@ class Decoder(nn.Module):
 
 
 def unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters, and their adapter, for layers computed one by one: copies, each layer's by itself.
+    """Parameters and adapter with each layer's arrays copied out of the stack, for a Python loop over layers.
 
-    Reading them saves a CPU a copy of every matrix at each use, which is most of the time of a single token.
+    A CPU copies a stacked matrix at each use, which takes most of the time of decoding one token.
     """
     found = {name: tree for name, tree in params.items() if name not in (STACK, ADAPTER)}
     if ADAPTER in params:

@@ -1,17 +1,17 @@
-"""Deltas: the changes that adapters make to matrices, applied to x through a low-dimensional core, never formed.
+"""Deltas: the changes ΔW that adapters make to matrices, applied to x in k dimensions without forming ΔW.
 
-Adapters travel beside the parameters, as the variable collection `ADAPTER` under the paths of the matrices. A delta is
-a dict. With I inputs, O outputs and k dimensions in between:
+An adapter is the variable collection `ADAPTER`, with one delta at the path of each adapted matrix. A delta is a dict.
+With I inputs, O outputs and k inner dimensions:
 
     in     {"matrix" [I, k]}, or {"signs" [Ip], "rows" int32 [k]} of a subsampled Hadamard transform
-    core   [k, k], or core_left [k, r] and core_right [r, k], their product; without any: the identity
+    core   [k, k]; or its factors core_left [k, r] and core_right [r, k]; if absent, the identity
     out    {"matrix" [k, O]}, or {"signs" [Op], "rows" int32 [k]}
     scale  scalar
-    magnitude [O], present (scalar, 0 or 1): DoRA only
+    magnitude [O], present (scalar: 1, or 0 in layers without the adapter): DoRA only
 
 Then ΔW = scale · outᵀ · core · inᵀ, [O, I], and y = x·(W + ΔW)ᵀ. LoRA (arXiv:2106.09685) has in = Aᵀ and out = Bᵀ;
 SkeMA has fixed in and out and trains the core; DoRA (arXiv:2402.09353) rescales the rows of W + ΔW to `magnitude`.
-Leaves of experts have a leading E where each expert has its own.
+Per-expert leaves have a leading E axis.
 """
 
 import math
@@ -28,15 +28,15 @@ from moe_reduce.models import products
 
 ADAPTER = "adapter"
 SMALLEST_SQUARE = 1e-30  # lower bound of the squared length of an output's weights, which DoRA divides by
-RADIX = 16  # size of the matrices whose products make the Hadamard transform: faster than passes of additions
+RADIX = 16  # size of the matrices that compute the Hadamard transform: faster than butterfly additions
 Delta = Mapping[str, Any]
 Multiply = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def variables(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables for Decoder.apply: parameters, and the adapter among them (below "adapter") as a collection of its own.
+    """Variables for Decoder.apply: the adapter in `params` (key "adapter"), if any, becomes its own collection.
 
-    An adapter may change some layers only: its leaves are spread over all layers, with zeros for the others.
+    If an adapter covers only some layers, its leaves are expanded to all layers, with zeros in the others.
     """
     if ADAPTER not in params:
         return {"params": params}
@@ -78,7 +78,7 @@ def added(x: jax.Array, delta: Delta, outputs: int, multiply: Multiply) -> jax.A
 
 
 def adapted(x_SI: jax.Array, y_SO: jax.Array, matrix: Callable[[], jax.Array], delta: Delta, layout: str) -> jax.Array:
-    """y = x·matrix with the adapter's delta, [S, O]. matrix() -> [I, O], asked for by DoRA alone."""
+    """y_SO = x·matrix, changed by the adapter's delta. matrix() -> [I, O] is called for DoRA only."""
 
     def multiply(x, matrix):
         product: Any = products.product(x, matrix, layout)
@@ -87,7 +87,7 @@ def adapted(x_SI: jax.Array, y_SO: jax.Array, matrix: Callable[[], jax.Array], d
     y_SO = y_SO + added(x_SI, delta, y_SO.shape[1], multiply)
     if "magnitude" not in delta:
         return y_SO
-    length_O = jax.lax.stop_gradient(_lengths(matrix(), delta))  # the paper's: no gradient flows through the norm
+    length_O = jax.lax.stop_gradient(_lengths(matrix(), delta))  # as in the paper: no gradient through the norm
     factor_O = jnp.where(delta["present"] > 0, delta["magnitude"].astype(length_O.dtype) / length_O, 1.0)
     return y_SO * jnp.broadcast_to(factor_O, y_SO.shape).astype(y_SO.dtype)
 
@@ -104,7 +104,7 @@ def _lengths(matrix_IO: jax.Array, delta: Delta) -> jax.Array:
 
 
 def srht(x: jax.Array, signs: jax.Array, rows: jax.Array) -> jax.Array:
-    """S·x on the last axis, S = P·H·D [k, I]: random signs, orthonormal Hadamard transform, k of its rows.
+    """S·x on the last axis, S = P·H·D [k, I]: signs D, orthonormal Hadamard transform H, selection P of k rows.
 
     I is padded with zeros to the length of `signs`, a power of two. H is never formed (arXiv:1011.1595).
     """
@@ -113,7 +113,7 @@ def srht(x: jax.Array, signs: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def srht_transposed(z: jax.Array, signs: jax.Array, rows: jax.Array, outputs: int) -> jax.Array:
-    """Sᵀ·z on the last axis, the first `outputs` of it."""
+    """Sᵀ·z on the last axis, cut to the first `outputs` elements."""
     spread = jnp.zeros((*z.shape[:-1], signs.shape[0]), z.dtype).at[..., rows].set(z, unique_indices=True)
     turned = hadamard(spread)
     return (turned * jnp.broadcast_to(signs, turned.shape).astype(z.dtype))[..., :outputs]
@@ -122,7 +122,7 @@ def srht_transposed(z: jax.Array, signs: jax.Array, rows: jax.Array, outputs: in
 def hadamard(x: jax.Array) -> jax.Array:
     """The orthonormal Walsh-Hadamard transform of the last axis, whose length is a power of two; O(d log d).
 
-    H of 16·16·… is a Kronecker product, so each factor is a small matrix product along an axis of its own.
+    H of size 16·16·… is a Kronecker product: each factor is a small matrix product along its own axis.
     """
     size = x.shape[-1]
     if size & (size - 1):

@@ -1,4 +1,4 @@
-"""Placement of a batch's arrays on the mesh in context, whose axes training/sharding.py explains."""
+"""Placement of arrays on the mesh in context; training/sharding.py explains its axes."""
 
 import jax
 from jax.sharding import PartitionSpec
@@ -7,12 +7,12 @@ BATCH_AXES = ("data", "fsdp", "expert")  # rows of a batch are split over all th
 
 
 def shard_batch(x: jax.Array) -> jax.Array:
-    """Keeps the batch split over the mesh in context; without a mesh, x."""
+    """Constrains x to be split by batch rows over the mesh in context, if any."""
     return _constrained(x, PartitionSpec(BATCH_AXES))
 
 
 def whole(x: jax.Array) -> jax.Array:
-    """Keeps a copy of x on every device of the mesh in context."""
+    """Constrains x to be replicated over the mesh in context, if any."""
     return _constrained(x, PartitionSpec())
 
 

@@ -1,4 +1,4 @@
-"""A model as one value, and the one way to run it."""
+"""A model as an immutable value, and its forward pass."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """Configuration, parameters, execution settings and origin. Transforms return a new model and change none."""
+    """Configuration, parameters, execution settings and origin. Immutable: transforms return a new model."""
 
     config: ModelConfig
     params: dict[str, Any]
@@ -53,15 +53,15 @@ class Model:
     ) -> Output:
         """Run the decoder on a batch, inside or outside jit.
 
-        batch: `tokens` int32 [B, T]; optional `segments` [B, T] (attention stays within one), `positions` [B, T],
-        `weights` [B, T] (tokens behind the last weight above 0 are padding, which router statistics leave out), `last`
-        [B] (the one position of each row whose logits are wanted: logits are [B, 1, V] then).
+        batch: `tokens` int32 [B, T]; optional `segments` [B, T] (attention stays within a segment), `positions`
+        [B, T], `weights` [B, T] (tokens after a row's last weight above 0 are padding, excluded from router
+        statistics), `last` [B] (one position of each row: logits are then [B, 1, V], of that position only).
         collect: names among COLLECT. Each is stacked over layers, [N, …]:
             routing      counts_E, probability_E, z, dropped of each layer's router call
             assignments  expert, weight, norm, maximum of each assignment, [N, B, T, A]
             hidden       block_input, router_input, block_output, [N, B, T, D]
             keys_values  keys and values of the batch's tokens, as models/cache.py stores them
-        cache: keys and values of earlier tokens; the batch's `positions` go on where it ends.
+        cache: keys and values of earlier tokens; the batch's `positions` continue from its end.
         """
         variable = variables(self.params)
         if cache is not None:
@@ -79,14 +79,14 @@ class Model:
 
 
 def _real(batch: Mapping[str, Any]) -> jax.Array | None:
-    """True at tokens that a counted target can depend on: False where a row, or a batch, is padded."""
+    """Mask of real tokens: False after a row's last weight above 0, where it is padded. None without weights."""
     if "weights" not in batch:
         return None
     return jax.lax.cummax(jnp.asarray(batch["weights"]), axis=1, reverse=True) > 0
 
 
 def _checked(tokens_BT: np.ndarray, vocab_size: int) -> np.ndarray:
-    # Inside jit an id beyond the table would silently become another one.
+    # Inside jit an out-of-range id would silently read another row of the table.
     if tokens_BT.ndim != 2 or tokens_BT.dtype.kind not in "iu" or tokens_BT.size == 0:
         raise UserError(f"tokens must be integers [B, T], got {tokens_BT.dtype} {tokens_BT.shape}")
     if tokens_BT.min() < 0 or tokens_BT.max() >= vocab_size:

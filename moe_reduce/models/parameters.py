@@ -2,7 +2,7 @@
 
 `parameters(config)` lists the records of a model. Initialisation, abstract parameters, sharding, weight decay, counts,
 casts, adapter targets, expert slices, layer slices and the layout on disk all read these records and nothing else.
-Letters of `axes`, `inputs` and `outputs` are those of moe_reduce.models; a leading N stacks the layers of a block.
+Letters of `axes`, `inputs` and `outputs` are those of moe_reduce.models; a leading N is the axis of stacked layers.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from moe_reduce.models.deltas import ADAPTER
 
 Records = Mapping[str, "Parameter"]
 MeshAxis = str | tuple[str, ...] | None
-FSDP = ("fsdp", "expert")  # for everything but experts, the expert axis of the mesh is one more fsdp axis
-GAIN = "/magnitude"  # DoRA's trained lengths: gains, although their adapter's other leaves are matrices
-ROUTER_BIAS = "layers/router_bias"  # path of the selection biases, which balancing moves without a gradient
+FSDP = ("fsdp", "expert")  # for all parameters but experts, the mesh's expert axis is a second fsdp axis
+GAIN = "/magnitude"  # DoRA's trained lengths: gains, so without decay, unlike the adapter's other leaves
+ROUTER_BIAS = "layers/router_bias"  # path of the selection biases, which load balancing updates without a gradient
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Parameter:
     layer's values. component: name in counts and in `components=`. decays: whether AdamW decays it. precision:
     `compute` is cast to the compute dtype where it is used; `float32` is used in fp32; `float32_stored` is also kept in
     fp32 on disk once it has trained. mesh_axes: mesh axis for each axis. inputs, outputs: axes that a product contracts
-    and yields, both empty where the parameter is no matrix.
+    and produces; both empty unless the parameter is a matrix.
     """
 
     path: str
@@ -78,7 +78,7 @@ class Parameter:
 
     @property
     def is_matrix(self) -> bool:
-        """True where rows are multiplied with it."""
+        """True if rows are multiplied by it in a matrix product."""
         return bool(self.inputs)
 
     @property
@@ -108,7 +108,7 @@ def by_path(config: ModelConfig) -> Records:
 
 
 def in_module(config: ModelConfig, scope: tuple[str, ...], name: str) -> Parameter:
-    """Record of the parameter that a linen module at `scope` names; ValueError where the model has none."""
+    """Record of parameter `name` of the linen module at `scope`; ValueError if the model has none."""
     record = find(config, scope, name)
     if record is None:
         raise ValueError(f"the model has no parameter {name} in the module {'/'.join(scope) or 'by itself'}")
@@ -117,9 +117,9 @@ def in_module(config: ModelConfig, scope: tuple[str, ...], name: str) -> Paramet
 
 @functools.cache
 def find(config: ModelConfig, scope: tuple[str, ...], name: str) -> Parameter | None:
-    """Record of the parameter that a linen module at `scope` names, or None.
+    """Record of parameter `name` of the linen module at `scope`, or None.
 
-    Unstacked layers have scopes `layers_0`, `layers_1`, …; a module applied by itself has the end of its scope only.
+    Unstacked layers have scopes `layers_0`, `layers_1`, …; a module applied on its own has only the end of its path.
     """
     path = re.sub(r"^layers_\d+/", "layers/", "/".join((*scope, name)))
     known = by_path(config)
@@ -160,12 +160,12 @@ def lookup(known: Records, path: str) -> Parameter:
 
 
 def below(prefix: str, known: Records) -> dict[str, Parameter]:
-    """The records of a tree that lies below a key of another, such as a teacher's."""
+    """The records of a tree nested under the key `prefix` of another tree, such as a teacher's."""
     return {f"{prefix}/{path}": record for path, record in known.items()}
 
 
 def _adapter_leaf(config: ModelConfig, path: str, shape: tuple[int, ...]) -> Parameter:
-    """Record of an adapter's leaf: [stacked layers, own expert, …]; what experts share has no expert axis."""
+    """Record of an adapter's leaf, with axes [N if stacked, E if each expert has its own, …]."""
     target, name = next((record, path) for record in parameters(config) if path.startswith(f"{ADAPTER}/{record.path}/"))
     own = target.expert_axis is not None and len(shape) - target.stacked == 3
     axes = "N" * target.stacked + "E" * own
@@ -189,7 +189,7 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def select(config: ModelConfig, *, component: str | None = None, matrix: bool | None = None) -> tuple[Parameter, ...]:
-    """Records of a component, or of matrices only (True) or everything else (False). UserError where there is none."""
+    """Records filtered by component and by matrix (True: matrices, False: all others). UserError if none is left."""
     found = tuple(
         record
         for record in parameters(config)
@@ -208,7 +208,7 @@ def one(config: ModelConfig, component: str, name: str | None = None) -> Paramet
 
 
 def bias_of(config: ModelConfig, matrix: Parameter) -> Parameter | None:
-    """Record of the bias that is added to what a matrix yields; None without one."""
+    """Record of the bias added to the output of a matrix; None without one."""
     return by_path(config).get(f"{matrix.path}_bias")
 
 
@@ -218,12 +218,12 @@ def ffn_norm_scale(config: ModelConfig) -> Parameter:
 
 
 def normal_init(std: float) -> nn.initializers.Initializer:
-    """Gaussian of a standard deviation."""
+    """Gaussian of standard deviation `std`."""
     return nn.initializers.normal(std)
 
 
 def residual_std(config: ModelConfig) -> float:
-    """Standard deviation of matrices that write to the residual stream: 2N writes keep its variance near 1 (GPT-2)."""
+    """Initial standard deviation of matrices that write to the residual stream, scaled for its 2N writes (GPT-2)."""
     return config.init_std / (2 * config.layers) ** 0.5
 
 
@@ -237,7 +237,7 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def _matrix(config: ModelConfig, path: str, axes: str, product: str, mesh_axes: Any, **named: Any) -> Parameter:
-    """A matrix; product: its inputs and outputs, as "D HC"."""
+    """Record of a matrix. product: its input and output axes, such as "D HC"."""
     std = named.pop("std", config.init_std)
     inputs, outputs = product.split()
     defaults = {"component": path.split("/")[-2], "precision": "compute", "init": normal_init(std)} | named
@@ -245,7 +245,7 @@ def _matrix(config: ModelConfig, path: str, axes: str, product: str, mesh_axes: 
 
 
 def _vector(config: ModelConfig, path: str, axes: str, component: str, mesh_axes: Any = None, init: Any = None):
-    """A parameter that is added or multiplied elementwise; zeros unless `init` says otherwise."""
+    """Record of a parameter added or multiplied elementwise; zeros unless `init` says otherwise."""
     init = nn.initializers.zeros if init is None else init
     mesh_axes = (None,) * len(axes.removeprefix("N")) if mesh_axes is None else mesh_axes
     named = {"component": component, "precision": "float32", "init": init}
@@ -263,7 +263,7 @@ def _embeddings(config: ModelConfig) -> list[Parameter]:
     if config.embedding_factor is None:
         found = [_matrix(config, "embedding/table", "VD", "D V", table)]
     else:
-        # E = U·W has entries of standard deviation init_std, and W keeps the length of what passes through it
+        # with this std of W, entries of U·W have standard deviation init_std, and x·Wᵀ keeps the length of x
         std = config.embedding_factor**-0.5
         found = [
             _matrix(config, "embedding/factor", "VK", "K V", (("tensor", *FSDP), None)),

@@ -1,12 +1,12 @@
-"""Matrix products with operands in the compute dtype and sums in fp32, in the gradient too.
+"""Matrix products with operands in the compute dtype and fp32 accumulation, forward and backward.
 
-JAX's own gradient of a bf16 product rounds the gradient of a matrix to bf16 and multiplies fp32 with bf16. Here
-cotangents are in the compute dtype, and the gradient of a matrix is in the dtype that the matrix is stored in.
+JAX's own gradient of a bf16 product multiplies fp32 by bf16 and rounds the matrix gradient to bf16. Here cotangents
+are in the compute dtype, and a matrix gradient has the dtype that the matrix is stored in.
 
-layout "transposed" (ExecutionConfig.products) is for bf16 on CPUs: XLA uses their matrix units, or takes bf16 operands
-with an fp32 sum at all, only when the contracted axis of the left operand is the last one in memory. So that operand is
-transposed in memory first, and every operand keeps its layout (measured: 1,100 against 250 GFLOP/s). On other platforms
-that would only be a copy.
+layout "transposed" (ExecutionConfig.products) is for bf16 on CPUs. There XLA uses the matrix units, or accepts bf16
+operands with an fp32 sum at all, only if the contracted axis of the left operand is last in memory. So the left operand
+is first transposed in memory, and every operand's layout is pinned (measured: 1,100 instead of 250 GFLOP/s). On other
+platforms this would only add a copy.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ def wide(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def dot(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, layout: str, batch: int = 0) -> jax.Array:
-    """Contraction of one axis of each operand, counted from the end of the `batch` leading axes.
+    """Contraction of left_axis with right_axis, both numbered after the `batch` leading batch axes.
 
     Sums and result are fp32; fp64 for fp64 operands.
     """
@@ -40,10 +40,10 @@ def dot(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, layo
 
 
 def pinned(x: jax.Array) -> jax.Array:
-    """x, written to memory with its axes in their order.
+    """x, stored in memory in row-major order.
 
-    XLA can then neither swap the operands of a product, nor fold a transposition away, nor compute x again wherever it
-    is read. Does nothing where the mesh in context splits arrays: the partitioner would gather x on every device.
+    XLA then cannot swap the operands of a product, fold a transposition away or recompute x at each use. Returns x
+    unchanged if the mesh in context splits a non-manual axis: the partitioner would gather x on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
@@ -54,7 +54,7 @@ def pinned(x: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x_SI: jax.Array, matrix_IO: jax.Array, layout: str = "plain") -> jax.Array:
-    """x · matrix, [S, O] in the dtype of x; the matrix is cast to it, its gradient is not."""
+    """x · matrix, [S, O] in the dtype of x. The matrix is cast to it; its gradient has the stored dtype."""
     return dot(x_SI, matrix_IO.astype(x_SI.dtype), 1, 0, layout).astype(x_SI.dtype)
 
 
@@ -93,10 +93,10 @@ logits.defvjp(_logits_forward, _logits_backward)
 
 @jax.custom_vjp
 def exact(x_SI: jax.Array, matrix_IO: jax.Array) -> jax.Array:
-    """x in bf16 · a matrix in fp32, [S, O] in fp32, as accurate as an fp32 product, in three passes of matrix units.
+    """bf16 x · fp32 matrix, [S, O] in fp32, as accurate as an fp32 product, in three bf16 passes of the matrix units.
 
     An fp32 number is the sum of three bf16 numbers, and the product of two bf16 numbers is exact in fp32. The three
-    passes are one product, so that partial sums are not written to memory. The gradient is that of `product`.
+    passes are one concatenated product, so partial sums are not written to memory. The gradient is that of `product`.
     """
     parts, rest = [], matrix_IO.astype(jnp.float32)
     for _ in range(3):

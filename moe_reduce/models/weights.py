@@ -1,10 +1,10 @@
 """Weights, and the products that read them: the one place that knows how a weight is stored.
 
-A value is an array or a quantised kind such as `Int8`. `weight(module, name)` is a module's value with the adapter's
-delta beside it; `matmul` multiplies rows with it, `grouped_matmul` rows that have an expert each, `logits` and `lookup`
-read a token table. Layout of operands, dequantising and deltas are decided here, and no caller knows them.
+A value is an array or a quantised type such as `Int8`. `weight(module, name)` returns a module's value with its adapter
+delta. `matmul` multiplies all rows by one weight, `grouped_matmul` each row by its expert's weight; `logits` and
+`lookup` read a token table. Operand layout, dequantising and deltas are handled here and hidden from callers.
 
-A further kind is a class like `Int8`: a pytree whose leaves share the stacked leading axes of the parameter.
+A new quantised type is a class like `Int8`: a pytree whose leaves have the stacked leading axes of the parameter.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from moe_reduce.models import deltas, products
 from moe_reduce.models.deltas import Delta
 from moe_reduce.models.parameters import Parameter, find, in_module
 
-LARGEST_INT8 = 127  # the same on both sides of zero
+LARGEST_INT8 = 127  # symmetric range, -127 to 127
 Product = Callable[[jax.Array, jax.Array], jax.Array]  # (rows, one matrix for each expert) -> rows
 
 
@@ -54,19 +54,19 @@ class Int8:
 
     @classmethod
     def quantise(cls, matrix: jax.Array, record: Parameter) -> "Int8":
-        """Round a parameter; the largest magnitude of each output becomes 127. Outputs of zeros get scale 0."""
+        """Round a parameter; the largest magnitude of each output becomes 127. All-zero outputs get scale 0."""
         matrix = matrix.astype(jnp.float32)
         scale = jnp.max(jnp.abs(matrix), axis=record.contracted, keepdims=True) / LARGEST_INT8
         spread = jnp.broadcast_to(jnp.where(scale > 0, scale, 1.0), matrix.shape)
         return cls(jnp.round(matrix / spread).astype(jnp.int8), jnp.squeeze(scale, axis=record.contracted))
 
     def dense(self, contracted: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        """The matrix that the integers stand for; contracted: axes that `scale` lacks."""
+        """The dequantised matrix. contracted: axes that `scale` lacks."""
         scale = jnp.broadcast_to(jnp.expand_dims(self.scale, contracted), self.whole.shape)
         return (self.whole.astype(jnp.float32) * scale).astype(dtype)
 
     def map(self, function: Callable[[tuple[int, ...], Any], Any], record: Parameter) -> "Int8":
-        """function(axes of the parameter that a part has, the part) in place of each part."""
+        """Each part replaced by function(axes, part), where axes are the parameter's axes that the part has."""
         every = tuple(range(len(record.axes)))
         kept = tuple(axis for axis in every if axis not in record.contracted)
         return Int8(function(every, self.whole), function(kept, self.scale))
@@ -76,12 +76,12 @@ Value = jax.Array | Int8
 
 
 def map_parts(function: Callable[[tuple[int, ...], Any], Any], record: Parameter, value: Any) -> Any:
-    """function(axes of the parameter that a part has, the part) in place of each array of a value."""
+    """Each array of a value replaced by function(axes, array): axes are the parameter's axes that the array has."""
     return value.map(function, record) if isinstance(value, Int8) else function(tuple(range(len(record.axes))), value)
 
 
 def is_quantised(value: Any) -> bool:
-    """True for a value of a quantised kind, which no gradient trains."""
+    """True for a value of a quantised type; these are always frozen."""
     return isinstance(value, Int8)
 
 
@@ -98,10 +98,10 @@ def dense(value: Any, contracted: tuple[int, ...], dtype: Any) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Weight:
-    """A value to multiply with, and what an adapter adds to it.
+    """A value to multiply by, and its adapter delta.
 
-    inputs: leading axes of one matrix that a product contracts. layout: of operands (ExecutionConfig.products). exact:
-    products are in true fp32 whatever the compute dtype, as routers need them.
+    inputs: number of leading axes of one matrix that are contracted. layout: of operands (ExecutionConfig.products).
+    exact: products are in true fp32 whatever the compute dtype, as routers need them.
     """
 
     value: Any
@@ -112,7 +112,7 @@ class Weight:
 
 
 def read(module: Any, name: str) -> Any:
-    """The module's parameter of a name, initialised by its record where the module is initialised."""
+    """Parameter `name` of the module; during init, created by its record's initialiser."""
     if module.has_variable("params", name):
         return module.get_variable("params", name)
     record = in_module(module.config, module.path, name)
@@ -120,7 +120,7 @@ def read(module: Any, name: str) -> Any:
 
 
 def weight(module: Any, name: str) -> Weight:
-    """The module's matrix of a name with the delta of the adapter in use."""
+    """Matrix `name` of the module, with its adapter delta if there is one."""
     record = in_module(module.config, module.path, name)
     return Weight(
         read(module, name), deltas.delta_of(module, name), len(record.inputs), module.execution.products,
@@ -129,20 +129,20 @@ def weight(module: Any, name: str) -> Weight:
 
 
 def linear(module: Any, name: str, x: jax.Array) -> jax.Array:
-    """x · the module's matrix of a name, and its bias where the model has one, [..., *out] in the dtype of x."""
+    """x · matrix `name` of the module, plus its bias if there is one, [..., *out] in the dtype of x."""
     y = matmul(x, weight(module, name))
     if find(module.config, module.path, f"{name}_bias") is None:
         return y
     bias = read(module, f"{name}_bias")
-    # in fp32, so that the bias's gradient, a sum over all tokens, is one too
+    # in fp32, so that the bias gradient, a sum over all tokens, is in fp32 too
     return (y.astype(jnp.float32) + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)).astype(y.dtype)
 
 
 def matmul(x: jax.Array, w: Weight, transposed: bool = False) -> jax.Array:
     """x [..., *in] · w [*in, *out] -> [..., *out] in the dtype of x, or in fp32 where the weight is exact.
 
-    transposed: x [..., *out] · wᵀ -> [..., *in], without deltas. One two-dimensional product: with leading axes apart,
-    XLA on CPU runs the gradient at a third of the speed.
+    transposed: x [..., *out] · wᵀ -> [..., *in], without deltas. Leading axes are flattened first: otherwise XLA on CPU
+    runs the gradient at a third of the speed.
     """
     ins, outs = w.value.shape[: w.inputs], w.value.shape[w.inputs :]
     contracted, kept = (outs, ins) if transposed else (ins, outs)
@@ -158,9 +158,9 @@ def matmul(x: jax.Array, w: Weight, transposed: bool = False) -> jax.Array:
 
 
 def grouped_matmul(rows: jax.Array, w: Weight, product: Product) -> jax.Array:
-    """Rows, each times the matrix of its expert, and the expert's delta; [..., O] in the dtype of the rows.
+    """Each row times its expert's matrix, plus the expert's delta, [..., O] in the dtype of the rows.
 
-    w.value: [E, I, O]. product(rows, matrices [E, I, O]) is how rows are grouped by expert (models/moe/dispatch.py).
+    w.value: [E, I, O]. product(rows, matrices [E, I, O]): the dispatch's product by expert (models/moe/dispatch.py).
     """
     y = product(rows, dense(w.value, (1,), rows.dtype))
     if w.delta is None:
@@ -176,7 +176,7 @@ def grouped_matmul(rows: jax.Array, w: Weight, product: Product) -> jax.Array:
 
 
 def multiply(x: jax.Array, matrix: Any, layout: str, transposed: bool = False) -> jax.Array:
-    """x [S, I] · one matrix [I, O], or x [S, O] · its transpose; sums, and result, in fp32. No gradient of its own."""
+    """x [S, I] · one matrix [I, O], or x [S, O] · its transpose; fp32 sums and result. Array: no custom gradient."""
     if not isinstance(matrix, Int8):
         return products.dot(x, matrix, 1, int(transposed), layout)
     return _int8_dot(x, matrix.whole, matrix.scale, int(transposed), transposed, layout)
@@ -194,7 +194,7 @@ def logits(x: jax.Array, table: Weight) -> jax.Array:
 
 
 def lookup(tokens: jax.Array, table: Weight, dtype: Any) -> jax.Array:
-    """Rows of table [V, D] in a dtype. Cast behind the gather, so that gradients of frequent tokens add up in fp32."""
+    """Rows of table [V, D] in a dtype. Cast after the gather, so that gradients of frequent tokens add up in fp32."""
     value = table.value
     if not isinstance(value, Int8):
         return value[tokens].astype(dtype)
@@ -202,7 +202,7 @@ def lookup(tokens: jax.Array, table: Weight, dtype: Any) -> jax.Array:
 
 
 def _flat(value: Any, inputs: int) -> Any:
-    """One matrix [I, O] of a value [*in, *out]."""
+    """A value [*in, *out] as one matrix [I, O]."""
     if isinstance(value, Int8):
         return Int8(_flat(value.whole, inputs), value.scale.reshape(-1))
     return value.reshape(math.prod(value.shape[:inputs]), -1)
@@ -219,9 +219,9 @@ def _product(x: jax.Array, matrix: Any, layout: str, transposed: bool) -> Any:
 
 
 def _exact(x_SI: jax.Array, matrix_IO: jax.Array, layout: str) -> jax.Array:
-    """fp32 product in true fp32, not in the bf16 or tf32 passes that are a default: else experts tie and swap.
+    """Product in true fp32, not in default bf16 or TF32 passes, whose rounding would change the chosen experts.
 
-    Three bf16 passes are as true for bf16 inputs (models/products.py), and slower than fp32 on a CPU alone.
+    For bf16 inputs three bf16 passes are as accurate (models/products.py); they are slower than fp32 only on CPU.
     """
     if x_SI.dtype == jnp.bfloat16 and layout == "plain":
         return products.exact(x_SI, matrix_IO)
@@ -230,7 +230,7 @@ def _exact(x_SI: jax.Array, matrix_IO: jax.Array, layout: str) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _int8_dot(x: jax.Array, whole: jax.Array, scale: jax.Array, axis: int, scales_x: bool, layout: str) -> jax.Array:
-    """x [S, ·] · whole contracted over its `axis`, fp32. scale: of the inputs where `scales_x`, else of the outputs."""
+    """x [S, ·] · whole, contracted over whole's `axis`, fp32. scale: multiplies x if `scales_x`, else the result."""
     if scales_x:
         x = _scaled(x, scale)
     y = products.dot(x, whole.astype(x.dtype), 1, axis, layout)
@@ -238,7 +238,7 @@ def _int8_dot(x: jax.Array, whole: jax.Array, scale: jax.Array, axis: int, scale
 
 
 def _int8_dot_forward(x, whole, scale, axis, scales_x, layout):
-    # nothing of x is kept: the matrix is frozen
+    # x is not saved: the matrix is frozen
     return _int8_dot(x, whole, scale, axis, scales_x, layout), (whole, scale, jnp.zeros((), x.dtype))
 
 

@@ -16,7 +16,7 @@ from moe_reduce.models.weights import linear
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (GQA, arXiv:2305.13245).
 
-    Over the tokens of the call, within their segments; with a cache also over its entries, and then without segments.
+    A token attends to this call's tokens of its segment; with a cache, also to its entries, and segments are ignored.
     """
 
     config: ModelConfig
@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
 
 def self_attention(q_BTHC, k_BTGC, v_BTGC, segments_BT: jax.Array | None, execution: ExecutionConfig) -> jax.Array:
-    """Attention over the past of the same segment, by the kernel that `execution.attention` names: [B, T, H, C]."""
+    """Causal attention within segments, [B, T, H, C], by the kernel that `execution.attention` names."""
     kernel = execution.attention
     if kernel == "splash":
         return splash.causal_attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, execution.platform != "tpu")

@@ -1,4 +1,4 @@
-"""Softmax attention whose scores are written to memory: for CPUs, and where no kernel is at hand."""
+"""Softmax attention that writes its scores to memory, for CPUs and platforms without a fused kernel."""
 
 from functools import partial
 from typing import Any
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from moe_reduce.models.cache import SCALES, Layer
 from moe_reduce.models.products import dot
 
-# XLA on CPU runs a batched product on one core, but several independent ones at once: tiles of queries use more cores,
-# and leave out most of what the causal mask would.
+# XLA on CPU runs a batched product on one core, and independent products in parallel. Splitting queries into tiles uses
+# more cores and skips most of the masked scores.
 TILES, SMALLEST_TILE = 4, 64
 MASKED = -1e30
 
@@ -20,7 +20,7 @@ def causal_attention(
 ) -> jax.Array:
     """Softmax attention over the past, [B, T, H, C]; query head h reads key/value head h·G/H.
 
-    tiles: of queries, at most, each computed over the keys up to its end: five eighths of the products with four.
+    tiles: maximum number of query tiles. Each reads only the keys up to its end: 4 tiles form 5/8 of the products.
     """
     batch, time, heads, width = q_BTHC.shape
     groups = k_BTGC.shape[2]
@@ -40,7 +40,7 @@ def causal_attention(
 
 
 def _tiles(time: int, tiles: int) -> list[tuple[int, int]]:
-    """First position and end of each tile; one tile for a symbolic length."""
+    """(start, end) of each query tile. A symbolic length needs tiles = 1."""
     if tiles == 1:
         return [(0, time)]
     rows = max(SMALLEST_TILE, -(-time // tiles))
@@ -49,9 +49,9 @@ def _tiles(time: int, tiles: int) -> list[tuple[int, int]]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(q_BGQC, k_BGSC, v_BGSC, allowed_B1QS, layout: str = "plain") -> jax.Array:
-    """softmax(q·kᵀ/√C over the allowed)·v for G groups, [B, G, Q, C]; scores and softmax in fp32.
+    """softmax(q·kᵀ/√C where allowed)·v for G groups, [B, G, Q, C]; scores and softmax in fp32.
 
-    Q holds the positions of all query heads of a group, one head after the other; allowed_B1QS covers one head.
+    Q of q_BGQC is (query head of the group, position), flattened; Q of allowed_B1QS is the position alone.
     """
     return _attend_forward(q_BGQC, k_BGSC, v_BGSC, allowed_B1QS, layout)[0]
 
@@ -86,7 +86,7 @@ attend.defvjp(_attend_forward, _attend_backward)
 def cached_attention(q_BTHC, k_BTGC, v_BTGC, layer: Layer, positions_BT: jax.Array, layout: str) -> jax.Array:
     """Attention of T new tokens over a cache and, causally, over one another: [B, T, H, C].
 
-    positions_BT: consecutive in each row. A row sees the cache's entries before its first position.
+    positions_BT: consecutive in each row. A row attends to cache entries before its first position.
     """
     batch, time, heads, width = q_BTHC.shape
     groups, entries = k_BTGC.shape[2], layer["keys"].shape[2]

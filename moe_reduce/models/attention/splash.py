@@ -1,7 +1,7 @@
 """Causal attention on TPU by jax's Splash kernel, forward and backward (FlashAttention, arXiv:2205.14135).
 
-Scores are computed tile by tile and never written to memory; tiles that the mask empties are left out. Off a TPU the
-kernel is interpreted, for tests.
+Scores are computed tile by tile and never written to memory; fully masked tiles are skipped. Off a TPU the kernel is
+interpreted, for tests.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from moe_reduce.models import products
 from moe_reduce.models.mesh import BATCH_AXES, on_one_device
 
 LANES = 128  # width of a TPU's registers; the last axis in memory is padded to a multiple of it
-# positions of a tile: the largest that divides a sequence, which is padded to a multiple of the smallest
+# positions per tile: sequences are padded to a multiple of the smallest; the largest that divides them is used
 TILES = (512, 256, LANES)
 
 
@@ -42,8 +42,8 @@ def _attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, interpret: bool) -> jax.Arra
     padded = time + -time % TILES[-1]
     tile = next(tile for tile in TILES if padded % tile == 0)
     sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    # Narrow heads have their positions last in memory: half of the memory for 64 channels, and each half of a head,
-    # which the rotary embedding rotates, fills whole registers.
+    # If LANES does not divide the head width, positions are the last axis: at 64 channels this halves memory, and each
+    # half of a head that the rotary embedding rotates fills whole registers.
     last = kernels.QKVLayout.SEQ_MINOR if width % LANES else kernels.QKVLayout.HEAD_DIM_MINOR
     layouts = ("q_layout", "k_layout", "v_layout")
     attend = kernels.make_splash_mha_single_device(
@@ -61,7 +61,7 @@ def _attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, interpret: bool) -> jax.Arra
         return attend(q_HTC, k_GTC, v_GTC, segment_ids=kernels.SegmentIds(segments_T, segments_T))
 
     q_BTHC = q_BTHC * jnp.asarray(width**-0.5, q_BTHC.dtype)
-    # padded positions lie behind all others, so none of these sees them
+    # padded positions come last, so the causal mask hides them from real ones
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, padded - time)))
     mixed_BHTC: Any = row(laid_out(q_BTHC), laid_out(k_BTGC), laid_out(v_BTGC), segments_BT)
     return mixed_BHTC[:, :, :time].transpose(0, 2, 1, 3)

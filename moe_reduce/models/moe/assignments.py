@@ -10,11 +10,11 @@ from moe_reduce.models.products import wide
 
 
 class Result(NamedTuple):
-    """Result of one call of the experts. Sizes of raw expert outputs are for scoring; unused, they cost nothing."""
+    """Result of one call of the experts. Norms and maxima are for scoring; if unused, they cost nothing."""
 
     y_SD: jax.Array
     masters: Masters  # to hand on to the next call, for their gradient
-    dropped: jax.Array  # assignments that found no room at their expert, a scalar; 0 if dropless
+    dropped: jax.Array  # number of assignments beyond their expert's capacity, a scalar; 0 if dropless
     norm_SA: jax.Array  # ‖f(x)‖₂ of each assignment, fp32; 0 where no expert ran
     maximum_SA: jax.Array  # max |f(x)|, likewise
 
@@ -28,7 +28,7 @@ class Order(NamedTuple):
 
 
 def sort_by_expert(experts_SA: jax.Array, experts: int) -> Order:
-    """A stable sort, so that results depend on nothing but the assignment itself."""
+    """Assignments sorted by expert; the sort is stable, so that the order is deterministic."""
     flat_M = experts_SA.reshape(-1)
     order_M = jnp.argsort(flat_M, stable=True).astype(jnp.int32)
     positions_M = jnp.arange(flat_M.size, dtype=jnp.int32)
@@ -41,7 +41,7 @@ def sort_by_expert(experts_SA: jax.Array, experts: int) -> Order:
 
 
 def _sums(rows_MD: jax.Array, weights_SA: jax.Array, rank_SA: jax.Array) -> jax.Array:
-    """Σ_a weight · row, [S, D]. One assignment after the other on TPU, whose tiles pad an axis of A up to 8."""
+    """Σ_a weight · row, [S, D]. A loop over A on TPU, where tiles would pad an axis of size A to 8."""
 
     def at_once(rows_MD, weights_SA, rank_SA):
         return jnp.sum(rows_MD[rank_SA] * weights_SA[:, :, None], axis=1)
@@ -57,7 +57,7 @@ def _sums(rows_MD: jax.Array, weights_SA: jax.Array, rank_SA: jax.Array) -> jax.
 
 
 def _dots(rows_MD: jax.Array, y_SD: jax.Array, rank_SA: jax.Array) -> jax.Array:
-    """row · y, fp32 [S, A]. One assignment after the other on TPU, as in `_sums`."""
+    """row · y, fp32 [S, A]. A loop over A on TPU, as in `_sums`."""
 
     def at_once(rows_MD, y_SD, rank_SA):
         return jnp.sum(y_SD[:, None].astype(jnp.float32) * rows_MD[rank_SA].astype(jnp.float32), axis=-1)

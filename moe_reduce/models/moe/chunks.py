@@ -1,10 +1,9 @@
-"""Experts on a device that holds some of all experts: only rows of its own are moved and computed, chunk by chunk.
+"""Experts of a device that holds only some of them: it moves and computes only their rows, chunk by chunk.
 
-Of M assignments, sorted by expert, those to experts on this device come first. On average there are M over the number
-of devices; how many there are is known only at run time, and it may be all of them. Buffers for M rows would mostly be
-empty. So a loop takes a chunk of as many rows as are expected, and some more: it runs once, unless tokens crowd on this
-device. A loop with a dynamic trip count has no reverse gradient, so the gradient is written here; it recomputes the
-experts.
+The M assignments are sorted by expert, with those to this device's experts first. Their number averages M / devices; it
+is known only at run time and can reach M, so buffers of M rows would be mostly empty. A loop instead takes chunks of
+SLACK times the expected rows, and runs once unless this device gets more. A loop with a dynamic trip count has no
+reverse gradient, so the gradient is written here; it recomputes the experts.
 """
 
 import math
@@ -20,10 +19,10 @@ from moe_reduce.models.moe.assignments import Order
 from moe_reduce.models.moe.gradients import Trained, as_leaves, dense, values, where_trained
 from moe_reduce.models.products import wide
 
-SLACK = 1.5  # rows of a chunk, over those expected
-MULTIPLE = 128  # rows of a chunk are a multiple: matrix units ask for it
+SLACK = 1.5  # rows of a chunk / expected rows
+MULTIPLE = 128  # rows of a chunk are a multiple of this, for the matrix units
 
-# (rows_RD sorted by expert, counts_E, weights of the experts: a tree) -> outputs_RD; rows past the counts are unread
+# (rows_RD sorted by expert, counts_E, weights of the experts: a tree) -> outputs_RD; rows past the counts are ignored
 Compute = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
@@ -39,18 +38,18 @@ def in_chunks(compute: Compute, rows: int, x_SD, weights_SA, order: Order, param
     Norms and maxima are for scoring: no gradient flows through them.
 
     Args:
-        compute: experts' outputs of a chunk's rows.
-        rows: R, of a chunk.
+        compute: returns the experts' outputs for a chunk's rows.
+        rows: R, rows of a chunk.
         x_SD: tokens.
         weights_SA: combine weight of each assignment.
         order: assignments sorted by expert, those to experts elsewhere last.
-        parameters: handed to `compute`; a gradient is formed of those leaves that are differentiated.
+        parameters: passed to `compute`; only differentiated leaves get a gradient.
     """
     return _forward(compute, rows, x_SD, weights_SA, order, parameters)[0]
 
 
 class Chunk(NamedTuple):
-    """R assignments: their numbers and tokens (past the last one in empty rows), and the rows of each expert."""
+    """R assignments: their indices and tokens (out of range in empty rows), and the number of rows of each expert."""
 
     assignment_R: jax.Array
     token_R: jax.Array
@@ -58,7 +57,7 @@ class Chunk(NamedTuple):
 
 
 def _for_each_chunk(rows: int, shape_SA: tuple[int, ...], order: Order, body, carry):
-    """body(chunk, carry) for every chunk in which there are rows of experts here."""
+    """Runs body(chunk, carry) for every chunk that has rows of this device's experts."""
     assignments = math.prod(shape_SA)
     padded = jnp.pad(order.order_M, (0, -assignments % rows))
     ends_E = jnp.cumsum(order.counts_E)

@@ -23,7 +23,7 @@ from moe_reduce.models.weights import Product, dense
 
 
 class Assigned(NamedTuple):
-    """Rows with their experts: x_SD; experts_SA int32, E for no expert here; combine weights_SA."""
+    """Rows with their experts: x_SD; experts_SA int32 (E: no expert on this device); combine weights_SA."""
 
     x_SD: jax.Array
     experts_SA: jax.Array
@@ -54,7 +54,7 @@ def dispatch_blocks(
 def dispatch_ragged(
     rows: Assigned, experts: Experts, masters: Masters, _execution: ExecutionConfig, share: float = 1.0
 ) -> Result:
-    """Exact and dropless: jax.lax.ragged_dot over sorted rows, in chunks where most experts are elsewhere."""
+    """Exact and dropless: jax.lax.ragged_dot over sorted rows, in chunks if most experts are on other devices."""
     order = sort_by_expert(rows.experts_SA, experts.number)
     assignments = rows.experts_SA.size
     size = chunks.chunk_rows(assignments, share)
@@ -74,7 +74,7 @@ def dispatch_grouped(
     rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig, share: float = 1.0
 ) -> Result:
     """Exact and dropless: kernels over sorted rows (moe/triton_kernels.py); adapter deltas are not fused."""
-    from moe_reduce.models.moe import triton_kernels  # here only: a later jax may be without Pallas' Triton
+    from moe_reduce.models.moe import triton_kernels  # imported here: a later jax may lack Pallas' Triton
 
     order = sort_by_expert(rows.experts_SA, experts.number)
     groups, interpret = triton_kernels.groups_of(order.counts_E, rows.experts_SA.size), execution.platform != "gpu"
@@ -99,9 +99,9 @@ def _sorted(rows: Assigned, order: Order, experts: Experts, masters: Masters, pr
 
 
 def _sorted_swiglu(rows_MD: jax.Array, counts_E: jax.Array | None, experts: Experts, product: Product) -> jax.Array:
-    """Sorted rows, counts_E of each expert, -> their experts' outputs; 0 past the counts.
+    """Output of each sorted row's expert; 0 for rows past the sum of counts_E.
 
-    counts_E: None where no row lies past them.
+    counts_E: rows of each expert; None if they cover all rows.
     """
 
     def multiply(rows_MI: jax.Array, matrices_EIO: jax.Array) -> jax.Array:
@@ -116,7 +116,7 @@ def _sorted_swiglu(rows_MD: jax.Array, counts_E: jax.Array | None, experts: Expe
 
 
 def _only_here(rows_MI: jax.Array, counts_E: jax.Array) -> jax.Array:
-    """Rows with 0 past the groups, where assignments to experts elsewhere lie and a kernel may leave anything."""
+    """Rows with 0 past the sum of counts_E: those belong to experts elsewhere, and kernels leave them undefined."""
     return jnp.where((jnp.arange(rows_MI.shape[0]) < jnp.sum(counts_E))[:, None], rows_MI, 0)
 
 
@@ -127,7 +127,7 @@ def _each_expert(rows_EXI: jax.Array, matrices_EIO: jax.Array) -> jax.Array:
 def dispatch_capacity(
     rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig, share: float = 1.0
 ) -> Result:
-    """At most capacity_factor · mean rows for each expert, in sorted order; what does not fit is dropped."""
+    """Each expert takes at most capacity_factor · mean rows, in sorted order; further rows are dropped."""
     experts, masters = lend(experts, masters)
     x_SD, experts_SA, weights_SA = rows
     count, assignments = experts.number, experts_SA.size

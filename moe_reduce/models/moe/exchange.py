@@ -1,10 +1,11 @@
-"""Exchange of tokens between the devices of the `expert` axis, inside shard_map: each holds tokens and experts.
+"""Exchange of tokens between the devices of the `expert` axis, inside shard_map. Each device holds tokens and experts.
 
-    gather      every device receives the tokens of all devices, and returns what its experts add
-    all_to_all  a token goes to each device that holds one of its experts, and the experts' outputs return
+    gather      every device receives the tokens of all devices, and returns its experts' partial sums
+    all_to_all  each assignment's row goes to its expert's device, and the expert's output returns
 
-Both are exact and dropless. Of P devices a row goes to P - 1 with the first, to A · (P - 1) / P with the second. Each
-takes what a Dispatch takes, with experts numbered over all devices, and returns its Result for the device's own tokens.
+Both are exact and dropless. With P devices, gather sends a token P - 1 times, all_to_all A · (P - 1) / P times on
+average. Both take a Dispatch's arguments, with experts numbered over all devices, and return the Result of the device's
+own tokens.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ def exchange(rows: Assigned, experts: Experts, masters: Masters, execution: Exec
         return DISPATCHES[execution.dispatch](rows, experts, masters, execution)
     kind = execution.exchange
     if kind == "auto":
-        # on CPU buffers are padded, and hold as many rows as the gathered ones
+        # on CPU all_to_all pads its buffers, so they are as large as those of gather
         fewer_rows = devices > rows.experts_SA.shape[1] and execution.platform != "cpu"
         kind = "all_to_all" if fewer_rows else "gather"
     return {"gather": _gather, "all_to_all": _all_to_all}[kind](rows, experts, masters, execution)
@@ -55,13 +56,13 @@ def _all_to_all(rows: Assigned, experts: Experts, masters: Masters, execution: E
     x_SD, experts_SA, weights_SA = rows
     count, devices, active = experts.number, jax.lax.axis_size(AXIS), experts_SA.shape[1]
     order = sort_by_expert(experts_SA, count * devices)
-    most = experts_SA.shape[0] * min(active, count)  # rows from one device: experts of a token differ
+    most = experts_SA.shape[0] * min(active, count)  # most rows from one device: a token's experts differ
     make = _padded if execution.platform == "cpu" else _ragged
     outward, homeward = make(jnp.sum(order.counts_E.reshape(devices, count), axis=1), experts_SA.size, most)
     numbers_M1 = (experts_SA.reshape(-1)[order.order_M] % count)[:, None]
     arrived_R1 = outward(numbers_M1, count)
     arrived_RD = checkpoint_name(outward(gather_rows(x_SD, order), 0), products.KEPT)
-    share = active / (devices * min(active, count))  # of the buffer, which has room for all that may come
+    share = active / (devices * min(active, count))  # expected share of the buffer in use
     ones_R1 = jnp.ones(arrived_R1.shape, weights_SA.dtype)
     arrived = Assigned(arrived_RD, arrived_R1, ones_R1)
     result = DISPATCHES[execution.dispatch](arrived, experts, masters, execution, share)
@@ -77,7 +78,7 @@ class Routes(NamedTuple):
 
 
 def _padded(sent_P: jax.Array, total: int, rows: int) -> Routes:
-    """Routes of `total` rows, sorted by destination: sent_P go to each device, whose buffer holds `rows` from each."""
+    """Routes of `total` rows, sorted by destination: sent_P go to each device, which has `rows` slots per sender."""
     devices = sent_P.shape[0]
     ends_P = jnp.cumsum(sent_P)
     starts_P = ends_P - sent_P
@@ -103,7 +104,7 @@ def _ragged(sent_P: jax.Array, total: int, rows: int) -> Routes:
     """Routes like `_padded`, but only rows that are sent travel, and they arrive without gaps."""
     devices = sent_P.shape[0]
     here = jax.lax.axis_index(AXIS)
-    sent_PP = jax.lax.all_gather(sent_P, AXIS)  # from, to
+    sent_PP = jax.lax.all_gather(sent_P, AXIS)  # [from, to]
     received_P = sent_PP[:, here]
     starts_PP = jnp.cumsum(sent_PP, axis=1) - sent_PP  # in the sender's order
     arrivals_PP = jnp.cumsum(sent_PP, axis=0) - sent_PP  # in the receiver's

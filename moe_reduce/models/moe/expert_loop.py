@@ -1,9 +1,9 @@
 """SwiGLU experts on rows sorted by expert, as a loop over tiles of rows: exact, and only routed rows are computed.
 
-XLA on CPU has no dense operation whose cost follows the number of rows that each expert really gets. A loop has: expert
-by expert, tile by tile, with a trip count known only at run time. The last tile of an expert reaches into the rows of
-the next one; these are computed for nothing and then overwritten, because experts are visited in order. A loop with a
-dynamic trip count cannot be differentiated in reverse, so its gradient is written here too.
+XLA on CPU has no dense operation whose cost follows the number of rows that each expert gets. A loop over experts and
+their tiles has, with a trip count known only at run time. The last tile of an expert may extend into the next expert's
+rows; these results are overwritten later, because experts are visited in order. A loop with a dynamic
+trip count cannot be differentiated in reverse, so its gradient is written here too.
 """
 
 import itertools
@@ -30,7 +30,7 @@ class Settings(NamedTuple):
 
 
 def tile_rows(most: int, rows: int, experts: int) -> int:
-    """Rows of the smallest tile: as many as an expert gets on average, up to a power of two, `most` at most.
+    """Rows of the smallest tile: the average rows per expert, rounded up to a power of two, at most `most`.
 
     A tile is computed whole, however few rows it holds.
     """
@@ -39,15 +39,15 @@ def tile_rows(most: int, rows: int, experts: int) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def loop_swiglu(x_MD, counts_E, matrices, masters, changes, settings: Settings):
-    """(down(silu(gate·x) · up·x) of each row by the expert whose group of counts_E holds it, the masters).
+    """(down(silu(gate·x) · up·x) of each row by its expert, the masters).
 
     Args:
         x_MD: rows, in the compute dtype, sorted by expert.
         counts_E: rows of each expert, int32; rows past their sum give zero.
         matrices: values of gate [E, D, F], up [E, D, F] and down [E, F, D]. No gradient flows into them.
-        masters: arrays that the values were cast from. They are handed on unread, so that their gradient, coming back
-            from the next call that uses them, is where this call adds its own, in place. (The gradient of a pool that
-            all layers call would otherwise be made of zeros and added up once a layer.) Empty: experts are frozen.
+        masters: arrays that the values were cast from, returned unread. In the backward pass their cotangent comes from
+            the next call that uses them, and this call adds its gradient to it in place. (Otherwise each layer would
+            allocate a gradient of the whole shared pool and add it to the total.) Empty if experts are frozen.
         changes: an adapter's deltas by `gate`, `up` and `down` (models/deltas.py); empty without one.
         settings: static settings.
     """
@@ -59,7 +59,7 @@ def _slice(rows, start, size):
 
 
 def _update(rows, tile, start):
-    """A tile written into a buffer of bits: XLA on CPU turns a whole bf16 buffer into fp32 and back at each update."""
+    """A tile written into a buffer of bits: XLA on CPU would convert a whole bf16 buffer to fp32 and back each time."""
     return lax.dynamic_update_slice_in_dim(rows, _bits(tile), start, axis=0)
 
 
@@ -74,10 +74,10 @@ def _values(bits: jax.Array) -> jax.Array:
 def _for_each_tile(counts_E, smallest: int, body, matrices, carry):
     """body(carry, expert, its matrices, size, start, rows_left) for every tile of every expert.
 
-    A tile takes the smallest of a few static sizes that holds all rows of its expert (one matmul an expert is the usual
-    case: preparing its weights costs more than rows for nothing), and the largest, again and again, where none does.
-    The choice is a chain of loops and not a `switch`, and empty experts are left out of the list and not skipped by a
-    `cond`: XLA copies the carried buffers around a conditional, and updates them in place in a loop.
+    A tile has the smallest static size that holds all remaining rows of its expert, or the largest size if none does.
+    One matmul per expert is the usual case: preparing its weights costs more than computing unused rows. Sizes are
+    chosen by a chain of loops, not a `switch`, and empty experts are removed from the list, not skipped by a `cond`:
+    XLA copies the carried buffers around a conditional, and updates them in place in a loop.
     """
     starts_E = jnp.cumsum(counts_E) - counts_E
     (used_E,) = jnp.nonzero(counts_E > 0, size=counts_E.shape[0], fill_value=0)
@@ -106,7 +106,7 @@ def _padded(rows: int, columns: int, smallest: int, dtype) -> jax.Array:
 
 
 def _of_expert(changes, expert):
-    """One expert's deltas, of leaves given as bits: its own of those that each expert has, and those of all."""
+    """One expert's deltas, from leaves given as bits: its slice of per-expert leaves, and shared leaves whole."""
     return jax.tree.map(lambda leaf: _values(leaf[expert] if leaf.ndim == 3 else leaf), changes)
 
 
@@ -161,7 +161,7 @@ def _backward(settings: Settings, saved, cotangents):
         gate_DF, up_DF, down_FD = mine
         own = _of_expert(bits, expert)
         valid = (jnp.arange(size) < left)[:, None]
-        # rows of the next expert have a zero here, and so everywhere below
+        # rows of the next expert are zero here, and so in all gradients below
         dy = jnp.where(valid, _slice(dy_MD, start, size), 0)
         gate, up, x = _slice(gates, start, size), _slice(ups, start, size), _slice(x_MD, start, size)
         activation, silu_vjp = jax.vjp(jax.nn.silu, gate)
@@ -187,9 +187,9 @@ def _backward(settings: Settings, saved, cotangents):
 
 
 def _delta_vjp(name: str, given: tuple[Any, Any, Any], totals, expert, layout: str):
-    """(gradient of x through the delta of this name, 0 without one; the totals with the delta's own gradient).
+    """(gradient of x through the delta of this name, 0 without one; the totals plus the delta's gradient).
 
-    given: the expert's deltas, the rows x that go in, and the cotangent of the rows that come out.
+    given: the expert's deltas, the input rows x, and the cotangent of the output rows.
     """
     own, x, dy = given
     if name not in own:
@@ -200,7 +200,7 @@ def _delta_vjp(name: str, given: tuple[Any, Any, Any], totals, expert, layout: s
 
 
 def _add(totals, parts, expert):
-    """One expert's parts, added onto its own rows of the totals, or onto the totals of what all experts share."""
+    """Totals plus one expert's parts: at its index in per-expert leaves, or to the whole of a shared leaf."""
 
     def add(total, part):
         part = part.astype(total.dtype)

@@ -1,4 +1,4 @@
-"""The weights of a group of SwiGLU experts, in the compute dtype and as they are trained."""
+"""The weights of a group of SwiGLU experts, in the compute dtype, and the trained masters they are cast from."""
 
 from typing import Any, NamedTuple
 
@@ -15,9 +15,9 @@ Masters = tuple[jax.Array, ...]  # gate, up, down as they are trained; () where 
 class Experts(NamedTuple):
     """Weights of E SwiGLU experts, each [E, I, O]: gate and up [E, D, F], down [E, F, D].
 
-    Their values are in the compute dtype and get no gradient. Casting once for all layers saves passes over a shared
-    pool; gradients flow into the masters that the values were cast from, which every call takes and hands on, and so
-    add up in fp32 whatever the compute dtype.
+    Their values are in the compute dtype and get no gradient: casting once for all layers saves passes over a shared
+    pool. Gradients flow into the masters, the parameters that the values were cast from. Every call takes the masters
+    and returns them, so their gradient accumulates in fp32 whatever the compute dtype.
     """
 
     gate: Weight
@@ -45,7 +45,7 @@ class Experts(NamedTuple):
         return self.gate.layout
 
     def with_values(self, values: tuple[Any, ...]) -> "Experts":
-        """The same deltas beside other values."""
+        """The same experts and deltas with other values."""
         return Experts(*(_replaced(one, value) for one, value in zip(self, values, strict=True)))
 
 
@@ -66,7 +66,7 @@ class ExpertPool(nn.Module):
 
 
 def computed(experts: Experts, dtype: Any, trained: bool) -> tuple[Experts, Masters]:
-    """(experts with values in a dtype, masters): () where they are frozen, as quantised experts always are."""
+    """(experts with values cast to a dtype, masters). Masters are () if frozen; quantised experts always are."""
     values = experts.values
     masters = () if not trained or any(map(is_quantised, values)) else values
     return experts.with_values(tuple(jax.lax.stop_gradient(cast(value, dtype)) for value in values)), masters
@@ -84,7 +84,7 @@ class Router(nn.Module):
 
 
 def lend(experts: Experts, masters: Masters) -> tuple[Experts, Masters]:
-    """(experts to differentiate, masters to hand on), for products whose gradient autodiff forms."""
+    """(differentiable experts, masters to hand on): autodiff's gradient of the values is added to the masters'."""
     if not masters:
         return experts, masters
     values, masters = _lend(experts.values, masters)

@@ -11,15 +11,15 @@ from moe_reduce.models.products import wide
 
 @jax.tree_util.register_static
 class Trained(frozenset):
-    """Numbers of the leaves of a tree that need a gradient; an adapter's fixed projections, for one, do not."""
+    """Indices of the leaves of a tree that need a gradient; an adapter's fixed projections, for example, do not."""
 
     @classmethod
     def among(cls, marked: Any) -> "Trained":
-        """The perturbed leaves of a tree as a forward rule with symbolic zeros receives it."""
+        """Indices of the perturbed leaves of a tree, as a custom_vjp forward rule with symbolic zeros gets it."""
         return cls(number for number, leaf in enumerate(jax.tree.leaves(marked)) if leaf.perturbed)
 
     def totals(self, tree: Any) -> Any:
-        """Zeros in which a tree's gradient adds up; None for leaves that need none."""
+        """Zero accumulators for a tree's gradient; None for leaves that need none."""
         leaves, structure = jax.tree.flatten(tree)
         return structure.unflatten(
             jnp.zeros(leaf.shape, wide(leaf.dtype)) if number in self else None for number, leaf in enumerate(leaves)
@@ -27,7 +27,7 @@ class Trained(frozenset):
 
 
 def values(marked: Any) -> Any:
-    """The arrays of a tree as a forward rule with symbolic zeros receives it."""
+    """The arrays of a tree, as a custom_vjp forward rule with symbolic zeros gets it."""
     return jax.tree.map(lambda leaf: leaf.value, marked)
 
 

@@ -38,9 +38,9 @@ def mixture_of_experts(
 ):
     """(y_BTD = Σ weight · expert(x) over the chosen experts, masters to hand on, statistics, assignments).
 
-    statistics: counts_E (assignments), probability_E (mean), z, dropped (share of assignments, 0 if dropless), of real
-    tokens; padding takes no room of a bounded capacity. assignments, each [B, T, A]: expert, weight, and the norm and
-    the largest magnitude of the expert's raw output.
+    statistics of real tokens: counts_E (assignments), probability_E (mean), z, dropped (share of assignments, 0 if
+    dropless). Padding uses no capacity. assignments, each [B, T, A]: expert, weight, and the norm and the
+    largest magnitude of the expert's raw output.
     """
     shape = (*x_BTD.shape[:2], routing.experts_SA.shape[1])
     chosen_BTA, weights_BTA = routing.experts_SA.reshape(shape), routing.weights_SA.reshape(shape)
@@ -59,9 +59,9 @@ def mixture_of_experts(
 def apply_experts(rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig):
     """(y_BTD, masters to hand on, the share of assignments dropped, output norms_BTA and maxima_BTA).
 
-    rows: with batch and time as leading axes. On one device, or over the mesh in context: tokens are split along the
-    batch axes, experts along `expert` and their hidden width along `tensor`, over which slices of F are summed. Norms
-    and maxima are of whole outputs only where `tensor` is 1.
+    rows: with batch and time as leading axes. On a mesh, tokens are split along the batch axes, experts along `expert`
+    and their hidden width F along `tensor`, over which outputs are summed. Norms and maxima are then exact only if
+    `tensor` has size 1.
     """
     assignments = rows.experts_SA.size
     if on_one_device():
@@ -80,7 +80,7 @@ def apply_experts(rows: Assigned, experts: Experts, masters: Masters, execution:
 
 
 def _specs(experts: Experts) -> Any:
-    """Partition specs of the leaves of experts: with their experts, and split along the hidden width."""
+    """Partition specs of experts' leaves: split by expert, and by hidden width along `tensor`."""
 
     def value(spec: PartitionSpec, one: Weight) -> Any:
         # a quantised value's scales [E, O] lack the contracted axis
@@ -97,7 +97,7 @@ def _specs(experts: Experts) -> Any:
 
 
 def _delta_specs(name: str, delta: Delta) -> Any:
-    """Partition specs of an adapter's leaves: with their experts, and along the hidden width as their matrix."""
+    """Partition specs of an adapter's leaves: split by expert, and by hidden width like their matrix."""
     hidden_side = "in" if name == "down" else "out"
 
     def spec(path: Any, leaf: jax.Array) -> PartitionSpec:
@@ -124,7 +124,7 @@ def _sharded(rows: Assigned, experts: Experts, execution: ExecutionConfig):
 def some_experts(
     rows: Assigned, experts: Experts, execution: ExecutionConfig, first_expert: Any, share: float
 ) -> Result:
-    """The part of the sum that frozen experts numbered from `first_expert` add; they are this share of all experts.
+    """Partial sum over frozen experts, numbered from `first_expert`. share: their fraction of all experts.
 
     rows: with batch and time as leading axes.
     """
@@ -138,7 +138,7 @@ def some_experts(
 
 
 def _flattened(run: Run, rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig) -> Result:
-    """A dispatch or an exchange of batch and time as one axis; the Result has them apart again."""
+    """Runs a dispatch or exchange with batch and time as one axis; the Result has both axes again."""
     flat = Assigned(*(array.reshape(-1, array.shape[-1]) for array in rows))
     result = run(flat, experts, masters, execution)
     norm_BTA, maximum_BTA = (size.reshape(rows.experts_SA.shape) for size in (result.norm_SA, result.maximum_SA))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from moe_reduce.core.config import MoEConfig
 from moe_reduce.models.weights import Weight, matmul
 
-MANY = 2048  # experts; from here on ranking them by groups is faster
+MANY = 2048  # number of experts from which ranking by groups is faster
 
 
 class RouterWeights(NamedTuple):
@@ -19,17 +19,17 @@ class RouterWeights(NamedTuple):
     offset: jax.Array | None = None
 
     def logits(self, x_SD: jax.Array) -> jax.Array:
-        """fp32 logits [S, E], less the offset."""
+        """fp32 logits [S, E], minus the offset."""
         logits_SE = matmul(x_SD, self.weight)
         return logits_SE if self.offset is None else logits_SE - self.offset
 
 
 class Routing(NamedTuple):
-    """Result of one call of a router for S tokens and E experts; everything float is fp32."""
+    """Result of one call of a router for S tokens and E experts; floats are fp32."""
 
     experts_SA: jax.Array  # int32, the chosen experts
     weights_SA: jax.Array  # combine weights
-    # of real tokens:
+    # statistics of real tokens:
     counts_E: jax.Array  # assignments by expert
     probability_E: jax.Array  # mean routing probability by expert
     z: jax.Array  # mean squared logsumexp of the logits (ST-MoE, arXiv:2202.08906)
@@ -44,9 +44,9 @@ def route(
 ) -> Routing:
     """The top A experts of each token, and their combine weights.
 
-    bias_E decides which experts are chosen and never their weights (arXiv:2408.15664). It is added to the logits, in
-    which both score functions are monotone, so that its unit is the same for both. real_S: False for padding, which
-    would drown the statistics of short texts; None counts every token.
+    bias_E affects which experts are chosen, never their weights (arXiv:2408.15664). It is added to the logits, not the
+    scores, so that its scale is the same for both score functions; both are monotone in the logits. real_S: False for
+    padding, which would dominate the statistics of short texts; None counts every token.
     """
     ranking_SE = (
         logits_SE if bias_E is None else logits_SE + jax.lax.stop_gradient(bias_E)[None, :].astype(logits_SE.dtype)
@@ -74,7 +74,7 @@ def route(
 
 
 def only_real(experts_SA: jax.Array, real_S: jax.Array | None, experts: int) -> jax.Array:
-    """Chosen experts, with E, the number of no expert, for tokens of padding."""
+    """Chosen experts, with E (no expert) for padding tokens."""
     return experts_SA if real_S is None else jnp.where(real_S[:, None], experts_SA, experts)
 
 
@@ -90,7 +90,7 @@ def _mean(values_SI: jax.Array, real_S: jax.Array | None) -> jax.Array:
 def top_experts(ranking_SE: jax.Array, active: int) -> jax.Array:
     """Indices of the A highest of each row, int32 [S, A], in the order of jax.lax.top_k.
 
-    With thousands of experts only the A groups with the highest maxima are ranked: they hold all that can be chosen.
+    With thousands of experts only the A groups with the highest maxima are ranked: they contain the top A experts.
     """
     tokens, experts = ranking_SE.shape
     group = next((size for size in (32, 16, 8) if experts % size == 0), experts)
@@ -106,7 +106,7 @@ def top_experts(ranking_SE: jax.Array, active: int) -> jax.Array:
 
 
 def _counts(experts_SA: jax.Array, experts: int) -> jax.Array:
-    """Assignments by expert. Few experts are counted by comparisons: atomic additions collide on a GPU."""
+    """Assignments by expert. Up to 64 experts are counted by comparisons: a GPU's atomic additions would collide."""
     if experts > 64:
         return jnp.zeros(experts).at[experts_SA.reshape(-1)].add(1.0)
     numbers_E = jnp.arange(experts, dtype=experts_SA.dtype)

@@ -1,11 +1,10 @@
 """SwiGLU experts on rows sorted by expert, as Triton kernels for GPUs: exact, and only routed rows are computed.
 
-XLA has no such product for NVIDIA's cards: it multiplies every row with every expert and masks. Here a tile of rows
-belongs to one expert and starts where the expert's rows do, so that a row is computed once, whatever the experts get.
-What lies between two products is done while its tile is in registers: rows are fetched by their token, and gate and up
-are one kernel, with the activation at its end. Operands are in the compute dtype (fp32 is TF32 unless
-jax_default_matmul_precision says otherwise, as for all products on a GPU) and sums in fp32; the gradients of an expert
-are added onto the masters' where these lie.
+XLA has no such product for NVIDIA GPUs: it multiplies every row with every expert and masks. Here each tile of rows
+belongs to one expert, and an expert's first tile starts at its first row, so each row is computed once for any counts.
+Steps between products are fused into the kernels: rows are gathered by token, and gate and up are one kernel that ends
+with the activation. Operands are in the compute dtype (fp32 is TF32 unless jax_default_matmul_precision says otherwise,
+as for all products on a GPU) and sums in fp32; expert gradients are added to the masters' gradients in place.
 
 Off a GPU the same kernels are interpreted, slowly: for tests.
 """
@@ -27,7 +26,7 @@ from moe_reduce.models.products import KEPT
 
 
 class Tile(NamedTuple):
-    """Sizes of one kernel: columns of a tile, terms of the sum that one step adds, and Triton's warps and stages."""
+    """Sizes of one kernel: columns of a tile, contracted elements per step, and Triton's warps and stages."""
 
     columns: int
     inner: int
@@ -41,10 +40,10 @@ class Tile(NamedTuple):
         return self._replace(columns=min(self.columns, 64), inner=self.inner // 2)
 
 
-# measured on an H100, five to eight each: the fastest, or within a tenth, that keep to 96 KB of shared memory a block,
-# which is all that smaller cards have
-MOST_ROWS = 128  # of a tile of a product
-FEWEST_ROWS = 16  # what the matrix units take
+# from five to eight choices each, measured on an H100: within 10% of the fastest, and at most 96 KB of shared memory a
+# block, the limit of smaller GPUs
+MOST_ROWS = 128  # most rows of a product's tile
+FEWEST_ROWS = 16  # fewest that the matrix units take
 ONE_MATRIX = Tile(128, 64, 4, 3)
 TWO_MATRICES = Tile(128, 32, 8, 4)
 TWO_LEFTS = Tile(128, 32, 4, 3)
@@ -55,24 +54,24 @@ TWO_OUTERS = Tile(64, 64, 8, 3)
 
 
 class Groups(NamedTuple):
-    """Ranges of the sorted rows: of each expert (E), and of each tile of a product (T) with the tile's expert."""
+    """Ranges of sorted rows: one per expert (E), and one per tile of a product (T), with the tile's expert."""
 
     first_E: jax.Array
     end_E: jax.Array
     expert_T: jax.Array
-    first_T: jax.Array  # the tile's rows are first_T <= m < end_T, at most as many as a tile has
+    first_T: jax.Array  # the tile's rows are first_T <= m < end_T, cut to the tile size
     end_T: jax.Array
 
 
 def tile_rows(rows: int, experts: int) -> int:
-    """Rows of a tile of a product: as many as an expert gets on average, within what is fast."""
+    """Rows of a product's tile: average rows per expert as a power of two, from FEWEST_ROWS to MOST_ROWS."""
     return max(FEWEST_ROWS, expert_loop.tile_rows(MOST_ROWS, rows, experts))
 
 
 def groups_of(counts_E: jax.Array, rows: int) -> Groups:
-    """Groups of experts with counts_E rows each, of `rows` in all.
+    """Groups for counts_E rows of each expert, among `rows` sorted rows.
 
-    There are as many tiles as any counts can need; those left over are empty.
+    The number of tiles is enough for any counts; unused tiles are empty.
     """
     experts = counts_E.shape[0]
     size = tile_rows(rows, experts)
@@ -80,7 +79,7 @@ def groups_of(counts_E: jax.Array, rows: int) -> Groups:
     end_E, last_E = jnp.cumsum(counts_E), jnp.cumsum(tiles_E)
     first_E = end_E - counts_E
     number_T = jnp.arange(rows // size + min(rows, experts), dtype=jnp.int32)
-    # by comparisons: a search is a loop of small kernels
+    # by comparisons: a binary search would be a loop of small kernels
     expert_T = jnp.searchsorted(last_E, number_T, side="right", method="compare_all").astype(jnp.int32)
     used_T = expert_T < experts
     expert_T = jnp.where(used_T, expert_T, 0)
@@ -90,7 +89,7 @@ def groups_of(counts_E: jax.Array, rows: int) -> Groups:
 
 
 class Term(NamedTuple):
-    """One product of a kernel, by numbers: left · matrix of the row's expert, onto a sum."""
+    """Indices of one product of a kernel: left · matrix of the row's expert, added to a sum."""
 
     left: int
     matrix: int
@@ -108,8 +107,8 @@ def _first(sums: Sequence[jax.Array], _) -> Sequence[jax.Array]:
 class Inputs(NamedTuple):
     """Arrays that `by_rows` reads.
 
-    lefts: [M, I]; or [S, I] with the number of a row for each m in token_M. matrices: [E, I, O], or [E, O, I] where the
-    recipe is transposed. extras: [M, O], for the recipe's `finish`.
+    lefts: [M, I]; or [S, I], where token_M holds the row of each m. matrices: [E, I, O], or [E, O, I] if the recipe is
+    transposed. extras: [M, O], for the recipe's `finish`.
     """
 
     lefts: Sequence[jax.Array]
@@ -119,7 +118,7 @@ class Inputs(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """Static description of a kernel by rows.
+    """Static description of a `by_rows` kernel.
 
     terms: products, and the sum that each is added to. finish(sums, extras) -> `results` arrays, tile by tile, in fp32.
     """
@@ -147,12 +146,12 @@ def _rows_kernel(expert_T, first_T, end_T, *refs, structure, recipe: Recipe, row
         expert = expert_T[number]
         row_R, column_C = first + jnp.arange(rows), left + jnp.arange(columns)
         in_rows, in_columns = row_R < end, column_C < outputs
-        # a row past the end is computed for nothing, from the last one: cheaper than a mask in every step
+        # rows past the end recompute the last row: cheaper than a mask in every step
         source_R = jnp.minimum(row_R, end - 1)
         if token_M is not None:
             source_R = triton.load(token_M.at[source_R])
 
-        # no mask where there is nothing to cut off: it would be computed in every step
+        # no mask if tiles divide the axis evenly: it would be computed in every step
         inside_C = in_columns if outputs % columns else None
 
         def add(index, sums):
@@ -180,7 +179,7 @@ def _rows_kernel(expert_T, first_T, end_T, *refs, structure, recipe: Recipe, row
 
 
 def _load(ref, place, rows: jax.Array | None, columns: jax.Array | None) -> jax.Array:
-    """A tile: 0 outside of `rows` and `columns`; None is no bound."""
+    """A tile, 0 where the mask `rows` or `columns` is False; None means no mask."""
     masks = [None if rows is None else rows[:, None], None if columns is None else columns[None, :]]
     given = [mask for mask in masks if mask is not None]
     if not given:
@@ -191,7 +190,7 @@ def _load(ref, place, rows: jax.Array | None, columns: jax.Array | None) -> jax.
 def by_rows(inputs: Inputs, groups: Groups, interpret: bool, recipe: Recipe = PLAIN) -> list[jax.Array]:
     """finish(sums over the terms, extras), each [M, O] in the dtype of the rows; undefined for rows of no expert.
 
-    groups: of the M rows. interpret: True off a GPU.
+    groups: ranges of the M rows. interpret: True off a GPU.
     """
     dtype = inputs.lefts[0].dtype
     recipe = recipe._replace(tile=recipe.tile.of(dtype))
@@ -211,8 +210,8 @@ def by_rows(inputs: Inputs, groups: Groups, interpret: bool, recipe: Recipe = PL
 
 
 class OuterProducts(NamedTuple):
-    """Arrays that `by_matrices` reads: left [M, I], or [S, I] with the number of a row for each m in token_M; rights,
-    each [M, O]; and for each right a total [E, I, O] that is added to."""
+    """Arrays that `by_matrices` reads: left [M, I], or [S, I], where token_M holds the row of each m; rights, each
+    [M, O]; and for each right a total [E, I, O] to add to."""
 
     left: jax.Array
     rights: Sequence[jax.Array]
@@ -248,7 +247,7 @@ def _matrices_kernel(first_E, end_E, *refs, structure, tile: Tile):
 
 
 def by_matrices(inputs: OuterProducts, groups: Groups, interpret: bool, tile: Tile = ONE_OUTER) -> list[jax.Array]:
-    """totals, each with Σ over an expert's rows of leftᵀ · right added, in place where XLA can."""
+    """totals + leftᵀ · right, summed over each expert's rows, in place where XLA can."""
     tile = tile.of(inputs.left.dtype)
     totals = inputs.totals
     experts, width, outputs = totals[0].shape
@@ -268,8 +267,8 @@ def by_matrices(inputs: OuterProducts, groups: Groups, interpret: bool, tile: Ti
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def product(x_MI: jax.Array, matrices_EIO: jax.Array, groups: Groups, interpret: bool) -> jax.Array:
-    """Row m times the matrix of its expert, [M, O] in the dtype of x; undefined for rows of no expert, and so
-    is what comes back to them."""
+    """Row m times the matrix of its expert, [M, O] in the dtype of x. Rows of no expert, and their gradients, are
+    undefined."""
     return by_rows(Inputs((x_MI,), (matrices_EIO,)), groups, interpret)[0]
 
 
@@ -314,10 +313,10 @@ def swiglu(x_SD, places: Places, matrices, masters, interpret: bool):
 
     Args:
         x_SD: tokens, in the compute dtype.
-        places: of the sorted rows; rows of no expert are undefined, and their cotangents are not read.
+        places: origin of the sorted rows; outputs of no expert are undefined, and their cotangents are not read.
         matrices: gate [E, D, F], up [E, D, F] and down [E, F, D] in the compute dtype. No gradient flows into them.
-        masters: what these were cast from, handed on for their gradient (models/moe/expert_loop.py); empty if frozen.
-        interpret: off a GPU.
+        masters: arrays these were cast from, returned for their gradient (models/moe/expert_loop.py); empty if frozen.
+        interpret: True off a GPU.
     """
     (hidden_MF,) = _inward(x_SD, places, matrices, interpret, results=1)
     return by_rows(Inputs((hidden_MF,), matrices[2:]), places.groups, interpret)[0], masters
