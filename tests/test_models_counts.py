@@ -97,6 +97,8 @@ def test_abstract_equals_real(tiny_shared):
 def test_a_parameter_without_a_record_is_refused(tiny_shared):
     with pytest.raises(UserError, match="layers/surprise"):
         records(tiny_shared, {"layers": {"surprise": jnp.ones(2)}})
+    with pytest.raises(UserError, match="adapter/layers/surprise/scale belongs to no parameter"):
+        records(tiny_shared, {"adapter": {"layers": {"surprise": {"scale": jnp.ones(2)}}}})
 
 
 def test_flops_by_hand():

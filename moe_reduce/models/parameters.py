@@ -166,13 +166,15 @@ def below(prefix: str, known: Records) -> dict[str, Parameter]:
 
 def _adapter_leaf(config: ModelConfig, path: str, shape: tuple[int, ...]) -> Parameter:
     """Record of an adapter's leaf, with axes [N if stacked, E if each expert has its own, …]."""
-    target, name = next((record, path) for record in parameters(config) if path.startswith(f"{ADAPTER}/{record.path}/"))
+    target = next((record for record in parameters(config) if path.startswith(f"{ADAPTER}/{record.path}/")), None)
+    if target is None:
+        raise UserError(f"adapter leaf {path} belongs to no parameter of this model: give the adapter of this model")
     own = target.expert_axis is not None and len(shape) - target.stacked == 3
     axes = "N" * target.stacked + "E" * own
     axes += "IO"[: len(shape) - len(axes)]
     mesh_axes = tuple("expert" if letter == "E" else None for letter in axes)
     zeros, decays = nn.initializers.zeros, not path.endswith(GAIN)
-    return Parameter(name, axes, shape, zeros, ADAPTER, decays, "float32", mesh_axes)
+    return Parameter(path, axes, shape, zeros, ADAPTER, decays, "float32", mesh_axes)
 
 
 def counts_by_component(config: ModelConfig) -> dict[str, int]:
