@@ -10,7 +10,7 @@ from transformers_models import CLASSES, SIZES_OF
 
 from moe_reduce.core.config import ModelConfig, MoEConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.families import dumps, from_hf, of_config, read_config, to_hf
+from moe_reduce.families import dumps, from_hf, of_config, own, read_config, to_hf
 
 PUBLISHED = {  # the spelling of Qwen3-30B-A3B on the hub
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -205,6 +205,19 @@ def test_own_files_name_later_fields_only_where_they_differ():
     turned = dataclasses.replace(SHARED, rotary_share=0.5)
     assert to_hf(turned, raw, "float32") == raw | {"rotary_share": 0.5}
     assert to_hf(SHARED, raw | {"rotary_share": 0.5}, "float32") == raw
+
+
+def test_own_files_open_when_the_experts_have_got_a_field(monkeypatch):
+    """A file without a field that MoEConfig got later is read with its default, and written again as it is."""
+    first = tuple(name for name in own.FIRST_MOE_FIELDS if name != "init_scale")
+    monkeypatch.setattr(own, "LATER_MOE_FIELDS", own.later_fields(MoEConfig, first))
+    raw = to_hf(SHARED, None, "float32")
+    assert "init_scale" not in raw["moe"]
+    assert from_hf(raw) == SHARED
+    assert SHARED.moe is not None
+    turned = dataclasses.replace(SHARED, moe=dataclasses.replace(SHARED.moe, init_scale=0.5))
+    assert to_hf(turned, raw, "float32")["moe"] == raw["moe"] | {"init_scale": 0.5}
+    assert from_hf(to_hf(turned, raw, "float32")) == turned
 
 
 def test_change_of_type_keeps_the_token_ids():

@@ -6,22 +6,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_reduce.core import config as configuration
-from moe_reduce.core.config import ModelConfig
+from moe_reduce.core.config import ModelConfig, MoEConfig
 from moe_reduce.families import common
 from moe_reduce.families.common import ATTENTION, LAYER
 from moe_reduce.families.family import CARRIED, Family
 from moe_reduce.families.layout import Tensor
 
 NAME = "moe_reduce"
-# Fields that the first version did not have: config.json holds those that differ from the default.
-LATER_FIELDS = {
-    field.name: field.default
-    for field in dataclasses.fields(ModelConfig)
-    if field.name
-    in (
-        "norm", "biases", "parallel_residual", "feed_forward", "rotary_share", "qk_norm_scope", "clip_qkv", "family",
-    )
-}  # fmt: skip
+# Fields of the first version's config.json. It always has them; a later field is there if it differs from its default.
+FIRST_FIELDS = (
+    "vocab_size", "layers", "width", "query_heads", "key_value_heads", "head_width", "feed_forward_width", "moe",
+    "embedding_factor", "tied_embeddings", "qk_norm", "rope_theta", "norm_epsilon", "max_positions", "init_std",
+)  # fmt: skip
+FIRST_MOE_FIELDS = (
+    "experts", "active", "width", "placement", "router", "score_function", "normalize", "selection_bias",
+    "score_offset", "output_gain", "init_scale",
+)  # fmt: skip
+
+
+def later_fields(kind: type, first: tuple[str, ...]) -> dict[str, Any]:
+    """Defaults of the fields that the first version of a configuration did not have."""
+    return {field.name: field.default for field in dataclasses.fields(kind) if field.name not in first}
+
+
+LATER_FIELDS = later_fields(ModelConfig, FIRST_FIELDS)
+LATER_MOE_FIELDS = later_fields(MoEConfig, FIRST_MOE_FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +41,16 @@ class Own(Family):
         """The ModelConfig of a config.json; UserError names a key that is missing, unknown or ill-typed."""
         outside = {"architectures", "model_type", *CARRIED}
         inside = {key: value for key, value in raw.items() if key not in outside}
+        if isinstance(inside.get("moe"), Mapping):
+            inside["moe"] = LATER_MOE_FIELDS | inside["moe"]
         return dataclasses.replace(configuration.model_from_dict(LATER_FIELDS | inside, NAME), family=NAME)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """The fields of the config; later ones only if they differ from the default."""
         fields = configuration.to_dict(dataclasses.replace(config, family=None))
-        return {key: value for key, value in fields.items() if key not in LATER_FIELDS or value != LATER_FIELDS[key]}
+        if fields["moe"] is not None:
+            fields["moe"] = _without_defaults(fields["moe"], LATER_MOE_FIELDS)
+        return _without_defaults(fields, LATER_FIELDS)
 
     def update(self, raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
         """`raw` with the fields of the config."""
@@ -50,6 +63,10 @@ class Own(Family):
     def same(self, left: ModelConfig, right: ModelConfig) -> bool:
         """True if equal."""
         return left == right
+
+
+def _without_defaults(fields: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key not in later or value != later[key]}
 
 
 FAMILY = Own(
