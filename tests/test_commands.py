@@ -67,7 +67,7 @@ def test_plan_of_a_reduction_is_a_table_with_a_row_for_each_stage(capsys):
         "600", "4,360,923,264", "3,341,707,392", "8.72", "GB", "8.82", "GB", "yes,", "26%", "291",
     ]  # fmt: skip
     assert rows["lossless_start original"][-3:-1] == ["no,", "178%"]
-    assert "lossless_start original would fit with 68 of 128 experts a layer, or dtype=int8" in lines
+    assert "lossless_start original would fit with 68 of 128 experts per layer, or dtype=int8" in lines
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from moe_reduce.commands import config_file
 from moe_reduce.core.config import DataConfig, in_order, parse, reduce_base, reduce_from_dict, stage, to_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.runs import train as run_module
+from moe_reduce.runs import workdir
 from moe_reduce.runs.workdir import claim
 from moe_reduce.storage.manifest import read_chain
 from moe_reduce.training import job
@@ -326,7 +327,7 @@ def test_defects_of_ours_keep_their_traceback(monkeypatch, tmp_path):
     def broken(*_):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(run_module, "claim", broken)
+    monkeypatch.setattr(workdir, "claim", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         main(["train", f"--config={file}", f"--workdir={tmp_path / 'run'}"])
 

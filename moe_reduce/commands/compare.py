@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=default.seed, help="same seed, same text (default: %(default)s)")
     parser.add_argument("--title", default="Models side by side", help="of the table (default: %(default)s)")
     parser.add_argument(
-        "--made-by", default="moe-reduce compare", help="the command shown above the table in documents"
+        "--made-by",
+        default="moe-reduce compare",
+        help="command shown above tables (default: %(default)s)",
     )
     model_arguments.add_compute_dtype(parser)
     model_arguments.add_out(parser, required=True)

@@ -253,4 +253,4 @@ _int8_dot.defvjp(_int8_dot_forward, _int8_dot_backward)
 
 
 def _scaled(rows: jax.Array, scale: jax.Array) -> jax.Array:
-    return (rows * jnp.broadcast_to(scale, rows.shape)).astype(rows.dtype)
+    return (rows.astype(scale.dtype) * jnp.broadcast_to(scale, rows.shape)).astype(rows.dtype)
