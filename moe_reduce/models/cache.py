@@ -17,9 +17,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_reduce.models.weights import LARGEST_INT8
+
 CACHE = "cache"
 KEYS_VALUES = "keys_values"
-LARGEST = 127  # symmetric int8 range, -127 to 127
 SCALES = {"keys": "key_scales", "values": "value_scales"}
 Layer = Mapping[str, jax.Array]
 
@@ -30,13 +31,6 @@ def layer_of(module: nn.Module) -> Layer | None:
         return None
     names = (*SCALES, *(name for name in SCALES.values() if module.has_variable(CACHE, name)))
     return {name: module.get_variable(CACHE, name) for name in names}
-
-
-def hand_out(module: nn.Module, k_BTGC: jax.Array, v_BTGC: jax.Array) -> None:
-    """Sow the keys and values of new tokens, for callers that collect them."""
-    last: Any = {"reduce_fn": lambda _, new: new, "init_fn": dict}  # no tuple of repeated calls
-    module.sow(KEYS_VALUES, "keys", k_BTGC, **last)
-    module.sow(KEYS_VALUES, "values", v_BTGC, **last)
 
 
 def of_prompts(new: Mapping[str, Any], entries: int, quantised: bool, stacked: bool) -> dict[str, Any]:
@@ -91,6 +85,6 @@ def _stored(layer: Layer, quantised: bool) -> dict[str, jax.Array]:
 
 def _quantised(x_BGTC: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(int8 [B, G, T, C], fp32 scales [B, G, T]): the largest magnitude of each token and head becomes 127."""
-    scales_BGT = jnp.max(jnp.abs(x_BGTC), axis=-1) / LARGEST
+    scales_BGT = jnp.max(jnp.abs(x_BGTC), axis=-1) / LARGEST_INT8
     whole = jnp.round(x_BGTC / jnp.where(scales_BGT > 0, scales_BGT, 1.0)[..., None])
     return whole.astype(jnp.int8), scales_BGT

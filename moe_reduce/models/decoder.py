@@ -11,6 +11,7 @@ from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.models import products
 from moe_reduce.models.attention.attention import Attention
 from moe_reduce.models.cache import CACHE, KEYS_VALUES
+from moe_reduce.models.collect import sow
 from moe_reduce.models.deltas import ADAPTER, variables
 from moe_reduce.models.embedding import Embedding, Unembedding
 from moe_reduce.models.feed_forward import FeedForward
@@ -53,13 +54,13 @@ class Block(nn.Module):
         self, carry: tuple[jax.Array, Masters], positions_BT, segments_BT, shared: Shared, real_BT=None
     ) -> tuple[tuple[jax.Array, Masters], None]:
         x_BTD, masters = carry
-        _sow(self, "hidden", {"block_input": x_BTD})
+        sow(self, "hidden", {"block_input": x_BTD})
         x_BTD, normed_BTD = attention_half(self, x_BTD, positions_BT, segments_BT)
         if self.config.moe is None:
             y_BTD = FeedForward(self.config, self.execution, name="mlp")(normed_BTD)
         else:
             y_BTD, masters = expert_half(self, normed_BTD, masters, shared, real_BT)
-        _sow(self, "hidden", {"block_output": x_BTD + y_BTD})
+        sow(self, "hidden", {"block_output": x_BTD + y_BTD})
         return (shard_batch(x_BTD + y_BTD), masters), None
 
 
@@ -87,9 +88,9 @@ def expert_half(
     gain_D = read_gain(block)
     if gain_D is not None:
         y_BTD = y_BTD * jnp.broadcast_to(gain_D.astype(y_BTD.dtype), y_BTD.shape)
-    _sow(block, "hidden", {"router_input": normed_BTD})
-    _sow(block, "routing", statistics)
-    _sow(block, "assignments", assignments)
+    sow(block, "hidden", {"router_input": normed_BTD})
+    sow(block, "routing", statistics)
+    sow(block, "assignments", assignments)
     return y_BTD, masters if shared.experts is None else own
 
 
@@ -122,13 +123,6 @@ class LayerRouter(nn.Module):
     def __call__(self, normed_BTD: jax.Array):
         assert self.config.moe is not None
         return choose_experts(normed_BTD, router_weights(self, None), self.config.moe)
-
-
-def _sow(module: nn.Module, collection: str, values: dict[str, jax.Array]) -> None:
-    """Sow values for callers that collect them: the latest value, not linen's tuple of all calls."""
-    last: Any = {"reduce_fn": lambda _, new: new, "init_fn": dict}
-    for name, value in values.items():
-        module.sow(collection, name, value, **last)
 
 
 class Decoder(nn.Module):

@@ -9,6 +9,7 @@ from moe_reduce.models import cache
 from moe_reduce.models.attention import splash
 from moe_reduce.models.attention.rotary import angles, rotate
 from moe_reduce.models.attention.softmax import TILES, cached_attention, causal_attention
+from moe_reduce.models.collect import sow
 from moe_reduce.models.norms import RMSNorm
 from moe_reduce.models.weights import linear
 
@@ -36,7 +37,7 @@ class Attention(nn.Module):
         width, stored = int(config.rotary_share * config.head_width), self.execution.attention == "blocks"
         by = angles(positions_BT, width, config.rope_theta, stored)
         q_BTHC, k_BTGC = rotate(q_BTHC, by), rotate(k_BTGC, by)
-        cache.hand_out(self, k_BTGC, v_BTGC)
+        sow(self, cache.KEYS_VALUES, {"keys": k_BTGC, "values": v_BTGC})
         past = cache.layer_of(self)
         if past is not None:
             mixed_BTHC = cached_attention(q_BTHC, k_BTGC, v_BTGC, past, positions_BT, self.execution.products)

@@ -1,0 +1,13 @@
+"""Values that modules hand out to callers that ask for them (`collect` of Model.apply)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+
+def sow(module: nn.Module, collection: str, values: dict[str, jax.Array]) -> None:
+    """Add values to a variable collection by name, without linen's tuple of repeated calls."""
+    last: Any = {"reduce_fn": lambda _, new: new, "init_fn": dict}
+    for name, value in values.items():
+        module.sow(collection, name, value, **last)
