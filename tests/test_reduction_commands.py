@@ -358,7 +358,7 @@ def test_scores_of_another_model_are_refused(directory, tmp_path, capsys):
     capsys.readouterr()
     assert main(["prune", f"--model={other}", f"--scores={file}", "--keep=0.5", f"--out={tmp_path / 'out'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"are of {directory}, and --model={other} is another model" in line
+    assert f"were made for {directory}, and --model={other} is another model" in line
 
 
 def test_a_link_is_followed_and_what_it_points_to_is_replaced(directory, tmp_path):

@@ -65,7 +65,7 @@ def test_batch_must_divide():
 
 
 def shares(processes, monkeypatch, data, expert=1, tensor=1):
-    """batch_share of every process; a device names its process and nothing else matters."""
+    """process_shard of every process; a device names its process and nothing else matters."""
     each = data * expert * tensor // processes
     devices = np.array([SimpleNamespace(process_index=number // each) for number in range(each * processes)])
     shape = {"data": data, "fsdp": 1, "expert": expert, "tensor": tensor}
@@ -73,7 +73,7 @@ def shares(processes, monkeypatch, data, expert=1, tensor=1):
     found = []
     for process in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        found.append(sharding.batch_share(mesh))
+        found.append(sharding.process_shard(mesh))
     return found
 
 

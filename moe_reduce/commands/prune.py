@@ -1,4 +1,4 @@
-"""moe-reduce prune: keep the best experts, from file to file, with a few megabytes of weights in memory at a time."""
+"""moe-reduce prune: keep the best experts; copies weights from file to file and needs little memory."""
 
 import argparse
 from pathlib import Path
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scope", choices=("layer", "global"), default="layer",
         help="layer: keep equally many experts in each layer; global: keep the best of the whole model, so that layers "
-        "differ in size (default: %(default)s)",
+        "keep different numbers (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--floor", type=int, help="fewest experts to keep in a layer, with --scope=global (default: the active ones)"
@@ -52,8 +52,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     found, source = scores.read(arguments.scores), manifest.input_of(arguments.model)
     if found.model is not None and found.model.sha256 != source.sha256:
         raise UserError(
-            f"--scores={arguments.scores} are of {found.model.path}, and --model={arguments.model} is another model "
-            "(its hash differs): score this one"
+            f"--scores={arguments.scores} were made for {found.model.path}, and --model={arguments.model} is another "
+            "model (its hash differs): score this one"
         )
     kept = _choose(arguments, directory, found)
     before = parameter_count(directory.config)
@@ -88,19 +88,19 @@ def _choose(arguments: argparse.Namespace, directory, found):
     rows = 1 if moe.placement == "shared" else directory.config.layers
     if values.shape != (rows, moe.experts):
         raise UserError(
-            f"--scores={arguments.scores} are of {values.shape[0]} x {values.shape[1]} experts, the model has {rows} x "
+            f"--scores={arguments.scores} hold {values.shape[0]} x {values.shape[1]} experts, the model has {rows} x "
             f"{moe.experts}: score this model"
         )
     protected: frozenset = frozenset()
     if arguments.protect_super_experts:
-        home_NE = home_layers(directory.config, directory.chain)
-        protected = selection.super_experts(found.of("max_activation"), home_NE, directory.config.layers)
+        home_layer_NE = home_layers(directory.config, directory.chain)
+        protected = selection.super_experts(found.of("max_activation"), home_layer_NE, directory.config.layers)
     if arguments.scope == "layer":
         if arguments.floor is not None:
             raise UserError("--floor is for --scope=global; with --scope=layer every layer keeps the same number")
         return selection.keep_by_row(values, selection.count_of(arguments.keep, moe.experts), protected)
     floor = moe.active if arguments.floor is None else arguments.floor
     if floor < moe.active:
-        raise UserError(f"--floor={floor} is below the {moe.active} experts that are active for a token: raise it")
+        raise UserError(f"--floor={floor} is below the {moe.active} experts that each token uses: raise it")
     keep = selection.count_of(arguments.keep, rows * moe.experts)
-    return selection.keep_overall(values, keep, floor, protected, files.sole_callers(directory))
+    return selection.keep_overall(values, keep, floor, protected, files.exclusive_layers(directory))

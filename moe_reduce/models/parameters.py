@@ -107,16 +107,16 @@ def by_path(config: ModelConfig) -> Records:
     return {record.path: record for record in parameters(config)}
 
 
-def in_module(config: ModelConfig, scope: tuple[str, ...], name: str) -> Parameter:
+def record_in_module(config: ModelConfig, scope: tuple[str, ...], name: str) -> Parameter:
     """Record of parameter `name` of the linen module at `scope`; ValueError if the model has none."""
-    record = find(config, scope, name)
+    record = find_in_module(config, scope, name)
     if record is None:
         raise ValueError(f"the model has no parameter {name} in the module {'/'.join(scope) or 'by itself'}")
     return record
 
 
 @functools.cache
-def find(config: ModelConfig, scope: tuple[str, ...], name: str) -> Parameter | None:
+def find_in_module(config: ModelConfig, scope: tuple[str, ...], name: str) -> Parameter | None:
     """Record of parameter `name` of the linen module at `scope`, or None.
 
     Unstacked layers have scopes `layers_0`, `layers_1`, …; a module applied on its own has only the end of its path.
@@ -148,18 +148,18 @@ def records(config: ModelConfig, params: trees.Tree) -> dict[str, Parameter]:
         if path.startswith(f"{ADAPTER}/"):
             found[path] = _adapter_leaf(config, path, tuple(leaf.shape))
         else:
-            found[path] = lookup(by_path(config), path)
+            found[path] = record_at(by_path(config), path)
     return found
 
 
-def lookup(known: Records, path: str) -> Parameter:
+def record_at(known: Records, path: str) -> Parameter:
     """The record at a path; raises UserError where there is none."""
     if path not in known:
         raise UserError(f"parameter {path} has no record: add it to models/parameters.py")
     return known[path]
 
 
-def below(prefix: str, known: Records) -> dict[str, Parameter]:
+def nested_under(prefix: str, known: Records) -> dict[str, Parameter]:
     """The records of a tree nested under the key `prefix` of another tree, such as a teacher's."""
     return {f"{prefix}/{path}": record for path, record in known.items()}
 
@@ -203,7 +203,7 @@ def select(config: ModelConfig, *, component: str | None = None, matrix: bool | 
     return found
 
 
-def one(config: ModelConfig, component: str, name: str | None = None) -> Parameter:
+def only_record(config: ModelConfig, component: str, name: str | None = None) -> Parameter:
     """The only record of a component, or of a name within it; ValueError where there is none, or more than one."""
     (record,) = [p for p in parameters(config) if p.component == component and name in (None, p.name)]
     return record

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_reduce.models import deltas, products
 from moe_reduce.models.deltas import Delta
-from moe_reduce.models.parameters import Parameter, find, in_module
+from moe_reduce.models.parameters import Parameter, find_in_module, record_in_module
 
 LARGEST_INT8 = 127  # symmetric range, -127 to 127
 Product = Callable[[jax.Array, jax.Array], jax.Array]  # (rows, one matrix for each expert) -> rows
@@ -115,13 +115,13 @@ def read(module: Any, name: str) -> Any:
     """Parameter `name` of the module; during init, created by its record's initialiser."""
     if module.has_variable("params", name):
         return module.get_variable("params", name)
-    record = in_module(module.config, module.path, name)
+    record = record_in_module(module.config, module.path, name)
     return module.param(name, record.init, record.layer_shape)
 
 
 def weight(module: Any, name: str) -> Weight:
     """Matrix `name` of the module, with its adapter delta if there is one."""
-    record = in_module(module.config, module.path, name)
+    record = record_in_module(module.config, module.path, name)
     return Weight(
         read(module, name), deltas.delta_of(module, name), len(record.inputs), module.execution.products,
         record.precision == "float32_stored",
@@ -131,7 +131,7 @@ def weight(module: Any, name: str) -> Weight:
 def linear(module: Any, name: str, x: jax.Array) -> jax.Array:
     """x · matrix `name` of the module, plus its bias if there is one, [..., *out] in the dtype of x."""
     y = matmul(x, weight(module, name))
-    if find(module.config, module.path, f"{name}_bias") is None:
+    if find_in_module(module.config, module.path, f"{name}_bias") is None:
         return y
     bias = read(module, f"{name}_bias")
     # in fp32, so that the bias gradient, a sum over all tokens, is in fp32 too

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from moe_reduce.core import trees
-from moe_reduce.models.parameters import lookup
+from moe_reduce.models.parameters import record_at
 from moe_reduce.training import sharding, steps
 from moe_reduce.training.job import Job
 from moe_reduce.training.task import Params, join, partition
@@ -79,7 +79,7 @@ class Footprint:
         return f"{problem}: {self._fewer_activations()}"
 
     def _split(self, path: str) -> str:
-        mesh_axes = lookup(self.job.task.records, path).mesh_axes
+        mesh_axes = record_at(self.job.task.records, path).mesh_axes
         axes = [axis for names in mesh_axes for axis in ((names,) if isinstance(names, str) else names or ())]
         free = [axis for axis in axes if self.mesh.shape[axis] == 1] or axes
         return f"raise mesh.{free[0]}" if free else "it is replicated on every device: make the model smaller"

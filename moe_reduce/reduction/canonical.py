@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.model import Model
-from moe_reduce.models.parameters import Parameter, ffn_norm_scale, one, select
+from moe_reduce.models.parameters import Parameter, ffn_norm_scale, only_record, select
 from moe_reduce.reduction.transform import Leaves, moe_of, transform
 
 PROBES = 64  # random inputs that measure the output size of an expert
@@ -25,7 +25,11 @@ def canonical(model: Model, seed: int = 0) -> Model:
     check_per_layer(model.config)
     moe = moe_of(model.config)
     config = dataclasses.replace(model.config, moe=dataclasses.replace(moe, output_gain=True))
-    norm, router, output_gain = ffn_norm_scale(config), one(config, "router"), one(config, "output_gain")
+    norm, router, output_gain = (
+        ffn_norm_scale(config),
+        only_record(config, "router"),
+        only_record(config, "output_gain"),
+    )
     experts = expert_matrices(config)
     replaced = [norm, router, *experts.values(), *([output_gain] if moe.output_gain else [])]
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.model import Model
-from moe_reduce.models.parameters import one, select
+from moe_reduce.models.parameters import only_record, select
 from moe_reduce.reduction.transform import Leaves, transform
 
 
@@ -25,7 +25,7 @@ def factorise_embedding(model: Model, inner: int) -> Model:
     largest = min(config.vocab_size, config.width)
     if not 1 <= inner <= largest:
         raise UserError(f"inner={inner} is not in 1..{largest}, the ranks of the embedding: choose one of these")
-    table = one(config, "embedding")
+    table = only_record(config, "embedding")
     factorised = dataclasses.replace(config, embedding_factor=inner)
 
     def factorise(leaves: Leaves) -> Leaves:

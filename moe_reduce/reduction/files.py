@@ -1,4 +1,4 @@
-"""Pruning from file to file: copies the bytes of kept experts, so the model need not fit into memory."""
+"""Pruning from file to file: copies the bytes of kept experts, so that the model need not fit into memory."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step, originals
 from moe_reduce.families import Leaf, leaves, read_config
 from moe_reduce.models.model import Model
-from moe_reduce.models.parameters import by_path, one, select
-from moe_reduce.reduction.pool import LOSSLESS_BIAS, foreign_bias, own_experts, pool
+from moe_reduce.models.parameters import by_path, only_record, select
+from moe_reduce.reduction.pool import LOSSLESS_BIAS, foreign_bias, home_experts, pool
 from moe_reduce.reduction.prune import check_kept, prune
 from moe_reduce.reduction.selection import KeptExperts
 from moe_reduce.reduction.transform import abstract_model
@@ -44,7 +44,7 @@ class Directory:
 
     def layout(self, component: str, name: str | None = None) -> Leaf:
         """Layout on disk of a component's only parameter, or of the one called `name`."""
-        path = one(self.config, component, name).path
+        path = only_record(self.config, component, name).path
         return next(leaf for leaf in leaves(self.config) if leaf.path == path)
 
     def view(self, leaf: Leaf, index: tuple[int, ...] = ()) -> np.ndarray:
@@ -74,8 +74,8 @@ def prune_files(directory: Directory, kept: KeptExperts, step: Step) -> Contents
     """Return the model with only the kept experts, as input of `model_directory.write_directory`.
 
     If layers of a per-layer model keep different numbers of experts, which a per-layer configuration cannot express,
-    the result is one pool in which each layer can choose only its own. step: appended to the chain. Raises UserError as
-    `pruned` does.
+    the result is one pool in which each layer can choose only its home experts. step: appended to the chain. Raises
+    UserError as `pruned` does.
     """
     config = pruned(directory, kept).config
     items = _pooled_items if _uneven(directory, kept) else _smaller_items
@@ -133,7 +133,7 @@ def _taken(
 
 def _pooled_items(directory: Directory, config: ModelConfig, kept: KeptExperts) -> Iterator[TensorItem]:
     """Tensors of the pool made from layers that keep different numbers of experts."""
-    places = [(layer, index) for layer, row in enumerate(kept) for index in row]
+    origins = [(layer, index) for layer, row in enumerate(kept) for index in row]
     before, records = _layouts(directory), by_path(config)
     for leaf in leaves(config):
         record = records[leaf.path]
@@ -141,7 +141,7 @@ def _pooled_items(directory: Directory, config: ModelConfig, kept: KeptExperts) 
             name = leaf.name(index)
             if record.component == "experts":
                 layout = directory.layout("experts", record.name)
-                entry = directory.files.entries[layout.name(places[index[0]])]
+                entry = directory.files.entries[layout.name(origins[index[0]])]
                 yield name, leaf.stored_shape, entry.dtype, entry
             elif record.component == "router":
                 dtype = directory.files.entries[directory.layout("router").name((0,))].dtype
@@ -161,26 +161,27 @@ def _router(directory: Directory, leaf: Leaf, kept: KeptExperts) -> np.ndarray:
 
 
 def _bias(directory: Directory, kept: KeptExperts, layer: int) -> np.ndarray:
-    """Selection bias that restricts one layer to its own experts, fp32 [P]."""
+    """Selection bias that restricts one layer to its home experts, fp32 [P]."""
     sizes = [len(row) for row in kept]
     bias_P = foreign_bias(sizes, LOSSLESS_BIAS)[layer]
     if directory.moe.selection_bias:
-        own_E = directory.view(directory.layout("router_bias"), (layer,))[list(kept[layer])]
-        bias_P[own_experts(sizes)[layer]] = own_E.astype(np.float32)
+        bias_E = directory.view(directory.layout("router_bias"), (layer,))[list(kept[layer])]
+        bias_P[home_experts(sizes)[layer]] = bias_E.astype(np.float32)
     return bias_P
 
 
-def sole_callers(directory: Directory) -> np.ndarray | None:
-    """Return the only layer that can choose each expert of a pool, [E]; None if experts are shared or per-layer.
+def exclusive_layers(directory: Directory) -> np.ndarray | None:
+    """Return, for each expert of a pool, the only layer whose bias lets it choose that expert, [E].
 
-    A pool has such layers after an uneven pruning or a lossless start, until the bias is annealed.
+    None if some expert is open to several layers or to none, and for a model without a pool. Experts have exclusive
+    layers after an uneven pruning or a lossless start, until the bias is annealed.
     """
     if directory.moe.placement == "layer" or not directory.moe.selection_bias:
         return None
     bias = directory.layout("router_bias")
     rows = [directory.view(bias, (layer,)).astype(np.float32) for layer in range(directory.config.layers)]
-    callable_NE = np.stack(rows) > -LOSSLESS_BIAS / 2
-    return np.argmax(callable_NE, axis=0) if np.all(np.sum(callable_NE, axis=0) == 1) else None
+    selectable_NE = np.stack(rows) > -LOSSLESS_BIAS / 2
+    return np.argmax(selectable_NE, axis=0) if np.all(np.sum(selectable_NE, axis=0) == 1) else None
 
 
 def kept_originals(directory: Directory, kept: KeptExperts) -> list[list[list[int]]]:

@@ -1,6 +1,6 @@
-"""Scores of a model that does not fit into memory: reads one layer, and a few of its experts, at a time.
+"""Score a model that does not fit into memory: read one layer, and a few of its experts, at a time.
 
-The hidden states of the whole calibration set pass from layer to layer, so that each weight is read once.
+Each layer runs on the whole calibration set before the next is read, so that each weight is read once.
 """
 
 import sys
@@ -74,8 +74,8 @@ def _layer(directory: Directory, layer: int, states: list, weights: list, execut
     for first, experts in _chunks(directory, layer, execution.products):
         for batch, (_, normed_BTD, chosen_BTA, weights_BTA) in enumerate(before):
             rows = Assigned(normed_BTD, chosen_BTA, weights_BTA)
-            of_chunk = _experts(execution, moe.experts, rows, experts, jnp.int32(first))
-            outputs[batch] = of_chunk if outputs[batch] is None else _add(outputs[batch], of_chunk)
+            chunk_outputs = _experts(execution, moe.experts, rows, experts, jnp.int32(first))
+            outputs[batch] = chunk_outputs if outputs[batch] is None else _add(outputs[batch], chunk_outputs)
     after, totals = [], None
     for (x_BTD, _, *routed), (y_BTD, *sizes), weights_BT in zip(before, outputs, weights, strict=True):
         after.append(x_BTD + (y_BTD * gain_D[None, None]).astype(x_BTD.dtype))
@@ -101,10 +101,10 @@ def _attend(config: ModelConfig, execution: ExecutionConfig, half, router, x_BTD
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _experts(execution: ExecutionConfig, of: int, rows: Assigned, experts: Experts, first):
-    share = experts.number / of
+def _experts(execution: ExecutionConfig, layer_experts: int, rows: Assigned, experts: Experts, first):
+    fraction = experts.number / layer_experts
     experts, _ = computed(experts, rows.x_SD.dtype, trained=False)
-    result = some_experts(rows, experts, execution, first, share)
+    result = some_experts(rows, experts, execution, first, fraction)
     return result.y_SD, result.norm_SA, result.maximum_SA
 
 
@@ -126,15 +126,15 @@ def _attention_half(directory: Directory, layer: int) -> Iterator[tuple[str, jax
 
 def _chunks(directory: Directory, layer: int, layout: str) -> Iterator[tuple[int, Experts]]:
     """Read a layer's experts in chunks of equal size: (number of the first expert, matrices of the chunk)."""
-    described = [directory.layout("experts", name) for name in ("gate", "up", "down")]
-    names = [[leaf.name((layer, expert)) for leaf in described] for expert in range(directory.moe.experts)]
-    one = sum(directory.files.entries[name].stop - directory.files.entries[name].start for name in names[0])
-    count = max(1, min(directory.moe.experts, CHUNK_BYTES // one))
+    layouts = [directory.layout("experts", name) for name in ("gate", "up", "down")]
+    names = [[leaf.name((layer, expert)) for leaf in layouts] for expert in range(directory.moe.experts)]
+    expert_bytes = sum(directory.files.entries[name].stop - directory.files.entries[name].start for name in names[0])
+    count = max(1, min(directory.moe.experts, CHUNK_BYTES // expert_bytes))
     while directory.moe.experts % count:
         count -= 1
     for first in range(0, directory.moe.experts, count):
         matrices = []
-        for place, leaf in enumerate(described):
+        for place, leaf in enumerate(layouts):
             tensors = (directory.files.read_whole(names[first + number][place]) for number in range(count))
             matrices.append(jnp.asarray(np.stack([leaf.from_stored(tensor) for tensor in tensors])))
         yield first, Experts(*(Weight(matrix, layout=layout) for matrix in matrices))

@@ -19,7 +19,7 @@ import numpy as np
 from moe_reduce.core.config import ModelConfig, PoolStage
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.model import Model
-from moe_reduce.models.parameters import Parameter, one, parameters
+from moe_reduce.models.parameters import Parameter, only_record, parameters
 from moe_reduce.reduction.canonical import canonical, check_per_layer, expert_matrices
 from moe_reduce.reduction.transform import Leaves, expert_count, moe_of, transform
 
@@ -47,15 +47,15 @@ def pool(model: Model, options: PoolStage, seed: int = 0) -> Model:
 
     def concatenate(leaves: Leaves) -> Leaves:
         pooled = {new[name].path: leaves[old[name].path].reshape(new[name].shape) for name in new}
-        router_NDE, routers = leaves[one(model.config, "router").path], one(config, "router")
+        router_NDE, routers = leaves[only_record(model.config, "router").path], only_record(config, "router")
         if options.start == "random":
             fresh = config.init_std * jax.random.normal(jax.random.key(seed), routers.shape, jnp.float32)
             pooled[routers.path] = fresh.astype(router_NDE.dtype)
         else:
             pooled[routers.path] = _concatenated(router_NDE, routers)
-        pooled[one(config, "router_bias").path] = _selection_bias(model.config, leaves, strength)
+        pooled[only_record(config, "router_bias").path] = _selection_bias(model.config, leaves, strength)
         if options.score_function == "sigmoid":
-            pooled[one(config, "score_offset").path] = jnp.full(config.layers, options.offset, jnp.float32)
+            pooled[only_record(config, "score_offset").path] = jnp.full(config.layers, options.offset, jnp.float32)
         return pooled
 
     replaced = [record for record in parameters(model.config) if record.component in POOLED]
@@ -78,24 +78,24 @@ def _concatenated(router_NDE: jax.Array, pooled: Parameter) -> jax.Array:
 
 
 def _selection_bias(config: ModelConfig, leaves: Leaves, strength: float) -> jax.Array:
-    """Selection bias, fp32 [N, P]: -strength on other layers' experts; on its own, the bias that a layer had."""
+    """Selection bias, fp32 [N, P]: -strength on foreign experts; on home experts, the bias that their layer had."""
     sizes = (moe_of(config).experts,) * config.layers
     bias_NP = jnp.asarray(foreign_bias(sizes, strength))
     if not moe_of(config).selection_bias:
         return bias_NP
-    bias_NE = leaves[one(config, "router_bias").path].astype(jnp.float32)
-    return jnp.where(own_experts(sizes), bias_NE.reshape(1, -1), bias_NP)
+    bias_NE = leaves[only_record(config, "router_bias").path].astype(jnp.float32)
+    return jnp.where(home_experts(sizes), bias_NE.reshape(1, -1), bias_NP)
 
 
-def own_experts(sizes: Sequence[int]) -> np.ndarray:
-    """Mask of each layer's own experts in a pool, [N, P]; layer n has the next sizes[n] experts in order."""
+def home_experts(sizes: Sequence[int]) -> np.ndarray:
+    """Mask of the home experts of each layer of a pool, [N, P]: layer n is the home of the next sizes[n] experts."""
     layers = np.arange(len(sizes))
     return layers[:, None] == np.repeat(layers, sizes)[None]
 
 
 def foreign_bias(sizes: Sequence[int], strength: float) -> np.ndarray:
-    """Bias -strength on other layers' experts and 0 on a layer's own, fp32 [N, P]; sizes: as in `own_experts`."""
-    return np.where(own_experts(sizes), np.float32(0), np.float32(-strength))
+    """Bias 0 on a layer's home experts and -strength on all others, fp32 [N, P]; sizes: as in `home_experts`."""
+    return np.where(home_experts(sizes), np.float32(0), np.float32(-strength))
 
 
 def check_options(options: PoolStage) -> None:

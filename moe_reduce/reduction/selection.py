@@ -40,26 +40,27 @@ def keep_overall(
     keep: int,
     floor: int,
     protected: frozenset[tuple[int, int]] = frozenset(),
-    caller_NE: np.ndarray | None = None,
+    exclusive_layer_E: np.ndarray | None = None,
 ) -> KeptExperts:
     """Keep the `keep` best experts in one ranking over all rows, and at least `floor` in each layer.
 
     Scores are first divided by the mean of their layer, because layers differ in the scale of their outputs. protected
-    experts stay. caller_NE: the only layer that can choose each expert; None if that layer is the row, or if the layers
-    share a pool. Raises UserError when floor or protection leave too little room.
+    experts stay. exclusive_layer_E: the layer that alone can choose each expert of a pool; None for a per-layer model,
+    and for a pool whose experts are open to several layers. Raises UserError when floor or protection leave too little
+    room.
     """
     rows, experts = scores_NE.shape
     _check_keep(keep, rows * experts)
-    caller_M = np.arange(rows).repeat(experts) if caller_NE is None else caller_NE.reshape(-1)
-    sizes = np.bincount(caller_M)
+    layer_M = np.arange(rows).repeat(experts) if exclusive_layer_E is None else exclusive_layer_E.reshape(-1)
+    sizes = np.bincount(layer_M)
     if floor > min(sizes) or floor * len(sizes) > keep:
         raise UserError(
             f"a floor of {floor} experts in each of {len(sizes)} layers does not fit: {keep} are to be kept, and the "
             f"smallest layer has {min(sizes)}; lower the floor or keep more"
         )
-    means = np.bincount(caller_M, scores_NE.reshape(-1)) / sizes
-    order = _best(scores_NE.reshape(-1) / np.where(means > 0, means, 1)[caller_M])
-    first = {int(place) for layer in range(len(sizes)) for place in order[caller_M[order] == layer][:floor]}
+    means = np.bincount(layer_M, scores_NE.reshape(-1)) / sizes
+    order = _best(scores_NE.reshape(-1) / np.where(means > 0, means, 1)[layer_M])
+    first = {int(place) for layer in range(len(sizes)) for place in order[layer_M[order] == layer][:floor]}
     first |= {row * experts + index for row, index in protected}
     if len(first) > keep:
         raise UserError(
@@ -92,17 +93,17 @@ def count_of(keep: float, experts: int, key: str = "--keep") -> int:
     raise UserError(f"{key}={keep} must be a share in (0, 1] or a whole number of experts")
 
 
-def super_experts(maximum_NE: np.ndarray, home_NE: np.ndarray | None, layers: int) -> frozenset[tuple[int, int]]:
+def super_experts(maximum_NE: np.ndarray, home_layer_NE: np.ndarray | None, layers: int) -> frozenset[tuple[int, int]]:
     """Find experts whose largest activation exceeds both the 99.5th percentile and a tenth of the largest of all.
 
     Returns (row, index) of those that come from the first 75 % of the layers. maximum_NE: largest |f| of each expert.
-    home_NE: the layer that each came from, as `provenance.home_layers` returns it; None: all layers count. Raises
+    home_layer_NE: the layer that each came from, as `provenance.home_layers` returns it; None: all layers count. Raises
     UserError when there is no such expert, because then nothing would be protected.
     """
     threshold = max(float(np.percentile(maximum_NE, SUPER_PERCENTILE)), SUPER_SHARE * float(np.max(maximum_NE)))
     stands_out = maximum_NE > threshold
-    if home_NE is not None:
-        stands_out &= home_NE < int(SUPER_LAYERS * layers)
+    if home_layer_NE is not None:
+        stands_out &= home_layer_NE < int(SUPER_LAYERS * layers)
     if not stands_out.any():
         raise UserError(
             "no expert's largest activation stands out, so there is none to protect: leave the protection off"

@@ -114,7 +114,7 @@ def _test_batches(run: AdaptConfig, config: ModelConfig, mesh: jax.sharding.Mesh
         run.data, source=run.test_source, validation_source=None, validation_fraction=1.0, max_documents=None
     )
     tokens, _ = prepare(data, config.vocab_size)
-    return validation_batches(tokens, data, run.train.batch_size, sys.maxsize, *sharding.batch_share(mesh))
+    return validation_batches(tokens, data, run.train.batch_size, sys.maxsize, *sharding.process_shard(mesh))
 
 
 def _measured(model: Model, batches: list[Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -175,8 +175,8 @@ class Reduction:
     def measure(self, name: str, kind: str, model: Model) -> dict[str, Any]:
         """Measure a model on the validation text; return the summary of the stage that made it."""
         started, run = time.time(), self.run
-        share = sharding.batch_share(self.mesh)
-        batches = validation_batches(self.tokens, run.data, run.train.batch_size, run.train.evaluate_batches, *share)
+        shard = sharding.process_shard(self.mesh)
+        batches = validation_batches(self.tokens, run.data, run.train.batch_size, run.train.evaluate_batches, *shard)
         validation = measure(model, (sharding.put_batch(self.mesh, batch) for batch in batches), self.mesh)
         return {
             "name": name,

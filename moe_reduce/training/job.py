@@ -51,11 +51,11 @@ def fit(job: Job, mesh: Mesh, tokens: TokenSource, workdir: Path) -> tuple[Param
 
 def feed(job: Job, mesh: Mesh, tokens: TokenSource) -> Feed:
     """Make the batches of a job; this process reads only its own rows."""
-    share = sharding.batch_share(mesh)
+    shard = sharding.process_shard(mesh)
     size, seed = job.train.batch_size, job.train.seed
     return Feed(
-        batches=train_batches(tokens, job.data, size, seed, *share),
-        validation=validation_batches(tokens, job.data, size, job.train.evaluate_batches, *share),
+        batches=train_batches(tokens, job.data, size, seed, *shard),
+        validation=validation_batches(tokens, job.data, size, job.train.evaluate_batches, *shard),
         corpus=fingerprint(tokens, job.data),
     )
 

@@ -9,7 +9,7 @@ import optax
 
 from moe_reduce.core import trees
 from moe_reduce.core.config import TrainConfig
-from moe_reduce.models.parameters import Records, lookup
+from moe_reduce.models.parameters import Records, record_at
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,7 +39,7 @@ def learning_rate(train: TrainConfig) -> optax.Schedule:
 
 def decay_mask(params: trees.Tree, records: Records) -> dict[str, Any]:
     """Tree of booleans, True where weight decay applies; a leaf without a record raises UserError."""
-    return trees.map_with_path(lambda path, _: lookup(records, path).decays, params)
+    return trees.map_with_path(lambda path, _: record_at(records, path).decays, params)
 
 
 def build(train: TrainConfig, params: trees.Tree, records: Records) -> optax.GradientTransformation:
@@ -51,7 +51,7 @@ def build(train: TrainConfig, params: trees.Tree, records: Records) -> optax.Gra
         optax.scale_by_learning_rate(learning_rate(train)),
     ]
     if train.expert_learning_rate_scale != 1.0:
-        experts = trees.map_with_path(lambda path, _: lookup(records, path).component == "experts", params)
+        experts = trees.map_with_path(lambda path, _: record_at(records, path).component == "experts", params)
         parts.append(optax.masked(optax.scale(train.expert_learning_rate_scale), experts))
     chain = optax.chain(*parts)
     return optax.GradientTransformation(chain.init, _mixing(chain.update))

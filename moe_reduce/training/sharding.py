@@ -12,7 +12,7 @@ from moe_reduce.core import trees
 from moe_reduce.core.config import MeshConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.mesh import BATCH_AXES
-from moe_reduce.models.parameters import Parameter, Records, abstract_params, by_path, lookup
+from moe_reduce.models.parameters import Parameter, Records, abstract_params, by_path, record_at
 from moe_reduce.models.weights import map_parts
 
 PIECE_BYTES = 2**30  # largest piece of a leaf that is replicated at a time
@@ -49,7 +49,7 @@ def shardings(mesh: Mesh, params: trees.Tree, records: Records) -> dict[str, Any
 
     Raises UserError when a leaf has no record, or a size does not divide over its mesh axes.
     """
-    return trees.map_with_path(lambda path, leaf: _sharding(mesh, lookup(records, path), leaf), params)
+    return trees.map_with_path(lambda path, leaf: _sharding(mesh, record_at(records, path), leaf), params)
 
 
 def model_shardings(mesh: Mesh, config: ModelConfig) -> dict[str, Any]:
@@ -124,23 +124,23 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """This process's share of a batch's rows: (index, number of shares).
+def process_shard(mesh: Mesh) -> tuple[int, int]:
+    """The part of a batch's rows that this process feeds: (index, number of such parts).
 
-    Processes whose devices hold the same rows (the tensor axis across hosts) feed the same share.
+    Processes whose devices hold the same rows (the tensor axis across hosts) feed the same part.
     """
     parts = mesh.devices.reshape(batch_shards(mesh), -1)
     fed: dict[int, set[int]] = {}
     for part, devices in enumerate(parts):
         for device in devices:
             fed.setdefault(device.process_index, set()).add(part)
-    shares = sorted({tuple(sorted(rows)) for rows in fed.values()})
-    if sum(len(share) for share in shares) != len(parts) or len({len(share) for share in shares}) > 1:
+    shards = sorted({tuple(sorted(rows)) for rows in fed.values()})
+    if sum(len(shard) for shard in shards) != len(parts) or len({len(shard) for shard in shards}) > 1:
         raise UserError(
             f"mesh.data · mesh.fsdp · mesh.expert = {len(parts)} does not divide evenly over the {len(fed)} hosts: "
             "make it, or mesh.tensor, a multiple of the devices of a host"
         )
-    return shares.index(tuple(sorted(fed[jax.process_index()]))), len(shares)
+    return shards.index(tuple(sorted(fed[jax.process_index()]))), len(shards)
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -45,8 +45,8 @@ class Prune(Stage):
             scores.write(found, context.directory / "scores.json")
         protected: frozenset = frozenset()
         if stage.protect_super_experts:
-            home_NE = home_layers(model.config, model.chain)
-            protected = selection.super_experts(found.of("max_activation"), home_NE, model.config.layers)
+            home_layer_NE = home_layers(model.config, model.chain)
+            protected = selection.super_experts(found.of("max_activation"), home_layer_NE, model.config.layers)
         kept = selection.keep_by_row(found.of(stage.criterion), self._keep(model.config, context), protected)
         figures = {"tokens": 0, "calibration_tokens": sums.tokens}
         return Result(prune(model, kept), _kept_originals(model, kept), figures)
@@ -67,8 +67,8 @@ class Prune(Stage):
 
 def _calibration(stage: PruneStage, context: RunContext, seed: int) -> Iterator[Any]:
     run = context.run
-    share = sharding.batch_share(context.mesh)
-    batches = train_batches(context.tokens, run.data, run.train.batch_size, seed, *share)
+    shard = sharding.process_shard(context.mesh)
+    batches = train_batches(context.tokens, run.data, run.train.batch_size, seed, *shard)
     return (sharding.put_batch(context.mesh, batch) for batch in itertools.islice(batches, stage.calibration_batches))
 
 

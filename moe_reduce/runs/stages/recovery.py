@@ -20,11 +20,11 @@ from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import (
     Records,
     abstract_params,
-    below,
     by_path,
     counts_by_component,
-    lookup,
-    one,
+    nested_under,
+    only_record,
+    record_at,
     records,
 )
 from moe_reduce.reduction.transform import transform
@@ -69,14 +69,14 @@ def _records(model: ModelConfig, teacher: ModelConfig, stage: TuneStage) -> Reco
     leaves = abstract_params(model)
     if stage.adapter is not None:
         leaves[ADAPTER] = adapters.abstract(stage.adapter, model)
-    return records(model, leaves) | below(TEACHER, by_path(teacher))
+    return records(model, leaves) | nested_under(TEACHER, by_path(teacher))
 
 
 def trains(stage: TuneStage, model: ModelConfig, path: str) -> bool:
     """Return whether the stage changes a leaf, by training it or by annealing the bias."""
     if path.startswith(f"{ADAPTER}/"):
         return stage.adapter is not None and adapters.trained(stage.adapter, path)
-    component = lookup(by_path(model), path).component
+    component = record_at(by_path(model), path).component
     return component in stage.components.split(",") or (component == BIAS and stage.bias_from is not None)
 
 
@@ -124,7 +124,7 @@ def _router_loss(
     student_params, teacher_params = _split(params)
     _, collected = teacher.with_params(teacher_params).apply(batch, collect=("hidden",))
     inputs_NBTD = collected["hidden"]["router_input"]
-    wanted_NDE = trees.flatten(teacher_params)[one(teacher.config, "router").path]
+    wanted_NDE = trees.flatten(teacher_params)[only_record(teacher.config, "router").path]
     found_NDE = home_slices(student.config, student_params, teacher.config.layers)
 
     def layer(arrays: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
@@ -156,7 +156,7 @@ def home_slices(model: ModelConfig, params: Params, layers: int) -> jax.Array:
     """
     moe = model.moe
     assert moe is not None
-    experts, record = moe.experts // layers, one(model, "router")
+    experts, record = moe.experts // layers, only_record(model, "router")
     router = trees.flatten(params)[record.path]
     if not record.stacked:  # [D, P]
         return jnp.moveaxis(router.reshape(router.shape[0], layers, experts), 1, 0)
@@ -171,7 +171,7 @@ def _anneal(
     del metrics
     assert stage.bias_from is not None
     step = (stage.bias_from - stage.bias_to) / max(1, round(stage.steps * stage.anneal_share))
-    path = one(model, BIAS).path
+    path = only_record(model, BIAS).path
     bias_NE = trees.flatten(params)[path]
     moved_NE = jnp.minimum(bias_NE + jnp.float32(step), jnp.float32(-stage.bias_to))
     return trees.update(params, {path: jnp.where(foreign_NE, moved_NE, bias_NE)})
@@ -181,7 +181,7 @@ def start_annealing(model: Model, stage: TuneStage, foreign_NE: np.ndarray) -> M
     """Set the bias against experts of other layers to the value at which the stage begins."""
     assert stage.bias_from is not None
     strength = jnp.float32(-stage.bias_from)
-    bias = one(model.config, BIAS)
+    bias = only_record(model.config, BIAS)
     return transform(
         model, model.config, [bias], lambda leaves: {bias.path: jnp.where(foreign_NE, strength, leaves[bias.path])}
     )
