@@ -41,7 +41,7 @@ def test_inspect_counts_and_verifies(model_directory, capsys):
     assert "model.safetensors" in capsys.readouterr().err
     (model_directory / "manifest.json").unlink()
     assert main(["inspect", f"--model={model_directory}", "--verify"]) == 2
-    assert "has no manifest.json to be checked against: leave out --verify" in capsys.readouterr().err
+    assert "has no manifest.json to check against: leave out --verify" in capsys.readouterr().err
 
 
 def test_plan_of_a_config_and_of_a_directory(model_directory, capsys):
@@ -205,7 +205,7 @@ def test_report_of_reductions_takes_the_recovered_model_and_pairs_seeds(tmp_path
     (tmp_path / "t/a/summary.json").write_text(json.dumps({"name": "a", "seed": 0}))
     capsys.readouterr()
     assert main(["report", "--runs", str(tmp_path / "t"), *runs, *made, f"--out={tmp_path / 'no'}"]) == 2
-    assert "collect them apart" in capsys.readouterr().err
+    assert "collect them separately" in capsys.readouterr().err
 
 
 def _adaptation(directory, rate, seed, recalls, method="lora"):
@@ -344,7 +344,7 @@ def test_figures_of_evaluate_are_no_run(tmp_path, capsys):
     (tmp_path / "figures/summary.json").write_text('{"loss": 1.0}')
     made = ["--title=T", "--made-by=me", f"--out={tmp_path / 'out'}"]
     assert main(["report", "--runs", str(tmp_path / "figures"), *made]) == 2
-    assert "is not of a run of train, reduce or adapt" in capsys.readouterr().err
+    assert "was not written by train, reduce or adapt" in capsys.readouterr().err
 
 
 DAMAGED = {

@@ -19,7 +19,7 @@ from moe_reduce.reports import (
     tables,
     training_pictures,
 )
-from moe_reduce.reports.figures import entropy, spread
+from moe_reduce.reports.summaries import entropy, spread
 
 RESULTS = Path(__file__).parent.parent / "docs/results"
 

@@ -1,4 +1,4 @@
-"""moe-reduce compare: set models of finished runs side by side in a table, a picture and a text."""
+"""moe-reduce compare: compare the models of finished runs in a table, a picture and continued text."""
 
 import argparse
 from pathlib import Path
@@ -21,13 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs", nargs="+", type=Path, required=True, metavar="WORKDIR", help="finished runs of train and reduce"
     )
     parser.add_argument("--prompt", required=True, help="text that every model continues")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of each text (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=64, help="length of each text (default: %(default)s)")
     parser.add_argument(
         "--temperature", type=float, default=default.temperature, help="0: always the most probable token (default: 0)"
     )
     parser.add_argument("--top-p", type=float, default=default.top_p, help="as in generate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=default.seed, help="same seed, same text (default: %(default)s)")
-    parser.add_argument("--title", default="Models side by side", help="of the table (default: %(default)s)")
+    parser.add_argument("--title", default="Models side by side", help="title of the table (default: %(default)s)")
     parser.add_argument(
         "--made-by",
         default="moe-reduce compare",
@@ -63,7 +63,7 @@ def _settings(arguments: argparse.Namespace) -> GenerateConfig:
 
 
 def _asked(arguments: argparse.Namespace, found: list["Entry"]) -> dict[str, Any]:
-    """Everything that decides the outcome; a finished comparison that asked the same is not made again."""
+    """All inputs of a comparison; a finished comparison with the same inputs is not repeated."""
     from moe_reduce.storage import manifest
 
     models = {entry.name: manifest.input_of(entry.directory).sha256 for entry in found}
@@ -85,7 +85,7 @@ def _compare(arguments: argparse.Namespace, found: list["Entry"]) -> dict[str, A
         "command": arguments.made_by,
         "columns": comparison.COLUMNS,
         "rows": comparison.rows(found, speeds),
-        "data": found[0].figures.get("data"),
+        "data": found[0].summary.get("data"),
         "prompt": arguments.prompt,
         "texts": texts,
         "decoded_tokens_per_second": speeds,
@@ -93,7 +93,7 @@ def _compare(arguments: argparse.Namespace, found: list["Entry"]) -> dict[str, A
 
 
 def _write(summary: dict[str, Any], found: list["Entry"], out: Path) -> None:
-    """Picture and summary.json, both or neither."""
+    """Writes the picture and summary.json; the directory appears only when both are complete."""
     from moe_reduce.reports import comparison
 
     with disk.writing(out, "free some space or choose another path"), disk.temporary_beside(out) as unfinished:

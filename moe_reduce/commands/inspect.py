@@ -52,10 +52,10 @@ def describe(directory: Path, verify: bool) -> dict[str, Any]:
     }
     if verify:
         if not (directory / manifest.MANIFEST_FILE).is_file():
-            raise UserError(f"{directory} has no {manifest.MANIFEST_FILE} to be checked against: leave out --verify")
+            raise UserError(f"{directory} has no {manifest.MANIFEST_FILE} to check against: leave out --verify")
         problems = manifest.verify(directory)
         if problems:
-            raise UserError(f"{directory} is not what its manifest says: {'; '.join(problems)}")
+            raise UserError(f"{directory} does not match its manifest: {'; '.join(problems)}")
         content["verified"] = "every file has the hash that manifest.json gives"
     return content
 
@@ -68,7 +68,7 @@ def _link(step: "Step", directory: Path, verify: bool) -> str:
 
 
 def _place(path: Path, directory: Path) -> Path:
-    """Path of an input. A relative path started where the command ran: here, or in a directory above its model."""
+    """Path of an input. Relative paths are tried from the present directory and from every parent of the model."""
     found = (above / path for above in directory.resolve().parents if (above / path).exists())
     return path if path.exists() else next(found, path)
 

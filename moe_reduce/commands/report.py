@@ -31,16 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     """Collects runs or fills documents; returns the paths written."""
     model_arguments.no_overrides(overrides)
-    from moe_reduce.reports import documents, measured, results
+    from moe_reduce.reports import documents, finished_runs, results
 
     if bool(arguments.runs) == bool(arguments.document):
         raise UserError("give either --runs (to collect) or --document (to fill)")
     if arguments.runs:
         if not (arguments.out and arguments.title and arguments.made_by):
             raise UserError("--runs needs --out, --title and --made-by")
-        model_arguments.check_out_directory(arguments.out, arguments.overwrite, measured.SUMMARY, "a result")
+        model_arguments.check_out_directory(arguments.out, arguments.overwrite, finished_runs.SUMMARY, "a result")
         results.collect(arguments.runs, arguments.title, arguments.made_by, arguments.out)
-        return str(arguments.out / measured.SUMMARY)
+        return str(arguments.out / finished_runs.SUMMARY)
     for document in arguments.document:
         text = documents.fill(document, arguments.results)
         if arguments.check and text != document.read_text():

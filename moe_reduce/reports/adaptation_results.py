@@ -8,17 +8,17 @@ import numpy as np
 
 from moe_reduce.core.errors import UserError
 from moe_reduce.reports import adaptation_picture
-from moe_reduce.reports.figures import spread
-from moe_reduce.reports.measured import Groups, Measured
+from moe_reduce.reports.finished_runs import FinishedRun, Groups
+from moe_reduce.reports.summaries import spread
 from moe_reduce.training.metrics import read_metrics
 
 Curve = list[list[float]]  # [step, recall of learned pairs, or validation loss] at each evaluation
 
 
 def result(groups: Groups, title: str, out: Path) -> dict[str, Any]:
-    """The rows, curves.png of recall or validation loss, and the names of the best runs.
+    """The rows of the table and the names of the best runs; draws curves.png of recall or of validation loss.
 
-    The learning rate is chosen on the seeds that all rates have in common, so that a sweep with one seed is enough.
+    Learning rates are compared on the seeds that were run at every rate, so a sweep with one seed is enough.
     """
     recalled = _is_recall(groups)
     curves = {name: [_curve(one, recalled) for one in runs] for name, runs in groups.items()}
@@ -45,12 +45,12 @@ def _is_recall(groups: Groups) -> bool:
     """True for runs that learned completions, whose recall was measured; False for runs on a text."""
     measured = [bool(one.summary["measured"]) for runs in groups.values() for one in runs]
     if any(measured) and not all(measured):
-        raise UserError("--runs are of completions and of text: collect them apart")
+        raise UserError("--runs mixes adaptations to completions and to running text: collect them separately")
     return all(measured)
 
 
 def _by_size(groups: Groups) -> dict[tuple[str, int], Groups]:
-    """{(method, trained parameters): runs by name}: the names differ in the learning rate."""
+    """{(method, trained parameters): runs by name}; the names in one group differ only in the learning rate."""
     sizes: dict[tuple[str, int], Groups] = {}
     for name, runs in groups.items():
         first = runs[0].summary
@@ -58,7 +58,7 @@ def _by_size(groups: Groups) -> dict[tuple[str, int], Groups]:
     return sizes
 
 
-def _curve(one: Measured, recalled: bool) -> Curve:
+def _curve(one: FinishedRun, recalled: bool) -> Curve:
     if "curve" in one.summary:  # an earlier result has no metrics.jsonl
         return one.summary["curve"]
     if not (one.source / "metrics.jsonl").is_file():
@@ -68,11 +68,13 @@ def _curve(one: Measured, recalled: bool) -> Curve:
 
 
 def _common_steps(curves: dict[str, list[Curve]]) -> list[float]:
-    """The steps of the evaluations; raises UserError when a run was evaluated at others than the first run."""
+    """Steps at which all runs were evaluated; raises UserError for a run that was evaluated at other steps."""
     steps = [step for step, _ in next(iter(curves.values()))[0]]
     for name, found in curves.items():
         if not steps or any([step for step, _ in curve] != steps for curve in found):
-            raise UserError(f"{name} was not evaluated at steps {steps}, as the first of --runs: collect it apart")
+            raise UserError(
+                f"{name} was not evaluated at steps {steps}, as the first of --runs was: collect it separately"
+            )
     return steps
 
 
@@ -85,7 +87,7 @@ def _best_rate(rates: Groups) -> str:
     return min(badness, key=lambda name: badness[name])
 
 
-def _badness(runs: list[Measured]) -> float:
+def _badness(runs: list[FinishedRun]) -> float:
     """Ranks a learning rate (lower is better): negative recall for completions, validation loss otherwise."""
     summaries = [one.summary for one in runs]
     if summaries[0]["measured"]:
@@ -93,7 +95,7 @@ def _badness(runs: list[Measured]) -> float:
     return float(np.mean([summary["validation"]["loss"] for summary in summaries]))
 
 
-def _head(runs: list[Measured], rates: int) -> list[str]:
+def _head(runs: list[FinishedRun], rates: int) -> list[str]:
     first = runs[0].summary
     return [
         first["method"],
@@ -111,7 +113,7 @@ def _size(adapter: dict[str, Any] | None) -> str:
     return f"k = {adapter['sketch_width']}" if adapter["method"] == "skema" else f"r = {adapter['rank']}"
 
 
-def _recalls(runs: list[Measured], curves: Sequence[Curve]) -> list[str]:
+def _recalls(runs: list[FinishedRun], curves: Sequence[Curve]) -> list[str]:
     cells = [_percent([curve[place][1] for curve in curves]) for place in range(len(curves[0]))]
     return [*cells, _percent([one.summary["measured"]["recall_validation"] for one in runs])]
 
@@ -120,7 +122,7 @@ def _percent(values: Sequence[float]) -> str:
     return spread(values, ".1%")
 
 
-def _perplexities(runs: list[Measured]) -> list[str]:
+def _perplexities(runs: list[FinishedRun]) -> list[str]:
     tests = [one.summary["test"]["perplexity"] for one in runs if one.summary.get("test")]
     shown = spread(tests, ".2f") if len(tests) == len(runs) else ""  # only if all seeds have it
     return [spread([one.summary["validation"]["perplexity"] for one in runs], ".2f"), shown]

@@ -1,9 +1,9 @@
-"""The comparison that `adapt` prints: one column for each adaptation, one row for each figure."""
+"""The comparison that `adapt` prints: one column for each adaptation, one row for each metric."""
 
 from collections.abc import Sequence
 
 from moe_reduce.reports import tables
-from moe_reduce.reports.figures import Summary, baseline
+from moe_reduce.reports.summaries import Summary, baseline
 
 
 def table(summaries: Sequence[Summary]) -> str:

@@ -1,4 +1,4 @@
-"""Finished runs side by side: size, quality and speed of every model, one picture, and one prompt continued."""
+"""Compare the models of finished runs: size, quality, speed, a picture, and continuations of one prompt."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ COLUMNS = ["model", "parameters", "bytes (fp32)", "validation loss", "accuracy",
 TIMED = 3  # timed generations, after one that compiles; the speed is their median
 LEAST_TOKENS = 8  # a shorter text says nothing about speed
 PATH_COLOUR, OTHER_COLOUR = style.FAMILIES["pool"], style.FAMILIES["dense"]
-NEAR = 0.08  # share of an axis within which two labels would touch
+NEAR = 0.08  # fraction of an axis within which two labels would touch
 
 
 @dataclass(frozen=True)
@@ -34,42 +34,42 @@ class Entry:
 
     name: str
     directory: Path
-    figures: dict[str, Any]
+    summary: dict[str, Any]
     reduced_from: str | None = None  # SHA-256 of the model that a reduction began with
 
 
 def entries(workdirs: Sequence[Path]) -> list[Entry]:
     """All models of finished `train` and `reduce` workdirs, in order.
 
-    Raises UserError where a run is not finished, two models share a name, or validation texts differ.
+    Raises UserError when a run is not finished, two models have the same name, or validation texts differ.
     """
-    found = [entry for workdir in workdirs for entry in _of_workdir(workdir)]
+    found = [entry for workdir in workdirs for entry in _workdir_entries(workdir)]
     names = [entry.name for entry in found]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--runs have two models named {name!r}: leave one of the runs out")
-    texts = {entry.figures["data"]["fingerprint"] for entry in found if "data" in entry.figures}
+    texts = {entry.summary["data"]["fingerprint"] for entry in found if "data" in entry.summary}
     if len(texts) > 1:
         raise UserError("--runs were validated on different texts, so their losses do not compare: leave one out")
     return found
 
 
-def _of_workdir(workdir: Path) -> list[Entry]:
+def _workdir_entries(workdir: Path) -> list[Entry]:
     file = workdir / SUMMARY
     if not file.is_file():
         raise UserError(f"{workdir} has no {SUMMARY}: give the workdir of a finished run")
     summary = read_json(file)
     if "stages" in summary:
-        return _of_reduction(workdir, summary)
+        return _reduction_entries(workdir, summary)
     if "runs" in summary:
         return [Entry(run["name"], workdir / run["name"] / "model", run) for run in summary["runs"]]
     if "validation" not in summary:
-        raise UserError(f"{file} is not of train or reduce: give the workdir of one of these")
+        raise UserError(f"{file} was not written by train or reduce: give the workdir of one of these")
     return [Entry(summary["name"] or workdir.name, workdir / "model", summary)]
 
 
-def _of_reduction(workdir: Path, summary: dict[str, Any]) -> list[Entry]:
-    """Models after each stage; the first model belongs to the run that trained it."""
+def _reduction_entries(workdir: Path, summary: dict[str, Any]) -> list[Entry]:
+    """Entries of the models after each stage; the unreduced model is an entry of the run that trained it."""
     first, *stages = summary["stages"]
     data = {"data": summary["data"]} if "data" in summary else {}
     return [
@@ -81,25 +81,27 @@ def _of_reduction(workdir: Path, summary: dict[str, Any]) -> list[Entry]:
 def reduction_path(found: Sequence[Entry]) -> list[Entry]:
     """The model that was reduced, if it is among the entries, then the model after each stage of its reduction."""
     after = [entry for entry in found if entry.reduced_from is not None]
-    began = {entry.reduced_from for entry in after}
+    start_hashes = {entry.reduced_from for entry in after}
     before = [
-        entry for entry in found if entry.reduced_from is None and manifest.input_of(entry.directory).sha256 in began
+        entry
+        for entry in found
+        if entry.reduced_from is None and manifest.input_of(entry.directory).sha256 in start_hashes
     ]
     return before + after if len(before) == 1 else after
 
 
 def rows(found: Sequence[Entry], speeds: dict[str, float | None]) -> list[list[str]]:
-    """Cells of `COLUMNS` for each model; accuracy kept is relative to the reduced model, or else the first."""
-    whole = (reduction_path(found) or found)[0].figures["validation"]["accuracy"]
+    """Cells of `COLUMNS` for each model; accuracy kept is relative to the unreduced model, or else to the first."""
+    whole = (reduction_path(found) or found)[0].summary["validation"]["accuracy"]
     return [_row(entry, whole, speeds[entry.name]) for entry in found]
 
 
 def _row(entry: Entry, whole: float, speed: float | None) -> list[str]:
-    figures, validation = entry.figures, entry.figures["validation"]
+    summary, validation = entry.summary, entry.summary["validation"]
     return [
         entry.name,
-        f"{figures['parameters']:,}",
-        f"{figures['bytes'] / 1e6:.2f} MB",
+        f"{summary['parameters']:,}",
+        f"{summary['bytes'] / 1e6:.2f} MB",
         f"{validation['loss']:.3f}",
         f"{validation['accuracy']:.1%}",
         f"{validation['accuracy'] / whole:.1%}",
@@ -131,7 +133,7 @@ def continued(
 def picture(found: Sequence[Entry], file: Path) -> None:
     """Validation loss against bytes: a labelled point for each model, and arrows along the reduction."""
     figure, [[axes]] = style.panels(size=(7.5, 4.8))
-    places = {entry.name: (entry.figures["bytes"] / 1e6, entry.figures["validation"]["loss"]) for entry in found}
+    places = {entry.name: (entry.summary["bytes"] / 1e6, entry.summary["validation"]["loss"]) for entry in found}
     path = [entry.name for entry in reduction_path(found)]
     for start, end in itertools.pairwise(path):
         arrow = {"arrowstyle": "-|>", "color": PATH_COLOUR, "shrinkA": 6, "shrinkB": 6, "linewidth": 1.2}
@@ -145,7 +147,7 @@ def picture(found: Sequence[Entry], file: Path) -> None:
 
 
 def _label(axes, places: dict[str, tuple[float, float]], path: Sequence[str]) -> None:
-    """Names beside their points: below where an arrow comes from above or another name is near, else above."""
+    """Write each name above its point, or below it if an arrow comes from above or another name is near."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     before = dict(zip(path[1:], path, strict=False))
     done: list[tuple[float, float]] = []

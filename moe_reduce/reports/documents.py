@@ -1,4 +1,4 @@
-"""Fill the marked tables of a document from results, so that no figure in a document is typed by hand."""
+"""Fill the marked tables of a document from results, so that no number in a table is typed by hand."""
 
 import json
 import re
@@ -7,13 +7,13 @@ from typing import Any
 
 from moe_reduce.core.errors import UserError
 from moe_reduce.reports import tables
-from moe_reduce.reports.measured import SUMMARY
+from moe_reduce.reports.finished_runs import SUMMARY
 
 MARKERS = re.compile(r"(<!-- results:(\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
 def fill(document: Path, results: Path) -> str:
-    """The document's text with every marked table made anew from results/NAME/summary.json.
+    """The document's text, with every marked table regenerated from results/NAME/summary.json.
 
     Raises UserError when the document, one of its results, or every marker is missing.
     """
@@ -25,7 +25,7 @@ def fill(document: Path, results: Path) -> str:
         raise UserError(f"--document={document} does not exist")
     text, count = MARKERS.subn(table, document.read_text())
     if count == 0:
-        raise UserError(f"{document} has no place for a table: write <!-- results:NAME --> and <!-- /results -->")
+        raise UserError(f"{document} has no markers for a table: write <!-- results:NAME --> and <!-- /results -->")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Pictures of cost against size: of a layer and of a training step, by model, batch and mesh."""
+"""The picture of how time and memory grow with the sizes of model, batch and mesh."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +21,9 @@ SIZES = {
 
 
 def picture(curves: Mapping[str, Mapping[str, Points]], file: Path) -> None:
-    """Draws a row of panels for each quantity: seconds of a layer, tokens/s of a training step, bytes of a device.
+    """Draws three rows of panels: seconds of a layer, tokens/s of a training step, bytes of a device.
 
-    curves: title of a quantity -> line -> points, as "curves" in the summary.json of launch/bench_scale.py.
+    curves: {title: {label of a line: points}}, which is "curves" in the summary.json of launch/bench_scale.py.
     """
     steps, memory = curves["tokens/s of a training step"], curves["bytes of a device"]
     columns = max(len(steps), len(LAYER))
@@ -37,9 +37,9 @@ def picture(curves: Mapping[str, Mapping[str, Points]], file: Path) -> None:
         _draw(panels[1, column], {"training step": steps[name]}, SIZES[name])
         held = {kind: memory[f"{kind}, by {name}"] for kind in ("held", "temporaries")}
         _draw(panels[2, column], held, SIZES[name])
-    _share_y(panels[0, : len(LAYER)], "time of a layer", "s")
-    _share_y(panels[1, : len(steps)], "training step (tokens/s)")
-    _share_y(panels[2, : len(steps)], "memory of a device", "B")
+    _same_limits(panels[0, : len(LAYER)], "time of a layer", "s")
+    _same_limits(panels[1, : len(steps)], "training step (tokens/s)")
+    _same_limits(panels[2, : len(steps)], "memory of a device", "B")
     # the panels to the right of this legend are unused, so the layout need not make room for it
     style.legend_beside(panels[0, len(LAYER) - 1]).set_in_layout(len(LAYER) == columns)
     style.legend_beside(panels[2, len(steps) - 1])
@@ -57,7 +57,7 @@ def _draw(axes: Axes, lines: Mapping[str, Points], size: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _share_y(row: Any, label: str, unit: str = "") -> None:
+def _same_limits(row: Any, label: str, unit: str = "") -> None:
     """Gives the panels of a row the same limits, and only the first one tick labels."""
     limits = [axes.get_ylim() for axes in row]
     for axes in row:

@@ -1,4 +1,4 @@
-"""The picture of several reductions: what each share of the experts costs, by method and by recovery."""
+"""The picture of several reductions: validation loss by share of experts kept, method and recovery."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,11 +7,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from moe_reduce.reports import style
-from moe_reduce.reports.figures import Summary
+from moe_reduce.reports.summaries import Summary
 
 Ladder = dict[int, Summary]  # the last stage at each share of the experts, in percent
 
-# words in the name of a reduction -> the recovery that they stand for; without any, only routers were trained
+# words in the name of a reduction -> the recovery that they stand for; without such words, routers are trained
 RECOVERIES = {
     "no_recovery": "no recovery",
     "norms": "norms",
@@ -35,7 +35,7 @@ PANELS = {
     "routers trained, or routers and norms": (ROUTERS, "norms"),
     "adapters or experts trained": ("experts", "experts, longer", "LoRA", "SkeMA"),
 }
-# words for how a method is applied: of reductions that differ in these words only, the best one is drawn
+# words for variations of a method: among reductions that differ only in these, the best one is drawn
 VARIATIONS = ("taught", "free", "reap")
 
 
@@ -46,10 +46,10 @@ def ladder(run: Summary) -> Ladder:
 
 
 def picture(ladders: Mapping[str, Sequence[Ladder]], file: Path) -> None:
-    """Draws validation loss against the share of the experts kept: a panel for each kind of recovery.
+    """Draws validation loss against the share of experts kept, with a panel for each kind of recovery.
 
-    ladders: one for each seed, by name of the reduction. If no name tells a recovery, there is one panel. Among
-    reductions that differ only in VARIATIONS, the one with the lowest final loss is drawn; the table has all.
+    ladders: one for each seed, by name of the reduction. If no name states a recovery, there is one panel. Among
+    reductions that differ only in VARIATIONS, only the one with the lowest final loss is drawn.
     """
     if not any(recovery(name) != ROUTERS for name in ladders):
         figure, [[axes]] = style.panels(size=(8.5, 4.8))
@@ -69,12 +69,12 @@ def picture(ladders: Mapping[str, Sequence[Ladder]], file: Path) -> None:
 
 
 def recovery(name: str) -> str:
-    """The recovery that the name of a reduction tells."""
+    """The recovery that the name of a reduction states; training routers if it states none."""
     return next((shown for word, shown in RECOVERIES.items() if f"_{word}_" in f"_{name}_"), ROUTERS)
 
 
 def method(name: str) -> str:
-    """The name of a reduction without the words that tell its recovery and its variations."""
+    """The name of a reduction without the words for its recovery and its variations."""
     for word in (*RECOVERIES, *VARIATIONS):
         name = f"_{name}_".replace(f"_{word}_", "_").strip("_")
     return name

@@ -9,7 +9,7 @@ Plans = Mapping[str, dict[str, Any]]
 
 
 def serving_table(plans: Plans) -> str:
-    """Aligned text: the size of each model, the memory it needs to answer, and whether a device has that memory."""
+    """Aligned text: the size of each model, the memory that inference needs, and whether it fits the device."""
     first = next(iter(plans.values()))
     columns = ["", "experts", "parameters", "active", "weights", "with cache"]
     columns += ["fits", "tokens/s at most"] if "device" in first else []

@@ -1,4 +1,4 @@
-"""The six panels of one reduction: what each stage did to the loss, to the experts and to their use."""
+"""The six panels of one reduction: loss, number of experts and expert use, before and after."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from moe_reduce.reports import style
-from moe_reduce.reports.figures import Summary, entropy
+from moe_reduce.reports.summaries import Summary, entropy
 
 
 def picture(stages: Sequence[Summary], file: Path) -> None:
-    """Loss, entropy of the expert use and experts kept by stage; expert use before and after; layers by expert."""
+    """Draws loss, entropy of expert use and experts kept by stage; expert use before and after; layers by expert."""
     figure, panels = style.panels(2, 3, (14, 8))
     first, last = stages[0], stages[-1]
     names = [stage["name"] for stage in stages]
@@ -31,7 +31,7 @@ def picture(stages: Sequence[Summary], file: Path) -> None:
 
 
 def layers_served(expert_use: list[list[float]]) -> np.ndarray:
-    """Number of layers in which each expert gets a tenth of the mean share or more."""
+    """Number of layers in which each expert gets at least a tenth of the mean use."""
     use_NE = np.asarray(expert_use)
     return np.sum(use_NE >= 0.1 / use_NE.shape[1], axis=0)
 
@@ -48,7 +48,7 @@ def _entropies(axes: Axes, stages: Sequence[Summary]) -> None:
 
 
 def _steps(axes: Axes, names: list[str], lines: dict[str, list[Any]]) -> None:
-    """Draws values by stage; None where a stage has none."""
+    """Draws values by stage; None marks a stage without a value."""
     for (label, values), colour in zip(lines.items(), style.CYCLE, strict=False):
         known = [place for place, value in enumerate(values) if value is not None]
         shown = [values[place] for place in known]

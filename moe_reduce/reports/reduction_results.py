@@ -6,17 +6,16 @@ from typing import Any
 import numpy as np
 
 from moe_reduce.reports import ladder_picture
-from moe_reduce.reports.figures import Summary, spread
+from moe_reduce.reports.finished_runs import Groups
 from moe_reduce.reports.ladder_picture import ladder
-from moe_reduce.reports.measured import Groups
+from moe_reduce.reports.summaries import Summary, spread
 
 
 def result(groups: Groups, title: str, out: Path) -> dict[str, Any]:
-    """Validation loss and share of the accuracy kept, with curves.png; several seeds: mean ± half of the range.
+    """Rows of validation loss and share of accuracy kept, mean ± half of the range over seeds; draws curves.png.
 
-    Where experts were pruned and the model was then recovered, the recovered model counts. Accuracy shares are
-    relative to each run's first model. Losses of two rows are comparable only if their first models' losses, which a
-    column gives, are.
+    If a pruned model was then recovered, its row shows the recovered model. Shares of accuracy are relative to each
+    run's first model. Two rows are comparable only if their first models have similar losses, which a column gives.
     """
     del title
     ladders = {name: [ladder(one.summary) for one in groups[name]] for name in sorted(groups)}

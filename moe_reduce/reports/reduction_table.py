@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from moe_reduce.reports import tables
-from moe_reduce.reports.figures import Summary
+from moe_reduce.reports.summaries import Summary
 
 COLUMNS = ("", "experts", "parameters", "loss", "gap", "accuracy", "tokens")
 

@@ -25,7 +25,7 @@ def _histograms(found: Scores, file: Path) -> None:
 
 
 def _maps(found: Scores, file: Path) -> None:
-    """A map for each criterion; for a pool, maps of one row, above a map of assignments by calling layer."""
+    """Draws a map for each criterion; for a pool these have one row, and a map of assignments by layer follows."""
     maps = {name: (values, "pool" if len(values) == 1 else "layer", name) for name, values in found.scores.items()}
     if found.counts_by_layer is not None:
         title = "assignments by the layer that calls the pool"

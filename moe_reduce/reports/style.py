@@ -1,8 +1,8 @@
-"""The look of every picture: figures, colours, line styles, ticks and labels that do not cover the data.
+"""The common look of all pictures: layout, colours, line styles, ticks, and labels that do not cover the data.
 
 A picture is made in three steps: `panels` makes the axes, the caller draws at most eight lines in each, `save` writes
-the PNG. Colours stand for a family of methods, line styles for how a model was recovered. pyplot is not used: its
-backend and open figures belong to the program that imports this package, such as a notebook.
+the PNG. Colours stand for a family of methods, line styles for how a model was recovered. pyplot is not used, because
+its backend and its open figures belong to the program that imports this package, such as a notebook.
 """
 
 import os
@@ -67,7 +67,7 @@ def save(figure: Figure, file: Path) -> None:
 
 
 def colours(families: list[str]) -> dict[str, str]:
-    """One colour for each family: its own where `FAMILIES` names it, else the next that no other family has."""
+    """One colour for each family: the one in `FAMILIES`, or else the next unused colour."""
     unique = list(dict.fromkeys(families))
     fixed = {family: FAMILIES[family] for family in unique if family in FAMILIES}
     free = [colour for colour in CYCLE if colour not in fixed.values()]
@@ -76,13 +76,13 @@ def colours(families: list[str]) -> dict[str, str]:
 
 
 def family(name: str) -> str:
-    """The longest of `FAMILIES` that a name begins with ("dense_fast" is of "dense"), else the name itself."""
+    """The longest name in `FAMILIES` that begins this name ("dense" for "dense_fast"), or else the name itself."""
     known = [one for one in FAMILIES if re.match(rf"{one}([_ ]|$)", name)]
     return max(known, key=len, default=name)
 
 
 def looks(names: list[str]) -> dict[str, dict[str, Any]]:
-    """{name: {color, linestyle}} of the lines of one chart: members of a family differ in their line style."""
+    """{name: {color, linestyle}} for the lines of one chart; lines of one family differ in their line style."""
     families = [family(name) for name in names]
     colour = colours(families)
     numbers = [families[:place].count(one) for place, one in enumerate(families)]
@@ -105,7 +105,7 @@ def charts(names: list[str], repeat_first: bool = False) -> list[list[str]]:
 
 
 def line(axes: Axes, x: Any, y: Any, label: str | None = None, **look: Any) -> None:
-    """Draws a line; one that has a single point gets a marker, without which nothing would be seen.
+    """Draws a line; a single point gets a marker, because a line of one point is invisible.
 
     look: options of matplotlib's `plot`, such as color and linestyle.
     """
@@ -116,8 +116,8 @@ def line(axes: Axes, x: Any, y: Any, label: str | None = None, **look: Any) -> N
 def label_ends(axes: Axes) -> None:
     """Writes the label of each line to the right of the axes, in its colour, level with its last point.
 
-    Labels that would overlap are moved apart and joined to their lines by a thin stroke. Call it when all lines of the
-    figure are drawn, because the limits of the axes decide where the labels go.
+    Labels that would overlap are moved apart and joined to their lines by a thin stroke. Call it after drawing all
+    lines of the figure, because labels are placed by the final limits of the axes.
     """
     lines = [one for one in axes.get_lines() if not str(one.get_label()).startswith("_")]
     if not lines:
@@ -137,7 +137,10 @@ def label_ends(axes: Axes) -> None:
 
 
 def _moved_apart(places: list[float], gap: float) -> list[float]:
-    """The nearest positions in the same order that lie at least `gap` apart; places: fractions of the axes' height."""
+    """Positions in the same order, moved as little as possible to lie at least `gap` apart.
+
+    places, gap: fractions of the height of the axes.
+    """
     order = np.argsort(places, kind="stable")
     clusters: list[list[float]] = []  # (mean position, number) of labels that touch each other
     for index in order:
@@ -180,7 +183,7 @@ def heat_map(axes: Axes, values: np.ndarray, unit: str) -> None:
 def log_ticks(axis: Axis, unit: str = "") -> None:
     """Labels a logarithmic axis at 1, 2 and 5 of each power of ten, few enough not to collide.
 
-    unit: with a unit such as "B" or "s", numbers get its prefixes (20 MB, 5 ms).
+    unit: "B" or "s", for example, shown with prefixes (20 MB, 5 ms); "" for plain numbers.
     """
     low, high = axis.get_view_interval()
     subdivisions = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)

@@ -1,4 +1,4 @@
-"""The one table maker: rows of cells as aligned text for a terminal, or as Markdown for a document."""
+"""Format rows of cells as aligned text for a terminal, or as a Markdown table for a document."""
 
 from collections.abc import Sequence
 

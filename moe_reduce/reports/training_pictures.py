@@ -41,7 +41,7 @@ def curves_picture(curves: Sequence[Curve], title: str, file: Path) -> None:
     """Validation loss of several models, the mean over seeds as a line and their range as a band.
 
     Two models: against tokens and against training FLOPs. More: against training FLOPs, and the gap to the first model
-    against tokens. Above eight models there are several rows of panels, each of which repeats the first model.
+    against tokens. More than eight models are split into rows of panels, and each row repeats the first model.
     curves: as in curves.jsonl of a result, in the order of its table.
     """
     seeds: dict[str, list[Curve]] = {}
@@ -81,7 +81,7 @@ def _by_flops(axes: Axes, seeds: Mapping[str, list[Curve]]) -> None:
 
 
 def _gaps(axes: Axes, seeds: Mapping[str, list[Curve]]) -> None:
-    """Differences of the mean losses to the first model's, without the first quarter, in which they are large."""
+    """Draws gaps of mean loss to the first model, without the first quarter of training, where gaps are large."""
     looks = style.looks(list(seeds))
     first, *_ = seeds
     base_tokens, base = _on_one_grid(seeds[first])
@@ -100,7 +100,7 @@ def _on_one_grid(runs: Sequence[Curve]) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def _band(axes: Axes, x: np.ndarray, losses: Sequence[np.ndarray], label: str, look: dict[str, Any]) -> None:
-    """The mean of several seeds as a line, and their range as a band."""
+    """Draws the mean of several seeds as a line, and their range as a band."""
     style.line(axes, x, np.mean(losses, axis=0), label, **look)
     if len(losses) > 1:
         low, high = np.min(losses, axis=0), np.max(losses, axis=0)

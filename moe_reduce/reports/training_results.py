@@ -9,8 +9,8 @@ import numpy as np
 from moe_reduce.core.disk import write_text
 from moe_reduce.core.errors import UserError
 from moe_reduce.reports import training_pictures
-from moe_reduce.reports.figures import Summary, entropy, spread
-from moe_reduce.reports.measured import Groups, Measured
+from moe_reduce.reports.finished_runs import FinishedRun, Groups
+from moe_reduce.reports.summaries import Summary, entropy, spread
 from moe_reduce.training.metrics import read_metrics
 
 COLUMNS = [
@@ -22,7 +22,7 @@ POINTS = 200  # points kept of each curve
 
 
 def result(groups: Groups, title: str, out: Path) -> dict[str, Any]:
-    """The rows, with curves.jsonl (validation losses, thinned out) and curves.png."""
+    """The rows of the table; writes curves.jsonl (at most about 200 validation losses of each run) and curves.png."""
     first = next(iter(groups.values()))
     _check_same_tokens(groups, first[0])
     out.mkdir(parents=True, exist_ok=True)
@@ -34,13 +34,13 @@ def result(groups: Groups, title: str, out: Path) -> dict[str, Any]:
     return {"columns": COLUMNS, "rows": rows, "runs": summaries}
 
 
-def _check_same_tokens(groups: Groups, first: Measured) -> None:
+def _check_same_tokens(groups: Groups, first: FinishedRun) -> None:
     tokens = first.summary["tokens"]
     for one in (one for runs in groups.values() for one in runs):
         if one.summary["tokens"] != tokens:
             seen = f"{one.summary['tokens']:,}"
             raise UserError(
-                f"{one.name} in {one.source} saw {seen} tokens, {first.name} {tokens:,}: collect them apart"
+                f"{one.name} in {one.source} saw {seen} tokens, {first.name} {tokens:,}: collect them separately"
             )
 
 
@@ -65,7 +65,7 @@ def _row(name: str, runs: list[Summary], first: list[Summary]) -> list[str]:
     ]
 
 
-def _curve(one: Measured) -> dict[str, Any]:
+def _curve(one: FinishedRun) -> dict[str, Any]:
     """Validation loss against tokens, and FLOPs per token, which convert tokens to FLOPs."""
     run = one.summary
     if (one.source / CURVES).is_file():  # an earlier result has no metrics.jsonl

@@ -1,11 +1,11 @@
-"""The comparison that `train` prints: one column for each model, one row for each figure."""
+"""The comparison that `train` prints: one column for each model, one row for each metric."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from moe_reduce.reports import tables
-from moe_reduce.reports.figures import Summary, baseline, entropy
+from moe_reduce.reports.summaries import Summary, baseline, entropy
 
 
 def table(summaries: Sequence[Summary]) -> str:

@@ -1,4 +1,4 @@
-"""Figures that several tables and pictures derive from the summaries of runs."""
+"""Metrics that several tables and pictures derive from the summaries of runs."""
 
 import math
 from collections.abc import Sequence

@@ -1,14 +1,14 @@
-"""Finished runs as a result groups them: by the name of their model or variant, one run for each seed."""
+"""Finished runs grouped by the name of their model or variant, with one run for each seed."""
 
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_reduce.reports.figures import Summary
+from moe_reduce.reports.summaries import Summary
 
 SUMMARY = "summary.json"
 
 
-class Measured(NamedTuple):
+class FinishedRun(NamedTuple):
     """One finished run: its name, the directory it was found in, and its summary."""
 
     name: str
@@ -16,4 +16,4 @@ class Measured(NamedTuple):
     summary: Summary
 
 
-Groups = dict[str, list[Measured]]
+Groups = dict[str, list[FinishedRun]]
