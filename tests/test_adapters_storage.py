@@ -75,8 +75,8 @@ def test_what_was_tampered_with_is_refused(tmp_path):
 
     refused("do not have the hash", projections={"sha256": "1" * 64, "stored": False})
     refused("do not have the hash", config=described["config"] | {"seed": 7})
-    refused("another adapter", digest="1" * 64)
-    refused("another adapter", config=described["config"] | {"alpha": 3.0})
+    refused("does not describe the adapter", digest="1" * 64)
+    refused("does not describe the adapter", config=described["config"] | {"alpha": 3.0})
     refused("adapter.seed must be at least 0", config=described["config"] | {"seed": -1})
     refused("is another model", base={"path": "elsewhere", "sha256": "1" * 64})
     refused("config key config.size is unknown", config=described["config"] | {"size": 7})
@@ -210,7 +210,7 @@ def test_tensors_that_have_no_place_are_refused(tmp_path):
             adapter_directory.load(tmp_path, model.config, None)
 
     extra = np.zeros((2, 2), np.float32)
-    refused("is no part of a LoRA", [*items, ("base_model.model.lm_head.weight", (2, 2), extra.dtype, extra)])
+    refused("is not part of a LoRA", [*items, ("base_model.model.lm_head.weight", (2, 2), extra.dtype, extra)])
     name = "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"
     refused("does not have as a matrix", [*items, (name, (2, 2), extra.dtype, extra)])
     refused("but no lora_B.weight", [item for item in items if "0.self_attn.q_proj.lora_B" not in item[0]])

@@ -247,4 +247,4 @@ def test_tpu_needs_its_compiler(capsys):
         pytest.skip("libtpu is installed here")
     status, error = plan(capsys, "--config=configs/dense_llama_125m.py", "--topology=v4:2x2x4")
     assert status == 2
-    assert "pip install 'moe_reduce[tpu]'" in error
+    assert "pip install -e '.[tpu]'" in error

@@ -1,8 +1,8 @@
-"""An adapter as a tree beside the base's parameters: how it starts, which leaves train, and how it is activated.
+"""Adapter as a tree of leaves beside the base's parameters: initial values, trained leaves, activation.
 
-An active adapter lies below params["adapter"]. The leaves of a target lie under the path of the base's parameter, as
-models/deltas.py describes them, stacked over the layers that `layer_numbers` lists. LoRA on the queries of layers 1
-and 3, for example:
+An active adapter is stored in params["adapter"]. The leaves of a target have the path of the base's parameter as prefix
+and are stacked over the layers in `layer_numbers`; models/deltas.py describes them. Example: LoRA on the queries of
+layers 1 and 3:
 
     adapter/layers/attention/query/in/matrix    [2, I, R]
                                   /out/matrix   [2, R, O]
@@ -35,9 +35,9 @@ class Adapter:
 
 
 def init(config: AdapterConfig, model: Model) -> Adapter:
-    """A new adapter with ΔW = 0, or nearly 0 with a low-rank core. Abstract parameters give abstract leaves.
+    """A new adapter with ΔW = 0, or nearly 0 with a low-rank core; abstract if the model's parameters are.
 
-    UserError if the config does not fit the model.
+    Raises UserError if the config does not fit the model.
     """
     check_new(config, model.config)
     return Adapter(config, _init(config, model))
@@ -67,13 +67,13 @@ def trained_parameters(config: AdapterConfig, model: ModelConfig) -> int:
 def activate(model: Model, adapter: Adapter) -> Model:
     """The model with the adapter active beside its parameters; `merging.merge` returns a plain model again."""
     if ADAPTER in model.params:
-        raise UserError("an adapter is active in this model already: merge or unmerge it first")
+        raise UserError("this model already has an active adapter: merge or unmerge it first")
     check_fits(adapter, model.config)
     return dataclasses.replace(model, params=model.params | {ADAPTER: adapter.tree})
 
 
 def check_fits(adapter: Adapter, model: ModelConfig) -> None:
-    """Raise UserError at the first leaf that is missing, unknown to the model, or of another shape."""
+    """Raise UserError for the first leaf that is missing, has no place in the model, or has the wrong shape."""
     check(adapter.config, model)
     wanted = trees.flatten(_init(adapter.config, _abstract_model(model)))
     found = trees.flatten(adapter.tree)

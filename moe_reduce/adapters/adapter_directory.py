@@ -1,7 +1,8 @@
-"""An adapter's directory: adapter.safetensors, adapter.json, and PEFT's two files if PEFT can represent the adapter.
+"""Adapter directory: adapter.safetensors, adapter.json, and PEFT's two files if PEFT can represent the adapter.
 
-SkeMA's projections are not stored unless asked for: they are made again from method and seed, and must have the hash in
-adapter.json. adapter.json names the base by its hash, and each file by its SHA-256; `load` refuses any difference.
+By default SkeMA's projections are not stored: `load` makes them again from method and seed, and compares their hash
+with the one in adapter.json. adapter.json also holds the hashes of the base and of each file; `load` refuses any
+difference.
 """
 
 import json
@@ -62,8 +63,9 @@ def save(adapter: Adapter, model: ModelConfig, base: Input, directory: Path) -> 
 def load(directory: Path, model: ModelConfig, base: Input | None) -> Adapter:
     """Load an adapter from our directory or PEFT's.
 
-    base: the model that the adapter must belong to; None to skip that check, which PEFT's files do not allow. UserError
-    if a file is not the one that adapter.json describes, if projections come out differently, or for another base.
+    base: the model that the adapter must belong to; None skips this check. PEFT's files name no hash, so they are not
+    checked. Raises UserError for another base, for a file with another hash than in adapter.json, and for projections
+    that cannot be reproduced.
     """
     if not (directory / DESCRIPTION).is_file():
         return peft_reading.read(directory, model)
@@ -71,7 +73,7 @@ def load(directory: Path, model: ModelConfig, base: Input | None) -> Adapter:
     if base is not None and content["base"]["sha256"] != base.sha256:
         raise UserError(
             f"{directory} is an adapter of {content['base']['path']}, and {base.path} is another model (its hash "
-            "differs): give its own base"
+            "differs): give the base of this adapter"
         )
     config = build(AdapterConfig, content["config"], "config")
     check(config, model)
@@ -81,12 +83,12 @@ def load(directory: Path, model: ModelConfig, base: Input | None) -> Adapter:
     adapter = Adapter(config, trees.unflatten({path: jnp.asarray(leaf) for path, leaf in leaves.items()}))
     check_fits(adapter, model)
     if digest(adapter) != content["digest"]:
-        raise UserError(f"{directory / DESCRIPTION} describes another adapter than {WEIGHTS} holds: fetch both again")
+        raise UserError(f"{directory / DESCRIPTION} does not describe the adapter in {WEIGHTS}: fetch both again")
     return adapter
 
 
 def described(directory: Path) -> dict[str, Any]:
-    """Content of adapter.json. UserError if it, or a file that it describes, is not what was written."""
+    """Content of adapter.json. Raises UserError if it is damaged, or if a file that it lists is missing or changed."""
     file = directory / DESCRIPTION
     try:
         content = json.loads(file.read_text())
@@ -122,7 +124,7 @@ def _projection_paths(config: AdapterConfig, leaves: dict[str, Any]) -> set[str]
 
 
 def _remade_projections(config: AdapterConfig, model: ModelConfig) -> dict[str, np.ndarray]:
-    """Projections made from the seed, by path; {} if the directory stores them, or the method has none."""
+    """Projections made from the seed, by path; {} if the directory stores them or the method has none."""
     if _stores_projections(config):
         return {}
     return {

@@ -1,4 +1,4 @@
-"""The largest adapter that a number of trained parameters allows."""
+"""The largest adapter within a budget of trained parameters."""
 
 import bisect
 import dataclasses
@@ -13,7 +13,7 @@ from moe_reduce.core.errors import UserError
 def within_budget(config: AdapterConfig, model: ModelConfig, allowed: int) -> AdapterConfig:
     """The config with the largest rank or sketch width that trains at most `allowed` parameters.
 
-    UserError if even a size of 1 trains more.
+    Raises UserError if even a size of 1 trains more.
     """
     targets = targets_of(config, model)
     name = "sketch_width" if config.method == "skema" else "rank"
@@ -24,7 +24,7 @@ def within_budget(config: AdapterConfig, model: ModelConfig, allowed: int) -> Ad
         return trained_parameters(dataclasses.replace(config, **{name: size}), model)
 
     if cost(1) > allowed:
-        raise UserError(f"budget: {allowed:,} parameters do not pay for {name}=1, which takes {cost(1):,}")
+        raise UserError(f"budget: {allowed:,} parameters are too few for {name}=1, which needs {cost(1):,}")
     sizes = range(1, int(min(largest, allowed)) + 1)  # each size trains at least one parameter
     size = bisect.bisect_right(sizes, allowed, key=cost)
     return dataclasses.replace(config, **{name: size})

@@ -1,4 +1,4 @@
-"""Validation of an adapter's config against the model that it is for."""
+"""Validation of an adapter's config against its base model."""
 
 import math
 
@@ -10,12 +10,12 @@ from moe_reduce.core.errors import UserError
 
 
 def check(config: AdapterConfig, model: ModelConfig) -> None:
-    """Raise UserError for a config that no adapter of this model can have, neither a new one nor one from files."""
+    """Raise UserError for a config that is impossible for this model, whether the adapter is new or loaded."""
     _check_method(config)
     _check_numbers(config)
     targets = targets_of(config, model)
     if config.method == "dora" and any(target.experts for target in targets):
-        raise UserError("dora is for single matrices, and these targets are experts: choose lora or skema")
+        raise UserError("dora supports single matrices only, and these targets are experts: choose lora or skema")
     if config.method != "skema":
         rank(config)
         return
@@ -25,9 +25,9 @@ def check(config: AdapterConfig, model: ModelConfig) -> None:
 
 
 def check_new(config: AdapterConfig, model: ModelConfig) -> None:
-    """Raise UserError for a config that no new adapter of this model can have.
+    """Raise UserError for a config that a new adapter of this model cannot have.
 
-    PEFT's files may hold a larger rank than a matrix has, which only wastes parameters; a new adapter may not.
+    The rank may not exceed the size of a matrix. Loaded PEFT adapters may have such a rank: it only wastes parameters.
     """
     check(config, model)
     for target in targets_of(config, model):

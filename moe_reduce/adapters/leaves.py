@@ -1,4 +1,4 @@
-"""Leaves of an adapter at one target: shapes, dtypes and initial values, each stated once."""
+"""Leaves of an adapter for one target: shapes, dtypes and initial values."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Start = Callable[[int, Shape, Any], Any]
 
 @dataclass(frozen=True)
 class Leaf:
-    """One leaf: the shape of one layer's values, their dtype, and how they start."""
+    """One leaf: the shape of one layer's values, their dtype, and the function that initialises them."""
 
     shape: Shape
     dtype: Any
@@ -43,7 +43,7 @@ class Leaf:
 
 
 def leaves_of(config: AdapterConfig, target: Target) -> dict[str, Leaf]:
-    """Leaves at a target, by path below the target's."""
+    """Leaves of a target, by their path relative to the target."""
     found = _sketch(config, target) if config.method == "skema" else _low_rank(config, target)
     found["scale"] = Leaf((), jnp.float32, _constant(scale(config)))
     if config.method == "dora":
@@ -83,21 +83,21 @@ def scale(config: AdapterConfig) -> float:
 
 
 def rank(config: AdapterConfig) -> int:
-    """Rank R of LoRA, rsLoRA and DoRA. UserError if it is not set."""
+    """Rank R of LoRA, rsLoRA and DoRA. Raises UserError if it is not set."""
     if config.rank is None or config.rank < 1:
         raise UserError(f"adapter.rank must be positive for {config.method}, got {config.rank}: set it, or a budget")
     return config.rank
 
 
 def sketch_width(config: AdapterConfig) -> int:
-    """Sketch width K of SkeMA. UserError if it is not set."""
+    """Sketch width K of SkeMA. Raises UserError if it is not set."""
     if config.sketch_width is None or config.sketch_width < 1:
         raise UserError(f"adapter.sketch_width must be positive for skema, got {config.sketch_width}: set it")
     return config.sketch_width
 
 
 def _low_rank(config: AdapterConfig, target: Target) -> dict[str, Leaf]:
-    """B = 0, and A as PyTorch starts a linear layer, U(-1/√I, 1/√I), like PEFT."""
+    """Leaves A and B of LoRA, initialised as in PEFT: A from U(-1/√I, 1/√I), B = 0."""
     size, bound = rank(config), target.in_features**-0.5
 
     def uniform(layer: int, shape: Shape, _: Any) -> jax.Array:
@@ -110,7 +110,7 @@ def _low_rank(config: AdapterConfig, target: Target) -> dict[str, Leaf]:
 
 
 def _sketch(config: AdapterConfig, target: Target) -> dict[str, Leaf]:
-    """Projections, shared by the experts of a layer, and a core for each expert."""
+    """Leaves of SkeMA: projections, which the experts of a layer have in common, and a core for each expert."""
     width = sketch_width(config)
     found: dict[str, Leaf] = {}
     for side, size in (("in", target.in_features), ("out", target.out_features)):

@@ -31,13 +31,14 @@ ORDER = "(core · S_in), then S_outᵀ · (…), then scale, then W + ΔW; all i
 
 
 def merge(model: Model, adapter: Adapter) -> Model:
-    """The base with ΔW added to its matrices, and a step of its chain that records the merge.
+    """The base with ΔW added to its matrices; a step in its chain records the merge.
 
-    The adapter may be active in the model. A quantised matrix becomes a float32 one. Abstract leaves give abstract
-    leaves, and a step without hashes. UserError if the adapter does not fit, or has been merged into this model before.
+    The adapter may be active in the model. Quantised matrices become float32. With abstract leaves the result is
+    abstract, and its step has no hashes. Raises UserError if the adapter does not fit, or was merged into this model
+    before.
     """
     base = unmerge(model) if ADAPTER in model.params else model
-    # a copy of the adapter in PEFT's form has another config, and so another digest, but the same leaves
+    # a copy of the adapter in PEFT's format has another config and thus another digest, but the same leaves
     hashes = {"adapter": digest(adapter), "change": _digest_of_leaves(adapter.tree)}
     for step in base.chain:
         if step.command == "merge" and any(value and value == step.arguments.get(key) for key, value in hashes.items()):
@@ -54,9 +55,9 @@ def merge(model: Model, adapter: Adapter) -> Model:
 
 
 def unmerge(model: Model) -> Model:
-    """The base of a model with an active adapter. UserError if none is active: a merge cannot be undone."""
+    """The base of a model with an active adapter. Raises UserError if none is active: a merge cannot be undone."""
     if ADAPTER not in model.params:
-        raise UserError("no adapter is active in this model, and a merged one cannot be taken out again: load the base")
+        raise UserError("this model has no active adapter, and a merge cannot be undone: load the base")
     return dataclasses.replace(model, params={key: value for key, value in model.params.items() if key != ADAPTER})
 
 
@@ -123,7 +124,7 @@ def _merged_layers(target: Target, weight: Any, delta: Delta) -> jax.Array:
 def _merged_layer(target: Target, weight: jax.Array, delta: Delta) -> jax.Array:
     if target.experts is None:
         return _merged_matrix(target, weight, delta)
-    # the experts of a layer share SkeMA's projections; all other leaves have an expert axis
+    # SkeMA's projections are common to the experts of a layer; all other leaves have an expert axis
     axes = jax.tree.map(lambda leaf: 0 if leaf.ndim == 3 else None, delta)
     return jax.vmap(partial(_merged_matrix, target), in_axes=(0, axes))(weight, delta)
 

@@ -1,4 +1,4 @@
-"""Adapted matrices as modules of PEFT: their names in transformers, and the rows of a module that each one fills.
+"""Modules of PEFT for adapted matrices: their names in transformers, and the rows that each matrix fills.
 
 The query, key and value matrices of GPT-NeoX are one module in transformers.
 """
@@ -37,7 +37,7 @@ class Submatrix:
 
 
 def modules_of(targets: Sequence[Target], model: ModelConfig) -> dict[str, list[Submatrix]]:
-    """Adapted matrices by the name of their module; experts, which are no modules in transformers 5, are left out."""
+    """Adapted matrices by the name of their module, without experts, which are not modules in transformers 5."""
     by_path = families.by_path(model)
     found: dict[str, list[Submatrix]] = {}
     for target in targets:

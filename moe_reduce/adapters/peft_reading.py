@@ -1,4 +1,4 @@
-"""Reading PEFT's two files as an adapter: LoRA, rsLoRA and DoRA.
+"""Read PEFT's two files as an adapter: LoRA, rsLoRA and DoRA.
 
 A LoRA of GPT-NeoX's query_key_value adapts all three matrices, each with a copy of its lora_A.
 """
@@ -49,7 +49,7 @@ Tensors = Mapping[tuple[str, str], np.ndarray]  # by (module, suffix)
 
 
 def read(directory: Path, model: ModelConfig) -> Adapter:
-    """Read the adapter in a PEFT directory. UserError, naming key or tensor, for anything that cannot be computed."""
+    """Read the adapter in a PEFT directory. Raises UserError, naming the key or tensor, for what is unsupported."""
     raw = _read_config(directory)
     files = TensorFiles(directory, WEIGHTS_FILE)
     tensors = {_split(name, files.entries[name].file): files.read(name).astype(np.float32) for name in files.entries}
@@ -74,7 +74,7 @@ def read(directory: Path, model: ModelConfig) -> Adapter:
 def _leaves(
     raw: dict[str, Any], tensors: Tensors, module: str, submatrix: Submatrix, rank: int
 ) -> dict[str, np.ndarray]:
-    """Leaves of one matrix; a module of a lower rank is padded with zeros, which change nothing."""
+    """Leaves of one matrix; modules of lower rank are padded with zeros, which leave ΔW unchanged."""
     lora_a, lora_b = tensors[module, LORA_A], tensors[module, LORA_B]
     missing = (0, rank - lora_a.shape[0])
     found = {
@@ -118,11 +118,11 @@ def _split(name: str, file: Path) -> tuple[str, str]:
     for suffix in SUFFIXES:
         if name.startswith(PREFIX) and name.endswith(f".{suffix}"):
             return name.removeprefix(PREFIX).removesuffix(f".{suffix}"), suffix
-    raise UserError(f"tensor {name} in {file} is no part of a LoRA: known are {', '.join(SUFFIXES)}")
+    raise UserError(f"tensor {name} in {file} is not part of a LoRA: known are {', '.join(SUFFIXES)}")
 
 
 def _adapted(tensors: Tensors, model: ModelConfig, directory: Path, dora: bool) -> tuple[Target, ...]:
-    """Targets that the tensors adapt. UserError for an unknown module, or one with a tensor too many or too few."""
+    """Targets that the tensors adapt. Raises UserError for unknown modules, and unexpected or missing tensors."""
     file, needed = directory / WEIGHTS_FILE, SUFFIXES if dora else SUFFIXES[:2]
     modules = modules_of(targets_of(ALL_TARGETS, model), model)
     layers: dict[str, set[int]] = {}
@@ -149,7 +149,8 @@ def _check_output_sizes(tensors: Tensors, model: ModelConfig) -> None:
     for (module, suffix), array in tensors.items():
         if suffix != LORA_A and array.shape[0] != sizes[module]:
             raise UserError(
-                f"{module}.{suffix} has shape {array.shape}, this base needs {sizes[module]} rows: give its own"
+                f"{module}.{suffix} has shape {array.shape}, this base needs {sizes[module]} rows: give the adapter of "
+                "this base"
             )
 
 

@@ -1,8 +1,9 @@
-"""Writing an adapter as PEFT's two files: adapter_config.json and adapter_model.safetensors.
+"""Write an adapter as PEFT's two files: adapter_config.json and adapter_model.safetensors.
 
 LoRA, rsLoRA and DoRA keep their form. SkeMA is written as an equivalent LoRA: lora_A = S_in and lora_B = S_outᵀ·M, with
-r = α = K. Several adapted matrices of one module, such as GPT-NeoX's queries and values, become one LoRA of their
-summed rank, where each fills its own rows of lora_B. PEFT has no name for experts.
+r = α = K. If several matrices of one module are adapted, such as GPT-NeoX's queries and values, they become one LoRA of
+their summed rank, in which each fills its own rows of lora_B. Adapters of experts cannot be written: PEFT has no names
+for them.
 """
 
 import json
@@ -49,9 +50,9 @@ def representable(adapter: Adapter, model: ModelConfig) -> bool:
 
 
 def write(adapter: Adapter, model: ModelConfig, directory: Path, base: str) -> None:
-    """Write the two files. base: the name of the base model in adapter_config.json. UserError for experts."""
+    """Write the two files. base: name of the base in adapter_config.json. UserError for experts."""
     if not representable(adapter, model):
-        raise UserError("PEFT has no name for some of these targets: merge the adapter instead")
+        raise UserError("PEFT cannot represent some of these targets: merge the adapter instead")
     modules, sizes = modules_of(targets_of(adapter.config, model), model), output_sizes(model)
     tensors = {module: _tensors(adapter, submatrices, sizes[module]) for module, submatrices in modules.items()}
     items: list[TensorItem] = []
@@ -97,7 +98,7 @@ def _config(config: AdapterConfig, ranks: dict[str, int], scales: dict[str, floa
 
 
 def _tensors(adapter: Adapter, submatrices: Sequence[Submatrix], outputs: int) -> dict[str, np.ndarray]:
-    """Tensors of one module, with the ranks of its adapted matrices one after the other."""
+    """Tensors of one module: the LoRAs of its adapted matrices, concatenated along the rank."""
     lora_a, lora_b, magnitude_O = [], [], np.zeros(outputs, np.float32)
     for submatrix in submatrices:
         stacked = jax.tree.map(np.asarray, delta_of(adapter, submatrix.target))

@@ -1,4 +1,4 @@
-"""Fixed projections of SkeMA: made from a seed, bit for bit the same each time, and identified by their hash."""
+"""Fixed random projections of SkeMA: reproducible from a seed bit for bit, and identified by a hash."""
 
 import hashlib
 import math
@@ -19,8 +19,8 @@ def make(method: str, width: int, size: int, seed: int, name: str) -> Projection
 
     orthonormal: orthonormal rows (QR of a Gaussian matrix); needs K <= size. gaussian: entries N(0, 1/K). srht: K rows
     of the orthonormal Hadamard transform with random signs, with `size` padded to a power of two (arXiv:1011.1595).
-    name: identifies matrix, layer and side; it determines the numbers together with the seed. UserError if the method
-    cannot have this width. See models/deltas.py for how S is applied.
+    name: identifies matrix, layer and side; together with the seed it determines the numbers. Raises UserError if the
+    method cannot have this width. See models/deltas.py for how S is applied.
     """
     generator = np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
     check(method, width, size, name)
@@ -31,7 +31,7 @@ def make(method: str, width: int, size: int, seed: int, name: str) -> Projection
         signs = generator.choice(np.array([-1, 1], np.float32), padded)
         return {"signs": signs, "rows": np.sort(generator.permutation(padded)[:width]).astype(np.int32)}
     directions, triangle = np.linalg.qr(generator.standard_normal((size, width)))
-    # QR leaves the signs open; fix them, so that they do not depend on the LAPACK in use
+    # QR does not determine the signs; fix them, so that they do not depend on the LAPACK in use
     return {"matrix": np.ascontiguousarray((directions * np.sign(np.diag(triangle))).T.astype(np.float32))}
 
 
@@ -48,7 +48,7 @@ def padded_size(size: int) -> int:
 
 
 def largest(method: str, size: int) -> float:
-    """Widest sketch of so many inputs or outputs; infinite for gaussian."""
+    """Largest sketch width for `size` inputs or outputs; infinite for gaussian."""
     return {"orthonormal": size, "gaussian": math.inf, "srht": padded_size(size)}[method]
 
 
@@ -57,8 +57,8 @@ def check(method: str, width: int, size: int, name: str) -> None:
     widest = largest(method, size)
     if width > widest:
         raise UserError(
-            f"adapter.sketch_width ({width}) exceeds {widest}, the {method} directions of {name}: lower it, or choose "
-            "adapter.projection=gaussian"
+            f"adapter.sketch_width ({width}) exceeds {widest}, the most for {method} projections of {name}: lower it, "
+            "or choose adapter.projection=gaussian"
         )
 
 

@@ -1,4 +1,4 @@
-"""Matrices that an adapter changes, selected by `adapter.targets` and `adapter.layers`."""
+"""Targets: the parameters that an adapter changes, selected by `adapter.targets` and `adapter.layers`."""
 
 from dataclasses import dataclass
 
@@ -44,7 +44,7 @@ class Target:
 
 
 def targets_of(config: AdapterConfig, model: ModelConfig) -> tuple[Target, ...]:
-    """Targets of an adapter, in path order. UserError for a word or a layer that the model does not have."""
+    """Targets of an adapter, in path order. Raises UserError for a word or a layer that the model lacks."""
     found: dict[str, Target] = {}
     for word in config.targets.split(","):
         name, at, layers = word.strip().partition("@")
@@ -58,7 +58,9 @@ def targets_of(config: AdapterConfig, model: ModelConfig) -> tuple[Target, ...]:
             if parameter.path in found:
                 raise UserError(f"adapter.targets={config.targets} names {member} twice: name it once")
             if at and not parameter.stacked:
-                raise UserError(f"adapter.targets: {word!r} names layers, and the pool belongs to all: write {name}")
+                raise UserError(
+                    f"adapter.targets: {word!r} names layers, but the pool belongs to all layers: write {name}"
+                )
             chosen = _layers(layers or config.layers, model.layers) if parameter.stacked else None
             found[parameter.path] = Target(parameter, chosen)
     return tuple(found[path] for path in sorted(found))

@@ -1,4 +1,4 @@
-"""Read --config=FILE and its --config.key=value overrides as runs; every mistake becomes one line."""
+"""Read --config=FILE and its --config.key=value overrides as runs; every invalid input gives one line."""
 
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ INSTALLED = Path(__file__).parents[2] / PACKAGE  # beside the package moe_reduce
 
 def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds --config, which names a configuration; `read` takes its overrides."""
-    shown = "a configuration: a file of yours, or one of the project's own by name, such as reduce"
+    shown = "a Python file, or the name of one of the project's configurations, such as reduce"
     parser.add_argument("--config", required=required, metavar="FILE.py", help=shown)
     parser.epilog = "Any key of the configuration can be overridden: --config.train.steps=10 --config.model.width=64"
 
@@ -82,7 +82,7 @@ def find(name: str) -> Path:
     if file.parent in (Path(), Path(PACKAGE)) and own.is_file():
         return own
     known = ", ".join(sorted(path.stem for path in INSTALLED.glob("[!_]*.py")))
-    raise UserError(f"--config={name} does not exist: name a file, or one of the project's own ({known})")
+    raise UserError(f"--config={name} does not exist: name a file, or one of the project's configurations ({known})")
 
 
 def _execute(file: Path) -> ml_collections.ConfigDict:

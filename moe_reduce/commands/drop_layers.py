@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the shallower model and returns its path."""
     if arguments.count is not None and arguments.data is None:
-        raise UserError(f"--count={arguments.count} measures Block Influence: give --data, or --layers")
+        raise UserError(
+            f"--count={arguments.count} needs text to measure Block Influence on: give --data, or name --layers"
+        )
     model = transforming.read(arguments, overrides)
     from moe_reduce.reduction.layers import drop_layers
 

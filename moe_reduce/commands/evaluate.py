@@ -19,7 +19,7 @@ TASKS_ONLY = ("task_path", "few_shot", "limit")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument("--model", required=True, type=Path, help="a model directory, ours or from Hugging Face")
-    parser.add_argument("--baseline", type=Path, help="another model, to tell how much of its quality --model keeps")
+    parser.add_argument("--baseline", type=Path, help="another model: report how much of its quality --model keeps")
     model_arguments.add_data(parser, required=False, purpose="text to measure on, all of it")
     parser.set_defaults(**dict.fromkeys(model_arguments.CORPUS_DEFAULTS))  # so that given arguments are known
     parser.add_argument("--tasks", help="tasks of lm-eval instead of --data, comma separated, such as arc_easy,gsm8k")
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
-    """Prints the figures, writes summary.json and returns its path."""
+    """Prints the metrics, writes summary.json and returns its path."""
     model_arguments.no_overrides(overrides)
     if bool(arguments.data) == bool(arguments.tasks):
         raise UserError("give either --data=CORPUS or --tasks=NAMES")
@@ -68,7 +68,7 @@ def _measured_text(arguments: argparse.Namespace, tokens: int) -> str:
 
 
 def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the figures depend on."""
+    """The settings that the metrics depend on."""
     of_tasks = ("tasks", *TASKS_ONLY, "batch_size", "compute_dtype")
     settings = {name: getattr(arguments, name) for name in of_tasks}
     if not arguments.tasks:
@@ -116,7 +116,7 @@ def _check_tokenizers(arguments: argparse.Namespace) -> None:
 
 def _on_tasks(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, Any]:
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--tasks needs the EleutherAI harness: pip install 'moe_reduce[evaluate]'")
+        raise UserError("--tasks needs the EleutherAI harness: pip install -e '.[evaluate]'")
     from moe_reduce.inference import tasks
 
     names = tuple(arguments.tasks.split(","))

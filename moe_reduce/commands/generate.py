@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p",
         type=float,
         default=default.top_p,
-        help="sample from the most probable tokens that hold this share of the probability (default: %(default)s, all)",
+        help="sample from the most probable tokens whose probabilities sum to this (default: %(default)s, all)",
     )
     parser.add_argument("--seed", type=int, default=default.seed, help="seed of sampling (default: %(default)s)")
     parser.add_argument(
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
-    """Prints one prompt's continuation as it is made; returns those of several prompts, each below its prompt."""
+    """Streams the continuation of a single prompt; returns those of several prompts, each below its prompt."""
     model_arguments.no_overrides(overrides)
     from moe_reduce.inference.generate import ready
     from moe_reduce.inference.text import Continuation, end_ids
@@ -126,7 +126,7 @@ def _prompts(arguments: argparse.Namespace) -> tuple["Tokenizer", list[list[int]
 
 
 def _print(model: "Model", rows: list["Continuation"], settings: GenerateConfig) -> None:
-    """Prints a single continuation as it is made, after its prompt on stderr, and then the speed without compiling."""
+    """Prints the prompt on stderr, streams its continuation, and then prints the speed without compile time."""
     from moe_reduce.inference.generate import compile_for
     from moe_reduce.inference.text import stream
 

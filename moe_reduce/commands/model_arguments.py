@@ -79,7 +79,7 @@ def add_corpus(parser: argparse.ArgumentParser, required: bool, purpose: str) ->
     parser.add_argument("--sequence-length", type=int, default=length, help=f"tokens in a sequence (default: {length})")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences in a batch (default: 16)")
     parser.add_argument("--max-batches", type=int, help="stop after this many batches (default: the whole corpus)")
-    parser.add_argument("--cache", default=cache, help=f"directory of prepared tokens (default: {cache})")
+    parser.add_argument("--cache", default=cache, help=f"directory of cached tokens (default: {cache})")
 
 
 def add_compute_dtype(parser: argparse.ArgumentParser) -> None:
@@ -152,7 +152,7 @@ def tensor_mesh(arguments: argparse.Namespace, *models: Path) -> "Mesh | None":
     with contextlib.suppress(RuntimeError):  # JAX has found its devices already, and their number is fixed
         jax.config.update("jax_num_cpu_devices", arguments.tensor)
     if len(jax.devices()) < arguments.tensor:
-        raise UserError(f"--tensor={arguments.tensor} needs as many devices, and there are {len(jax.devices())}")
+        raise UserError(f"--tensor={arguments.tensor} needs as many devices, but there are {len(jax.devices())}")
     return sharding.make_mesh(wanted)
 
 
@@ -186,14 +186,14 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
 
 
 def check_unused(arguments: argparse.Namespace, where: str, *names: str) -> None:
-    """Raises UserError for the first of the named arguments that is given although nothing reads it. where: why."""
+    """Raises UserError for the first of the named arguments that is given but not used. where: the reason."""
     for name in names:
         if getattr(arguments, name) is not None:
             raise UserError(f"{_option(name)} does nothing {where}: leave it out")
 
 
 def fill(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
-    """Sets arguments that were not given to their defaults, for commands that must know which were given."""
+    """Sets defaults after parsing, for commands that must know which arguments were given."""
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)

@@ -1,4 +1,4 @@
-"""moe-reduce monitor: record the load of the machine while models answer, ours or those of an Ollama server."""
+"""moe-reduce monitor: record the load of the machine while models, local or of an Ollama server, answer a prompt."""
 
 import argparse
 import csv
@@ -50,11 +50,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Prints a line for each model; writes monitor.csv, whose path it returns, samples.csv and monitor.png."""
     model_arguments.no_overrides(overrides)
     if not arguments.model and not arguments.ollama:
-        raise UserError("give --model=DIR or --ollama=NAME, each as often as there are models")
+        raise UserError("give --model=DIR or --ollama=NAME; both may be repeated")
     model_arguments.check_positive(arguments, "max_tokens", "pause")
     model_arguments.check_utf8("--prompt", arguments.prompt)
     if importlib.util.find_spec("psutil") is None:
-        raise UserError("monitor needs psutil: pip install 'moe_reduce[monitor]'")
+        raise UserError("monitor needs psutil: pip install -e '.[monitor]'")
     out = arguments.out
     model_arguments.check_out_directory(out, arguments.overwrite, TABLE, "what monitor wrote")
     mesh = model_arguments.tensor_mesh(arguments, *arguments.model)
@@ -91,7 +91,7 @@ def _csv(columns: tuple[str, ...], rows: list[Any]) -> str:
 def _row(
     described: tuple[Any, ...], monitor: "Monitor", seconds: float | None, prompt_rate: float, decode_rate: float
 ) -> list[Any]:
-    """One row of monitor.csv. seconds: until the first token; None where it is unknown."""
+    """One row of monitor.csv. seconds: until the first token; None if unknown."""
     found = [monitor.peak(name) for name in ("cpu_percent", "ram_percent", "gpu_percent", "vram_mb")]
     found.append(None if seconds is None else round(seconds, 4))
     return [*described, *("" if one is None else one for one in found), round(prompt_rate, 1), round(decode_rate, 1)]

@@ -22,11 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown = {name: f"(default: {value})" for name, value in SERVING_DEFAULTS.items()}
     parser.add_argument("--context", type=int, help=f"tokens of a sequence {shown['context']}")
     parser.add_argument("--batch", type=int, help=f"sequences answered at once {shown['batch']}")
-    parser.add_argument("--dtype", choices=tuple(BITS), help=f"dtype of the weights when answering {shown['dtype']}")
+    parser.add_argument("--dtype", choices=tuple(BITS), help=f"dtype of the weights at inference {shown['dtype']}")
     parser.add_argument(
         "--cache-dtype", choices=tuple(CACHE_BITS), help=f"dtype of the KV cache {shown['cache_dtype']}"
     )
-    parser.add_argument("--device", metavar="NAME", help="tell whether this device has room: rtx5090, h100, v4, ...")
+    parser.add_argument(
+        "--device", metavar="NAME", help="check whether the model fits this device: rtx5090, h100, v4, ..."
+    )
     parser.add_argument(
         "--topology", metavar="NAME", help="plan a training step instead: compiled for TPUs (v4:2x2x4), or estimated "
         "for GPUs (h100:8)",
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
-    """Returns the plan: of one model in full, of several models or stages as a table."""
+    """Returns the plan: all details for one model, a table for several models or stages."""
     _check(arguments, overrides)
     if arguments.model:
         models = {str(arguments.model): model_arguments.directory_config(arguments.model)}
@@ -89,7 +91,7 @@ def _shown(plans: dict[str, Any], table: Callable[[dict[str, Any]], str], as_jso
 
 
 def _serving(model: ModelConfig, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Memory needed to answer; with --device also whether it fits, its greatest speed, and what would make it fit."""
+    """Inference memory; with --device also whether it fits, the highest speed, and changes that make it fit."""
     from moe_reduce.planning import serving
 
     wanted = serving.Serving(model, arguments.context, arguments.batch, arguments.dtype, arguments.cache_dtype)
@@ -130,7 +132,7 @@ def _models(name: str, described: RunConfig | ReduceConfig | AdaptConfig) -> dic
 
 
 def plan(model: ModelConfig, context: int) -> dict[str, Any]:
-    """Counts, bytes and FLOPs of a model. Exact for any size, because they come from abstract leaves."""
+    """Counts, bytes and FLOPs of a model, computed from abstract leaves, so no weights are needed."""
     from moe_reduce.planning.flops import (
         active_parameters,
         forward_flops_per_token,

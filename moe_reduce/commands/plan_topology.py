@@ -1,4 +1,4 @@
-"""moe-reduce plan --topology: plan the training step of a run for devices that need not be present."""
+"""moe-reduce plan --topology: estimate the training step of a run on devices that are not present."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""moe-reduce pool: pool the experts of all layers, so that every layer can call each of them."""
+"""moe-reduce pool: put the experts of all layers into one pool that every layer can call."""
 
 import argparse
 from pathlib import Path
@@ -12,8 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     transforming.add_arguments(parser)
     parser.add_argument(
         "--start", choices=("lossless", "concat", "random"), default="lossless",
-        help="routers of the pool: the old ones side by side with a bias that keeps every choice (lossless), the same "
-        "without the bias (concat), or new ones (random) (default: %(default)s)",
+        help="routers of the pool: lossless concatenates the old ones and adds a bias that keeps every choice; concat "
+        "omits the bias; random starts from new routers (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--score-function", choices=("softmax", "sigmoid"), default="softmax",

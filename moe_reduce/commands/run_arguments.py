@@ -70,7 +70,7 @@ def run_each(
 
 def _check_workdir(workdir: Path) -> None:
     if ":/" in str(workdir):
-        raise UserError(f"--workdir={workdir} must be on a disk: mount the bucket and give the path it is mounted at")
+        raise UserError(f"--workdir={workdir} must be a directory: mount the bucket and give the mount point")
 
 
 def chosen(runs: dict[str, T], variants: list[str] | None) -> dict[str, T]:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
-    """Writes the scores as JSON, with their sums as arrays and two pictures beside it; returns the path of the JSON.
+    """Writes the scores as JSON, and beside it the raw sums as arrays and two pictures; returns the path of the JSON.
 
     Prints the best and the worst experts of each criterion, and the files.
     """
@@ -80,7 +80,7 @@ def _ends(scores_NE: "np.ndarray", pool: bool) -> dict[str, str]:
 
 
 def _files(out: Path) -> list[Path]:
-    """The files written, the scores last, so that their presence means that all are complete."""
+    """The files to write. The scores come last, so that their presence means that all files are complete."""
     if out.suffix != ".json":
         raise UserError(f"--out={out} must end in .json: arrays and pictures with the same name go beside it")
     return [out.with_name(out.stem + end) for end in (".npz", "-histogram.png", "-map.png", ".json")]

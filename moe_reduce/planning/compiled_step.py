@@ -1,4 +1,4 @@
-"""A training step compiled for devices that need not be present, with the compiler's figures of its memory and cost."""
+"""Compile a training step for devices that need not be present; report memory and cost as the compiler states them."""
 
 import math
 import re
@@ -17,8 +17,8 @@ from moe_reduce.training.job import Job
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*)\[([\d,]*)\]")
 OPERATION = re.compile(r"[\])}] ([a-z-]+)\(")
-UNKNOWN = 2**63 - 1  # in place of an estimate that the compiler does not have
-MOST = 10  # sources of estimated cycles in a report
+UNKNOWN = 2**63 - 1  # stands for a missing estimate
+MOST = 10  # number of sources of estimated cycles in a report
 BITS = {"pred": 8, "bf16": 16}
 
 
@@ -60,7 +60,7 @@ def compile_step(job: Job, mesh: Mesh, memory: int) -> dict[str, Any]:
 
 
 def _text(compiled: Any) -> str:
-    """The optimised program; an empty one if the compiler cannot print it, like libtpu 0.0.52 for v5p and v6e."""
+    """The optimised program; an empty one if the compiler cannot print it, as libtpu 0.0.52 for v5p and v6e."""
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
@@ -76,9 +76,9 @@ def model_flops(job: Job, devices: int) -> float | None:
 
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """Collectives that one device runs in a step: {type: {"count", "bytes"}}, with each turn of a loop counted.
+    """Collectives that one device runs in a step: {type: {"count", "bytes"}}; every loop iteration counts.
 
-    bytes: those of the results.
+    bytes: total size of the results.
     """
     count: Counter[str] = Counter()
     moved: Counter[str] = Counter()
@@ -90,10 +90,10 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
 
 
 def estimated_cycles(hlo: str) -> dict[str, int]:
-    """Cycles of a step on one device by their source in the model, largest first, as estimated by the TPU compiler.
+    """Estimated cycles of a step on one device, by source in the model, largest first; from the TPU compiler only.
 
-    Each turn of a loop counts. {} from other compilers. Only passes over memory have estimates; kernels, products,
-    gathers and scatters have none.
+    Every loop iteration counts; {} from other compilers. Only elementwise passes over memory have estimates; kernels,
+    products, gathers and scatters have none.
     """
     found: Counter[str] = Counter()
     # on some chips fused instructions have estimates too, which the fusion's estimate includes
@@ -106,7 +106,7 @@ def estimated_cycles(hlo: str) -> dict[str, int]:
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:
-    """Instructions of each computation, by its name; the entry is named "ENTRY"."""
+    """Instructions of each computation by its name; the entry computation is named "ENTRY"."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in hlo.splitlines():
@@ -121,14 +121,14 @@ def _computations(hlo: str) -> dict[str, list[str]]:
 def _executed(
     computations: dict[str, list[str]], computation: str = "ENTRY", times: int = 1, fused: bool = True
 ) -> Iterator[tuple[str, str, int]]:
-    """(instruction, operation, number of runs) of everything that a computation runs.
+    """(instruction, operation, number of runs) of every instruction that a computation runs.
 
-    fused: includes the instructions inside fusions.
+    fused: whether to include the instructions inside fusions.
     """
     for line in computations[computation]:
         operation = OPERATION.search(line)
         name = operation[1].removesuffix("-start") if operation else ""
-        # on TPU a fusion of an all-reduce with the slice that the device keeps, which moves only that slice
+        # TPU fuses an all-reduce with the slice that the device keeps; such a fusion moves only that slice
         if re.search(r"calls=%?all-reduce-scatter", line):
             yield line, "reduce-scatter", times
             continue
@@ -140,7 +140,7 @@ def _executed(
 
 
 def _called(computations: dict[str, list[str]], line: str, operation: str) -> Iterator[tuple[str, int]]:
-    """(computation, number of runs) of everything that an instruction calls, except a reduction's scalar function."""
+    """(computation, number of runs) of each computation that an instruction calls, except scalar reducers."""
     if operation == "while":
         condition = re.search(r"condition=%?([\w.-]+)", line)
         body = re.search(r"body=%?([\w.-]+)", line)

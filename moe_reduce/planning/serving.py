@@ -1,4 +1,4 @@
-"""Memory of a model at inference, the maximum decode speed of a device, and the smallest change that makes it fit."""
+"""Inference memory of a model, the highest decode speed on a device, and the smallest change that makes it fit."""
 
 import dataclasses
 import math
@@ -49,7 +49,7 @@ def activation_bytes(model: ModelConfig, batch: int) -> int:
 
 
 def bytes_read(serving: Serving) -> int:
-    """Least number of bytes that a decode step reads: the weights that its tokens use, and the whole cache."""
+    """Bytes that a decode step must read: the weights that its tokens use, and the whole cache."""
     cache = cache_bytes(serving.model, serving.context, serving.batch, CACHE_BITS[serving.cache_dtype])
     return weight_bytes(sum(weights_read(serving).values()), BITS[serving.dtype]) + cache
 
@@ -71,7 +71,7 @@ def weights_read(serving: Serving) -> dict[str, int]:
 
 
 def decode_bound(serving: Serving, device: Device) -> float:
-    """Upper bound of tokens per second, over all sequences: the device's bandwidth over the bytes read."""
+    """Upper bound of tokens per second over all sequences: batch · bandwidth / bytes read in a step."""
     return serving.batch * device.bandwidth / bytes_read(serving)
 
 
@@ -83,8 +83,8 @@ def total(serving: Serving) -> int:
 def remedies(serving: Serving, memory: int) -> list[tuple[str, Serving]]:
     """Changes that make the workload fit into `memory` bytes: (description, changed workload), smallest change first.
 
-    One kind of change each, by the smallest step that suffices; if no kind suffices, fewer bits together with the
-    smallest further change. [] if nothing makes it fit.
+    Each entry changes one thing (dtype, cache dtype, context or experts) as little as suffices. If no single change
+    suffices, entries combine a lower dtype with the smallest further change. [] if nothing makes it fit.
     """
     single = list(_changes(serving, memory))
     if not single:

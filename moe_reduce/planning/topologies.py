@@ -1,4 +1,4 @@
-"""Meshes of absent devices: a TPU slice that libtpu can compile for, or GPUs, as a shape only."""
+"""Meshes of devices that are not present: TPU slices that libtpu compiles for, and GPUs by number only."""
 
 import importlib.util
 import os
@@ -13,13 +13,13 @@ from moe_reduce.core.devices import Device, device
 from moe_reduce.core.errors import UserError
 from moe_reduce.training import sharding
 
-# keeps libtpu from searching for a TPU machine, and from logging at length that there is none
+# keeps libtpu from searching for a TPU, and from logging at length that there is none
 OFFLINE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A number of devices of one kind. memory: bytes of each device that a program can use."""
+    """A set of equal devices. memory: bytes on each device that a program can use."""
 
     name: str
     device: Device
@@ -29,7 +29,7 @@ class Topology:
 
 
 def topology(name: str, config: MeshConfig) -> Topology:
-    """Parse a TPU slice such as `v4:2x2x4`, or a number of GPUs such as `h100:8`. UserError if `name` is neither."""
+    """Parse a TPU slice such as `v4:2x2x4`, or a number of GPUs such as `h100:8`; UserError for anything else."""
     kind, _, size = name.partition(":")
     found = device(kind)
     if found.kind is not None and found.kind.startswith("TPU"):
@@ -38,7 +38,7 @@ def topology(name: str, config: MeshConfig) -> Topology:
         mesh = sharding.make_mesh(config, _tpu_devices(name, found))
         return Topology(name, found, "tpu", found.memory, mesh)
     if not size.isdigit() or int(size) == 0:
-        raise UserError(f"--topology={name} must say how many cards, such as {kind}:8")
+        raise UserError(f"--topology={name} must give the number of GPUs, such as {kind}:8")
     shape = sharding.mesh_shape(config, int(size))
     mesh = AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
     return Topology(name, found, "gpu", found.memory, mesh)
@@ -46,9 +46,7 @@ def topology(name: str, config: MeshConfig) -> Topology:
 
 def _tpu_devices(name: str, chip: Device) -> list:
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f"--topology={name} needs TPU's compiler: pip install 'moe_reduce[tpu]' in an environment of its own"
-        )
+        raise UserError(f"--topology={name} needs TPU's compiler: pip install -e '.[tpu]' in a separate environment")
     os.environ.update(OFFLINE)
     cores = {} if chip.cores is None else {"chip_config_name": chip.cores}
     try:

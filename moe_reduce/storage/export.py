@@ -1,6 +1,6 @@
-"""Export to formats that other runtimes execute: a directory of model.stablehlo, model.onnx and export.json.
+"""Export a model to a directory with model.stablehlo or model.onnx, or both, and export.json.
 
-The files need only jax (on CPU, CUDA or TPU) or only onnxruntime:
+Running these files needs only jax (on CPU, CUDA or TPU) or only onnxruntime:
 
     jax.export.deserialize(bytearray(Path("model.stablehlo").read_bytes())).call(tokens_BT)
     onnxruntime.InferenceSession("model.onnx").run(["logits"], {"tokens": tokens_BT})[0]
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 EXPORT_FILE = "export.json"
 FILE_LIMIT = 2**31 - 2**26  # bytes of weights: both formats are limited to 2 GiB, and the graph takes part of it
 SHAPES = ((2, 16), (3, 5))  # [B, T] of the batches that check a file whose sizes are dynamic
-RELATIVE_TOLERANCE = 1e-4  # share of the largest logit; a different order of summation gives a tenth of it
+RELATIVE_TOLERANCE = 1e-4  # fraction of the largest logit; another order of summation differs by a tenth of it
 
 
 def check(config: ModelConfig, target: Path, formats: Sequence[str], overwrite: bool) -> None:
@@ -38,13 +38,15 @@ def check(config: ModelConfig, target: Path, formats: Sequence[str], overwrite: 
         export_formats.require(file_format)
     size = 4 * parameter_count(config)
     if size > FILE_LIMIT:
-        raise UserError(f"the weights take {size / 1e9:.1f} GB in fp32 and a file holds 2: export a smaller model")
+        raise UserError(
+            f"the weights take {size / 1e9:.1f} GB in fp32 and a file can hold 2 GB: export a smaller model"
+        )
 
 
 def write(
     model: "Model", target: Path, formats: Sequence[str], sizes: tuple[int | None, int | None], content: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write the directory whole or not at all; return the content of export.json.
+    """Write the directory atomically; return the content of export.json.
 
     sizes: (batch, time), None for a dynamic size. content: further entries of export.json. Raises UserError when a
     format cannot express the model, when a written file does not run or gives other logits than the model, or when the

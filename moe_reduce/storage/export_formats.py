@@ -22,7 +22,7 @@ TOKENS, LOGITS = "tokens", "logits"
 PLATFORMS = ("cpu", "cuda", "tpu")
 PACKAGES = {"stablehlo": ("flatbuffers",), "onnx": ("jax2onnx", "onnx", "onnxruntime")}  # optional ones
 FILES = {name: f"model.{name}" for name in PACKAGES}
-ERRORS = 3  # lowest severity that onnxruntime logs
+ERRORS = 3  # log level of onnxruntime: errors and worse
 
 
 @dataclass(frozen=True)

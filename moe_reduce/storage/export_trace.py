@@ -17,7 +17,7 @@ from moe_reduce.models.decoder import Decoder
 if TYPE_CHECKING:
     from moe_reduce.models.model import Model
 
-DISPATCH = "reference"  # other dispatches need groups whose sizes are known only at run time; no format has them
+DISPATCH = "reference"  # other dispatches need groups of dynamic size, which no export format can express
 SIZES = ("batch", "time")  # names of dynamic sizes of the token ids
 
 
@@ -38,8 +38,8 @@ class Traced:
 def trace(model: "Model", batch_size: int | None, sequence_length: int | None) -> Traced:
     """Trace a model in fp32; a size of None is dynamic.
 
-    Operations that do not affect the logits, such as router statistics, are removed: most of what the formats cannot
-    express is among them. Raises UserError when the model cannot be traced with dynamic sizes.
+    Operations that do not affect the logits, such as router statistics, are removed; the formats could not express most
+    of them. Raises UserError when the model cannot be traced with dynamic sizes.
     """
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params)
     execution = dataclasses.replace(

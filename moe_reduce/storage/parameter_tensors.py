@@ -1,6 +1,6 @@
-"""The parameter tree <-> tensors on disk, under the names and in the layouts that the model's family states.
+"""Read and write the parameter tree as tensors on disk, with the names and layouts of the model's family.
 
-A weight may be several tensors: quantised.py says which.
+A quantised weight consists of several tensors: see quantised.py.
 """
 
 import itertools
@@ -19,10 +19,10 @@ from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem
 
 
 def check_names(files: TensorFiles, config: ModelConfig) -> None:
-    """Check that the files hold exactly the tensors of a model, without reading them.
+    """Check the headers of the files: they must hold exactly the tensors of the model, in the right shapes.
 
-    Raises UserError when a tensor is missing, unknown or of another shape, or when an output table that config.json
-    ties to the embedding differs from it.
+    Raises UserError when a tensor is missing, unknown or of another shape. An output table that is stored although
+    config.json ties it to the embedding is read and must equal it.
     """
     parts = [part for leaf in leaves(config) for part in quantised.stored_leaves(leaf, files.entries)]
     expected = {name: part.stored_shape for part in parts for name in part.names()}
@@ -103,8 +103,8 @@ def _dtype(files: TensorFiles, leaf: Leaf, dtype: Any) -> np.dtype:
     kind = np.dtype(next(iter(stored)) if dtype is None else dtype)
     if jax.dtypes.canonicalize_dtype(kind) != kind:
         raise UserError(
-            f"{leaf.path} in {files.directory} would be {kind}, which JAX has switched off: convert the weights to "
-            "float32, or load them with dtype="
+            f"{leaf.path} in {files.directory} would be {kind}, which JAX does not enable by default: convert the "
+            "weights to float32, or load them with dtype="
         )
     return kind
 
@@ -127,21 +127,21 @@ def _gather(files: TensorFiles, leaf: Leaf, index: tuple[slice, ...], dtype: np.
 
 
 class Piece(NamedTuple):
-    """One array's share of one tensor: its layout, the numbers of the layer and expert, and the whole array."""
+    """The part of one tensor that comes from one array: layout, indices of layer and expert, and the whole array."""
 
     leaf: Leaf
     numbers: tuple[int, ...]
     array: Any
 
     def fetch(self) -> np.ndarray:
-        """The values of that layer and expert, on the host."""
+        """Values of this layer and expert, copied to the host."""
         return np.asarray(self.array[self.numbers])
 
 
 def write_items(params: Mapping[str, Any], config: ModelConfig) -> Iterator[TensorItem]:
-    """Tensors for `write_tensors`, layer by layer as a reader wants them; arrays are fetched one tensor at a time.
+    """Tensors for `write_tensors`, ordered by layer; only one tensor at a time is copied to the host.
 
-    Raises UserError when the parameters are not those of the configuration.
+    Raises UserError when the parameters do not match the configuration.
     """
     flat = trees.flatten(params)
     _check_params(flat, config)
