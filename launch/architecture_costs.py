@@ -1,4 +1,4 @@
-"""Loss that each exact or data-light architecture reduction costs a trained dense model, without retraining.
+"""Loss that each architecture reduction costs a trained dense model, without retraining.
 
 The moe-reduce commands measure the loss on unseen text before and after each reduction.
 Command: python launch/architecture_costs.py --model=runs/cpu_pair/seed1/dense/model --data=TEXT
@@ -69,11 +69,11 @@ def run(model: Path, data: str, max_batches: int) -> list[list[str]]:
 
 def main() -> None:
     """Measures and writes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--max-batches", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/architecture/summary.json")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="directory of a trained dense model")
+    parser.add_argument("--data", required=True, help="text that the model has not seen")
+    parser.add_argument("--max-batches", type=int, default=64, help="batches to measure (default: 64)")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/architecture/summary.json", help="result")
     arguments = parser.parse_args()
     content = {
         "title": "Reductions of a dense model, without retraining",

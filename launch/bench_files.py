@@ -68,10 +68,12 @@ def weights_bytes(directory: Path) -> int:
 
 def main() -> None:
     """Measures and writes the summary."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/files/summary.json")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", type=Path, help="a Qwen3-MoE directory (default: a synthetic one, removed afterwards)"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/files/summary.json", help="result")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of which the median is taken (default: 5)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)

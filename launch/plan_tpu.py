@@ -1,6 +1,6 @@
-"""Plans of `moe-reduce plan --topology --json` as one table -> docs/results/tpu_memory/summary.json.
+"""Collect plans of `moe-reduce plan --topology --json` into one table: docs/results/tpu_memory/summary.json.
 
-Command: ./launch/plan_tpu.sh
+Command: ./launch/plan_tpu.sh (makes the plans, then calls this script)
 """
 
 import argparse
@@ -32,9 +32,9 @@ def row(name: str, plan: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Prints and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("plans", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/tpu_memory")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plans", nargs="+", type=Path, metavar="PLAN.json", help="output of plan --topology --json")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/tpu_memory", help="directory of the result")
     arguments = parser.parse_args()
     plans = {name: plan for file in arguments.plans for name, plan in json.loads(file.read_text()).items()}
     first = next(iter(plans.values()))

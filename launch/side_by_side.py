@@ -1,7 +1,7 @@
-"""Shared code of the benchmarks: timing programs against each other, and writing a result.
+"""Common code of the benchmarks: time programs side by side, and write a result.
 
-Each side has its own process, so that none inherits another's heap, and sides run in turn, so that drift of the
-machine's speed affects all alike.
+Each program runs in its own process, so that none inherits another's heap. Programs run in turn, so that changes in the
+speed of the machine affect all of them equally.
 """
 
 import argparse
@@ -35,16 +35,16 @@ def medians(runs: dict[str, Run], repeats: int) -> dict[str, float]:
 
 
 def _serve(connection: Any, build: Build, *arguments: Any) -> None:
-    run, said = build(*arguments)
+    run, facts = build(*arguments)
     first = run()
-    connection.send((said, first if isinstance(first, float) else None))
+    connection.send((facts, first if isinstance(first, float) else None))
     while connection.recv():
         made = run()
         connection.send(made if isinstance(made, float) else None)
 
 
 class Side:
-    """One side of a comparison in its own process; `said` holds the facts that its `build` returned."""
+    """One program of a comparison, in its own process; `facts` holds what its `build` returned."""
 
     def __init__(self, build: Build, *arguments: Any):
         context = multiprocessing.get_context("spawn")
@@ -52,7 +52,7 @@ class Side:
         self.process = context.Process(target=_serve, args=(theirs, build, *arguments))
         self.process.start()
         theirs.close()
-        self.said, first = self.connection.recv()
+        self.facts, first = self.connection.recv()
         self.losses = [first]
 
     def __call__(self) -> None:
@@ -69,9 +69,9 @@ class Side:
 def compare(
     builds: dict[str, tuple[Any, ...]], repeats: int, vocab_size: int | None = None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """(median seconds, facts) by name, of builds with their arguments.
+    """(median seconds, facts) by name. builds: {name: (build, its arguments)}.
 
-    vocab_size: if given, checks that all builds learn, starting from random weights.
+    vocab_size: if given, checks that all programs learn, starting from random weights.
     """
     sides = {name: Side(*build) for name, build in builds.items()}
     seconds = medians(dict(sides), repeats)
@@ -79,30 +79,37 @@ def compare(
         side.end()
         if vocab_size is not None:
             check_learning(name, side.losses, vocab_size)
-    return seconds, {name: side.said for name, side in sides.items()}
+    return seconds, {name: side.facts for name, side in sides.items()}
 
 
 def apart(function: Callable[..., T], *arguments: Any) -> T:
-    """Result of the function, called in a new process, so that no memory is shared with other calls."""
+    """Result of the function, called in a new process, so that memory is measured apart from other calls."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def check_learning(name: str, losses: list[Any], vocab_size: int) -> None:
-    """Raises unless losses begin near ln V, as with random weights, and end lower: a no-op step would be fast."""
+    """Raises unless losses begin near ln V, as with random weights, and fall: a step that does nothing is fast."""
     if not (abs(losses[0] / np.log(vocab_size) - 1) < 0.1 and losses[-1] < losses[0]):
         raise AssertionError(f"{name} does not train: losses {losses}, expected to begin near {np.log(vocab_size):.2f}")
 
 
 def options(description: str, name: str, repeats: int) -> argparse.Namespace:
-    """Parses a benchmark's options: tiny, repeats and out; name: of its result."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    """Parses a benchmark's options: tiny, repeats and out.
+
+    description: shown by --help, usually the docstring of the script. name: directory of the result in docs/results.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a quick check of the script; needs --out")
-    parser.add_argument("--repeats", type=int, default=repeats, help="that a median is taken of (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=None, help=f"directory (default: docs/results/{name})")
+    parser.add_argument(
+        "--repeats", type=int, default=repeats, help="runs of which the median is taken (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help=f"directory of the result (default: docs/results/{name})"
+    )
     given = parser.parse_args()
     if given.tiny and given.out is None:
-        parser.error("--tiny needs --out: its figures are no result")
+        parser.error("--tiny needs --out, because its numbers must not replace a result: give a directory")
     given.out = given.out or RESULTS / name
     given.repeats = 1 if given.tiny else given.repeats
     return given

@@ -53,13 +53,13 @@ def write(model: ModelConfig, out: Path, shard_bytes: int) -> None:
 
 def main() -> None:
     """Writes the checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--shard-megabytes", type=int, default=500)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="directory to write")
+    parser.add_argument("--layers", type=int, default=6, help="layers (default: 6)")
+    parser.add_argument("--experts", type=int, default=128, help="experts of a layer (default: 128)")
+    parser.add_argument("--width", type=int, default=2048, help="width of the model (default: 2048)")
+    parser.add_argument("--hidden", type=int, default=768, help="width of an expert (default: 768)")
+    parser.add_argument("--shard-megabytes", type=int, default=500, help="size of a file (default: 500)")
     arguments = parser.parse_args()
     model = config(arguments.layers, arguments.experts, arguments.width, arguments.hidden)
     write(model, arguments.out, arguments.shard_megabytes * 1_000_000)

@@ -1,8 +1,10 @@
 """Every configuration builds abstractly, every script parses, and the benchmark script runs."""
 
 import functools
+import importlib
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -112,6 +114,33 @@ def test_configs_are_installed_with_the_package(monkeypatch):
     runpy.run_path(str(ROOT / "setup.py"))
     assert "configs" in found["packages"]
     assert not [name for name in found["extras_require"]["test-core"] if name.startswith(("torch", "transformers"))]
+
+
+def test_every_extra_that_is_named_can_be_installed(monkeypatch):
+    """The package is not on PyPI, so that extras are installed from the checkout."""
+    setuptools = pytest.importorskip("setuptools")
+    known = {}
+    monkeypatch.setattr(setuptools, "setup", known.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("launch/*.*"), *ROOT.glob("moe_reduce/**/*.py")]
+    named = [found for file in files for found in re.findall(r"install -e '([^'\[]*)\[([\w-]+)\]'", file.read_text())]
+    assert len(named) > 5
+    assert {(place, extra) for place, extra in named if place != "." or extra not in known["extras_require"]} <= {
+        (".", "NAME")
+    }
+    assert [file for file in files if "moe_reduce[" in file.read_text()] == []
+    listed = (ROOT / "README.md").read_text(), (ROOT / "CONTRIBUTING.md").read_text()
+    assert [extra for extra in known["extras_require"] if not all(f"`{extra}`" in page for page in listed)] == []
+
+
+def test_help_of_a_benchmark_is_its_whole_description(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    side_by_side = importlib.import_module("side_by_side")
+    monkeypatch.setattr(sys, "argv", ["bench", "--help"])
+    with pytest.raises(SystemExit):
+        side_by_side.options("First line.\n\nCommand: ./bench\n", "result", repeats=3)
+    assert "First line.\n\nCommand: ./bench\n" in capsys.readouterr().out
 
 
 def test_no_file_names_a_text_that_only_its_authors_have():
