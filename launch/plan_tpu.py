@@ -21,10 +21,10 @@ def row(name: str, plan: dict[str, Any]) -> list[str]:
     held = plan["held_bytes"]
     trained = sum(held.get(kind, 0) for kind in ("trained_parameters", "optimizer", "average"))
     moved = {kind: f"{kind} {one['bytes'] / GB:.2f} GB" for kind, one in plan.get("collectives", {}).items()}
-    said = f"{plan['share_of_memory']:.0%}" if plan["fits"] else f"does not fit: {plan['remedy']}"
+    fit = f"{plan['share_of_memory']:.0%}" if plan["fits"] else f"does not fit: {plan['remedy']}"
     return [
         name, plan["mesh"], plan["batch"], f"{trained / GB:.2f} GB", f"{held.get('frozen_parameters', 0) / GB:.2f} GB",
-        f"{plan.get('temporaries_bytes', 0) / GB:.2f} GB", said, ", ".join(moved.values()),
+        f"{plan.get('temporaries_bytes', 0) / GB:.2f} GB", fit, ", ".join(moved.values()),
         f"{plan['estimated_cycles']['total'] / 1e6:,.0f} M" if plan["fits"] else "",
         f"{plan.get('compile_seconds', 0):.0f} s",
     ]  # fmt: skip

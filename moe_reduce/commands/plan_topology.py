@@ -26,10 +26,10 @@ def plan(
     """Memory and cost of a training step on each device, by run and stage. Raises UserError for an invalid request."""
     plans = {}
     for run_name, run in runs.items():
-        place = topology(name, run.mesh)
-        resolved = dataclasses.replace(run, execution=run.execution.resolve(place.platform))
+        target = topology(name, run.mesh)
+        resolved = dataclasses.replace(run, execution=run.execution.resolve(target.platform))
         for stage, job in _jobs(resolved, stages):
-            plans[f"{run_name} {stage}".strip()] = _head(job, place) | _report(job, place)
+            plans[f"{run_name} {stage}".strip()] = _head(job, target) | _report(job, target)
     return plans
 
 
@@ -59,28 +59,28 @@ def _stored_dtype(directory: Path) -> Any:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _head(job: Job, place: Topology) -> dict[str, Any]:
-    sizes = {axis: size for axis, size in place.mesh.shape.items() if size > 1}
+def _head(job: Job, target: Topology) -> dict[str, Any]:
+    sizes = {axis: size for axis, size in target.mesh.shape.items() if size > 1}
     return {
-        "topology": place.name,
-        "devices": place.mesh.size,
+        "topology": target.name,
+        "devices": target.mesh.size,
         "mesh": " ".join(f"{axis}={size}" for axis, size in sizes.items()),
-        "memory_bytes": place.memory,
+        "memory_bytes": target.memory,
         "batch": f"{job.train.batch_size} x {job.data.sequence_length} in {job.train.accumulation} parts",
     }
 
 
-def _report(job: Job, place: Topology) -> dict[str, Any]:
-    if isinstance(place.mesh, Mesh):
-        return compiled_step.compile_step(job, place.mesh, place.memory)
-    step = footprint.of(job, place.mesh)
+def _report(job: Job, target: Topology) -> dict[str, Any]:
+    if isinstance(target.mesh, Mesh):
+        return compiled_step.compile_step(job, target.mesh, target.memory)
+    step = footprint.of(job, target.mesh)
     sizes = step.estimate()
     total = sum(sizes.values())
     report = {
-        "fits": total <= place.memory,
+        "fits": total <= target.memory,
         "bytes": total,
-        "share_of_memory": round(total / place.memory, 4),
+        "share_of_memory": round(total / target.memory, 4),
         "estimated_bytes": sizes,
-        "model_flops": compiled_step.model_flops(job, place.mesh.size),
+        "model_flops": compiled_step.model_flops(job, target.mesh.size),
     }
-    return report if report["fits"] else report | {"remedy": step.remedy(place.memory)}
+    return report if report["fits"] else report | {"remedy": step.remedy(target.memory)}

@@ -64,10 +64,10 @@ def read_params(
     jax.sharding.Sharding with the structure of the parameters; each device then reads only its own slices.
     """
     check_names(files, config)
-    places = dict.fromkeys(by_path(config)) if shardings is None else trees.flatten(shardings)
-    if set(places) != set(by_path(config)):
-        raise UserError(f"shardings do not match the parameters: {sorted(set(places) ^ set(by_path(config)))}")
-    return trees.unflatten({leaf.path: _read(files, leaf, dtype, places[leaf.path]) for leaf in leaves(config)})
+    by_leaf = dict.fromkeys(by_path(config)) if shardings is None else trees.flatten(shardings)
+    if set(by_leaf) != set(by_path(config)):
+        raise UserError(f"shardings do not match the parameters: {sorted(set(by_leaf) ^ set(by_path(config)))}")
+    return trees.unflatten({leaf.path: _read(files, leaf, dtype, by_leaf[leaf.path]) for leaf in leaves(config)})
 
 
 def _read(files: TensorFiles, leaf: Leaf, dtype: Any, sharding: Any) -> Any:
@@ -75,9 +75,9 @@ def _read(files: TensorFiles, leaf: Leaf, dtype: Any, sharding: Any) -> Any:
     if len(parts) == 1:
         return _read_array(files, leaf, _dtype(files, leaf, dtype), sharding)
     quantised.check_dtypes(files, parts)
-    places = [quantised.sharding_of(part, leaf, sharding) for part in parts]
+    shardings = [quantised.sharding_of(part, leaf, sharding) for part in parts]
     stored = [files.entries[part.names()[0]].dtype for part in parts]
-    return quantised.weight_of([_read_array(files, *each) for each in zip(parts, stored, places, strict=True)])
+    return quantised.weight_of([_read_array(files, *each) for each in zip(parts, stored, shardings, strict=True)])
 
 
 def _read_array(files: TensorFiles, leaf: Leaf, kind: np.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
@@ -120,8 +120,8 @@ def _gather(files: TensorFiles, leaf: Leaf, index: tuple[slice, ...], dtype: np.
     count = len(leaf.stacked)
     ranges = [range(size)[part] for size, part in zip(leaf.shape, index, strict=True)]
     result = np.empty([len(numbers) for numbers in ranges], dtype)
-    for place, numbers in enumerate(itertools.product(*ranges[:count])):
-        target = np.unravel_index(place, result.shape[:count]) if count else ()
+    for position, numbers in enumerate(itertools.product(*ranges[:count])):
+        target = np.unravel_index(position, result.shape[:count]) if count else ()
         result[target] = leaf.from_stored(files.read(leaf.name(numbers)))[tuple(index[count:])]
     return result
 
