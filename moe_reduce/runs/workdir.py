@@ -22,6 +22,12 @@ from moe_reduce.models.parameters import counts_by_component, parameter_count
 from moe_reduce.storage.model_directory import save
 
 SUMMARY = "summary.json"
+# Keys that may change when a run resumes, because neither the model nor its measured quality depends on them:
+# checkpoints are restored onto any mesh, and the same steps are trained however often they are logged and saved.
+MAY_CHANGE = (
+    "mesh", "train.log_every", "train.evaluate_every", "train.checkpoint_every", "train.checkpoints_kept",
+    "data.workers", "data.cache",
+)  # fmt: skip
 
 
 def finish(
@@ -67,8 +73,8 @@ def finished(workdir: Path) -> dict[str, Any] | None:
 def claim(workdir: Path, run: Any) -> None:
     """Claim the workdir for a run by its resolved configuration.
 
-    run: a configuration dataclass. A key that an older config.json lacks counts as its default. `mesh` may
-    change, because checkpoints are restored onto any mesh. A run that ended before its first step, for example because
+    run: a configuration dataclass. Keys in MAY_CHANGE may differ from those in config.json, which is rewritten; a key
+    that an older config.json lacks counts as its default. A run that ended before its first step, for example because
     its corpus was missing, may be corrected and started in the same workdir. Raises UserError when the workdir belongs
     to another configuration, or cannot be written.
     """
@@ -76,12 +82,14 @@ def claim(workdir: Path, run: Any) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         found = config_dict.completed(type(run), json.loads(file.read_text())) if file.exists() else wanted
-        moved = found | {"mesh": wanted["mesh"]} if isinstance(found, dict) else found
-        difference = _first_difference(moved, wanted)
+        if not isinstance(found, dict):
+            raise ValueError(f"{file} holds no configuration")
+        difference = _first_difference(found, wanted)
         began = any(child.is_dir() for child in workdir.iterdir()) or set(found) != set(wanted)
         if difference and began:
             raise UserError(
-                f"--workdir={workdir} belongs to another configuration ({difference}): choose another workdir"
+                f"--workdir={workdir} belongs to another configuration ({difference}): set it back, or choose "
+                "another workdir"
             )
         if found != wanted or not file.exists():
             disk.write_json(file, wanted)
@@ -90,7 +98,9 @@ def claim(workdir: Path, run: Any) -> None:
 
 
 def _first_difference(found: Any, wanted: Any, path: str = "") -> str:
-    """Describe the first key in which two configurations differ; empty when they are equal."""
+    """Describe the first key that differs and is not in MAY_CHANGE; empty when there is none."""
+    if path in MAY_CHANGE:
+        return ""
     if not (isinstance(found, dict) and isinstance(wanted, dict)):
         return "" if found == wanted else f"{path} is {found!r} there and {wanted!r} here"
     for key in sorted(set(found) | set(wanted)):
