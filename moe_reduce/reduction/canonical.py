@@ -18,9 +18,9 @@ def canonical(model: Model, seed: int = 0) -> Model:
     """Rescale a model without changing its outputs, so that experts map unit-RMS inputs to outputs of comparable size.
 
     The scale of each layer's norm is folded into its router and the input matrices of its experts. The output size of
-    a layer's experts (RMS over random inputs of unit RMS) moves from `down` into the layer's output gain, which the
-    model gets if it has none. Arithmetic is in fp32, and each result has the dtype of its parameter. seed: seeds
-    the random inputs. Raises UserError for a dense model, a shared pool and sigmoid routers.
+    a layer's experts (RMS over random inputs of unit RMS) moves from `down` into the layer's output gain, which is
+    added to the model if it has none. Arithmetic is in fp32, and each result has the dtype of its parameter. seed:
+    seeds the random inputs. Raises UserError for a dense model, a shared pool and sigmoid routers.
     """
     check_per_layer(model.config)
     moe = moe_of(model.config)

@@ -19,9 +19,14 @@ def factorise_embedding(model: Model, inner: int) -> Model:
     """
     config = model.config
     if not config.tied_embeddings:
-        raise UserError("tied_embeddings is False, and the factors serve both ends: give a model with a tied embedding")
+        raise UserError(
+            "tied_embeddings is False, but the factors replace one table for input and output: give a model with tied "
+            "embeddings"
+        )
     if config.embedding_factor is not None:
-        raise UserError(f"the embedding is factorised already (embedding_factor={config.embedding_factor}): leave it")
+        raise UserError(
+            f"the embedding is factorised already (embedding_factor={config.embedding_factor}): factorise only once"
+        )
     largest = min(config.vocab_size, config.width)
     if not 1 <= inner <= largest:
         raise UserError(f"inner={inner} is not in 1..{largest}, the ranks of the embedding: choose one of these")

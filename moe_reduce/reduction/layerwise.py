@@ -38,8 +38,10 @@ def collect(directory: Directory, batches: Sequence[Batch], execution: Execution
     shared pool, whose experts every layer needs, for a factorised embedding, and without a batch.
     """
     config = directory.config
-    if directory.moe.placement == "shared" or config.embedding_factor is not None:
+    if directory.moe.placement == "shared":
         raise UserError(f"{directory.path} has one pool for all layers: score it without --layer-wise")
+    if config.embedding_factor is not None:
+        raise UserError(f"{directory.path} has a factorised embedding: score it without --layer-wise")
     if not batches:
         raise UserError("no tokens to score with: give a larger --data")
     dtype = jnp.dtype(execution.compute_dtype)
@@ -69,20 +71,20 @@ def _layer(directory: Directory, layer: int, states: list, weights: list, execut
         if present:
             router[name] = _read(directory, directory.layout(name), layer)
     gain_D = _read(directory, directory.layout("output_gain"), layer) if moe.output_gain else jnp.ones(config.width)
-    before = [_attend(config, execution, half, router, x_BTD) for x_BTD in states]
+    attended = [_attend(config, execution, half, router, x_BTD) for x_BTD in states]
     outputs: list[Any] = [None] * len(states)
     for first, experts in _chunks(directory, layer, execution.products):
-        for batch, (_, normed_BTD, chosen_BTA, weights_BTA) in enumerate(before):
+        for batch, (_, normed_BTD, chosen_BTA, weights_BTA) in enumerate(attended):
             rows = Assigned(normed_BTD, chosen_BTA, weights_BTA)
             chunk_outputs = _experts(execution, moe.experts, rows, experts, jnp.int32(first))
             outputs[batch] = chunk_outputs if outputs[batch] is None else _add(outputs[batch], chunk_outputs)
-    after, totals = [], None
-    for (x_BTD, _, *routed), (y_BTD, *sizes), weights_BT in zip(before, outputs, weights, strict=True):
-        after.append(x_BTD + (y_BTD * gain_D[None, None]).astype(x_BTD.dtype))
+    new_states, totals = [], None
+    for (x_BTD, _, *routed), (y_BTD, *sizes), weights_BT in zip(attended, outputs, weights, strict=True):
+        new_states.append(x_BTD + (y_BTD * gain_D[None, None]).astype(x_BTD.dtype))
         assignments = dict(zip(("expert", "weight", "norm", "maximum"), (*routed, *sizes), strict=True))
         sums = fetched(_sums(assignments, weights_BT, moe.experts))
         totals = sums if totals is None else {name: combining(name)(totals[name], sums[name]) for name in sums}
-    return after, totals
+    return new_states, totals
 
 
 _sums = jax.jit(sums_of, static_argnums=2)
@@ -102,6 +104,7 @@ def _attend(config: ModelConfig, execution: ExecutionConfig, half, router, x_BTD
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _experts(execution: ExecutionConfig, layer_experts: int, rows: Assigned, experts: Experts, first):
+    """Run a chunk of a layer's experts: their summed output, and norm and maximum of each assignment."""
     fraction = experts.number / layer_experts
     experts, _ = computed(experts, rows.x_SD.dtype, trained=False)
     result = some_experts(rows, experts, execution, first, fraction)

@@ -32,8 +32,9 @@ TINY = np.float32(1e-30)  # divisor for a layer whose total is 0
 class Sums:
     """Statistics of one pass, summed by layer call and expert: arrays [N, E].
 
-    Each batch is summed in fp32 and batches are added in float64. This is exact, and so independent of how passes are
-    split, as long as no batch adds less than 2^-29 of an expert's total. Scores are rounded to fp32.
+    Each batch is summed in fp32, and batches are added in float64. Additions of batches are exact as long as no batch
+    adds less than 2^-29 of an expert's total, so a corpus may be split into passes in any way. Scores are rounded to
+    fp32.
     """
 
     tokens: int
@@ -96,8 +97,8 @@ def collect(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> S
     found: Sums | None = None
     for batch in batches:
         tokens, by_name = step(model.params, batch)
-        of_batch = Sums(int(tokens), **fetched(by_name))
-        found = of_batch if found is None else found + of_batch
+        added = Sums(int(tokens), **fetched(by_name))
+        found = added if found is None else found + added
     if found is None:
         raise UserError("no tokens to score with: give a larger --data")
     if not np.all(np.isfinite(found.weighted_norm)):
@@ -126,7 +127,7 @@ def _mean(total: np.ndarray, sums: Sums) -> np.ndarray:
     return total / np.maximum(sums.counts, 1)
 
 
-def _share(total: np.ndarray) -> np.ndarray:
+def _share_of_layer(total: np.ndarray) -> np.ndarray:
     return total / np.maximum(np.sum(total, axis=1, keepdims=True), TINY)
 
 
@@ -134,7 +135,9 @@ def _share(total: np.ndarray) -> np.ndarray:
 FORMULAS: dict[str, Callable[[Sums], np.ndarray]] = {
     "reap": lambda sums: _mean(sums.weighted_norm, sums),  # mean of g·‖f‖₂
     "reap_total": lambda sums: sums.weighted_norm / np.float32(sums.tokens),  # mean over ALL tokens: usage counts
-    "reap_share": lambda sums: _share(sums.weighted_norm),  # share of its layer's sum; in a pool, the largest (ours)
+    "reap_share": lambda sums: _share_of_layer(
+        sums.weighted_norm
+    ),  # share of its layer's sum; in a pool, the largest (ours)
     "frequency": lambda sums: sums.counts,  # number of tokens
     "ean_mean": lambda sums: _mean(sums.norm, sums),  # mean of ‖f‖₂
     "ean_sum": lambda sums: sums.norm,  # sum of ‖f‖₂
@@ -186,8 +189,8 @@ def scores(moe: MoEConfig, sums: Sums, criteria: Iterable[str], seed: int = 0) -
     rows = sums.pooled() if shared else sums
     by_name = {name: criterion(name, rows, seed) for name in criteria}
     if shared and "reap_share" in by_name:
-        # Outputs grow with depth, so that scores summed over layers remove the experts that early layers need. Without
-        # recovery, the sum is worse than the largest share in any layer; with recovery, it is better.
+        # Outputs grow with depth, so that a sum over layers undervalues the experts that early layers need. Models that
+        # are not trained again lose less if experts are chosen by the largest share; recovered ones, by the sum.
         by_name["reap_share"] = np.max(criterion("reap_share", sums), axis=0, keepdims=True)
     return Scores(sums.tokens, rows.counts, by_name, sums.counts if shared else None)
 

@@ -33,22 +33,22 @@ def transform(
     """Return a model with this configuration, in which new parameters replace those in `replaced`.
 
     replaced: records of the model's present parameters. change: maps their values, by path, to the values of the new
-    parameters, by path in the new configuration. All other parameters stay as they are. slices: True where `change`
-    only selects rows, which it can do to quantised values too; otherwise these raise UserError.
+    parameters, by path in the new configuration. All other parameters stay as they are. slices: True if `change`
+    only selects rows, which works on quantised values as well; if False, a quantised value raises UserError.
     """
     flat = trees.flatten(model.params)
-    before = {record.path: flat.pop(record.path) for record in replaced}
-    quantised = sorted(path for path, value in before.items() if is_quantised(value))
+    replaced_values = {record.path: flat.pop(record.path) for record in replaced}
+    quantised = sorted(path for path, value in replaced_values.items() if is_quantised(value))
     if quantised and not slices:
         raise UserError(f"{quantised[0]} is quantised, and this reduction changes its values: reduce, then quantise")
-    after = evaluate(change, before)
+    changed = _apply(change, replaced_values)
     wanted = by_path(config)
-    for path, leaf in after.items():
+    for path, leaf in changed.items():
         assert tuple(leaf.shape) == wanted[path].shape, f"{path} has shape {leaf.shape}, not {wanted[path].shape}"
-    return dataclasses.replace(model, config=config, params=trees.unflatten(flat | after))
+    return dataclasses.replace(model, config=config, params=trees.unflatten(flat | changed))
 
 
-def evaluate(function: Callable[[Leaves], Leaves], leaves: Leaves) -> Leaves:
+def _apply(function: Callable[[Leaves], Leaves], leaves: Leaves) -> Leaves:
     """Call a function of parameter values; if any value is abstract, evaluate only the shapes and dtypes."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(leaves)):
         return jax.eval_shape(function, leaves)

@@ -107,7 +107,7 @@ def planned_job(run: AdaptConfig, config: ModelConfig, dtype: Any) -> Job:
 
 
 def _test_batches(run: AdaptConfig, config: ModelConfig, mesh: jax.sharding.Mesh) -> list[Any] | None:
-    """This process's share of the whole test text; None if there is no test text."""
+    """This process's rows of the whole test text, in batches; None if there is no test text."""
     if run.test_source is None:
         return None
     data = dataclasses.replace(
@@ -132,7 +132,7 @@ def _trains(config: AdapterConfig, path: str) -> bool:
 
 
 def _resolved(run: AdaptConfig) -> tuple[AdaptConfig, ModelConfig]:
-    """(the run with every `auto`, `train` and budget resolved, the architecture of the base)."""
+    """Resolve every `auto`, `train` and budget of a run; return it with the architecture of the base."""
     config, _ = read_config(Path(run.model))
     adapter, allowed = _sized(run, config)
     if adapter is not None and allowed is not None:
@@ -141,7 +141,10 @@ def _resolved(run: AdaptConfig) -> tuple[AdaptConfig, ModelConfig]:
         adapter = dataclasses.replace(adapter, seed=adapter.seed + run.train.seed)
     base = manifest.input_of(Path(run.model)).sha256
     if run.base_sha256 not in (None, base):
-        raise UserError(f"model={run.model} is another one than base_sha256 says ({base}): give the base that it names")
+        raise UserError(
+            f"model={run.model} is another one than base_sha256 says (its hash is {base}): give the base with the hash "
+            f"{run.base_sha256}"
+        )
     tokenizer = run.model if run.data.tokenizer == "train" else run.data.tokenizer
     resolved = dataclasses.replace(
         run,
@@ -155,7 +158,7 @@ def _resolved(run: AdaptConfig) -> tuple[AdaptConfig, ModelConfig]:
 
 
 def _sized(run: AdaptConfig, config: ModelConfig) -> tuple[AdapterConfig | None, int | None]:
-    """(the adapter with its rank or sketch width, the number of parameters that the budget allows)."""
+    """Size the adapter to the budget; return it with the number of parameters that the budget allows."""
     if run.budget is None or run.adapter is None:
         return run.adapter, None
     allowed = int(run.budget * parameter_count(config))
@@ -171,7 +174,7 @@ def _print_budget(run: AdaptConfig, adapter: AdapterConfig, config: ModelConfig,
     )
     if used < WELL_USED * allowed:
         print(
-            f"{size} is the limit of the narrowest target: compare with others at {used:,} trained parameters",
+            f"{size} is the largest for the narrowest target: compare with adapters of {used:,} trained parameters",
             flush=True,
         )
 

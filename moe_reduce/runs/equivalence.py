@@ -32,8 +32,8 @@ REPEATS = 5  # timed runs; the latency is their median
 def equivalence(base: Model, adapter: Adapter, merged: Model, batches: Sequence[Any]) -> dict[str, Any]:
     """Compare the merged model with the active adapter on a fixed sample: logits, perplexity and latency.
 
-    merged: in its saved dtype, which decides the tolerance. All models compute in fp32, so that the report is about
-    the parameters and not about a compute dtype.
+    merged: in its saved dtype, which decides the tolerance. All models compute in fp32, so that every
+    difference comes from the parameters.
     """
     base, merged = (_in_float32(model) for model in (base, merged))
     active = activate(base, adapter)
@@ -65,8 +65,8 @@ def check(report: dict[str, Any]) -> None:
     """Raise UserError if the report says that the merged model is not equivalent to the adapted one."""
     if not report["equivalent"]:
         raise UserError(
-            f"the merged model is not the adapted one: logits differ by {report['largest_logit_difference']:.2e}, and "
-            f"{report['dtype']} allows {report['tolerance']} of the largest ({report['largest_logit']:.2e}): "
+            f"the merged model is not the adapted one: a logit differs by {report['largest_logit_difference']:.2e}, "
+            f"and {report['dtype']} allows {report['tolerance']} × the largest logit, {report['largest_logit']:.2e}: "
             "keep the base in float32"
         )
 
