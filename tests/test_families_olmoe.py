@@ -12,8 +12,8 @@ from transformers_models import written
 import moe_reduce
 from moe_reduce.__main__ import main
 from moe_reduce.core import trees
-from moe_reduce.core.config import PoolStage
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.stages import PoolStage
 from moe_reduce.families import of_config
 from moe_reduce.reduction.heads import group_heads
 from moe_reduce.reduction.pool import pool

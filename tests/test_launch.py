@@ -18,8 +18,9 @@ from moe_reduce.adapters.adapter import abstract
 from moe_reduce.adapters.budget import within_budget
 from moe_reduce.commands import config_file
 from moe_reduce.core import trees
-from moe_reduce.core.config import AdaptConfig, RunConfig, TuneStage, any_from_dict
+from moe_reduce.core.config import AdaptConfig, RunConfig, any_from_dict
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.stages import TuneStage
 from moe_reduce.models.parameters import abstract_params, by_path, parameter_count
 from moe_reduce.reduction.transform import expert_count
 from moe_reduce.runs.stages import configurations

@@ -13,8 +13,9 @@ from training_runs import MODELS
 from moe_reduce.adapters.adapter import activate, init
 from moe_reduce.adapters.merging import merge
 from moe_reduce.core import trees
-from moe_reduce.core.config import AdapterConfig, ExecutionConfig, PoolStage
+from moe_reduce.core.config import AdapterConfig, ExecutionConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.stages import PoolStage
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import only_record, select
 from moe_reduce.models.weights import Int8

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from moe_reduce.core import trees
-from moe_reduce.core.config import ExecutionConfig, PoolStage
+from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.stages import PoolStage
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.models.moe.routing import route

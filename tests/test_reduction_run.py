@@ -15,14 +15,15 @@ import moe_reduce
 from moe_reduce.__main__ import main
 from moe_reduce.commands import config_file
 from moe_reduce.core import trees
-from moe_reduce.core.config import AdapterConfig, ExecutionConfig, MeshConfig, PruneStage, TuneStage, reduce_from_dict
+from moe_reduce.core.config import AdapterConfig, ExecutionConfig, MeshConfig, reduce_from_dict
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.stages import PruneStage, TuneStage
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.reduction import scores
 from moe_reduce.runs import reduce as run_module
 from moe_reduce.runs import stages
-from moe_reduce.runs.stages import prune, tune
+from moe_reduce.runs.stages import annealing, scoring
 from moe_reduce.storage.manifest import verify
 from moe_reduce.training import job
 from moe_reduce.training.checkpoints import Checkpoints
@@ -319,7 +320,7 @@ def test_a_pool_knows_its_layers_when_some_were_dropped(tmp_path):
         ("1-pool", np.ones((1, 4), bool)),
     ):
         model = moe_reduce.load(tmp_path / name)
-        np.testing.assert_array_equal(~tune.foreign_experts(model.config, model.chain), wanted, err_msg=name)
+        np.testing.assert_array_equal(~annealing.foreign_experts(model.config, model.chain), wanted, err_msg=name)
 
 
 def test_a_pool_of_unknown_origin_is_refused_before_anything_is_measured(tmp_path, capsys):
@@ -344,7 +345,7 @@ def test_protection_of_a_pool_ends_with_the_first_layers(tmp_path, monkeypatch):
     worth = np.where(maximum > 1, np.float32(0), np.float32(1))
     found = scores.Sums(1, np.ones((4, 256), np.float32), worth, worth, maximum)
     monkeypatch.setattr(scores, "collect", lambda *_: found)
-    monkeypatch.setattr(prune, "_calibration", lambda *_: None)
+    monkeypatch.setattr(scoring, "calibration", lambda *_: None)
     (run,) = config_file.read(str(write(tmp_path)), [], reduce_from_dict).values()
     place: Any = SimpleNamespace(run=run, name="prune", mesh=None, first=config, directory=tmp_path)
     stage = PruneStage(keep=0.5, protect_super_experts=True)

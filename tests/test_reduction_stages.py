@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from training_runs import MODELS
 
-from moe_reduce.core.config import ExecutionConfig, PoolStage, PruneStage, ReduceConfig, TrainConfig, TuneStage
+from moe_reduce.core.config import AdapterConfig, ExecutionConfig, ReduceConfig, TrainConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.stages import STAGES, PoolStage, PruneStage, TuneStage
 from moe_reduce.models.parameters import parameter_count
 from moe_reduce.reduction.transform import expert_count
-from moe_reduce.runs.stages import configurations, planned_jobs
+from moe_reduce.runs.stages import KINDS, configurations, planned_jobs
+from moe_reduce.runs.stages.objectives import OBJECTIVES, Objective
 
 
 def _first(layers, experts):
@@ -62,10 +64,71 @@ def test_planned_jobs_are_those_of_the_stages_that_train():
     jobs = dict(planned_jobs(first, run, "bfloat16"))
     assert list(jobs) == ["distil", "anneal", "recover"]
     # the routers' teacher is in the canonical form of the pool, the other one as it was
-    assert [job.others["teacher"]["layers"].keys() >= {"output_gain"} for job in (jobs["distil"], jobs["recover"])] == [
+    assert [job.frozen["teacher"]["layers"].keys() >= {"output_gain"} for job in (jobs["distil"], jobs["recover"])] == [
         True,
         False,
     ]
-    assert "teacher" not in jobs["anneal"].others
+    assert "teacher" not in jobs["anneal"].frozen
     assert parameter_count(jobs["recover"].model) < parameter_count(jobs["anneal"].model)
     assert jobs["recover"].initial["experts"]["gate"].shape[0] == 8
+
+
+def test_every_kind_of_configuration_has_a_stage():
+    assert KINDS.keys() == STAGES.keys() == {"pool", "prune", "tune"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"objective": "lm"}, "objective 'lm' is unknown; known: language_model, router"),
+        ({"objective": "router", "teacher_weight": 0.5}, "teacher_weight is for objective=language_model"),
+        ({"objective": "router", "adapter": AdapterConfig(rank=2)}, "adapter learns nothing from objective=router"),
+        ({"objective": "router", "components": "router,norm"}, "objective=router trains routers only"),
+        ({"components": "router,experts", "adapter": AdapterConfig(rank=2)}, "components names experts"),
+    ],
+)
+def test_settings_that_an_objective_excludes_name_the_stage(settings, part):
+    run = _run(pool=PoolStage(), learn=TuneStage(steps=2, **settings))
+    with pytest.raises(UserError) as raised:
+        list(configurations(_first(4, 4), run))
+    assert str(raised.value).startswith(f"stages.learn: {part}")
+
+
+@pytest.mark.parametrize("order", [("learn",), ("pool", "half", "learn"), ("pool", "learn", "again", "learn_too")])
+def test_routers_are_imitated_by_a_whole_pool_only(order):
+    stages = {
+        "pool": PoolStage(),
+        "half": PruneStage(keep=0.5),
+        "learn": TuneStage(steps=2, objective="router"),
+        "again": PruneStage(keep=0.5),
+        "learn_too": TuneStage(steps=2, objective="router"),
+    }
+    with pytest.raises(UserError, match=rf"stages\.{order[-1]}: objective=router compares a whole pool"):
+        list(configurations(_first(4, 4), _run(**{name: stages[name] for name in order})))
+
+
+class _Nothing(Objective):
+    """A loss of 7 that needs no teacher and excludes warm-up."""
+
+    def check(self, stage, *_):
+        if stage.warmup_steps:
+            raise UserError("no warm-up")
+
+    def loss(self, *_):
+        return 7.0, {}
+
+    def stop(self, *_):
+        return str
+
+
+def test_an_objective_is_one_entry(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "nothing", _Nothing())
+    learn = TuneStage(steps=2, objective="nothing")
+    run = _run(pool=PoolStage(), learn=learn)
+    jobs = dict(planned_jobs(_first(4, 4), run, "bfloat16"))
+    assert jobs["learn"].task.loss({}, {}) == (7.0, {})
+    assert jobs["learn"].task.stop is str
+    assert jobs["learn"].frozen == {}
+    slow = _run(pool=PoolStage(), learn=dataclasses.replace(learn, steps=9, warmup_steps=1))
+    with pytest.raises(UserError, match=r"stages\.learn: no warm-up"):
+        list(configurations(_first(4, 4), slow))

@@ -10,12 +10,13 @@ import pytest
 from training_runs import MODELS, initial_params, random_batch
 
 from moe_reduce.core import trees
-from moe_reduce.core.config import BalanceConfig, ExecutionConfig, PoolStage, TuneStage
+from moe_reduce.core.config import BalanceConfig, ExecutionConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
+from moe_reduce.core.stages import PoolStage, TuneStage
 from moe_reduce.models.model import Model
 from moe_reduce.reduction import pool as pooling
-from moe_reduce.runs.stages import recovery, tune
+from moe_reduce.runs.stages import annealing, objectives, recovery
 from moe_reduce.training.task import TEACHER
 
 plain = functools.partial(PoolStage, canonical=False)
@@ -78,7 +79,7 @@ def test_divergence_by_hand():
     q = np.exp(found) / np.exp(found).sum(-1, keepdims=True)
     by_token = np.sum(p * np.log(p / q), axis=-1)
     expected = (by_token[0, 0] + by_token[0, 1] + by_token[1, 0]) / 3
-    np.testing.assert_allclose(recovery.mean_divergence(wanted, found, batch), expected, rtol=1e-5)
+    np.testing.assert_allclose(objectives.mean_divergence(wanted, found, batch), expected, rtol=1e-5)
 
 
 def test_only_the_named_components_train():
@@ -98,17 +99,17 @@ def test_only_the_named_components_train():
 def test_foreign_experts_are_those_of_other_layers(model):
     pooled = dataclasses.replace(pooling.pool(model, plain()), chain=CHAIN)
     expected = np.repeat([[False, True], [True, False]], 4, axis=1)
-    np.testing.assert_array_equal(tune.foreign_experts(pooled.config, pooled.chain), expected)
+    np.testing.assert_array_equal(annealing.foreign_experts(pooled.config, pooled.chain), expected)
     with pytest.raises(UserError, match="which layer"):
-        tune.foreign_experts(pooled.config, ())
+        annealing.foreign_experts(pooled.config, ())
 
 
 def test_annealing_is_done_after_its_share_of_the_steps(model):
     pooled = dataclasses.replace(pooling.pool(model, plain()), chain=CHAIN)
-    foreign = tune.foreign_experts(pooled.config, pooled.chain)
+    foreign = annealing.foreign_experts(pooled.config, pooled.chain)
     stage = TuneStage(steps=10, anneal_share=0.5, bias_from=4.0, bias_to=1.0)
     task = recovery.recovery_task(pooled, model.config, stage, BalanceConfig(), foreign)
-    params = recovery.start_annealing(pooled, stage, foreign).params
+    params = annealing.start_annealing(pooled, stage, foreign).params
     for wanted in (4.0, 3.4, 2.8, 2.2, 1.6, 1.0, 1.0, 1.0):
         np.testing.assert_allclose(params["layers"]["router_bias"], np.where(foreign, -wanted, 0.0), rtol=1e-5)
         params = task.after_step(params, {})

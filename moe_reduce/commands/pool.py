@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from moe_reduce.commands import transforming
-from moe_reduce.core.config import PoolStage, to_dict
+from moe_reduce.core.config import to_dict
+from moe_reduce.core.stages import PoolStage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from moe_reduce.core.execution import DISPATCH_BY_PLATFORM, ExecutionConfig
 from moe_reduce.core.generate_config import GenerateConfig
 from moe_reduce.core.model_config import ModelConfig, MoEConfig
 from moe_reduce.core.reduce_config import ReduceConfig
-from moe_reduce.core.stages import STAGES, PoolStage, PruneStage, Stage, TuneStage
+from moe_reduce.core.stages import STAGES
 from moe_reduce.core.train_config import BalanceConfig, MeshConfig, RunConfig, TrainConfig
 
 __all__ = [
@@ -33,13 +33,9 @@ __all__ = [
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",
-    "PoolStage",
-    "PruneStage",
     "ReduceConfig",
     "RunConfig",
-    "Stage",
     "TrainConfig",
-    "TuneStage",
     "adapt_base",
     "adapt_from_dict",
     "any_from_dict",

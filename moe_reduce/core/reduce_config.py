@@ -7,7 +7,7 @@ from moe_reduce.core.data_config import DataConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.execution import ExecutionConfig
 from moe_reduce.core.model_config import ModelConfig
-from moe_reduce.core.stages import STAGES, Stage
+from moe_reduce.core.stages import STAGES, StageConfig
 from moe_reduce.core.train_config import BalanceConfig, MeshConfig, TrainConfig
 
 
@@ -19,7 +19,8 @@ class ReduceConfig:
     architecture: ModelConfig | None = None  # expected architecture of `model`; lets `plan` work without the weights
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"  # of the parameters; trained ones are kept in fp32
     order: str = ""  # names of the stages to run, comma separated, because a ConfigDict sorts its keys
-    stages: dict[str, Stage] = field(default_factory=dict, metadata={"kinds": STAGES})  # once parsed: those of `order`
+    # by name; once the configuration is read, only those of `order`, in that order
+    stages: dict[str, StageConfig] = field(default_factory=dict, metadata={"kinds": STAGES})
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     data: DataConfig = field(default_factory=DataConfig)  # data.tokenizer=train: the model's own tokenizer
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -1,6 +1,7 @@
 """Configurations of the stages of a reduction, one dataclass for each `kind`."""
 
 import dataclasses
+import typing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,7 @@ class PoolStage:
     start: Literal["lossless", "concat", "random"] = "lossless"
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     router: Literal["shared", "layer"] = "shared"
-    bias: float | None = None  # subtracted from logits of other layers' experts; None: enough to keep the model exact
+    bias: float | None = None  # subtracted from logits of foreign experts; None: enough to keep the model exact
     offset: float = 0.0  # subtracted before sigmoid scores
 
     def check(self, path: str, mesh: MeshConfig, train: TrainConfig) -> None:
@@ -56,12 +57,12 @@ class TuneStage:
     """Train some components. The schedule is the stage's own; everything else comes from `train`."""
 
     kind: Literal["tune"] = "tune"
-    # language_model: next token (and the teacher's distribution) | router: each layer keeps choosing its own experts
-    objective: Literal["language_model", "router"] = "language_model"
+    # language_model: next token (and the teacher's distribution) | router: each layer keeps its choice of experts
+    objective: str = "language_model"
     components: str = "router"  # comma separated component names, as `plan` lists them
     adapter: AdapterConfig | None = None  # trains as well, and is merged into the model at the end
     teacher_weight: float = 0.0  # share of KL(first model ‖ this model) in the loss
-    bias_from: float | None = None  # selection bias against experts of other layers at the first step
+    bias_from: float | None = None  # selection bias against foreign experts at the first step
     bias_to: float = 0.0  # the same after anneal_share of the steps
     anneal_share: float = 0.8
     steps: int = REQUIRED_INT
@@ -81,7 +82,6 @@ class TuneStage:
         if not 0 <= self.teacher_weight <= 1:
             raise UserError(f"{path}.teacher_weight must be from 0 to 1, got {self.teacher_weight}")
         self._check_annealing(path, train)
-        self._check_objective(path)
 
     def _check_annealing(self, path: str, train: TrainConfig) -> None:
         in_range(path, self, "anneal_share", 0.0, 1.0001)
@@ -95,19 +95,9 @@ class TuneStage:
             )
         if train.ema_decay:
             raise UserError(
-                f"{path}.bias_from needs train.ema_decay=0: an average would keep the bias that annealing takes"
+                f"{path}.bias_from needs train.ema_decay=0: an average would keep the bias that annealing removes"
             )
 
-    def _check_objective(self, path: str) -> None:
-        if self.objective != "router":
-            return
-        if self.teacher_weight:
-            raise UserError(f"{path}.teacher_weight is for objective=language_model")
-        if self.adapter is not None:
-            raise UserError(f"{path}.adapter learns nothing from objective=router: leave it out")
-        if self.components != "router":
-            raise UserError(f"{path}.objective=router trains routers only: set {path}.components=router")
 
-
-Stage = PoolStage | PruneStage | TuneStage
-STAGES = {"pool": PoolStage, "prune": PruneStage, "tune": TuneStage}  # by kind
+StageConfig = PoolStage | PruneStage | TuneStage
+STAGES = {configuration.kind: configuration for configuration in typing.get_args(StageConfig)}  # by kind

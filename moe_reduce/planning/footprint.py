@@ -103,7 +103,7 @@ def of(job: Job, mesh: Mesh | AbstractMesh) -> Footprint:
     if not callable(job.initial):  # the loop keeps trained leaves in fp32
         trained = jax.tree.map(lambda leaf: Shape(leaf.shape, jnp.float32), trained)
     steps.check_batch(placed, job.train)
-    frozen = join(frozen, job.others)
+    frozen = join(frozen, job.frozen)
     program = steps.program(job.task, job.train, placed, trained)
     rows = (job.train.batch_size, job.data.sequence_length)
     dtypes: dict[str, Any] = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}

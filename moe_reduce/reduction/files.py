@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_reduce.core.config import ModelConfig, MoEConfig, PoolStage
+from moe_reduce.core.config import ModelConfig, MoEConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step, originals
+from moe_reduce.core.stages import PoolStage
 from moe_reduce.families import Leaf, leaves, read_config
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import by_path, only_record, select

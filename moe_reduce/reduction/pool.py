@@ -1,11 +1,11 @@
 """All experts of a per-layer MoE in one shared pool, without changing what the model computes.
 
-This is our own derivation. Expert e of layer l becomes expert l·E + e of the pool; the pool's router G is the
-concatenation of the layers' routers; and each layer has a selection bias over the pool, 0 on its own slice and -c
-elsewhere. With softmax scores renormalised over the chosen experts, and c above any difference of logits, the pooled
-model computes the original logits. With sigmoid scores each layer subtracts an offset t from the logits: for z far
-below t, σ(z - t) ≈ e^(z - t), so that normalised gates approach the softmax gates with a relative error of about
-e^(max z - t). Training then lowers c towards 0.
+This is our own derivation. Expert e of layer l becomes expert l·E + e of the pool, and l is its home layer; in every
+other layer it is foreign. The pool's router G is the concatenation of the layers' routers. Each layer has a selection
+bias over the pool, 0 on its home experts and -c on foreign ones. With softmax scores renormalised over the chosen
+experts, and c above any difference of logits, the pooled model computes the original logits. With sigmoid scores each
+layer subtracts an offset t from the logits: for z far below t, σ(z - t) ≈ e^(z - t), so that normalised gates approach
+the softmax gates with a relative error of about e^(max z - t). Training then lowers c towards 0.
 """
 
 import dataclasses
@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_reduce.core.config import ModelConfig, PoolStage
+from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.stages import PoolStage
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Parameter, only_record, parameters
 from moe_reduce.reduction.canonical import canonical, check_per_layer, expert_matrices
@@ -31,7 +32,7 @@ POOLED = ("experts", "router", "router_bias", "score_offset")  # components whos
 def pool(model: Model, options: PoolStage, seed: int = 0) -> Model:
     """Move all experts into one pool; attention and norms stay in their layers.
 
-    options.start: `lossless` (concatenated routers, experts of other layers biased by -bias), `concat` (the same
+    options.start: `lossless` (concatenated routers, foreign experts biased by -bias), `concat` (the same
     without a bias) or `random` (a new router from `seed`, no bias). options.router: one for all layers, or one for
     each. options.bias: c in units of the logits; None is large enough to be exact. options.offset: t of sigmoid scores,
     the same in each layer. options.canonical: first bring the model into canonical form. Raises UserError when the
@@ -99,16 +100,16 @@ def foreign_bias(sizes: Sequence[int], strength: float) -> np.ndarray:
 
 
 def check_options(options: PoolStage) -> None:
-    """Raises UserError when nothing would read the bias or the offset, or when they are out of range."""
+    """Raises UserError when the bias or the offset would have no effect, or is out of range."""
     start, score_function, bias, offset = options.start, options.score_function, options.bias, options.offset
     if bias is not None and start != "lossless":
-        raise UserError(f"a bias is for the lossless start, and this one is {start}: leave one of them out")
+        raise UserError(f"a bias is for start=lossless, but start={start}: leave one of them out")
     if bias is not None and not 0 <= bias < math.inf:
-        raise UserError(f"bias={bias} must be 0 or above: it holds other layers' experts back")
+        raise UserError(f"bias={bias} must be 0 or above: it is subtracted from the logits of foreign experts")
     if offset != 0 and score_function != "sigmoid":
-        raise UserError(f"an offset is for sigmoid scores, and these are {score_function}: leave one of them out")
+        raise UserError(f"an offset is for sigmoid scores, but score_function={score_function}: leave one of them out")
     if not math.isfinite(offset):
-        raise UserError(f"offset={offset} must be a number of logits")
+        raise UserError(f"offset={offset} must be finite: it is subtracted from logits")
 
 
 def _check_poolable(config: ModelConfig) -> None:

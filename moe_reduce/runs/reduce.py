@@ -82,14 +82,17 @@ def _check_architecture(run: ReduceConfig, found: ModelConfig) -> None:
         return dataclasses.replace(config, init_std=1.0, max_positions=1)
 
     if run.architecture is not None and comparable(run.architecture) != comparable(found):
-        raise UserError(f"model={run.model} is another architecture than `architecture` says: correct one of them")
+        raise UserError(f"model={run.model} has another architecture than the key `architecture`: correct one of them")
 
 
 def _check_first(run: ReduceConfig, workdir: Path) -> None:
     """Raises UserError when `model` holds other weights than those that the workdir began with."""
     noted = finished(_stage_directory(run, workdir, 0)) or {}
     if noted.get(MODEL_HASH) not in (None, manifest.input_of(Path(run.model)).sha256):
-        raise UserError(f"model={run.model} is another one than --workdir={workdir} began with: choose another workdir")
+        raise UserError(
+            f"model={run.model} is another one than --workdir={workdir} began with: put that model back, or choose "
+            "another workdir"
+        )
 
 
 def _stage_directory(run: ReduceConfig, workdir: Path, number: int) -> Path:
@@ -198,7 +201,7 @@ def _take_over(run: ReduceConfig, workdir: Path, number: int) -> None:
             continue
         other = config_dict.completed(ReduceConfig, json.loads(config.read_text()))
         if _beginning(other, number) == beginning and _made_from(done, source):
-            print(f"-- {directory.name} is that of {config.parent}", flush=True)
+            print(f"-- {directory.name} is that of {config.parent}: linked, not run again", flush=True)
             with disk.temporary_beside(directory) as unfinished:
                 # finished files are only ever replaced, never changed in place, so that links are safe
                 whole = unfinished / directory.name

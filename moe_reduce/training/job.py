@@ -30,7 +30,7 @@ class Job:
     execution: ExecutionConfig
     data: DataConfig
     train: TrainConfig
-    others: Params = field(default_factory=dict)  # frozen leaves that the task reads and the model does not have
+    frozen: Params = field(default_factory=dict)  # frozen leaves beside the model's own, such as a teacher's
     flops_per_token: float | None = None  # None: not counted, as when only a part of the model trains
 
 
@@ -43,7 +43,7 @@ def fit(job: Job, mesh: Mesh, tokens: TokenSource, workdir: Path) -> tuple[Param
     tokens_per_step = job.train.batch_size * job.data.sequence_length
     highest = peak(list(mesh.devices.flat), job.execution.compute_dtype)
     speed = Speed(tokens_per_step, job.flops_per_token, highest)
-    problem = Problem(job.task, trained, join(frozen, job.others), job.train)
+    problem = Problem(job.task, trained, join(frozen, job.frozen), job.train)
     outcome = Fit(problem, feed(job, mesh, tokens), mesh, workdir, speed).run()
     figures = _figures(job, outcome, speed) | {"seconds": time.time() - started}
     return join(outcome.params, frozen), figures

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from moe_reduce.core.config import PoolStage
 from moe_reduce.core.provenance import originals
+from moe_reduce.core.stages import PoolStage
 from moe_reduce.models.model import Model
 from moe_reduce.reduction.pool import pool
 from moe_reduce.reduction.transform import moe_of

@@ -22,13 +22,13 @@ class StageContext:
 
     run: ReduceConfig
     name: str  # of the stage
-    first: ModelConfig  # of the model that the reduction began with
-    load_first: Callable[[], Model]  # that model; its leaves are abstract when the stage is planned
+    first: ModelConfig  # architecture of the first model, with which the reduction began
+    load_first: Callable[[], Model]  # returns the first model; its leaves are abstract when the stage is planned
 
 
 @dataclass(frozen=True)
 class RunContext(StageContext):
-    """A stage that runs: its devices, its text and a directory of its own."""
+    """Context of a stage that runs: also its devices, its text and its directory."""
 
     mesh: Mesh
     tokens: TokenSource
@@ -37,7 +37,7 @@ class RunContext(StageContext):
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a stage, and what its summary and the chain say about it."""
+    """The model that a stage makes, with its entries for the chain and the summary."""
 
     model: Model
     kept_experts: Originals | None = None  # None: the stage neither moved nor removed experts
