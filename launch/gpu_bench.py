@@ -25,7 +25,8 @@ from side_by_side import check_learning, options, publish
 from moe_reduce.commands import config_file
 from moe_reduce.core.config import GenerateConfig, MeshConfig, MoEConfig, RunConfig
 from moe_reduce.inference.generate import generate, ready
-from moe_reduce.models.attention.softmax import causal_attention
+from moe_reduce.models.attention import softmax
+from moe_reduce.models.attention.visibility import Visibility
 from moe_reduce.models.decoder import Decoder, init_params
 from moe_reduce.models.model import Model
 from moe_reduce.models.moe import dispatch
@@ -202,7 +203,7 @@ def attention(run: RunConfig, way: str, rows: int, length: int) -> dict[str, Run
     def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         if way == "cudnn":
             return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-        return causal_attention(q, k, v, None, run.execution.products)
+        return softmax.attention(q, k, v, Visibility(model), run.execution.products)
 
     return {"forward": compiled(mix, *given), "forward and backward": compiled(with_gradient(mix), *given)}
 

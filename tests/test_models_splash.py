@@ -10,6 +10,7 @@ import pytest
 from moe_reduce.core.config import ExecutionConfig, MeshConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.attention.attention import self_attention
+from moe_reduce.models.attention.visibility import Visibility
 from moe_reduce.models.decoder import Decoder
 from moe_reduce.models.parameters import abstract_params
 from moe_reduce.training.sharding import make_mesh
@@ -32,13 +33,12 @@ def _segments() -> jax.Array:
     return (jnp.arange(TIME)[None] >= ends_B1).astype(jnp.int32)
 
 
-def _value_and_gradients(way: str, segments_BT, heads):
+def _value_and_gradients(kernel: str, segments_BT, heads):
     weight_BTHC = _normal(3, *heads[0].shape)
+    execution, visibility = ExecutionConfig(platform="cpu", attention=kernel), Visibility(ModelConfig(), segments_BT)
 
     def total(*heads):
-        return jnp.sum(
-            self_attention(*heads, segments_BT, ExecutionConfig(platform="cpu", attention=way)) * weight_BTHC
-        )
+        return jnp.sum(self_attention(*heads, visibility, execution) * weight_BTHC)
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(*heads)
 
@@ -51,7 +51,7 @@ def _alike(found, wanted, tolerance: float):
 @pytest.mark.parametrize("segmented", [False, True])
 def test_attention_in_tiles_and_its_gradient_equal_the_plain_one(segmented, width):
     segments_BT = _segments() if segmented else None
-    found, wanted = (_value_and_gradients(way, segments_BT, _heads(width)) for way in ("splash", "xla"))
+    found, wanted = (_value_and_gradients(kernel, segments_BT, _heads(width)) for kernel in ("splash", "xla"))
     _alike(found, wanted, 1e-4)
 
 

@@ -3,6 +3,7 @@
 import math
 
 from moe_reduce.core.config import ModelConfig
+from moe_reduce.models.attention.visibility import Visibility
 from moe_reduce.models.parameters import Parameter, parameter_count, parameters
 
 
@@ -25,11 +26,11 @@ def matmul_parameters_per_token(config: ModelConfig) -> int:
 
 
 def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of a forward pass: 2 for each matmul parameter, plus causal attention over half the sequence on average.
+    """FLOPs of a forward pass: 2 for each matmul parameter, plus 4 · head width for each key that a query reads.
 
     The input embedding is a lookup and costs nothing, except for its projection if it is factorised.
     """
-    attention = 4 * config.layers * config.query_heads * config.head_width * (sequence_length + 1) / 2
+    attention = 4 * config.head_width * Visibility(config).keys_per_token(sequence_length)
     projection = 2 * (config.embedding_factor or 0) * config.width
     return 2 * matmul_parameters_per_token(config) + attention + projection
 

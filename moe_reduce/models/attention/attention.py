@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped key/value heads."""
+"""Self-attention with grouped key/value heads."""
 
 import flax.linen as nn
 import jax
@@ -8,16 +8,17 @@ from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.models import cache
 from moe_reduce.models.attention import splash
 from moe_reduce.models.attention.rotary import angles, rotate
-from moe_reduce.models.attention.softmax import TILES, cached_attention, causal_attention
+from moe_reduce.models.attention.softmax import TILES, attention, cached_attention
+from moe_reduce.models.attention.visibility import Visibility
 from moe_reduce.models.collect import sow
 from moe_reduce.models.norms import RMSNorm
 from moe_reduce.models.weights import linear
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads (GQA, arXiv:2305.13245).
+    """Self-attention with grouped key/value heads (GQA, arXiv:2305.13245); visibility.py says which keys a query sees.
 
-    A token attends to this call's tokens of its segment; with a cache, also to its entries, and segments are ignored.
+    With a cache, a token attends to the cache's entries too, and segments are ignored.
     """
 
     config: ModelConfig
@@ -38,23 +39,21 @@ class Attention(nn.Module):
         by = angles(positions_BT, width, config.rope_theta, stored)
         q_BTHC, k_BTGC = rotate(q_BTHC, by), rotate(k_BTGC, by)
         sow(self, cache.KEYS_VALUES, {"keys": k_BTGC, "values": v_BTGC})
-        past = cache.layer_of(self)
+        past, visibility = cache.layer_of(self), Visibility(config, segments_BT)
         if past is not None:
-            mixed_BTHC = cached_attention(q_BTHC, k_BTGC, v_BTGC, past, positions_BT, self.execution.products)
+            allowed = visibility.with_cache(positions_BT, past["keys"].shape[2])
+            mixed_BTHC = cached_attention(q_BTHC, k_BTGC, v_BTGC, past, allowed, self.execution.products)
         else:
-            mixed_BTHC = self_attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, self.execution)
+            mixed_BTHC = self_attention(q_BTHC, k_BTGC, v_BTGC, visibility, self.execution)
         return linear(self, "output", mixed_BTHC)
 
 
-def self_attention(q_BTHC, k_BTGC, v_BTGC, segments_BT: jax.Array | None, execution: ExecutionConfig) -> jax.Array:
-    """Causal attention within segments, [B, T, H, C], by the kernel that `execution.attention` names."""
+def self_attention(q_BTHC, k_BTGC, v_BTGC, visibility: Visibility, execution: ExecutionConfig) -> jax.Array:
+    """Attention of a row's tokens to one another, [B, T, H, C], by the kernel that `execution.attention` names."""
     kernel = execution.attention
     if kernel == "splash":
-        return splash.causal_attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, execution.platform != "tpu")
-    mask_B1TT = None if segments_BT is None else segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+        return splash.attention(q_BTHC, k_BTGC, v_BTGC, visibility, execution.platform != "tpu")
     if kernel == "cudnn":
-        return jax.nn.dot_product_attention(
-            q_BTHC, k_BTGC, v_BTGC, mask=mask_B1TT, is_causal=True, implementation="cudnn"
-        )
+        return jax.nn.dot_product_attention(q_BTHC, k_BTGC, v_BTGC, **visibility.arguments(), implementation="cudnn")
     tiles = TILES if kernel == "blocks" else 1
-    return causal_attention(q_BTHC, k_BTGC, v_BTGC, mask_B1TT, execution.products, tiles)
+    return attention(q_BTHC, k_BTGC, v_BTGC, visibility, execution.products, tiles)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_reduce.models.attention.visibility import Visibility
 from moe_reduce.models.cache import SCALES, Layer
 from moe_reduce.models.products import dot
 
@@ -15,26 +16,23 @@ TILES, SMALLEST_TILE = 4, 64
 MASKED = -1e30
 
 
-def causal_attention(
-    q_BTHC, k_BTGC, v_BTGC, mask_B1TT: jax.Array | None, layout: str = "plain", tiles: int = 1
-) -> jax.Array:
-    """Softmax attention over the past, [B, T, H, C]; query head h reads key/value head h·G/H.
+def attention(q_BTHC, k_BTGC, v_BTGC, visibility: Visibility, layout: str = "plain", tiles: int = 1) -> jax.Array:
+    """Softmax attention of a row's tokens to one another, [B, T, H, C]; query head h reads key/value head h·G/H.
 
-    tiles: maximum number of query tiles. Each reads only the keys up to its end: 4 tiles form 5/8 of the products.
+    tiles: maximum number of query tiles. Each reads only keys that it can see: causal, 4 tiles form 5/8 of the products.
     """
     batch, time, heads, width = q_BTHC.shape
     groups = k_BTGC.shape[2]
     q_BGRTC = q_BTHC.reshape(batch, time, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     k_BGSC, v_BGSC = k_BTGC.transpose(0, 2, 1, 3), v_BTGC.transpose(0, 2, 1, 3)
-    steps_T = jnp.arange(time, dtype=jnp.int32)
-    past_B1TT = (steps_T[:, None] >= steps_T[None, :])[None, None]
-    allowed_B1TT = past_B1TT if mask_B1TT is None else past_B1TT & mask_B1TT
+    allowed_B1TT = visibility.within_rows(time)
     mixed = []
     for start, end in _tiles(time, tiles):
         # the R query heads of a group and their positions are rows of one product, so no key or value is repeated
         q_BGQC = q_BGRTC[:, :, :, start:end].reshape(batch, groups, -1, width)
-        visible = (k_BGSC[:, :, :end], v_BGSC[:, :, :end], allowed_B1TT[:, :, start:end, :end])
-        part: Any = attend(q_BGQC, *visible, layout)
+        first, last = visibility.key_range(start, end)
+        allowed_B1QS = allowed_B1TT[:, :, start:end, first:last]
+        part: Any = attend(q_BGQC, k_BGSC[:, :, first:last], v_BGSC[:, :, first:last], allowed_B1QS, layout)
         mixed.append(part.reshape(batch, heads, end - start, width))
     return jnp.concatenate(mixed, axis=2).transpose(0, 2, 1, 3)
 
@@ -83,10 +81,10 @@ def _attend_backward(layout, saved, dmixed_BGQC):
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-def cached_attention(q_BTHC, k_BTGC, v_BTGC, layer: Layer, positions_BT: jax.Array, layout: str) -> jax.Array:
-    """Attention of T new tokens over a cache and, causally, over one another: [B, T, H, C].
+def cached_attention(q_BTHC, k_BTGC, v_BTGC, layer: Layer, allowed: jax.Array, layout: str) -> jax.Array:
+    """Attention of T new tokens to the P entries of a cache and to one another, [B, T, H, C].
 
-    positions_BT: consecutive in each row. A row attends to cache entries before its first position.
+    allowed: [B, 1, 1, query T, key P + T], from `Visibility.with_cache`.
     """
     batch, time, heads, width = q_BTHC.shape
     groups, entries = k_BTGC.shape[2], layer["keys"].shape[2]
@@ -95,9 +93,6 @@ def cached_attention(q_BTHC, k_BTGC, v_BTGC, layer: Layer, positions_BT: jax.Arr
     k_BGTC, v_BGTC = k_BTGC.transpose(0, 2, 1, 3), v_BTGC.transpose(0, 2, 1, 3)
     old_BGQP = _scaled(dot(q_BGQC, layer["keys"].astype(q_BTHC.dtype), 1, 1, layout, batch=2), layer, "keys")
     scores = jnp.concatenate([old_BGQP, dot(q_BGQC, k_BGTC, 1, 1, layout, batch=2)], axis=-1) * width**-0.5
-    past_BTP = jnp.broadcast_to(jnp.arange(entries)[None, None] < positions_BT[:, :1, None], (batch, time, entries))
-    new_BTT = jnp.broadcast_to(jnp.tri(time, dtype=bool)[None], (batch, time, time))
-    allowed = jnp.concatenate([past_BTP, new_BTT], axis=-1)[:, None, None]
     scores = scores.reshape(batch, groups, -1, time, entries + time)
     shares = jax.nn.softmax(jnp.where(allowed, scores, jnp.float32(MASKED)), axis=-1)
     old_BGQP, new_BGQT = jnp.split(shares.reshape(*q_BGQC.shape[:3], -1), [entries], axis=-1)

@@ -1,4 +1,4 @@
-"""Causal attention on TPU by jax's Splash kernel, forward and backward (FlashAttention, arXiv:2205.14135).
+"""Attention on TPU by jax's Splash kernel, forward and backward (FlashAttention, arXiv:2205.14135).
 
 Scores are computed tile by tile and never written to memory; fully masked tiles are skipped. Off a TPU the kernel is
 interpreted, for tests.
@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from moe_reduce.models import products
+from moe_reduce.models.attention.visibility import Visibility
 from moe_reduce.models.mesh import BATCH_AXES, on_one_device
 
 LANES = 128  # width of a TPU's registers; the last axis in memory is padded to a multiple of it
@@ -21,23 +22,24 @@ LANES = 128  # width of a TPU's registers; the last axis in memory is padded to 
 TILES = (512, 256, LANES)
 
 
-def causal_attention(
-    q_BTHC: jax.Array, k_BTGC: jax.Array, v_BTGC: jax.Array, segments_BT: jax.Array | None, interpret: bool
+def attention(
+    q_BTHC: jax.Array, k_BTGC: jax.Array, v_BTGC: jax.Array, visibility: Visibility, interpret: bool
 ) -> jax.Array:
-    """Softmax attention over the past of the same segment, [B, T, H, C]; query head h reads key/value head h·G/H.
+    """Softmax attention of a row's tokens to one another, [B, T, H, C]; query head h reads key/value head h·G/H.
 
     On the mesh in context each device computes its rows and, along `tensor`, its heads.
     """
+    segments_BT = visibility.segments_BT
     if segments_BT is None:
         segments_BT = jnp.zeros(q_BTHC.shape[:2], jnp.int32)
-    attend = partial(_attention, interpret=interpret)
+    attend = partial(_attention, visibility=visibility, interpret=interpret)
     if not on_one_device():
         rows, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, "tensor")
         attend = jax.shard_map(attend, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
     return attend(q_BTHC, k_BTGC, v_BTGC, segments_BT)
 
 
-def _attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, interpret: bool) -> jax.Array:
+def _attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, visibility: Visibility, interpret: bool) -> jax.Array:
     _, time, heads, width = q_BTHC.shape
     padded = time + -time % TILES[-1]
     tile = next(tile for tile in TILES if padded % tile == 0)
@@ -47,7 +49,7 @@ def _attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, interpret: bool) -> jax.Arra
     last = kernels.QKVLayout.SEQ_MINOR if width % LANES else kernels.QKVLayout.HEAD_DIM_MINOR
     layouts = ("q_layout", "k_layout", "v_layout")
     attend = kernels.make_splash_mha_single_device(
-        masks.MultiHeadMask([masks.CausalMask((padded, padded))] * heads),
+        masks.MultiHeadMask([visibility.splash_mask(padded)] * heads),
         block_sizes=kernels.BlockSizes(**dict.fromkeys(sizes, tile), **dict.fromkeys(layouts, last)),
         residual_checkpoint_name=products.KEPT,
         interpret=interpret,

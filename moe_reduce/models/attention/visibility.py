@@ -1,0 +1,68 @@
+"""The rule for which keys a query sees, stated once: every attention kernel and the count of FLOPs ask it here."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_reduce.core.config import ModelConfig
+
+if TYPE_CHECKING:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Causal attention within segments: a query sees its own position and the earlier positions of its segment.
+
+    Each method gives the rule in the form that one computation takes. Another rule, such as a sliding window, is a
+    field of ModelConfig and a change of these methods; no caller changes.
+
+    segments_BT: index of each token's document within its row; None if each row is one document.
+    """
+
+    config: ModelConfig
+    segments_BT: jax.Array | None = None
+
+    def within_rows(self, time: int) -> jax.Array:
+        """Mask of T tokens attending to one another, [B or 1, 1, query T, key T]."""
+        steps_T = jnp.arange(time, dtype=jnp.int32)
+        seen_11TT = (steps_T[:, None] >= steps_T[None, :])[None, None]
+        same_B1TT = self._same_segment()
+        return seen_11TT if same_B1TT is None else seen_11TT & same_B1TT
+
+    def key_range(self, start: int, end: int) -> tuple[int, int]:
+        """Smallest range of keys that holds every key which the queries start to end - 1 of a row see."""
+        del start
+        return 0, end
+
+    def with_cache(self, positions_BT: jax.Array, entries: int) -> jax.Array:
+        """Mask of T new tokens attending to P cache entries, then to one another, [B, 1, 1, query T, key P + T].
+
+        positions_BT: consecutive in each row. Entry p holds position p if the row's new tokens start after p. Segments
+        are ignored: a cache holds one document in each row.
+        """
+        shape = (*positions_BT.shape, entries)
+        old_BTP = jnp.broadcast_to(jnp.arange(entries)[None, None] < positions_BT[:, :1, None], shape)
+        new_BTT = jnp.broadcast_to(jnp.tri(shape[1], dtype=bool)[None], (*shape[:2], shape[1]))
+        return jnp.concatenate([old_BTP, new_BTT], axis=-1)[:, None, None]
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `jax.nn.dot_product_attention`."""
+        return {"mask": self._same_segment(), "is_causal": True}
+
+    def splash_mask(self, time: int) -> "splash_attention_mask.Mask":
+        """Mask of one head for the Splash kernel, [time, time]; the kernel takes segments beside it."""
+        # imported here, since counting FLOPs needs no kernel
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+
+        return splash_attention_mask.CausalMask((time, time))
+
+    def keys_per_token(self, sequence_length: int) -> float:
+        """Keys that a token sees on average over the sequence, summed over layers and query heads."""
+        return self.config.layers * self.config.query_heads * (sequence_length + 1) / 2
+
+    def _same_segment(self) -> jax.Array | None:
+        segments_BT = self.segments_BT
+        return None if segments_BT is None else segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
