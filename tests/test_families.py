@@ -2,16 +2,19 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers_models import CLASSES
 
 from moe_reduce import families
 from moe_reduce.core.config import MeshConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig, to_dict
 from moe_reduce.core.config_dict import completed
 from moe_reduce.core.errors import UserError
 from moe_reduce.families import FAMILIES, Leaf, by_path, from_hf, leaves, of_config, to_hf
+from moe_reduce.families.huggingface import Key
 from moe_reduce.families.layout import Tensor
 from moe_reduce.models.parameters import Parameter, parameter_count, parameters
 from moe_reduce.runs.train import train
@@ -46,18 +49,41 @@ CONFIGS = {  # several of each family, which between them have all of its parame
         ModelConfig(**DENSE, qk_norm=True, qk_norm_scope="projection"),
     ],
 }
-CASES = [pytest.param(name, config, id=f"{name}-{number}")
-         for name, found in CONFIGS.items() for number, config in enumerate(found)]  # fmt: skip
+PUBLISHED = [family.name for family in FAMILIES if family.name != "moe_reduce"]
+ROOT = Path(__file__).parent.parent
+# A family that takes no unstated config, because it was added later, is stated.
+CASES = [
+    pytest.param(
+        name,
+        config if families.named(name).takes_unstated else dataclasses.replace(config, family=name),
+        id=f"{name}-{number}",
+    )
+    for name, found in CONFIGS.items()
+    for number, config in enumerate(found)
+]
 
 
 def test_every_family_is_walked():
     assert [family.name for family in FAMILIES] == list(CONFIGS)
+    assert sorted(CLASSES) == sorted(PUBLISHED)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/adapt.md", "docs/guides/evaluate.md"])
+def test_documents_list_every_family(page: str):
+    lists = re.findall(r"`\w+`(?:(?:,| and| or)\s`\w+`){2,}", (ROOT / page).read_text())
+    (listed,) = [names for names in (re.findall(r"\w+(?=`)", found) for found in lists) if "llama" in names]
+    assert sorted(listed) == sorted(PUBLISHED)
+
+
+def test_the_guide_of_exports_says_where_every_family_opens():
+    assert set(PUBLISHED) <= set(re.findall(r"`(\w+)`", (ROOT / "docs/guides/export.md").read_text()))
 
 
 @pytest.mark.parametrize(("name", "config"), CASES)
-def test_a_config_is_of_the_first_family_that_represents_it(name: str, config: ModelConfig):
+def test_a_config_that_states_no_family_is_of_the_one_that_takes_it(name: str, config: ModelConfig):
     assert of_config(config).name == name
-    assert [family.name for family in FAMILIES if family.represents(config)] in ([name, "moe_reduce"], ["moe_reduce"])
+    taking = [family.name for family in FAMILIES if family.takes_unstated and family.represents(config)]
+    assert taking in ([name, "moe_reduce"], ["moe_reduce"])
 
 
 @pytest.mark.parametrize(("name", "config"), CASES)
@@ -115,6 +141,37 @@ def test_matrices_are_stored_as_torch_stores_them():
     assert by_path(CONFIGS["qwen3_moe"][0])["layers/attention/key_norm/scale"].stored_shape == (6,)
     assert by_path(config)["layers/experts/up"].name((2, 4)) == "model.layers.2.mlp.experts.4.up_proj.weight"
     assert by_path(config)["layers/experts/up"].module((2, 4)) == "model.layers.2.mlp.experts.4.up_proj"
+
+
+@pytest.mark.parametrize("takes_unstated", [False, True])
+def test_a_family_added_later_takes_no_config_that_states_none(takes_unstated: bool, monkeypatch: pytest.MonkeyPatch):
+    """Even if it is listed first; one that says so does, which shows that this test can fail."""
+    later = dataclasses.replace(families.named("llama"), name="later", takes_unstated=takes_unstated)
+    monkeypatch.setattr(families, "FAMILIES", (later, *FAMILIES))
+    families._family.cache_clear()
+    try:
+        assert of_config(CONFIGS["llama"][1]).name == ("later" if takes_unstated else "llama")
+        assert of_config(dataclasses.replace(CONFIGS["llama"][1], family="later")).name == "later"
+    finally:
+        families._family.cache_clear()
+
+
+def test_an_optional_key_is_none_by_null_and_else_its_default():
+    olmoe = families.named("olmoe")
+    family = dataclasses.replace(olmoe, defaults={**olmoe.defaults, "clip_qkv": 8.0})
+    raw = olmoe.write(CONFIGS["olmoe"][0])
+    assert (raw["clip_qkv"], family.read(raw).clip_qkv) == (None, None)
+    del raw["clip_qkv"]
+    assert (olmoe.read(raw).clip_qkv, family.read(raw).clip_qkv) == (None, 8.0)
+
+
+def test_a_family_that_reads_a_key_does_not_refuse_it():
+    llama = families.named("llama")
+    raw = llama.write(CONFIGS["llama"][0]) | {"partial_rotary_factor": 0.5}
+    with pytest.raises(UserError, match="partial_rotary_factor=0.5 is not supported"):
+        llama.read(raw)
+    reading = dataclasses.replace(llama, keys={**llama.keys, "rotary_share": Key("partial_rotary_factor", float)})
+    assert reading.read(raw).rotary_share == 0.5
 
 
 @pytest.fixture

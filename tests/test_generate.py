@@ -13,7 +13,7 @@ import transformers
 from conftest import text
 from test_adapters import ADAPTER_METHODS, disturbed
 from training_runs import MODELS, initial_params
-from transformers_models import written
+from transformers_models import CLASSES, written
 
 import moe_reduce
 from moe_reduce.__main__ import main
@@ -221,7 +221,7 @@ def test_an_active_adapter_takes_part():
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        *((kind, {}) for kind in ("llama", "qwen3", "qwen3_moe", "gpt_neox", "olmoe")),
+        *((kind, {}) for kind in CLASSES),
         ("olmoe", {"clip_qkv": 0.9, "norm_topk_prob": True, "num_key_value_heads": 4}),
     ],
 )

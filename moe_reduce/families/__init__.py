@@ -1,8 +1,8 @@
 """Families of models: how each spells its config.json and names its tensors, one module each.
 
-A config states its family (`ModelConfig.family`), which `read_config` sets. A config without one, such as that of a
-fresh training run, is of the first family that represents it exactly. Where a transform leads out of a family, as
-pooling does, the model becomes one of our own (families/own.py). To add a family, write its module and list it below.
+`read_config` sets `ModelConfig.family`. A config without a stated family, such as that of a fresh training run, belongs
+to the one family that takes such configs and represents it exactly. When a transform leads out of a family, as pooling
+does, the model becomes one of our own (families/own.py). To add a family, write its module and list it below.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ __all__ = [
 
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "model_type"  # key of config.json that names the family
-# In the order in which they are asked whether they represent a config that states none; our own takes the rest.
+# Our own is last: it represents every config, and is asked after all others.
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, gpt_neox.FAMILY, olmoe.FAMILY, own.FAMILY,
 )  # fmt: skip
@@ -43,7 +43,7 @@ def named(name: Any) -> Family:
 def of_config(config: ModelConfig) -> Family:
     """The family that a model is saved as: the stated one if it represents the config, else our own.
 
-    Without a stated family, the first that represents the config. UserError for an unknown name.
+    Without a stated family, the first with `takes_unstated` that represents the config. UserError for an unknown name.
     """
     return _family(config.family, config)
 
@@ -51,7 +51,7 @@ def of_config(config: ModelConfig) -> Family:
 @functools.cache  # by the stated family as well, since equal configs may state different ones
 def _family(stated: str | None, config: ModelConfig) -> Family:
     if stated is None:
-        return next(family for family in FAMILIES if family.represents(config))
+        return next(family for family in FAMILIES if family.takes_unstated and family.represents(config))
     family = named(stated)
     return family if family.represents(config) else own.FAMILY
 

@@ -15,6 +15,7 @@ FUSED = f"{LAYER}.attention.query_key_value"
 FAMILY = HuggingFaceFamily(
     name="gpt_neox",
     architecture="GPTNeoXForCausalLM",
+    takes_unstated=True,
     keys=common.SIZES
     | common.DENSE_KEYS
     | {

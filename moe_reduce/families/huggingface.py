@@ -15,7 +15,10 @@ MOE = "moe."  # before the fields of MoEConfig
 
 @dataclass(frozen=True)
 class Key:
-    """One key of config.json and the type of its value. optional: null, or left out, is the value None."""
+    """One key of config.json and the type of its value.
+
+    optional: null means None, and so does a key left out, unless the family's defaults have it.
+    """
 
     name: str
     kind: type
@@ -41,9 +44,10 @@ class HuggingFaceFamily(Family):
 
     keys: by field of ModelConfig, those of MoEConfig with "moe." in front; without a key for them, there are as many
     key/value heads as query heads, and heads divide the width. fixed: fields that every model of the family has.
-    defaults: what transformers assumes where a file leaves a key out. accepted: keys that change what a model computes,
-    with the only values that the decoder computes. constants: keys of a new file that no field gives. rope: key of
-    published files -> the same within `rope_parameters`, as transformers 5 writes it. aliases: other spelling -> key.
+    defaults: values that transformers assumes for keys that a file leaves out. accepted: keys that change what a model
+    computes, with the only values that the decoder supports; a key that `keys` reads is not checked against it, so a
+    family supports one of common.ACCEPTED by reading it. constants: keys of a new file that no field gives. rope: key
+    of published files -> the same within `rope_parameters`, as transformers 5 writes it. aliases: other spelling -> key.
     """
 
     keys: Mapping[str, Key]
@@ -120,8 +124,9 @@ class HuggingFaceFamily(Family):
 
     def _flat(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The keys as published files spell them, with those left out filled in as transformers fills them."""
-        given = {key: value for key, value in raw.items() if value is not None}
-        rope = given.get("rope_parameters", {})
+        optional = {key.name for key in self.keys.values() if key.optional}
+        given = {key: value for key, value in raw.items() if value is not None or key in optional}
+        rope: Any = given.get("rope_parameters", {})
         given |= {key: rope[name] for key, name in self.rope.items() if name in rope}
         given |= {key: given[name] for name, key in self.aliases.items() if name in given}
         flat = dict(self.defaults) | given
@@ -129,8 +134,9 @@ class HuggingFaceFamily(Family):
         return {"num_key_value_heads": heads, "head_dim": width // max(heads, 1)} | flat
 
     def _check(self, raw: Mapping[str, Any]) -> None:
+        read = {key.name for key in self.keys.values()}
         for key, accepted in self.accepted.items():
-            if key in raw and raw[key] not in accepted:
+            if key in raw and key not in read and raw[key] not in accepted:
                 raise UserError(f"{key}={raw[key]!r} is not supported, only {accepted[0]!r}")
         for key in ("rope_scaling", "rope_parameters"):
             if raw.get(key) is not None:

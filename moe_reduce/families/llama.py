@@ -6,6 +6,7 @@ from moe_reduce.families.huggingface import HuggingFaceFamily
 FAMILY = HuggingFaceFamily(
     name="llama",
     architecture="LlamaForCausalLM",
+    takes_unstated=True,
     keys=common.KEYS | common.HEAD_WIDTH | common.DENSE_KEYS,
     defaults=common.DEFAULTS | {"max_position_embeddings": 2048},
     accepted=common.ACCEPTED,

@@ -6,6 +6,7 @@ from moe_reduce.families.huggingface import HuggingFaceFamily, Key
 FAMILY = HuggingFaceFamily(
     name="olmoe",
     architecture="OlmoeForCausalLM",
+    takes_unstated=True,
     keys=common.KEYS
     | common.EXPERT_KEYS
     | {"moe.width": Key("intermediate_size", int), "clip_qkv": Key("clip_qkv", float, optional=True)},

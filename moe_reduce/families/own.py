@@ -72,6 +72,7 @@ def _without_defaults(fields: dict[str, Any], later: dict[str, Any]) -> dict[str
 FAMILY = Own(
     name=NAME,
     architecture="MoeReduceForCausalLM",
+    takes_unstated=True,
     tensors=common.TENSORS
     | common.QK_NORM_TENSORS
     | common.DENSE_TENSORS

@@ -6,6 +6,7 @@ from moe_reduce.families.huggingface import HuggingFaceFamily
 FAMILY = HuggingFaceFamily(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
+    takes_unstated=True,
     keys=common.KEYS | common.HEAD_WIDTH | common.DENSE_KEYS,
     fixed={"qk_norm": True},
     defaults=common.DEFAULTS | {"max_position_embeddings": 32_768, "head_dim": 128},

@@ -19,6 +19,7 @@ class Qwen3MoE(HuggingFaceFamily):
 FAMILY = Qwen3MoE(
     name="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
+    takes_unstated=True,
     keys=common.KEYS | common.HEAD_WIDTH | common.EXPERT_KEYS | {"moe.width": Key("moe_intermediate_size", int)},
     fixed={"qk_norm": True},
     defaults=common.DEFAULTS | {"max_position_embeddings": 32_768, "norm_topk_prob": False},
