@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers_models import CLASSES
 
 from moe_reduce import families
 from moe_reduce.core.config import MeshConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig, to_dict
@@ -65,7 +64,6 @@ CASES = [
 
 def test_every_family_is_walked():
     assert [family.name for family in FAMILIES] == list(CONFIGS)
-    assert sorted(CLASSES) == sorted(PUBLISHED)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guides/adapt.md", "docs/guides/evaluate.md"])

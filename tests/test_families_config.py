@@ -76,6 +76,10 @@ def config_of(kind: str, **changes):
     return CLASSES[kind][0](**SIZES_OF[kind] | changes)
 
 
+def test_every_published_family_is_compared_with_transformers():
+    assert sorted([*CLASSES, "moe_reduce"]) == sorted(family.name for family in FAMILIES)
+
+
 def test_published_spelling():
     model = from_hf(PUBLISHED)
     assert model == ModelConfig(

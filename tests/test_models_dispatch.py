@@ -1,5 +1,6 @@
 """Every dispatch computes what the plain reference computes, values and gradients, balanced or not."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -217,6 +218,28 @@ def test_capacity_reports_what_it_drops():
     assert dropped == 2 * S - 2 * capacity
     assert jnp.all(y[capacity:] == 0)
     assert jnp.all(jnp.any(y[:capacity] != 0, axis=1))
+
+
+@pytest.mark.parametrize(("assignments", "factor", "capacity"), [(1, 1.0, 1), (4, 1.0, 1), (9, 1.15, 3), (50, 1.1, 11)])
+def test_capacity_is_rounded_up_and_never_zero(assignments, factor, capacity):
+    """A small share of few rows rounds to 1; floats make 50 · 1.1 more than 55, which must not add a row."""
+    share = 0.13 if assignments < 5 else 1.0
+    chosen_SA = jnp.zeros((assignments, 1), jnp.int32)
+    rows = Assigned(jnp.ones((assignments, D)), chosen_SA, jnp.ones((assignments, 1)))
+    execution = dataclasses.replace(EXECUTION, capacity_factor=factor)
+    pool = experts_of(_matrices(jax.random.key(0)))
+    dropped = DISPATCHES["capacity"](rows, *pool, execution, share).dropped
+    assert dropped == assignments - capacity
+
+
+@pytest.mark.parametrize("name", ["blocks", "ragged", "capacity"])
+def test_dora_of_experts_is_refused_and_not_left_out(name):
+    delta = {"in": {"matrix": jnp.ones((E, D, 1))}, "out": {"matrix": jnp.ones((E, 1, F))}, "scale": jnp.float32(1)}
+    x_SD, weights_SA = jnp.ones((S, D)), jnp.full((S, A), 0.5)
+    for more, refused in (({}, False), ({"magnitude": jnp.ones((E, F)), "present": jnp.float32(1)}, True)):
+        pool = experts_of(_matrices(jax.random.key(0)), deltas={"gate": delta | more})
+        with pytest.raises(AssertionError, match="DoRA") if refused else contextlib.nullcontext():
+            run(name, x_SD, _chosen("random"), weights_SA, pool)
 
 
 def test_sort_is_stable_and_inverse():

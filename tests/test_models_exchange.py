@@ -117,6 +117,22 @@ def test_capacity_is_of_the_mean_over_all_devices(way):
     np.testing.assert_allclose(crowded[0][1], 1 - 3 / 8, atol=0.05)
 
 
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+def test_assignments_to_no_expert_get_nothing(way):
+    """Padding calls no expert: neither its output nor its norm may be another row's."""
+    x_BTD, chosen_BTA, weights_BTA, matrices = inputs("spread")
+    chosen_BTA = chosen_BTA.at[:, -2:].set(E)
+    execution = ExecutionConfig(dispatch="capacity", capacity_factor=float(E), **way)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(**MESHES["two"]))):
+        outputs, gradients = jax.jit(partial(compute, execution))(x_BTD, chosen_BTA, weights_BTA, matrices)
+    expected = compute(ExecutionConfig(dispatch="reference"), x_BTD, chosen_BTA, weights_BTA, matrices)
+    y_BTD, _, norm_BTA, maximum_BTA = outputs
+    for padded in (y_BTD, norm_BTA, maximum_BTA):
+        assert not np.any(padded[:, -2:])
+        assert np.all(np.any(padded[:, :-2], axis=-1))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), (outputs, gradients), expected)
+
+
 def test_auto_sends_less(monkeypatch):
     taken = []
     for name in ("_gather", "_all_to_all"):

@@ -132,6 +132,16 @@ def test_quantised_experts_are_never_cast():
     assert all(one.value.whole.dtype == jnp.int8 for one in again)
 
 
+def test_an_adapter_on_an_exact_or_transposed_product_is_refused_and_not_left_out():
+    matrix, x = jnp.ones((4, 4)), jnp.ones((2, 4))
+    delta = {"in": {"matrix": jnp.ones((4, 1))}, "out": {"matrix": jnp.ones((1, 4))}, "scale": jnp.float32(1)}
+    np.testing.assert_allclose(matmul(x, Weight(matrix, delta)), 8)
+    with pytest.raises(AssertionError, match="no router"):
+        matmul(x, Weight(matrix, delta, exact=True))
+    with pytest.raises(AssertionError, match="no embedding"):
+        matmul(x, Weight(matrix, delta), transposed=True)
+
+
 def test_a_quantised_model_runs_as_the_model_it_stands_for(config):
     model = Model(config, init_params(config, jax.random.key(0)), EXECUTION)
     small = quantise_int8(model)

@@ -54,6 +54,13 @@ def test_canonical_form_changes_the_parameters_and_not_the_logits(model):
     np.testing.assert_allclose(trees.flatten(again.params)["layers/output_gain"], gains, rtol=1e-5)
 
 
+def test_the_seed_of_a_pool_is_that_of_its_canonical_form(model):
+    first, second = (pooling.pool(model, PoolStage(), seed).params["layers"]["output_gain"] for seed in (0, 1))
+    wanted = canonical_form(model, 1).params["layers"]["output_gain"]
+    np.testing.assert_array_equal(second, wanted)
+    assert np.any(first != second)
+
+
 @pytest.mark.parametrize("router", ["shared", "layer"])
 @pytest.mark.parametrize("canonical", [True, False])
 def test_lossless_start(model, router, canonical):

@@ -63,7 +63,11 @@ def delta_of(module: nn.Module, name: str) -> Delta | None:
 
 
 def added(x: jax.Array, delta: Delta, outputs: int, multiply: Multiply) -> jax.Array:
-    """x·ΔWᵀ, [..., O] in the dtype of x. multiply(x, matrix) -> x·matrix with sums in fp32."""
+    """x·ΔWᵀ, [..., O] in the dtype of x. multiply(x, matrix) -> x·matrix with sums in fp32.
+
+    A delta with a magnitude (DoRA) is only for `adapted`, which knows the base matrix.
+    """
+    assert "magnitude" not in delta, "DoRA rescales the outputs of single matrices, not of experts"
     inward, outward = delta["in"], delta["out"]
     z = multiply(x, inward["matrix"]) if "matrix" in inward else srht(x, inward["signs"], inward["rows"])
     if "core" in delta:
@@ -84,7 +88,8 @@ def adapted(x_SI: jax.Array, y_SO: jax.Array, matrix: Callable[[], jax.Array], d
         product: Any = products.product(x, matrix, layout)
         return product
 
-    y_SO = y_SO + added(x_SI, delta, y_SO.shape[1], multiply)
+    low_rank = {name: leaf for name, leaf in delta.items() if name not in ("magnitude", "present")}
+    y_SO = y_SO + added(x_SI, low_rank, y_SO.shape[1], multiply)
     if "magnitude" not in delta:
         return y_SO
     length_O = jax.lax.stop_gradient(_lengths(matrix(), delta))  # as in the paper: no gradient through the norm

@@ -141,9 +141,10 @@ def linear(module: Any, name: str, x: jax.Array) -> jax.Array:
 def matmul(x: jax.Array, w: Weight, transposed: bool = False) -> jax.Array:
     """x [..., *in] · w [*in, *out] -> [..., *out] in the dtype of x, or in fp32 where the weight is exact.
 
-    transposed: x [..., *out] · wᵀ -> [..., *in], without deltas. Leading axes are flattened first: otherwise XLA on CPU
-    runs the gradient at a third of the speed.
+    transposed: x [..., *out] · wᵀ -> [..., *in]. Exact and transposed products take no adapter. Leading axes are
+    flattened first: otherwise XLA on CPU runs the gradient at a third of the speed.
     """
+    assert w.delta is None or not (w.exact or transposed), "an adapter changes no router and no embedding"
     ins, outs = w.value.shape[: w.inputs], w.value.shape[w.inputs :]
     contracted, kept = (outs, ins) if transposed else (ins, outs)
     lead = x.shape[: x.ndim - len(contracted)]
@@ -152,7 +153,7 @@ def matmul(x: jax.Array, w: Weight, transposed: bool = False) -> jax.Array:
     if w.exact:
         return _exact(x_SI, dense(matrix, (0,), jnp.float32), w.layout).reshape(*lead, *kept)
     y_SO = checkpoint_name(_product(x_SI, matrix, w.layout, transposed), products.KEPT)
-    if w.delta is not None and not transposed:
+    if w.delta is not None:
         y_SO = deltas.adapted(x_SI, y_SO, partial(_as_array, matrix), w.delta, w.layout)
     return y_SO.reshape(*lead, *kept)
 

@@ -33,15 +33,16 @@ def pool(model: Model, options: PoolStage, seed: int = 0) -> Model:
     """Move all experts into one pool; attention and norms stay in their layers.
 
     options.start: `lossless` (concatenated routers, foreign experts biased by -bias), `concat` (the same
-    without a bias) or `random` (a new router from `seed`, no bias). options.router: one for all layers, or one for
-    each. options.bias: c in units of the logits; None is large enough to be exact. options.offset: t of sigmoid scores,
-    the same in each layer. options.canonical: first bring the model into canonical form. Raises UserError when the
-    model has no per-layer experts, when its combine weights are not renormalised over the chosen experts, which no pool
-    can reproduce, or when the options contradict each other.
+    without a bias) or `random` (a new router, no bias). options.router: one for all layers, or one for each.
+    options.bias: c in units of the logits; None is large enough to be exact. options.offset: t of sigmoid scores, the
+    same in each layer. options.canonical: first bring the model into canonical form. seed: seeds a random router and
+    the random inputs of the canonical form. Raises UserError when the model has no per-layer experts, when its combine
+    weights are not renormalised over the chosen experts, which no pool can reproduce, or when the options contradict
+    each other.
     """
     check_options(options)
     _check_poolable(model.config)
-    model = canonical(model) if options.canonical else model
+    model = canonical(model, seed) if options.canonical else model
     config = _pooled(model.config, options)
     old, new = expert_matrices(model.config), expert_matrices(config)
     strength = (LOSSLESS_BIAS if options.bias is None else options.bias) if options.start == "lossless" else 0.0

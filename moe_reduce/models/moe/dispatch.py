@@ -7,6 +7,7 @@ capacity   a fixed number of rows for each expert; what does not fit is dropped,
 reference  every expert on every token. Slow and plain, for tests.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -127,12 +128,13 @@ def _each_expert(rows_EXI: jax.Array, matrices_EIO: jax.Array) -> jax.Array:
 def dispatch_capacity(
     rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig, share: float = 1.0
 ) -> Result:
-    """Each expert takes at most capacity_factor · mean rows, in sorted order; further rows are dropped."""
+    """Each expert takes at most capacity_factor · mean rows, rounded up, in sorted order; further rows are dropped."""
     experts, masters = lend(experts, masters)
     x_SD, experts_SA, weights_SA = rows
     count, assignments = experts.number, experts_SA.size
     order = sort_by_expert(experts_SA, count)
-    capacity = min(assignments, -(-int(assignments * execution.capacity_factor * share) // count))
+    # rounded first, so that an error in the last bit of the float does not add a row
+    capacity = min(assignments, math.ceil(round(assignments * execution.capacity_factor * share / count, 6)))
     starts_E = jnp.cumsum(order.counts_E) - order.counts_E
     expert_M = experts_SA.reshape(-1)[order.order_M]
     position_M = jnp.arange(assignments, dtype=jnp.int32) - starts_E[jnp.minimum(expert_M, count - 1)]

@@ -95,7 +95,8 @@ def _padded(sent_P: jax.Array, total: int, rows: int) -> Routes:
         back_RI = swap(rows_RI.reshape(devices, rows, -1)).reshape(devices * rows, -1)
         number_M = jnp.arange(total, dtype=jnp.int32)
         device_M = jnp.searchsorted(ends_P, number_M, side="right").astype(jnp.int32)
-        return back_RI[device_M * rows + number_M - starts_P[device_M]]
+        # assignments to no expert come last and were not sent: their index is past the buffer, and they get 0
+        return back_RI.at[device_M * rows + number_M - starts_P[device_M]].get(mode="fill", fill_value=0)
 
     return Routes(outward, homeward)
 
