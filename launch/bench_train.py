@@ -27,7 +27,7 @@ from moe_reduce.commands import config_file
 from moe_reduce.core.config import ExecutionConfig, ModelConfig, RunConfig
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.moe import dispatch
-from moe_reduce.models.moe.experts import Experts, computed
+from moe_reduce.models.moe.experts import Experts, cast_experts
 from moe_reduce.models.weights import Weight
 from moe_reduce.planning.flops import train_flops_per_token
 from moe_reduce.training import optimizer, steps
@@ -135,7 +135,7 @@ def moe_layer(model: ModelConfig, rows: int, repeats: int) -> dict[str, Any]:
     execution = ExecutionConfig().resolve("cpu")
 
     def layer(x_SD, weights_SA, matrices):
-        experts, masters = computed(Experts(*map(Weight, matrices)), x_SD.dtype, trained=True)
+        experts, masters = cast_experts(Experts(*map(Weight, matrices)), x_SD.dtype, trained=True)
         rows = dispatch.Assigned(x_SD, chosen_SA, weights_SA)
         return dispatch.DISPATCHES[execution.dispatch](rows, experts, masters, execution).y_SD
 

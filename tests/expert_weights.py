@@ -2,7 +2,7 @@
 
 import jax
 
-from moe_reduce.models.moe.experts import Experts, Masters, computed
+from moe_reduce.models.moe.experts import Experts, Masters, cast_experts
 from moe_reduce.models.weights import Weight
 
 Matrices = tuple[jax.Array, jax.Array, jax.Array]
@@ -15,4 +15,4 @@ def experts_of(
     deltas = deltas or {}
     names = ("gate", "up", "down")
     weights = (Weight(x, deltas.get(name), layout=layout) for name, x in zip(names, matrices, strict=True))
-    return computed(Experts(*weights), dtype, trained)
+    return cast_experts(Experts(*weights), dtype, trained)

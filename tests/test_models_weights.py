@@ -16,9 +16,9 @@ from moe_reduce.inference.generate import generate
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.models.moe.dispatch import DISPATCHES, Assigned
-from moe_reduce.models.moe.experts import computed
+from moe_reduce.models.moe.experts import cast_experts
 from moe_reduce.models.parameters import abstract_params, by_path, parameters
-from moe_reduce.models.weights import Int8, Weight, dense, grouped_matmul, logits, lookup, matmul
+from moe_reduce.models.weights import Int8, Weight, dequantised, grouped_matmul, logits, lookup, matmul
 from moe_reduce.quantization.round_to_nearest import quantise_int8
 
 EXECUTION = ExecutionConfig(platform="cpu", dispatch="blocks", block_rows=4)
@@ -33,11 +33,12 @@ def config(request):
     return request.getfixturevalue(request.param)
 
 
-def dequantised(model: Model) -> Model:
+def dense_model(model: Model) -> Model:
     """The dense model that a quantised one stands for."""
     records = by_path(model.config)
     leaves = {
-        path: dense(leaf, records[path].contracted, jnp.float32) for path, leaf in trees.flatten(model.params).items()
+        path: dequantised(leaf, records[path].contracted, jnp.float32)
+        for path, leaf in trees.flatten(model.params).items()
     }
     return model.with_params(trees.unflatten(leaves))
 
@@ -57,7 +58,7 @@ def test_int8_is_off_by_at_most_half_a_step(config):
             found = Int8.quantise(params[record.path], record)
             kept = [size for axis, size in enumerate(record.shape) if axis not in record.contracted]
             assert found.scale.shape == tuple(kept), record.path
-            error = np.abs(np.asarray(found.dense(record.contracted)) - np.asarray(params[record.path]))
+            error = np.abs(np.asarray(found.dequantised(record.contracted)) - np.asarray(params[record.path]))
             steps = np.expand_dims(np.asarray(found.scale), record.contracted)
             assert np.all(error <= 0.5001 * steps), record.path
             assert np.abs(np.asarray(found.whole)).max() == 127, record.path
@@ -77,7 +78,7 @@ def test_products_and_their_gradients_are_those_of_the_dense_matrix(dtype, trans
         return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
 
     found = jax.grad(lambda x: total(x, value)[0])(x), total(x, value)[1]
-    array = value.dense((0,), dtype)
+    array = value.dequantised((0,), dtype)
     wanted = jax.grad(lambda x: total(x, array)[0])(x), total(x, array)[1]
     tolerance = 1e-5 if dtype == "float32" else 6e-2
     for ours, theirs in zip(found, wanted, strict=True):
@@ -88,7 +89,7 @@ def test_products_and_their_gradients_are_those_of_the_dense_matrix(dtype, trans
 def test_a_table_is_read_by_row_and_multiplied_by_output():
     whole = jnp.round(127 * jax.random.uniform(jax.random.key(1), (11, 6), minval=-1)).astype(jnp.int8)
     table = Weight(Int8(whole, jax.random.uniform(jax.random.key(2), (11,))))
-    array = table.value.dense((1,))
+    array = table.value.dequantised((1,))
     tokens = jnp.array([[3, 0], [10, 3]])
     np.testing.assert_allclose(lookup(tokens, table, jnp.float32), array[tokens], rtol=1e-6)
     np.testing.assert_allclose(logits(_normal(0, 2, 2, 6), table), _normal(0, 2, 2, 6) @ array.T, rtol=1e-5, atol=1e-5)
@@ -99,7 +100,7 @@ def test_grouped_products_read_each_experts_matrix():
     value = Int8(whole, jax.random.uniform(jax.random.key(2), (3, 5)))
     rows = _normal(0, 3, 2, 4)
     y = grouped_matmul(rows, Weight(value), lambda rows, matrices: jnp.einsum("EXI,EIO->EXO", rows, matrices))
-    np.testing.assert_allclose(y, jnp.einsum("EXI,EIO->EXO", rows, value.dense((1,))), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y, jnp.einsum("EXI,EIO->EXO", rows, value.dequantised((1,))), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["blocks", "ragged", "grouped", "capacity"])
@@ -109,7 +110,7 @@ def test_experts_in_int8_are_dispatched_like_dense_ones(name):
     for seed, shape in enumerate(shapes):
         whole = jnp.round(127 * jax.random.uniform(jax.random.key(seed), shape, minval=-1)).astype(jnp.int8)
         quantised.append(Int8(whole, 0.01 * jax.random.uniform(jax.random.key(9 + seed), (4, shape[2]))))
-    arrays = [value.dense((1,)) for value in quantised]
+    arrays = [value.dequantised((1,)) for value in quantised]
     rows = Assigned(_normal(5, 20, 8), jax.random.randint(jax.random.key(6), (20, 2), 0, 4), jnp.full((20, 2), 0.5))
     execution = dataclasses.replace(EXECUTION, capacity_factor=4.0)
     experts, masters = experts_of(tuple(quantised))
@@ -128,7 +129,7 @@ def test_experts_in_int8_are_dispatched_like_dense_ones(name):
 def test_quantised_experts_are_never_cast():
     value = Int8(jnp.ones((1, 2, 2), jnp.int8), jnp.ones((1, 2)))
     experts, _ = experts_of((value, value, value), "bfloat16")
-    again, _ = computed(experts, jnp.bfloat16, trained=True)
+    again, _ = cast_experts(experts, jnp.bfloat16, trained=True)
     assert all(one.value.whole.dtype == jnp.int8 for one in again)
 
 
@@ -147,11 +148,11 @@ def test_a_quantised_model_runs_as_the_model_it_stands_for(config):
     small = quantise_int8(model)
     assert all(not isinstance(leaf, Int8) for leaf in trees.flatten(model.params).values()), "the input is unchanged"
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, config.vocab_size)
-    expected, found = dequantised(small)(tokens), small(tokens)
+    expected, found = dense_model(small)(tokens), small(tokens)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(expected))))
     assert float(jnp.max(jnp.abs(found - model(tokens)))) > 0
     prompts, settings = [[1, 2, 3], [4, 5]], GenerateConfig(max_tokens=6)
-    assert generate(small, prompts, settings) == generate(dequantised(small), prompts, settings)
+    assert generate(small, prompts, settings) == generate(dense_model(small), prompts, settings)
 
 
 def test_quantising_abstract_leaves_gives_the_shapes_of_real_ones(config):
@@ -179,7 +180,7 @@ def test_an_adapter_learns_over_an_int8_base(tiny_layer_moe):
         logits_BTV = base.with_params(base.params | {"adapter": tree}).apply({"tokens": tokens}).logits_BTV
         return jnp.mean(jnp.square(logits_BTV))
 
-    gradients = [jax.grad(total, allow_int=True)(tree, base) for base in (small, dequantised(small))]
+    gradients = [jax.grad(total, allow_int=True)(tree, base) for base in (small, dense_model(small))]
     for path, (ours, theirs) in enumerate(zip(*map(jax.tree.leaves, gradients), strict=True)):
         if ours.dtype == jnp.float32:
             scale = max(float(jnp.max(jnp.abs(theirs))), 1e-6)

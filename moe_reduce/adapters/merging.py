@@ -24,7 +24,7 @@ from moe_reduce.models import weights
 from moe_reduce.models.deltas import ADAPTER, SMALLEST_SQUARE, srht_transposed
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import parameter_count
-from moe_reduce.models.products import wide
+from moe_reduce.models.products import accumulation_dtype
 
 Delta = Mapping[str, Any]  # ΔW of one target in factored form (models/deltas.py)
 ORDER = "(core · S_in), then S_outᵀ · (…), then scale, then W + ΔW; all in fp32"
@@ -113,7 +113,7 @@ def _merged(target: Target, weight: Any, delta: Delta) -> Any:
 
 def _merged_layers(target: Target, weight: Any, delta: Delta) -> jax.Array:
     if weights.is_quantised(weight):
-        weight = weights.dense(weight, target.parameter.contracted, jnp.float32)
+        weight = weights.dequantised(weight, target.parameter.contracted, jnp.float32)
     if target.layers is None:
         return _merged_layer(target, weight, delta)
     layers = np.asarray(target.layers)
@@ -130,7 +130,7 @@ def _merged_layer(target: Target, weight: jax.Array, delta: Delta) -> jax.Array:
 
 
 def _merged_matrix(target: Target, w: jax.Array, delta: Delta) -> jax.Array:
-    dtype = wide(w.dtype)
+    dtype = accumulation_dtype(w.dtype)
     w_OI = w.astype(dtype).reshape(target.in_features, target.out_features).T + dense_delta(target, delta, dtype)
     if "magnitude" in delta:
         norm_O1 = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(w_OI), axis=1, keepdims=True), SMALLEST_SQUARE))

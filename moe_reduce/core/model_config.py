@@ -11,11 +11,15 @@ REQUIRED_INT = 0  # default of sizes that have no sensible default; `check` refu
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Mixture of experts in place of the feed-forward block: E experts of width F, of which A run for each token."""
+    """Mixture of experts in place of the feed-forward block.
 
-    experts: int = REQUIRED_INT
-    active: int = REQUIRED_INT
-    width: int = REQUIRED_INT
+    Letters are those of moe_reduce.models: E experts of width F, of which A are active for each token. `width` here is
+    F, the width of an expert; `ModelConfig.width` is D, the width of the residual stream.
+    """
+
+    experts: int = REQUIRED_INT  # E
+    active: int = REQUIRED_INT  # A
+    width: int = REQUIRED_INT  # F
     placement: Literal["layer", "shared"] = "layer"  # each layer owns E experts | one pool of E serves every layer
     router: Literal["layer", "shared"] = "layer"  # a shared router needs a shared pool
     score_function: Literal["softmax", "sigmoid"] = "softmax"
@@ -38,15 +42,15 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and layer types of a decoder; moe_reduce.models defines the letters V, D, N, H, G, C, F and K."""
+    """Sizes and layer types of a decoder. Letters are those of moe_reduce.models."""
 
-    vocab_size: int = REQUIRED_INT
-    layers: int = REQUIRED_INT
-    width: int = REQUIRED_INT
-    query_heads: int = REQUIRED_INT
-    key_value_heads: int = REQUIRED_INT
-    head_width: int = REQUIRED_INT
-    feed_forward_width: int | None = None  # dense models; None when `moe` is given
+    vocab_size: int = REQUIRED_INT  # V
+    layers: int = REQUIRED_INT  # N
+    width: int = REQUIRED_INT  # D, the width of the residual stream
+    query_heads: int = REQUIRED_INT  # H
+    key_value_heads: int = REQUIRED_INT  # G
+    head_width: int = REQUIRED_INT  # C
+    feed_forward_width: int | None = None  # F of dense models; None when `moe` is given
     moe: MoEConfig | None = None
     embedding_factor: int | None = None  # K of E = U·W (ALBERT, arXiv:1909.11942); None: one full matrix
     tied_embeddings: bool = True
@@ -62,8 +66,8 @@ class ModelConfig:
     norm_epsilon: float = 1e-6
     max_positions: int = 2048  # intended context length; only written to config.json
     init_std: float = 0.02
-    # Family whose config.json and tensor names describe the model on disk (families/); None: the first that can. Two
-    # configs that differ in their family alone are the same architecture, and compare equal.
+    # Family whose config.json and tensor names describe the model on disk (families/); None: families/ chooses one. Two
+    # configs that differ only in their family are the same architecture, and compare equal.
     family: str | None = field(default=None, compare=False)
 
     def check(self) -> None:

@@ -74,4 +74,4 @@ EXPERT_TENSORS = {
     "layers/experts/down": Tensor(f"{EXPERT}.down_proj.weight"),
     "layers/router/weight": Tensor(f"{LAYER}.mlp.gate.weight"),
 }
-IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # transformers ignores them as well
+IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # transformers ignores them too

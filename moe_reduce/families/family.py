@@ -19,9 +19,9 @@ class Family(ABC):
     """One architecture on disk.
 
     name: `model_type` in config.json. architecture: the class that config.json names. tensors: layout by path of the
-    parameter. ignored: names of constants that old checkpoints stored. takes_unstated: whether a config that states no
-    family, such as that of a fresh training run, may be written as this one; False for a family that is added later, so
-    that a config is always written as it was before.
+    parameter. ignored: names of constants that old checkpoints store and nothing reads. takes_unstated: whether a
+    config that states no family, such as that of a fresh training run, may be written as this one. False for a family
+    that is added later, so that an old config is always written as it was before.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""GPT-NeoX (arXiv:2204.06745), as Pythia: LayerNorm, biases, a GELU block that may lie parallel to attention.
+"""GPT-NeoX (arXiv:2204.06745), such as Pythia: LayerNorm, biases, and a GELU block, parallel to attention or after it.
 
 Queries, keys and values are one matrix whose rows are [heads, 3, head width].
 """
@@ -38,7 +38,7 @@ FAMILY = HuggingFaceFamily(
         "attention_bias": (True,),
         "hidden_act": ("gelu",),
         "quantization_config": (None,),
-        # spellings of other families, which transformers does not read here
+        # keys of other families, which transformers does not read in this one
         "num_key_value_heads": (None,),
         "head_dim": (None,),
         "rope_theta": (None,),

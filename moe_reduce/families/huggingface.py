@@ -42,12 +42,13 @@ class Key:
 class HuggingFaceFamily(Family):
     """A family whose config.json transformers reads.
 
-    keys: by field of ModelConfig, those of MoEConfig with "moe." in front; without a key for them, there are as many
-    key/value heads as query heads, and heads divide the width. fixed: fields that every model of the family has.
+    keys: keys of config.json by field of ModelConfig; fields of MoEConfig have "moe." in front. A family without a key
+    for them has as many key/value heads as query heads, and a head width of width / query heads. fixed: fields with one
+    value in every model of the family.
     defaults: values that transformers assumes for keys that a file leaves out. accepted: keys that change what a model
     computes, with the only values that the decoder supports; a key that `keys` reads is not checked against it, so a
     family supports one of common.ACCEPTED by reading it. constants: keys of a new file that no field gives. rope: key
-    of published files -> the same within `rope_parameters`, as transformers 5 writes it. aliases: other spelling -> key.
+    of published files -> name within `rope_parameters`, as transformers 5 writes it. aliases: other spelling -> key.
     """
 
     keys: Mapping[str, Key]
@@ -81,7 +82,7 @@ class HuggingFaceFamily(Family):
         return raw | dict(self.constants)
 
     def update(self, raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-        """`raw` with the keys of changed fields replaced, and keys it left out added: their defaults may not fit."""
+        """`raw` with the keys of changed fields replaced. Keys that it left out are added, as defaults may not fit."""
         flat, raw = self._flat(raw), dict(raw)
         spellings = {key: name for name, key in self.aliases.items() if name in raw}
         for key, value in self._values(config).items():
@@ -106,7 +107,7 @@ class HuggingFaceFamily(Family):
             return False
 
     def same(self, left: ModelConfig, right: ModelConfig) -> bool:
-        """True if equal but for the experts' initial scale, which no file of transformers holds."""
+        """True if equal except for moe.init_scale, which no file of transformers holds."""
         if left.moe is not None and right.moe is not None:
             left = dataclasses.replace(left, moe=dataclasses.replace(left.moe, init_scale=right.moe.init_scale))
         return left == right
@@ -123,7 +124,7 @@ class HuggingFaceFamily(Family):
         }
 
     def _flat(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The keys as published files spell them, with those left out filled in as transformers fills them."""
+        """The keys in the spelling of published files, with keys that are left out filled in as transformers does."""
         optional = {key.name for key in self.keys.values() if key.optional}
         given = {key: value for key, value in raw.items() if value is not None or key in optional}
         rope: Any = given.get("rope_parameters", {})

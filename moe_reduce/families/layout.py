@@ -1,7 +1,7 @@
-"""Layout of a parameter on disk: the names of its tensors, and how their axes relate to those of the parameter.
+"""Layout of a parameter on disk: names of its tensors, and the relation of their axes to those of the parameter.
 
 A family states a `Tensor` for each parameter path; everything else about the parameter comes from its record in
-models/parameters.py. Letters are those of moe_reduce.models. Rotary halves follow Hugging Face: no permutation.
+models/parameters.py. Letters are those of moe_reduce.models. Rotated channels are in the order of Hugging Face.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ class Tensor(NamedTuple):
     """Name and axes on disk of the tensors of one parameter.
 
     name: with {layer} and {expert} it names one tensor for each, stacked on the first axes of the parameter.
-    axes: letters of the axes on disk; "HC D" is a matrix whose rows are heads times head width. A digit says that
-    parameters share the tensor: "H0C D", "H1C D" and "H2C D" under one name are its three parts, interleaved by head.
+    axes: letters of the axes on disk: "HC D" is a matrix whose rows are heads times head width. A digit numbers the
+    parts of a tensor that several parameters share: "H0C D", "H1C D" and "H2C D" under one name, interleaved by head.
     None: [outputs, inputs] for a matrix, as torch's Linear stores it, and one flat axis for any other parameter.
     """
 
@@ -33,7 +33,7 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Leaf:
-    """Layout of one parameter. parts: number of parameters that share its tensors."""
+    """Layout of one parameter. parts: number of parameters that share its tensors, itself included."""
 
     record: Parameter
     tensor: Tensor
@@ -78,7 +78,7 @@ class Leaf:
 
     @property
     def _sizes(self) -> dict[str, int]:
-        """Size by letter; a digit stands for the parts."""
+        """Size by letter; a digit has the size `parts`."""
         sizes = dict(zip(self.record.axes, self.shape, strict=True))
         return sizes | {letter: self.parts for letter in "".join(self.stored_axes) if letter.isdigit()}
 
@@ -106,7 +106,7 @@ class Leaf:
         letters, sizes = "".join(self.stored_axes), self._sizes
         part = [int(letter) if letter.isdigit() else slice(None) for letter in letters]
         left = [letter for letter in letters if letter.isalpha()]
-        # the ellipsis keeps a scalar an array
+        # with the ellipsis, indexing returns a view even of a scalar
         return tensor.reshape([sizes[x] for x in letters])[*part, ...].transpose(
             [left.index(x) for x in self._inner_axes]
         )
@@ -118,7 +118,7 @@ class Leaf:
         return array.transpose([axes.index(x) for x in "".join(self.stored_axes)]).reshape(self.stored_shape)
 
     def without(self, letters: str, suffix: str) -> "Leaf":
-        """Layout of tensors that lack some axes of these, such as scales: named like them, with a suffix."""
+        """Layout of companion tensors, such as scales, that lack the axes `letters` and whose names end in `suffix`."""
         kept = [place for place, letter in enumerate(self.record.axes) if letter not in letters]
         record = dataclasses.replace(
             self.record,
@@ -131,7 +131,7 @@ class Leaf:
 
 
 def to_stored(pieces: Sequence[tuple[Leaf, np.ndarray]]) -> np.ndarray:
-    """The tensor on disk of all the parameters that share it, or of one that shares it with none, at one index."""
+    """One tensor on disk, made of the pieces (layout, array) of all parameters that share it, or of a single one."""
     first, array = pieces[0]
     if first.parts == 1:
         return first.to_stored(array)

@@ -13,7 +13,7 @@ from moe_reduce.families.family import CARRIED, Family
 from moe_reduce.families.layout import Tensor
 
 NAME = "moe_reduce"
-# Fields of the first version's config.json. It always has them; a later field is there if it differs from its default.
+# Fields of the first version, which config.json always has. It has a later field only if it differs from its default.
 FIRST_FIELDS = (
     "vocab_size", "layers", "width", "query_heads", "key_value_heads", "head_width", "feed_forward_width", "moe",
     "embedding_factor", "tied_embeddings", "qk_norm", "rope_theta", "norm_epsilon", "max_positions", "init_std",

@@ -8,10 +8,10 @@ from moe_reduce.families.huggingface import HuggingFaceFamily, Key
 
 
 class Qwen3MoE(HuggingFaceFamily):
-    """The family, with a key that transformers wants although nothing reads it."""
+    """The family, and a key that transformers requires although nothing reads it."""
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """The keys of a new config.json, with `intermediate_size`, the width of dense layers that do not exist."""
+        """The keys of a new config.json, with `intermediate_size`, the width of dense layers, which it lacks."""
         raw = super().write(config)
         return raw | {"intermediate_size": raw["moe_intermediate_size"]}
 

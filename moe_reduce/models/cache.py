@@ -1,13 +1,13 @@
 """The key/value cache: keys and values of earlier tokens, so that a new token need not recompute them.
 
-A cache is a pytree that enters as the variable collection `CACHE`, under the paths of the attention modules. They never
-write it: they sow keys and values of new tokens as the collection `KEYS_VALUES`, and the caller writes the cache.
-Entry p of a row holds its token at position p, so positions alone determine the mask. Each layer has, for P entries
-(with a leading N if layers are stacked):
+A cache is a pytree that enters as the variable collection `CACHE`, under the paths of the attention modules. These
+modules read the cache and sow keys and values of new tokens as the collection `KEYS_VALUES`; the caller writes them to
+the cache. Entry p of a row holds its token at position p, so positions alone determine the mask
+(attention/visibility.py). Each layer has, for P entries (with a leading N if layers are stacked):
 
     keys, values              [B, G, P, C], in the compute dtype or int8. Heads come before entries, so that products
                               need no transposed copy; G heads, not H (GQA, arXiv:2305.13245)
-    key_scales, value_scales  [B, G, P] fp32, for an int8 cache: value of one integer step, by token and head
+    key_scales, value_scales  [B, G, P] fp32, for an int8 cache only: the number that an integer 1 stands for
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ Layer = Mapping[str, jax.Array]
 
 
 def layer_of(module: nn.Module) -> Layer | None:
-    """Cache of an attention module's layer; None without one."""
+    """Cache of the layer of an attention module; None if the call has no cache."""
     if not module.has_variable(CACHE, "keys"):
         return None
     names = (*SCALES, *(name for name in SCALES.values() if module.has_variable(CACHE, name)))
@@ -67,14 +67,14 @@ def _put(leaf: jax.Array, rows_B: jax.Array, positions_B: jax.Array, new: jax.Ar
 
 
 def _each_layer(function: Callable[..., Any], tree: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree with each layer replaced by function(layer, the same layer of the others)."""
+    """A tree of layers with each layer replaced by function(layer, *(the same layer of each other tree))."""
     if "keys" in tree:
         return function(tree, *others)
     return {name: _each_layer(function, tree[name], *(other[name] for other in others)) for name in tree}
 
 
 def _stored(layer: Layer, quantised: bool) -> dict[str, jax.Array]:
-    """Keys and values [B, T, G, C] as a cache stores them: [B, G, T, C], with their scales."""
+    """Keys and values [B, T, G, C] in the form of a cache: [B, G, T, C], with scales if quantised."""
     stored = {name: layer[name].transpose(0, 2, 1, 3) for name in SCALES}
     if not quantised:
         return stored

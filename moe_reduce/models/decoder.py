@@ -23,8 +23,8 @@ from moe_reduce.models.norms import residual_norm
 from moe_reduce.models.weights import Weight, read
 
 REMAT_POLICIES = {
-    # by name: JAX's dots policies do not see products inside custom_vjp functions
-    "dots": jax.checkpoint_policies.save_only_these_names(products.KEPT),
+    # by name, because JAX's dots policies do not see products inside custom_vjp functions
+    "dots": jax.checkpoint_policies.save_only_these_names(products.REMAT_SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 STACK = "layers"  # key of the stacked layers among the parameters
@@ -42,8 +42,8 @@ class Block(nn.Module):
     """Pre-norm attention, then feed-forward or experts; each output is added to the residual stream.
 
     With config.parallel_residual both halves read the block's input (GPT-J; arXiv:2204.06745). A block uses the experts
-    and router of `shared`, or its own where these are None. The masters of shared experts (moe/experts.py) are carried
-    from block to block with x, so that their gradient accumulates in the backward pass.
+    and router of `shared`, or its own where these are None. The master weights of shared experts (moe/experts.py) pass
+    from block to block with x, so that the backward pass accumulates their gradient.
     """
 
     config: ModelConfig
@@ -76,22 +76,24 @@ def attention_half(block: nn.Module, x_BTD, positions_BT, segments_BT) -> tuple[
 def expert_half(
     block: Any, normed_BTD: jax.Array, masters: Masters, shared: Shared, real_BT: jax.Array | None
 ) -> tuple[jax.Array, Masters]:
-    """Expert half of a block, in the block's scope: (output of the experts, masters for the next block)."""
+    """Expert half of a block, in the block's scope: (output of the experts, master weights for the next block)."""
     config, execution = block.config, block.execution
     if shared.experts is None:
-        experts, own = ExpertPool(config, execution, name="experts")()
+        experts, used_masters = ExpertPool(config, execution, name="experts")()
     else:
-        experts, own = shared.experts, masters
+        experts, used_masters = shared.experts, masters
     router = router_weights(block, shared.router)
     routing = choose_experts(normed_BTD, router, config.moe, real_BT)
-    y_BTD, own, statistics, assignments = mixture_of_experts(normed_BTD, routing, experts, own, execution, real_BT)
+    y_BTD, used_masters, statistics, assignments = mixture_of_experts(
+        normed_BTD, routing, experts, used_masters, execution, real_BT
+    )
     gain_D = read_gain(block)
     if gain_D is not None:
         y_BTD = y_BTD * jnp.broadcast_to(gain_D.astype(y_BTD.dtype), y_BTD.shape)
     sow(block, "hidden", {"router_input": normed_BTD})
     sow(block, "routing", statistics)
     sow(block, "assignments", assignments)
-    return y_BTD, masters if shared.experts is None else own
+    return y_BTD, masters if shared.experts is None else used_masters
 
 
 def router_weights(block: Any, shared: Weight | None) -> RouterWeights:
@@ -128,11 +130,11 @@ class LayerRouter(nn.Module):
 class Decoder(nn.Module):
     """tokens_BT int32 -> logits_BTV fp32.
 
-    `segments` (document index within the row) keeps attention inside a document; `positions` restarts at each.
-    `real_BT` is True for tokens counted in router statistics. `last` [B] selects one position of each row: logits are
-    then [B, 1, V]. With a cache among the variables, the tokens continue it at `positions`.
+    `segments` (document index within the row) keeps attention inside a document; `positions` restart at 0 in each
+    document. `real_BT` is True for tokens counted in router statistics. `last` [B] selects one position of each row:
+    logits are then [B, 1, V]. With a cache among the variables, the tokens continue it at `positions`.
 
-    stacked: a scan over layers with stacked parameters; otherwise a Python loop over the parameters from `unstacked`.
+    stacked: True runs a scan over layers with stacked parameters; False a Python loop over parameters from `unstacked`.
     """
 
     config: ModelConfig
@@ -215,5 +217,5 @@ def _name(number: int) -> str:
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Fresh fp32 parameters; linen folds each path into the key."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    execution = ExecutionConfig(dispatch="reference")  # shapes and values do not depend on how it is computed
+    execution = ExecutionConfig(dispatch="reference")  # parameters do not depend on the dispatch
     return dict(Decoder(config, execution).init(key, tokens)["params"])

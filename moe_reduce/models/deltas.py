@@ -7,7 +7,7 @@ With I inputs, O outputs and k inner dimensions:
     core   [k, k]; or its factors core_left [k, r] and core_right [r, k]; if absent, the identity
     out    {"matrix" [k, O]}, or {"signs" [Op], "rows" int32 [k]}
     scale  scalar
-    magnitude [O], present (scalar: 1, or 0 in layers without the adapter): DoRA only
+    magnitude [O], and present, a scalar that is 0 in layers without the adapter and else 1: DoRA only
 
 Then ΔW = scale · outᵀ · core · inᵀ, [O, I], and y = x·(W + ΔW)ᵀ. LoRA (arXiv:2106.09685) has in = Aᵀ and out = Bᵀ;
 SkeMA has fixed in and out and trains the core; DoRA (arXiv:2402.09353) rescales the rows of W + ΔW to `magnitude`.
@@ -27,8 +27,8 @@ import numpy as np
 from moe_reduce.models import products
 
 ADAPTER = "adapter"
-SMALLEST_SQUARE = 1e-30  # lower bound of the squared length of an output's weights, which DoRA divides by
-RADIX = 16  # size of the matrices that compute the Hadamard transform: faster than butterfly additions
+SMALLEST_SQUARE = 1e-30  # lower bound of ‖w + Δw‖² of an output, by whose root DoRA divides
+RADIX = 16  # size of the matrices that compute the Hadamard transform, which is faster than butterfly additions
 Delta = Mapping[str, Any]
 Multiply = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -40,11 +40,11 @@ def variables(params: Mapping[str, Any]) -> dict[str, Any]:
     """
     if ADAPTER not in params:
         return {"params": params}
-    own = {name: leaf for name, leaf in params.items() if name != ADAPTER}
-    if "layers" not in own:  # unstacked: each layer has its own already
-        return {"params": own, ADAPTER: params[ADAPTER]}
-    layers = jax.tree.leaves(own["layers"])[0].shape[0]
-    return {"params": own, ADAPTER: _spread(params[ADAPTER], layers)}
+    base = {name: leaf for name, leaf in params.items() if name != ADAPTER}
+    if "layers" not in base:  # unstacked: the adapter has been expanded
+        return {"params": base, ADAPTER: params[ADAPTER]}
+    layers = jax.tree.leaves(base["layers"])[0].shape[0]
+    return {"params": base, ADAPTER: _spread(params[ADAPTER], layers)}
 
 
 def _spread(tree: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def added(x: jax.Array, delta: Delta, outputs: int, multiply: Multiply) -> jax.A
 
 
 def adapted(x_SI: jax.Array, y_SO: jax.Array, matrix: Callable[[], jax.Array], delta: Delta, layout: str) -> jax.Array:
-    """y_SO = x·matrix, changed by the adapter's delta. matrix() -> [I, O] is called for DoRA only."""
+    """Outputs of x·(W + ΔW)ᵀ, given y_SO = x·Wᵀ. matrix() returns Wᵀ [I, O] and is called for DoRA only."""
 
     def multiply(x, matrix):
         product: Any = products.product(x, matrix, layout)
@@ -98,8 +98,8 @@ def adapted(x_SI: jax.Array, y_SO: jax.Array, matrix: Callable[[], jax.Array], d
 
 
 def _lengths(matrix_IO: jax.Array, delta: Delta) -> jax.Array:
-    """‖w_o + Δw_o‖ of every output, fp32 [O], from products in k dimensions: ΔW is not formed here either."""
-    dtype = products.wide(matrix_IO.dtype)
+    """‖w_o + Δw_o‖ of every output, fp32 [O], from products in k dimensions, without forming ΔW."""
+    dtype = products.accumulation_dtype(matrix_IO.dtype)
     w_IO, in_IK, out_KO = (x.astype(dtype) for x in (matrix_IO, delta["in"]["matrix"], delta["out"]["matrix"]))
     out_KO = out_KO * delta["scale"].astype(dtype)
     multiply = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -127,12 +127,12 @@ def srht_transposed(z: jax.Array, signs: jax.Array, rows: jax.Array, outputs: in
 def hadamard(x: jax.Array) -> jax.Array:
     """The orthonormal Walsh-Hadamard transform of the last axis, whose length is a power of two; O(d log d).
 
-    H of size 16·16·… is a Kronecker product: each factor is a small matrix product along its own axis.
+    H of size 16·16·… is a Kronecker product, so each factor is applied as a small matrix product along one axis.
     """
     size = x.shape[-1]
     if size & (size - 1):
         raise ValueError(f"a Hadamard transform has a power of two of elements, not {size}")
-    left = x.astype(products.wide(x.dtype)).reshape(-1, size)
+    left = x.astype(products.accumulation_dtype(x.dtype)).reshape(-1, size)
     rows, done = left.shape[0], 1
     while done < size:
         radix = min(RADIX, size // done)

@@ -35,7 +35,7 @@ class Embedding(nn.Module):
 
 
 class Unembedding(nn.Module):
-    """An output table of its own, for models that do not tie it to the input."""
+    """The output table of models that do not tie it to the input table."""
 
     config: ModelConfig
     execution: ExecutionConfig

@@ -8,7 +8,7 @@ from moe_reduce.models.weights import linear
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate·x) · up·x) (arXiv:2002.05202); or down(gelu(up·x)), exact (arXiv:1606.08415)."""
+    """SwiGLU, down(silu(gate·x) · up·x) (arXiv:2002.05202), or exact GELU, down(gelu(up·x)) (arXiv:1606.08415)."""
 
     config: ModelConfig
     execution: ExecutionConfig

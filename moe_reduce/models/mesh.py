@@ -7,12 +7,12 @@ BATCH_AXES = ("data", "fsdp", "expert")  # rows of a batch are split over all th
 
 
 def shard_batch(x: jax.Array) -> jax.Array:
-    """Constrains x to be split by batch rows over the mesh in context, if any."""
+    """Constrain x to be split by batch rows over the mesh in context, if any."""
     return _constrained(x, PartitionSpec(BATCH_AXES))
 
 
 def whole(x: jax.Array) -> jax.Array:
-    """Constrains x to be replicated over the mesh in context, if any."""
+    """Constrain x to be replicated over the mesh in context, if any."""
     return _constrained(x, PartitionSpec())
 
 

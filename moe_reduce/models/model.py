@@ -57,8 +57,8 @@ class Model:
         [B, T], `weights` [B, T] (tokens after a row's last weight above 0 are padding, excluded from router
         statistics), `last` [B] (one position of each row: logits are then [B, 1, V], of that position only).
         collect: names among COLLECT. Each is stacked over layers, [N, …]:
-            routing      counts_E, probability_E, z, dropped of each layer's router call
-            assignments  expert, weight, norm, maximum of each assignment, [N, B, T, A]
+            routing      counts_E, probability_E, z and dropped of each layer's router call
+            assignments  expert, weight, and norm and maximum of the expert's output, [N, B, T, A]
             hidden       block_input, router_input, block_output, [N, B, T, D]
             keys_values  keys and values of the batch's tokens, as models/cache.py stores them
         cache: keys and values of earlier tokens; the batch's `positions` continue from its end.

@@ -1,7 +1,7 @@
 """One record per parameter: everything that the code asks about a parameter.
 
 `parameters(config)` lists the records of a model. Initialisation, abstract parameters, sharding, weight decay, counts,
-casts, adapter targets, expert slices, layer slices and the layout on disk all read these records and nothing else.
+casts, adapter targets, slices by expert or layer, and the layout on disk all read these records and nothing else.
 Letters of `axes`, `inputs` and `outputs` are those of moe_reduce.models; a leading N is the axis of stacked layers.
 """
 
@@ -25,7 +25,7 @@ from moe_reduce.models.deltas import ADAPTER
 Records = Mapping[str, "Parameter"]
 MeshAxis = str | tuple[str, ...] | None
 FSDP = ("fsdp", "expert")  # for all parameters but experts, the mesh's expert axis is a second fsdp axis
-GAIN = "/magnitude"  # DoRA's trained lengths: gains, so without decay, unlike the adapter's other leaves
+GAIN = "/magnitude"  # end of the path of DoRA's magnitudes: gains, so without decay, unlike other adapter leaves
 ROUTER_BIAS = "layers/router_bias"  # path of the selection biases, which load balancing updates without a gradient
 
 
@@ -103,7 +103,7 @@ def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
 
 @functools.cache
 def by_path(config: ModelConfig) -> Records:
-    """The records of `parameters` by their paths."""
+    """The records of `parameters`, by path."""
     return {record.path: record for record in parameters(config)}
 
 
@@ -119,7 +119,8 @@ def record_in_module(config: ModelConfig, scope: tuple[str, ...], name: str) -> 
 def find_in_module(config: ModelConfig, scope: tuple[str, ...], name: str) -> Parameter | None:
     """Record of parameter `name` of the linen module at `scope`, or None.
 
-    Unstacked layers have scopes `layers_0`, `layers_1`, …; a module applied on its own has only the end of its path.
+    The scope of an unstacked layer begins with `layers_0`, `layers_1`, …; that of a module applied outside a Decoder,
+    as layer-wise code does, is only the end of its path.
     """
     path = re.sub(r"^layers_\d+/", "layers/", "/".join((*scope, name)))
     known = by_path(config)
@@ -169,8 +170,8 @@ def _adapter_leaf(config: ModelConfig, path: str, shape: tuple[int, ...]) -> Par
     target = next((record for record in parameters(config) if path.startswith(f"{ADAPTER}/{record.path}/")), None)
     if target is None:
         raise UserError(f"adapter leaf {path} belongs to no parameter of this model: give the adapter of this model")
-    own = target.expert_axis is not None and len(shape) - target.stacked == 3
-    axes = "N" * target.stacked + "E" * own
+    per_expert = target.expert_axis is not None and len(shape) - target.stacked == 3
+    axes = "N" * target.stacked + "E" * per_expert
     axes += "IO"[: len(shape) - len(axes)]
     mesh_axes = tuple("expert" if letter == "E" else None for letter in axes)
     zeros, decays = nn.initializers.zeros, not path.endswith(GAIN)
@@ -204,7 +205,7 @@ def select(config: ModelConfig, *, component: str | None = None, matrix: bool | 
 
 
 def only_record(config: ModelConfig, component: str, name: str | None = None) -> Parameter:
-    """The only record of a component, or of a name within it; ValueError where there is none, or more than one."""
+    """The only record of a component, or of a name within it; ValueError if there is none, or more than one."""
     (record,) = [p for p in parameters(config) if p.component == component and name in (None, p.name)]
     return record
 
@@ -225,7 +226,7 @@ def normal_init(std: float) -> nn.initializers.Initializer:
 
 
 def residual_std(config: ModelConfig) -> float:
-    """Initial standard deviation of matrices that write to the residual stream, scaled for its 2N writes (GPT-2)."""
+    """Initial standard deviation of matrices that write to the residual stream: init_std / √(2N writes), as GPT-2."""
     return config.init_std / (2 * config.layers) ** 0.5
 
 
@@ -247,7 +248,7 @@ def _matrix(config: ModelConfig, path: str, axes: str, product: str, mesh_axes: 
 
 
 def _vector(config: ModelConfig, path: str, axes: str, component: str, mesh_axes: Any = None, init: Any = None):
-    """Record of a parameter added or multiplied elementwise; zeros unless `init` says otherwise."""
+    """Record of a parameter that is added or multiplied elementwise, initialised to zeros by default."""
     init = nn.initializers.zeros if init is None else init
     mesh_axes = (None,) * len(axes.removeprefix("N")) if mesh_axes is None else mesh_axes
     named = {"component": component, "precision": "float32", "init": init}
@@ -265,7 +266,7 @@ def _embeddings(config: ModelConfig) -> list[Parameter]:
     if config.embedding_factor is None:
         found = [_matrix(config, "embedding/table", "VD", "D V", table)]
     else:
-        # with this std of W, entries of U·W have standard deviation init_std, and x·Wᵀ keeps the length of x
+        # with this std of W, U·W has entries of standard deviation init_std, and x·Wᵀ is about as long as x
         std = config.embedding_factor**-0.5
         found = [
             _matrix(config, "embedding/factor", "VK", "K V", (("tensor", *FSDP), None)),

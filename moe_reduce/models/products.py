@@ -1,12 +1,12 @@
 """Matrix products with operands in the compute dtype and fp32 accumulation, forward and backward.
 
-JAX's own gradient of a bf16 product multiplies fp32 by bf16 and rounds the matrix gradient to bf16. Here cotangents
-are in the compute dtype, and a matrix gradient has the dtype that the matrix is stored in.
+JAX's own gradient of a bf16 product multiplies fp32 by bf16, and rounds the gradient of the matrix to bf16. Here
+cotangents are in the compute dtype, and the gradient of a matrix has the dtype in which the matrix is stored.
 
-layout "transposed" (ExecutionConfig.products) is for bf16 on CPUs. There XLA uses the matrix units, or accepts bf16
-operands with an fp32 sum at all, only if the contracted axis of the left operand is last in memory. So the left operand
-is first transposed in memory, and every operand's layout is pinned (measured: 1,100 instead of 250 GFLOP/s). On other
-platforms this would only add a copy.
+The layout "transposed" (ExecutionConfig.products) is for bf16 on CPUs. There XLA uses the matrix units only if the
+contracted axis of the left operand is last in memory, and it rejects some bf16 products with fp32 sums in any other
+layout. So the left operand is first transposed in memory, and the layout of every operand is fixed (measured: 1,100
+instead of 250 GFLOP/s). On other platforms this would only add a copy.
 """
 
 from functools import partial
@@ -16,34 +16,34 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType
 
-KEPT = "product"  # checkpoint_name of the values that remat=dots keeps: products, and rows from other devices
+REMAT_SAVED = "product"  # checkpoint_name of the values that remat=dots saves: products, and rows from other devices
 
 
-def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """Dtype of sums over values of a dtype: fp32, or fp64 for fp64."""
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Dtype in which values of a dtype are summed: fp64 for fp64, else fp32."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def dot(left: jax.Array, right: jax.Array, left_axis: int, right_axis: int, layout: str, batch: int = 0) -> jax.Array:
-    """Contraction of left_axis with right_axis, both numbered after the `batch` leading batch axes.
+    """Contract left_axis with right_axis, which are both counted from the first axis after the `batch` batch axes.
 
-    Sums and result are fp32; fp64 for fp64 operands.
+    Sums and result are in `accumulation_dtype`.
     """
-    sums = wide(left.dtype)
+    sums = accumulation_dtype(left.dtype)
     axes = tuple(range(batch))
     numbers = (((batch + left_axis,), (batch + right_axis,)), (axes, axes))
     if layout != "transposed":
         return jax.lax.dot_general(left, right, numbers, preferred_element_type=sums)
     if left_axis == 0:
         left, numbers = jnp.swapaxes(left, -1, -2), (((batch + 1,), (batch + right_axis,)), (axes, axes))
-    return pinned(jax.lax.dot_general(pinned(left), pinned(right), numbers, preferred_element_type=sums))
+    return row_major(jax.lax.dot_general(row_major(left), row_major(right), numbers, preferred_element_type=sums))
 
 
-def pinned(x: jax.Array) -> jax.Array:
+def row_major(x: jax.Array) -> jax.Array:
     """x, stored in memory in row-major order.
 
-    XLA then cannot swap the operands of a product, fold a transposition away or recompute x at each use. Returns x
-    unchanged if the mesh in context splits a non-manual axis: the partitioner would gather x on every device.
+    XLA then cannot swap the operands of a product, fold a transposition away or recompute x at each use. If the mesh in
+    context splits an axis automatically, x is returned unchanged: else the partitioner would gather x on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
@@ -96,11 +96,12 @@ def exact(x_SI: jax.Array, matrix_IO: jax.Array) -> jax.Array:
     """bf16 x · fp32 matrix, [S, O] in fp32, as accurate as an fp32 product, in three bf16 passes of the matrix units.
 
     An fp32 number is the sum of three bf16 numbers, and the product of two bf16 numbers is exact in fp32. The three
-    passes are one concatenated product, so partial sums are not written to memory. The gradient is that of `product`.
+    passes are one product of concatenated operands, so partial sums are not written to memory. The gradient is that of
+    `product`.
     """
     parts, rest = [], matrix_IO.astype(jnp.float32)
     for _ in range(3):
-        # reduce_precision and not a cast to bf16 and back, which XLA may remove
+        # XLA may remove a cast to bf16 and back, but not reduce_precision
         part = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
         parts.append(part.astype(jnp.bfloat16))
         rest = rest - part

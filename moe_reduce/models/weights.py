@@ -31,7 +31,7 @@ Product = Callable[[jax.Array, jax.Array], jax.Array]  # (rows, one matrix for e
 class Int8:
     """A matrix as int8 with one fp32 scale for each output: w = whole · scale, symmetric, rounded to nearest.
 
-    whole: [*stacked, …] in the layout of the parameter. scale: the same axes without those that a product contracts.
+    whole: int8, with the axes of the parameter. scale: fp32, with the same axes but those that a product contracts.
     """
 
     whole: jax.Array
@@ -60,13 +60,13 @@ class Int8:
         spread = jnp.broadcast_to(jnp.where(scale > 0, scale, 1.0), matrix.shape)
         return cls(jnp.round(matrix / spread).astype(jnp.int8), jnp.squeeze(scale, axis=record.contracted))
 
-    def dense(self, contracted: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def dequantised(self, contracted: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         """The dequantised matrix. contracted: axes that `scale` lacks."""
         scale = jnp.broadcast_to(jnp.expand_dims(self.scale, contracted), self.whole.shape)
         return (self.whole.astype(jnp.float32) * scale).astype(dtype)
 
     def map(self, function: Callable[[tuple[int, ...], Any], Any], record: Parameter) -> "Int8":
-        """Each part replaced by function(axes, part), where axes are the parameter's axes that the part has."""
+        """The matrix with both arrays replaced by function(axes, array); see `map_parts`."""
         every = tuple(range(len(record.axes)))
         kept = tuple(axis for axis in every if axis not in record.contracted)
         return Int8(function(every, self.whole), function(kept, self.scale))
@@ -76,23 +76,23 @@ Value = jax.Array | Int8
 
 
 def map_parts(function: Callable[[tuple[int, ...], Any], Any], record: Parameter, value: Any) -> Any:
-    """Each array of a value replaced by function(axes, array): axes are the parameter's axes that the array has."""
+    """A value with each array replaced by function(axes, array), where `axes` are the parameter's axes that it has."""
     return value.map(function, record) if isinstance(value, Int8) else function(tuple(range(len(record.axes))), value)
 
 
 def is_quantised(value: Any) -> bool:
-    """True for a value of a quantised type; these are always frozen."""
+    """True for a value of a quantised type. Such values are always frozen."""
     return isinstance(value, Int8)
 
 
 def cast(value: Any, dtype: Any) -> Any:
-    """A value in a dtype; quantised ones stay as they are."""
+    """An array cast to a dtype; a quantised value unchanged."""
     return value if is_quantised(value) else jnp.asarray(value, dtype)
 
 
-def dense(value: Any, contracted: tuple[int, ...], dtype: Any) -> jax.Array:
+def dequantised(value: Any, contracted: tuple[int, ...], dtype: Any) -> jax.Array:
     """A value as an array of a dtype."""
-    return value.dense(contracted, dtype) if isinstance(value, Int8) else value.astype(dtype)
+    return value.dequantised(contracted, dtype) if isinstance(value, Int8) else value.astype(dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -100,13 +100,13 @@ def dense(value: Any, contracted: tuple[int, ...], dtype: Any) -> jax.Array:
 class Weight:
     """A value to multiply by, and its adapter delta.
 
-    inputs: number of leading axes of one matrix that are contracted. layout: of operands (ExecutionConfig.products).
-    exact: products are in true fp32 whatever the compute dtype, as routers need them.
+    input_axes: number of leading axes of one matrix that a product contracts. layout: layout of a product's operands
+    (ExecutionConfig.products). exact: products are in true fp32 whatever the compute dtype, as routers need them.
     """
 
     value: Any
     delta: Delta | None = None
-    inputs: int = dataclasses.field(default=1, metadata={"static": True})
+    input_axes: int = dataclasses.field(default=1, metadata={"static": True})
     layout: str = dataclasses.field(default="plain", metadata={"static": True})
     exact: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -134,7 +134,7 @@ def linear(module: Any, name: str, x: jax.Array) -> jax.Array:
     if find_in_module(module.config, module.path, f"{name}_bias") is None:
         return y
     bias = read(module, f"{name}_bias")
-    # in fp32, so that the bias gradient, a sum over all tokens, is in fp32 too
+    # added in fp32, so that the gradient of the bias, a sum over all tokens, is formed in fp32 too
     return (y.astype(jnp.float32) + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)).astype(y.dtype)
 
 
@@ -145,14 +145,14 @@ def matmul(x: jax.Array, w: Weight, transposed: bool = False) -> jax.Array:
     flattened first: otherwise XLA on CPU runs the gradient at a third of the speed.
     """
     assert w.delta is None or not (w.exact or transposed), "an adapter changes no router and no embedding"
-    ins, outs = w.value.shape[: w.inputs], w.value.shape[w.inputs :]
+    ins, outs = w.value.shape[: w.input_axes], w.value.shape[w.input_axes :]
     contracted, kept = (outs, ins) if transposed else (ins, outs)
     lead = x.shape[: x.ndim - len(contracted)]
     x_SI = x.reshape(math.prod(lead), math.prod(contracted))
-    matrix = _flat(w.value, w.inputs)
+    matrix = _flat(w.value, w.input_axes)
     if w.exact:
-        return _exact(x_SI, dense(matrix, (0,), jnp.float32), w.layout).reshape(*lead, *kept)
-    y_SO = checkpoint_name(_product(x_SI, matrix, w.layout, transposed), products.KEPT)
+        return _exact(x_SI, dequantised(matrix, (0,), jnp.float32), w.layout).reshape(*lead, *kept)
+    y_SO = checkpoint_name(_product(x_SI, matrix, w.layout, transposed), products.REMAT_SAVED)
     if w.delta is not None:
         y_SO = deltas.adapted(x_SI, y_SO, partial(_as_array, matrix), w.delta, w.layout)
     return y_SO.reshape(*lead, *kept)
@@ -163,7 +163,7 @@ def grouped_matmul(rows: jax.Array, w: Weight, product: Product) -> jax.Array:
 
     w.value: [E, I, O]. product(rows, matrices [E, I, O]): the dispatch's product by expert (models/moe/dispatch.py).
     """
-    y = product(rows, dense(w.value, (1,), rows.dtype))
+    y = product(rows, dequantised(w.value, (1,), rows.dtype))
     if w.delta is None:
         return y
 
@@ -177,7 +177,10 @@ def grouped_matmul(rows: jax.Array, w: Weight, product: Product) -> jax.Array:
 
 
 def multiply(x: jax.Array, matrix: Any, layout: str, transposed: bool = False) -> jax.Array:
-    """x [S, I] · one matrix [I, O], or x [S, O] · its transpose; fp32 sums and result. Array: no custom gradient."""
+    """x [S, I] · one matrix [I, O], or x [S, O] · its transpose; fp32 sums and result.
+
+    The gradient of an array is JAX's own: callers define another.
+    """
     if not isinstance(matrix, Int8):
         return products.dot(x, matrix, 1, int(transposed), layout)
     return _int8_dot(x, matrix.whole, matrix.scale, int(transposed), transposed, layout)
@@ -195,22 +198,22 @@ def logits(x: jax.Array, table: Weight) -> jax.Array:
 
 
 def lookup(tokens: jax.Array, table: Weight, dtype: Any) -> jax.Array:
-    """Rows of table [V, D] in a dtype. Cast after the gather, so that gradients of frequent tokens add up in fp32."""
+    """Rows of table [V, D] in a dtype. The cast follows the gather, so that gradients of a row are summed in fp32."""
     value = table.value
     if not isinstance(value, Int8):
         return value[tokens].astype(dtype)
-    return Int8(value.whole[tokens], value.scale[tokens]).dense((-1,), dtype)
+    return Int8(value.whole[tokens], value.scale[tokens]).dequantised((-1,), dtype)
 
 
-def _flat(value: Any, inputs: int) -> Any:
+def _flat(value: Any, input_axes: int) -> Any:
     """A value [*in, *out] as one matrix [I, O]."""
     if isinstance(value, Int8):
-        return Int8(_flat(value.whole, inputs), value.scale.reshape(-1))
-    return value.reshape(math.prod(value.shape[:inputs]), -1)
+        return Int8(_flat(value.whole, input_axes), value.scale.reshape(-1))
+    return value.reshape(math.prod(value.shape[:input_axes]), -1)
 
 
 def _as_array(matrix: Any) -> jax.Array:
-    return matrix.dense((0,)) if isinstance(matrix, Int8) else matrix
+    return matrix.dequantised((0,)) if isinstance(matrix, Int8) else matrix
 
 
 def _product(x: jax.Array, matrix: Any, layout: str, transposed: bool) -> Any:
@@ -222,7 +225,7 @@ def _product(x: jax.Array, matrix: Any, layout: str, transposed: bool) -> Any:
 def _exact(x_SI: jax.Array, matrix_IO: jax.Array, layout: str) -> jax.Array:
     """Product in true fp32, not in default bf16 or TF32 passes, whose rounding would change the chosen experts.
 
-    For bf16 inputs three bf16 passes are as accurate (models/products.py); they are slower than fp32 only on CPU.
+    For bf16 inputs three bf16 passes are as accurate (models/products.py), and faster than fp32 except on CPU.
     """
     if x_SI.dtype == jnp.bfloat16 and layout == "plain":
         return products.exact(x_SI, matrix_IO)
@@ -231,7 +234,7 @@ def _exact(x_SI: jax.Array, matrix_IO: jax.Array, layout: str) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _int8_dot(x: jax.Array, whole: jax.Array, scale: jax.Array, axis: int, scales_x: bool, layout: str) -> jax.Array:
-    """x [S, ·] · whole, contracted over whole's `axis`, fp32. scale: multiplies x if `scales_x`, else the result."""
+    """x [S, ·] · whole, contracted over `axis` of whole, fp32. scale multiplies x if `scales_x`, else the result."""
     if scales_x:
         x = _scaled(x, scale)
     y = products.dot(x, whole.astype(x.dtype), 1, axis, layout)
@@ -239,7 +242,7 @@ def _int8_dot(x: jax.Array, whole: jax.Array, scale: jax.Array, axis: int, scale
 
 
 def _int8_dot_forward(x, whole, scale, axis, scales_x, layout):
-    # x is not saved: the matrix is frozen
+    # x is not saved, since the matrix is frozen and gets no gradient
     return _int8_dot(x, whole, scale, axis, scales_x, layout), (whole, scale, jnp.zeros((), x.dtype))
 
 

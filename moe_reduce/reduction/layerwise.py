@@ -19,7 +19,7 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.families import Leaf, leaves
 from moe_reduce.models.decoder import STACK, AttentionHalf, LayerRouter
 from moe_reduce.models.moe.dispatch import Assigned
-from moe_reduce.models.moe.experts import Experts, computed
+from moe_reduce.models.moe.experts import Experts, cast_experts
 from moe_reduce.models.moe.mixture import some_experts
 from moe_reduce.models.parameters import by_path
 from moe_reduce.models.weights import Weight
@@ -106,7 +106,7 @@ def _attend(config: ModelConfig, execution: ExecutionConfig, half, router, x_BTD
 def _experts(execution: ExecutionConfig, layer_experts: int, rows: Assigned, experts: Experts, first):
     """Run a chunk of a layer's experts: their summed output, and norm and maximum of each assignment."""
     fraction = experts.number / layer_experts
-    experts, _ = computed(experts, rows.x_SD.dtype, trained=False)
+    experts, _ = cast_experts(experts, rows.x_SD.dtype, trained=False)
     result = some_experts(rows, experts, execution, first, fraction)
     return result.y_SD, result.norm_SA, result.maximum_SA
 

@@ -11,18 +11,18 @@ Angles = tuple[jax.Array, jax.Array]
 def angles(positions_BT: jax.Array, width: int, theta: float, stored: bool = False) -> Angles:
     """(sine, cosine) of the angles of `width` channels, fp32 [B, T, 1, width / 2] each.
 
-    stored: kept in memory; otherwise XLA on CPU recomputes them for each head (rotating [4, 256, 12, 64] takes 0.3 ms
-    instead of 1.9 ms).
+    stored: True keeps the angles in memory; otherwise XLA on CPU recomputes them for each head (rotating
+    [4, 256, 12, 64] takes 1.9 ms instead of 0.3 ms).
     """
     half = width // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     turned = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
     sine, cosine = jnp.sin(turned), jnp.cos(turned)
-    return (products.pinned(sine), products.pinned(cosine)) if stored else (sine, cosine)
+    return (products.row_major(sine), products.row_major(cosine)) if stored else (sine, cosine)
 
 
 def rotate(x_BTHC: jax.Array, by: Angles) -> jax.Array:
-    """x with the first channels, those that `by` covers, rotated in fp32; the others are unchanged (GPT-NeoX)."""
+    """x with its first channels, as many as `by` has angles for, rotated in fp32; the rest is unchanged (GPT-NeoX)."""
     sine, cosine = by
     width = 2 * sine.shape[-1]
     if width < x_BTHC.shape[-1]:

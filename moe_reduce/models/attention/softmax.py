@@ -10,8 +10,8 @@ from moe_reduce.models.attention.visibility import Visibility
 from moe_reduce.models.cache import SCALES, Layer
 from moe_reduce.models.products import dot
 
-# XLA on CPU runs a batched product on one core, and independent products in parallel. Splitting queries into tiles uses
-# more cores and skips most of the masked scores.
+# XLA on CPU runs a batched product on one core, and independent products in parallel. So tiles of queries use more
+# cores; they also skip most of the masked scores.
 TILES, SMALLEST_TILE = 4, 64
 MASKED = -1e30
 
@@ -19,7 +19,7 @@ MASKED = -1e30
 def attention(q_BTHC, k_BTGC, v_BTGC, visibility: Visibility, layout: str = "plain", tiles: int = 1) -> jax.Array:
     """Softmax attention of a row's tokens to one another, [B, T, H, C]; query head h reads key/value head h·G/H.
 
-    tiles: maximum number of query tiles. Each reads only keys that it can see: causal, 4 tiles form 5/8 of the products.
+    tiles: maximum number of query tiles. A tile reads only keys that it sees: causal, 4 tiles form 5/8 of the products.
     """
     batch, time, heads, width = q_BTHC.shape
     groups = k_BTGC.shape[2]
@@ -28,7 +28,7 @@ def attention(q_BTHC, k_BTGC, v_BTGC, visibility: Visibility, layout: str = "pla
     allowed_B1TT = visibility.within_rows(time)
     mixed = []
     for start, end in _tiles(time, tiles):
-        # the R query heads of a group and their positions are rows of one product, so no key or value is repeated
+        # rows of one product are the R query heads of a group at all positions, so no key or value is repeated
         q_BGQC = q_BGRTC[:, :, :, start:end].reshape(batch, groups, -1, width)
         first, last = visibility.key_range(start, end)
         allowed_B1QS = allowed_B1TT[:, :, start:end, first:last]
@@ -38,7 +38,7 @@ def attention(q_BTHC, k_BTGC, v_BTGC, visibility: Visibility, layout: str = "pla
 
 
 def _tiles(time: int, tiles: int) -> list[tuple[int, int]]:
-    """(start, end) of each query tile. A symbolic length needs tiles = 1."""
+    """(start, end) of each query tile. With tiles = 1, time may be symbolic, as in an export."""
     if tiles == 1:
         return [(0, time)]
     rows = max(SMALLEST_TILE, -(-time // tiles))
@@ -49,7 +49,7 @@ def _tiles(time: int, tiles: int) -> list[tuple[int, int]]:
 def attend(q_BGQC, k_BGSC, v_BGSC, allowed_B1QS, layout: str = "plain") -> jax.Array:
     """softmax(q·kᵀ/√C where allowed)·v for G groups, [B, G, Q, C]; scores and softmax in fp32.
 
-    Q of q_BGQC is (query head of the group, position), flattened; Q of allowed_B1QS is the position alone.
+    Axis Q of q_BGQC is (query head of the group, position), flattened; axis Q of allowed_B1QS is the position alone.
     """
     return _attend_forward(q_BGQC, k_BGSC, v_BGSC, allowed_B1QS, layout)[0]
 
@@ -69,7 +69,7 @@ def _attend_backward(layout, saved, dmixed_BGQC):
     dtype = q_BGQC.dtype
     dv_BGSC = dot(shares_BGQS, dmixed_BGQC, 0, 0, layout, batch=2).astype(dtype)
     dshares_BGQS = dot(dmixed_BGQC, v_BGSC, 1, 1, layout, batch=2)
-    # Σ_s share · dshare = dmixed · mixed: a sum over C instead of over S
+    # Σ_s share · dshare is also dmixed · mixed, which sums over C instead of S
     mean_BGQ1 = jnp.sum(dmixed_BGQC.astype(jnp.float32) * mixed_BGQC.astype(jnp.float32), axis=-1, keepdims=True)
     dscores = shares_BGQS.astype(jnp.float32) * (dshares_BGQS - mean_BGQ1) * q_BGQC.shape[-1] ** -0.5
     dscores_BGQS = dscores.astype(dtype)
@@ -103,5 +103,5 @@ def cached_attention(q_BTHC, k_BTGC, v_BTGC, layer: Layer, allowed: jax.Array, l
 
 
 def _scaled(products_BGQP: jax.Array, layer: Layer, name: str) -> jax.Array:
-    """Products times the scale of each cache entry: scaling the cache itself would copy it."""
+    """Products times the scale of each cache entry. Products are scaled, because scaling the cache would copy it."""
     return products_BGQP * layer[SCALES[name]][:, :, None] if SCALES[name] in layer else products_BGQP

@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from moe_reduce.models.moe.experts import Masters
-from moe_reduce.models.products import wide
+from moe_reduce.models.products import accumulation_dtype
 
 
 class Result(NamedTuple):
-    """Result of one call of the experts. Norms and maxima are for scoring; if unused, they cost nothing."""
+    """Result of one call of the experts. Norms and maxima are for scoring; XLA removes them if nothing uses them."""
 
     y_SD: jax.Array
-    masters: Masters  # to hand on to the next call, for their gradient
-    dropped: jax.Array  # number of assignments beyond their expert's capacity, a scalar; 0 if dropless
+    masters: Masters  # for the next call, so that their gradient adds up
+    dropped: jax.Array  # scalar: number of assignments beyond the capacity of their expert; 0 if dropless
     norm_SA: jax.Array  # ‖f(x)‖₂ of each assignment, fp32; 0 where no expert ran
-    maximum_SA: jax.Array  # max |f(x)|, likewise
+    maximum_SA: jax.Array  # max |f(x)| of each assignment, fp32; 0 where no expert ran
 
 
 class Order(NamedTuple):
@@ -28,12 +28,12 @@ class Order(NamedTuple):
 
 
 def sort_by_expert(experts_SA: jax.Array, experts: int) -> Order:
-    """Assignments sorted by expert; the sort is stable, so that the order is deterministic."""
+    """Assignments sorted by expert. The sort is stable, which makes the order deterministic."""
     flat_M = experts_SA.reshape(-1)
     order_M = jnp.argsort(flat_M, stable=True).astype(jnp.int32)
     positions_M = jnp.arange(flat_M.size, dtype=jnp.int32)
     rank_M = jnp.zeros_like(order_M).at[order_M].set(positions_M, unique_indices=True)
-    # counts from the sorted ids: a search is cheaper than a scatter when there are thousands of experts
+    # counted by searching the sorted ids: cheaper than a scatter for thousands of experts
     bounds = jnp.searchsorted(
         flat_M[order_M], jnp.arange(experts + 1, dtype=flat_M.dtype), method="scan_unrolled"
     ).astype(jnp.int32)
@@ -41,7 +41,7 @@ def sort_by_expert(experts_SA: jax.Array, experts: int) -> Order:
 
 
 def _sums(rows_MD: jax.Array, weights_SA: jax.Array, rank_SA: jax.Array) -> jax.Array:
-    """Σ_a weight · row, [S, D]. A loop over A on TPU, where tiles would pad an axis of size A to 8."""
+    """Σ_a weight · row, [S, D]. On TPU a loop over A, because tiles there pad an axis of size A to 8."""
 
     def at_once(rows_MD, weights_SA, rank_SA):
         return jnp.sum(rows_MD[rank_SA] * weights_SA[:, :, None], axis=1)
@@ -50,14 +50,14 @@ def _sums(rows_MD: jax.Array, weights_SA: jax.Array, rank_SA: jax.Array) -> jax.
         weighted = (
             rows_MD[rank_S] * weight_S[:, None] for rank_S, weight_S in zip(rank_SA.T, weights_SA.T, strict=True)
         )
-        total: Any = sum(row_SD.astype(wide(row_SD.dtype)) for row_SD in weighted)
+        total: Any = sum(row_SD.astype(accumulation_dtype(row_SD.dtype)) for row_SD in weighted)
         return total.astype(rows_MD.dtype)
 
     return jax.lax.platform_dependent(rows_MD, weights_SA, rank_SA, tpu=in_turn, default=at_once)
 
 
 def _dots(rows_MD: jax.Array, y_SD: jax.Array, rank_SA: jax.Array) -> jax.Array:
-    """row · y, fp32 [S, A]. A loop over A on TPU, as in `_sums`."""
+    """row · y, fp32 [S, A]. On TPU a loop over A, as in `_sums`."""
 
     def at_once(rows_MD, y_SD, rank_SA):
         return jnp.sum(y_SD[:, None].astype(jnp.float32) * rows_MD[rank_SA].astype(jnp.float32), axis=-1)
@@ -70,7 +70,7 @@ def _dots(rows_MD: jax.Array, y_SD: jax.Array, rank_SA: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def gather_rows(x_SD: jax.Array, order: Order) -> jax.Array:
-    """x_SD -> x_MD, the sorted rows. Its gradient is a gather too: a scatter-add would run serially on CPU."""
+    """x_SD -> x_MD, the sorted rows. The gradient is a gather too, since a scatter-add runs serially on CPU."""
     return x_SD[order.order_M // order.rank_SA.shape[1]]
 
 

@@ -1,9 +1,9 @@
-"""Experts of a device that holds only some of them: it moves and computes only their rows, chunk by chunk.
+"""Experts of a device that holds only some of the model's experts: it computes only its own rows, chunk by chunk.
 
-The M assignments are sorted by expert, with those to this device's experts first. Their number averages M / devices; it
-is known only at run time and can reach M, so buffers of M rows would be mostly empty. A loop instead takes chunks of
-SLACK times the expected rows, and runs once unless this device gets more. A loop with a dynamic trip count has no
-reverse gradient, so the gradient is written here; it recomputes the experts.
+The M assignments are sorted by expert, with those to this device's experts first. On average these are M / devices, but
+their number is known only at run time and can reach M, so buffers of M rows would be mostly empty. Instead, a loop
+takes chunks of SLACK times the expected number of rows; usually it runs once. JAX cannot differentiate a loop with a
+dynamic trip count in reverse, so its gradient is written here. It recomputes the experts.
 """
 
 import math
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_reduce.models.moe.assignments import Order
-from moe_reduce.models.moe.gradients import Trained, as_leaves, dense, values, where_trained
-from moe_reduce.models.products import wide
+from moe_reduce.models.moe.gradients import Trained, as_leaves, instantiate_zeros, primal_values, where_trained
+from moe_reduce.models.products import accumulation_dtype
 
-SLACK = 1.5  # rows of a chunk / expected rows
+SLACK = 1.5  # rows of a chunk, as a multiple of the expected rows
 MULTIPLE = 128  # rows of a chunk are a multiple of this, for the matrix units
 
 # (rows_RD sorted by expert, counts_E, weights of the experts: a tree) -> outputs_RD; rows past the counts are ignored
@@ -27,13 +27,13 @@ Compute = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
 def chunk_rows(assignments: int, share: float) -> int:
-    """Rows of a chunk, where a share of the assignments is expected on this device."""
+    """Rows of a chunk. share: fraction of the assignments that is expected on this device."""
     return min(assignments, MULTIPLE * math.ceil(assignments * share * SLACK / MULTIPLE))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def in_chunks(compute: Compute, rows: int, x_SD, weights_SA, order: Order, parameters):
-    """(y_SD = Σ_a weight · output of the experts here, their outputs' norms [S, A] and maxima [S, A], fp32).
+    """(y_SD = Σ_a weight · output over this device's experts, norms and maxima of their outputs, fp32 [S, A]).
 
     Norms and maxima are for scoring: no gradient flows through them.
 
@@ -42,8 +42,8 @@ def in_chunks(compute: Compute, rows: int, x_SD, weights_SA, order: Order, param
         rows: R, rows of a chunk.
         x_SD: tokens.
         weights_SA: combine weight of each assignment.
-        order: assignments sorted by expert, those to experts elsewhere last.
-        parameters: passed to `compute`; only differentiated leaves get a gradient.
+        order: assignments sorted by expert; those to experts on other devices come last.
+        parameters: passed to `compute`. Only leaves that are differentiated get a gradient.
     """
     return _forward(compute, rows, x_SD, weights_SA, order, parameters)[0]
 
@@ -85,7 +85,7 @@ def _forward(compute: Compute, rows: int, x_SD, weights_SA, order: Order, parame
         out_RD = compute(_taken(x_SD, chunk.token_R), chunk.counts_E, parameters)
         float_RD = out_RD.astype(jnp.float32)
         weighted_RD = out_RD * _taken(weights_M, chunk.assignment_R)[:, None].astype(out_RD.dtype)
-        # rows past the last assignment are dropped, whatever they hold
+        # empty rows have indices out of range, so whatever they hold is dropped
         return (
             y_SD.at[chunk.token_R].add(weighted_RD.astype(y_SD.dtype), mode="drop"),
             norm_M.at[chunk.assignment_R].set(jnp.linalg.norm(float_RD, axis=-1), mode="drop"),
@@ -93,7 +93,7 @@ def _forward(compute: Compute, rows: int, x_SD, weights_SA, order: Order, parame
         )
 
     empty_M = jnp.zeros(weights_M.shape, jnp.float32)
-    nothing = (jnp.zeros(x_SD.shape, wide(x_SD.dtype)), empty_M, empty_M)
+    nothing = (jnp.zeros(x_SD.shape, accumulation_dtype(x_SD.dtype)), empty_M, empty_M)
     y_SD, norm_M, maximum_M = _for_each_chunk(rows, weights_SA.shape, order, body, nothing)
     shape = weights_SA.shape
     results = (y_SD.astype(x_SD.dtype), norm_M.reshape(shape), maximum_M.reshape(shape))
@@ -101,13 +101,13 @@ def _forward(compute: Compute, rows: int, x_SD, weights_SA, order: Order, parame
 
 
 def _marked_forward(compute: Compute, rows: int, *marked):
-    results, saved = _forward(compute, rows, *values(marked))
+    results, saved = _forward(compute, rows, *primal_values(marked))
     return results, (*saved, Trained.among(marked[-1]))
 
 
 def _backward(compute: Compute, rows: int, saved, cotangents):
     x_SD, weights_SA, order, parameters, trained = saved
-    dy_SD, weights_M = dense(cotangents[0]), weights_SA.reshape(-1)
+    dy_SD, weights_M = instantiate_zeros(cotangents[0]), weights_SA.reshape(-1)
 
     def body(chunk: Chunk, carry):
         dx_SD, dweights_M, dparameters = carry
@@ -123,7 +123,11 @@ def _backward(compute: Compute, rows: int, saved, cotangents):
             where_trained(lambda total, gradient: total + gradient.astype(total.dtype), dparameters, more),
         )
 
-    nothing = (jnp.zeros(x_SD.shape, wide(x_SD.dtype)), jnp.zeros_like(weights_M), trained.totals(parameters))
+    nothing = (
+        jnp.zeros(x_SD.shape, accumulation_dtype(x_SD.dtype)),
+        jnp.zeros_like(weights_M),
+        trained.totals(parameters),
+    )
     dx_SD, dweights_M, dparameters = _for_each_chunk(rows, weights_SA.shape, order, body, nothing)
     dweights_SA = dweights_M.reshape(weights_SA.shape)
     return dx_SD.astype(x_SD.dtype), dweights_SA, None, as_leaves(dparameters, parameters)

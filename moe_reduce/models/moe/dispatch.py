@@ -1,4 +1,4 @@
-"""Dispatch of tokens to their experts and back: five ways to compute the same sum over the chosen experts.
+"""Dispatch of tokens to their experts and back: five implementations of the same sum over the chosen experts.
 
 blocks     exact and dropless; a loop over tiles of sorted rows, so that only routed rows are computed. For CPU.
 grouped    exact and dropless; Triton kernels over sorted rows, so that only routed rows are computed. For GPU.
@@ -19,12 +19,12 @@ from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models import products
 from moe_reduce.models.moe import chunks, expert_loop
 from moe_reduce.models.moe.assignments import Order, Result, combined, gather_rows, sort_by_expert
-from moe_reduce.models.moe.experts import Experts, Masters, lend, swiglu
-from moe_reduce.models.weights import Product, dense
+from moe_reduce.models.moe.experts import Experts, Masters, swiglu, with_master_gradients
+from moe_reduce.models.weights import Product, dequantised
 
 
 class Assigned(NamedTuple):
-    """Rows with their experts: x_SD; experts_SA int32 (E: no expert on this device); combine weights_SA."""
+    """Rows x_SD with their experts: ids experts_SA int32 (E: none on this device), and combine weights_SA."""
 
     x_SD: jax.Array
     experts_SA: jax.Array
@@ -32,7 +32,7 @@ class Assigned(NamedTuple):
 
 
 class Dispatch(Protocol):
-    """One way to run the experts. share: expected share of the assignments whose experts are on this device."""
+    """An implementation. share: expected fraction of the assignments whose experts are on this device."""
 
     def __call__(
         self, rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig, share: float = 1.0, /
@@ -55,13 +55,13 @@ def dispatch_blocks(
 def dispatch_ragged(
     rows: Assigned, experts: Experts, masters: Masters, _execution: ExecutionConfig, share: float = 1.0
 ) -> Result:
-    """Exact and dropless: jax.lax.ragged_dot over sorted rows, in chunks if most experts are on other devices."""
+    """Exact and dropless: jax.lax.ragged_dot over sorted rows, in chunks if a chunk is smaller than all rows."""
     order = sort_by_expert(rows.experts_SA, experts.number)
     assignments = rows.experts_SA.size
     size = chunks.chunk_rows(assignments, share)
     if size == assignments:
         return _sorted(rows, order, experts, masters, partial(jax.lax.ragged_dot, group_sizes=order.counts_E), share)
-    experts, masters = lend(experts, masters)
+    experts, masters = with_master_gradients(experts, masters)
     found: Any = chunks.in_chunks(_ragged_chunk, size, rows.x_SD, rows.weights_SA, order, experts)
     y_SD, norm_SA, maximum_SA = found
     return Result(y_SD, masters, jnp.zeros(()), norm_SA, maximum_SA)
@@ -83,7 +83,7 @@ def dispatch_grouped(
         product = partial(triton_kernels.product, groups=groups, interpret=interpret)
         return _sorted(rows, order, experts, masters, product, share)
     token_M = order.order_M // rows.experts_SA.shape[1]
-    values = tuple(dense(value, (1,), rows.x_SD.dtype) for value in experts.values)
+    values = tuple(dequantised(value, (1,), rows.x_SD.dtype) for value in experts.values)
     places = triton_kernels.Places(token_M, order.rank_SA, groups)
     results: Any = triton_kernels.swiglu(rows.x_SD, places, values, masters, interpret)
     y_MD, masters = results
@@ -92,8 +92,8 @@ def dispatch_grouped(
 
 
 def _sorted(rows: Assigned, order: Order, experts: Experts, masters: Masters, product: Product, share: float) -> Result:
-    """The experts as products of sorted rows with one matrix for each expert."""
-    experts, masters = lend(experts, masters)
+    """Run the experts by a product of sorted rows with one matrix for each expert."""
+    experts, masters = with_master_gradients(experts, masters)
     counts_E = None if share == 1 else order.counts_E
     y_MD = _sorted_swiglu(gather_rows(rows.x_SD, order), counts_E, experts, product)
     return combined(y_MD, rows.weights_SA, order, masters)
@@ -108,16 +108,16 @@ def _sorted_swiglu(rows_MD: jax.Array, counts_E: jax.Array | None, experts: Expe
     def multiply(rows_MI: jax.Array, matrices_EIO: jax.Array) -> jax.Array:
         matrices_EIO = matrices_EIO.astype(rows_MI.dtype)
         if counts_E is None:
-            return checkpoint_name(product(rows_MI, matrices_EIO), products.KEPT)
-        # masking the rows too masks their gradient
+            return checkpoint_name(product(rows_MI, matrices_EIO), products.REMAT_SAVED)
+        # the rows are masked as well, which masks their gradient
         y_MO = product(_only_here(rows_MI, counts_E), matrices_EIO)
-        return _only_here(checkpoint_name(y_MO, products.KEPT), counts_E)
+        return _only_here(checkpoint_name(y_MO, products.REMAT_SAVED), counts_E)
 
     return swiglu(rows_MD, experts, multiply)
 
 
 def _only_here(rows_MI: jax.Array, counts_E: jax.Array) -> jax.Array:
-    """Rows with 0 past the sum of counts_E: those belong to experts elsewhere, and kernels leave them undefined."""
+    """Rows with 0 past the sum of counts_E, where experts are on other devices and kernels leave undefined values."""
     return jnp.where((jnp.arange(rows_MI.shape[0]) < jnp.sum(counts_E))[:, None], rows_MI, 0)
 
 
@@ -129,7 +129,7 @@ def dispatch_capacity(
     rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig, share: float = 1.0
 ) -> Result:
     """Each expert takes at most capacity_factor · mean rows, rounded up, in sorted order; further rows are dropped."""
-    experts, masters = lend(experts, masters)
+    experts, masters = with_master_gradients(experts, masters)
     x_SD, experts_SA, weights_SA = rows
     count, assignments = experts.number, experts_SA.size
     order = sort_by_expert(experts_SA, count)
@@ -151,7 +151,7 @@ def dispatch_reference(
     rows: Assigned, experts: Experts, masters: Masters, _execution: ExecutionConfig, _share: float = 1.0
 ) -> Result:
     """Every expert on every token, for tests: memory grows as E · S · F."""
-    experts, masters = lend(experts, masters)
+    experts, masters = with_master_gradients(experts, masters)
     x_SD, experts_SA, weights_SA = rows
     y_ESD = swiglu(jnp.broadcast_to(x_SD[None], (experts.number, *x_SD.shape)), experts, _each_expert)
     chosen_SAE = jax.nn.one_hot(experts_SA, experts.number, dtype=x_SD.dtype)

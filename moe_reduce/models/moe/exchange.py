@@ -1,7 +1,7 @@
 """Exchange of tokens between the devices of the `expert` axis, inside shard_map. Each device holds tokens and experts.
 
-    gather      every device receives the tokens of all devices, and returns its experts' partial sums
-    all_to_all  each assignment's row goes to its expert's device, and the expert's output returns
+    gather      each device receives the tokens of all devices and sends back its experts' partial sums
+    all_to_all  each assignment's row goes to the device of its expert, and the expert's output comes back
 
 Both are exact and dropless. With P devices, gather sends a token P - 1 times, all_to_all A · (P - 1) / P times on
 average. Both take a Dispatch's arguments, with experts numbered over all devices, and return the Result of the device's
@@ -26,13 +26,13 @@ AXIS = "expert"
 
 
 def exchange(rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig) -> Result:
-    """The sum over each token's experts, on whatever device of the axis they are. One device needs no exchange."""
+    """The sum over each token's experts, which may be on any device of the axis. One device needs no exchange."""
     devices = jax.lax.axis_size(AXIS)
     if devices == 1:
         return DISPATCHES[execution.dispatch](rows, experts, masters, execution)
     kind = execution.exchange
     if kind == "auto":
-        # on CPU all_to_all pads its buffers, so they are as large as those of gather
+        # on CPU all_to_all pads its buffers to the size of gather's
         fewer_rows = devices > rows.experts_SA.shape[1] and execution.platform != "cpu"
         kind = "all_to_all" if fewer_rows else "gather"
     return {"gather": _gather, "all_to_all": _all_to_all}[kind](rows, experts, masters, execution)
@@ -56,69 +56,69 @@ def _all_to_all(rows: Assigned, experts: Experts, masters: Masters, execution: E
     x_SD, experts_SA, weights_SA = rows
     count, devices, active = experts.number, jax.lax.axis_size(AXIS), experts_SA.shape[1]
     order = sort_by_expert(experts_SA, count * devices)
-    most = experts_SA.shape[0] * min(active, count)  # most rows from one device: a token's experts differ
+    most = experts_SA.shape[0] * min(active, count)  # most rows from one device, since a token's experts are distinct
     make = _padded if execution.platform == "cpu" else _ragged
-    outward, homeward = make(jnp.sum(order.counts_E.reshape(devices, count), axis=1), experts_SA.size, most)
+    to_experts, to_tokens = make(jnp.sum(order.counts_E.reshape(devices, count), axis=1), experts_SA.size, most)
     numbers_M1 = (experts_SA.reshape(-1)[order.order_M] % count)[:, None]
-    arrived_R1 = outward(numbers_M1, count)
-    arrived_RD = checkpoint_name(outward(gather_rows(x_SD, order), 0), products.KEPT)
+    arrived_R1 = to_experts(numbers_M1, count)
+    arrived_RD = checkpoint_name(to_experts(gather_rows(x_SD, order), 0), products.REMAT_SAVED)
     share = active / (devices * min(active, count))  # expected share of the buffer in use
     ones_R1 = jnp.ones(arrived_R1.shape, weights_SA.dtype)
     arrived = Assigned(arrived_RD, arrived_R1, ones_R1)
     result = DISPATCHES[execution.dispatch](arrived, experts, masters, execution, share)
-    y_MD = checkpoint_name(homeward(result.y_SD), products.KEPT)
+    y_MD = checkpoint_name(to_tokens(result.y_SD), products.REMAT_SAVED)
     return combined(y_MD, weights_SA, order, result.masters, result.dropped)
 
 
 class Routes(NamedTuple):
-    """outward(rows_MI, fill) -> rows_RI in order of arrival, `fill` in empty rows; homeward(rows_RI) -> rows_MI."""
+    """to_experts(rows_MI, fill) -> rows_RI in order of arrival, `fill` in empty rows; to_tokens(rows_RI) -> rows_MI."""
 
-    outward: Callable[[jax.Array, Any], jax.Array]
-    homeward: Callable[[jax.Array], jax.Array]
+    to_experts: Callable[[jax.Array, Any], jax.Array]
+    to_tokens: Callable[[jax.Array], jax.Array]
 
 
 def _padded(sent_P: jax.Array, total: int, rows: int) -> Routes:
-    """Routes of `total` rows, sorted by destination: sent_P go to each device, which has `rows` slots per sender."""
+    """Routes of `total` rows, sorted by destination: sent_P[p] go to device p, which has `rows` slots per sender."""
     devices = sent_P.shape[0]
     ends_P = jnp.cumsum(sent_P)
     starts_P = ends_P - sent_P
     slots_R = jnp.arange(rows, dtype=jnp.int32)
     swap = partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0)
 
-    def outward(rows_MI: jax.Array, fill: Any) -> jax.Array:
+    def to_experts(rows_MI: jax.Array, fill: Any) -> jax.Array:
         source_PR = jnp.minimum(starts_P[:, None] + slots_R[None], total - 1)
         used_PR1 = (slots_R[None] < sent_P[:, None])[:, :, None]
         buffer_PRI = jnp.where(used_PR1, rows_MI[source_PR], jnp.asarray(fill, rows_MI.dtype))
         return swap(buffer_PRI).reshape(devices * rows, -1)
 
-    def homeward(rows_RI: jax.Array) -> jax.Array:
+    def to_tokens(rows_RI: jax.Array) -> jax.Array:
         back_RI = swap(rows_RI.reshape(devices, rows, -1)).reshape(devices * rows, -1)
         number_M = jnp.arange(total, dtype=jnp.int32)
         device_M = jnp.searchsorted(ends_P, number_M, side="right").astype(jnp.int32)
         # assignments to no expert come last and were not sent: their index is past the buffer, and they get 0
         return back_RI.at[device_M * rows + number_M - starts_P[device_M]].get(mode="fill", fill_value=0)
 
-    return Routes(outward, homeward)
+    return Routes(to_experts, to_tokens)
 
 
 def _ragged(sent_P: jax.Array, total: int, rows: int) -> Routes:
-    """Routes like `_padded`, but only rows that are sent travel, and they arrive without gaps."""
+    """Routes like those of `_padded`, but without its padding: only used rows travel, and they arrive without gaps."""
     devices = sent_P.shape[0]
     here = jax.lax.axis_index(AXIS)
     sent_PP = jax.lax.all_gather(sent_P, AXIS)  # [from, to]
     received_P = sent_PP[:, here]
-    starts_PP = jnp.cumsum(sent_PP, axis=1) - sent_PP  # in the sender's order
-    arrivals_PP = jnp.cumsum(sent_PP, axis=0) - sent_PP  # in the receiver's
+    starts_PP = jnp.cumsum(sent_PP, axis=1) - sent_PP  # of each block of rows, in the sender's buffer
+    arrivals_PP = jnp.cumsum(sent_PP, axis=0) - sent_PP  # of each block of rows, in the receiver's buffer
 
-    def outward(rows_MI: jax.Array, fill: Any) -> jax.Array:
+    def to_experts(rows_MI: jax.Array, fill: Any) -> jax.Array:
         empty = jnp.full((devices * rows, rows_MI.shape[1]), fill, rows_MI.dtype)
         return _move(rows_MI, empty, starts_PP[here], sent_P, arrivals_PP[here], received_P)
 
-    def homeward(rows_RI: jax.Array) -> jax.Array:
+    def to_tokens(rows_RI: jax.Array) -> jax.Array:
         empty = jnp.zeros((total, rows_RI.shape[1]), rows_RI.dtype)
         return _move(rows_RI, empty, arrivals_PP[:, here], received_P, starts_PP[:, here], sent_P)
 
-    return Routes(outward, homeward)
+    return Routes(to_experts, to_tokens)
 
 
 def _move(rows, empty, starts_P, sizes_P, arrivals_P, received_P) -> jax.Array:

@@ -1,9 +1,9 @@
 """SwiGLU experts on rows sorted by expert, as a loop over tiles of rows: exact, and only routed rows are computed.
 
-XLA on CPU has no dense operation whose cost follows the number of rows that each expert gets. A loop over experts and
-their tiles has, with a trip count known only at run time. The last tile of an expert may extend into the next expert's
-rows; these results are overwritten later, because experts are visited in order. A loop with a dynamic
-trip count cannot be differentiated in reverse, so its gradient is written here too.
+XLA on CPU has no dense operation whose cost follows the number of rows that each expert gets. So this is a loop over
+experts and their tiles of rows, with a trip count known only at run time. An expert's last tile may extend into the
+next expert's rows. Its results there are wrong, and the next expert, which the loop visits later, overwrites them. JAX
+cannot differentiate a loop with a dynamic trip count in reverse, so its gradient is written here too.
 """
 
 import itertools
@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_reduce.models import deltas
-from moe_reduce.models.moe.gradients import Trained, as_leaves, dense, values, where_trained
+from moe_reduce.models.moe.gradients import Trained, as_leaves, instantiate_zeros, primal_values, where_trained
 from moe_reduce.models.products import dot, product
 from moe_reduce.models.weights import multiply
 
-TILE_MULTIPLES = (1, 2, 3, 4)  # sizes of tiles, in units of the smallest; each size is compiled by itself
+TILE_MULTIPLES = (1, 2, 3, 4)  # sizes of tiles, in units of the smallest; each size is a loop in the compiled program
 
 
 class Settings(NamedTuple):
@@ -32,26 +32,26 @@ class Settings(NamedTuple):
 def tile_rows(most: int, rows: int, experts: int) -> int:
     """Rows of the smallest tile: the average rows per expert, rounded up to a power of two, at most `most`.
 
-    A tile is computed whole, however few rows it holds.
+    A tile is always computed whole, even if few of its rows are used.
     """
     return min(most, 1 << (-(-rows // experts) - 1).bit_length())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def loop_swiglu(x_MD, counts_E, matrices, masters, changes, settings: Settings):
+def loop_swiglu(x_MD, counts_E, matrices, masters, expert_deltas, settings: Settings):
     """(down(silu(gate·x) · up·x) of each row by its expert, the masters).
 
     Args:
         x_MD: rows, in the compute dtype, sorted by expert.
         counts_E: rows of each expert, int32; rows past their sum give zero.
         matrices: values of gate [E, D, F], up [E, D, F] and down [E, F, D]. No gradient flows into them.
-        masters: arrays that the values were cast from, returned unread. In the backward pass their cotangent comes from
-            the next call that uses them, and this call adds its gradient to it in place. (Otherwise each layer would
-            allocate a gradient of the whole shared pool and add it to the total.) Empty if experts are frozen.
-        changes: an adapter's deltas by `gate`, `up` and `down` (models/deltas.py); empty without one.
+        masters: master weights, returned unread; empty if experts are frozen. In the backward pass their cotangent
+            arrives from the following call that used them, and this call adds its own gradient in place. (Otherwise
+            each layer would allocate a gradient of the whole shared pool and add it to the total.)
+        expert_deltas: an adapter's deltas by `gate`, `up` and `down` (models/deltas.py); empty without one.
         settings: static settings.
     """
-    return _forward(x_MD, counts_E, matrices, masters, changes, settings)[0]
+    return _forward(x_MD, counts_E, matrices, masters, expert_deltas, settings)[0]
 
 
 def _slice(rows, start, size):
@@ -59,7 +59,7 @@ def _slice(rows, start, size):
 
 
 def _update(rows, tile, start):
-    """A tile written into a buffer of bits: XLA on CPU would convert a whole bf16 buffer to fp32 and back each time."""
+    """Write a tile into a buffer of bits. For a buffer of bf16, XLA on CPU would convert all of it to fp32 and back."""
     return lax.dynamic_update_slice_in_dim(rows, _bits(tile), start, axis=0)
 
 
@@ -72,12 +72,12 @@ def _values(bits: jax.Array) -> jax.Array:
 
 
 def _for_each_tile(counts_E, smallest: int, body, matrices, carry):
-    """body(carry, expert, its matrices, size, start, rows_left) for every tile of every expert.
+    """Run body(carry, expert, its matrices, size, start, rows_left) for every tile of every expert.
 
     A tile has the smallest static size that holds all remaining rows of its expert, or the largest size if none does.
-    One matmul per expert is the usual case: preparing its weights costs more than computing unused rows. Sizes are
-    chosen by a chain of loops, not a `switch`, and empty experts are removed from the list, not skipped by a `cond`:
-    XLA copies the carried buffers around a conditional, and updates them in place in a loop.
+    So most experts need one matmul, which pays off: preparing an expert's weights costs more than computing unused
+    rows. XLA copies carried buffers around a conditional and updates them in place in a loop. For that reason a chain
+    of loops chooses the size, not a `switch`, and empty experts are removed from the list, not skipped by a `cond`.
     """
     starts_E = jnp.cumsum(counts_E) - counts_E
     (used_E,) = jnp.nonzero(counts_E > 0, size=counts_E.shape[0], fill_value=0)
@@ -105,9 +105,9 @@ def _padded(rows: int, columns: int, smallest: int, dtype) -> jax.Array:
     return _bits(jnp.zeros((rows + smallest * TILE_MULTIPLES[-1], columns), dtype))
 
 
-def _of_expert(changes, expert):
-    """One expert's deltas, from leaves given as bits: its slice of per-expert leaves, and shared leaves whole."""
-    return jax.tree.map(lambda leaf: _values(leaf[expert] if leaf.ndim == 3 else leaf), changes)
+def _of_expert(expert_deltas, expert):
+    """Deltas of one expert, from leaves given as bits: its slice of a per-expert leaf, and all of a shared leaf."""
+    return jax.tree.map(lambda leaf: _values(leaf[expert] if leaf.ndim == 3 else leaf), expert_deltas)
 
 
 def _linear(x, matrix, delta, layout: str):
@@ -119,88 +119,91 @@ def _added(x, delta, outputs: int, layout: str):
     return deltas.added(x, delta, outputs, lambda x, matrix: product(x, matrix, layout))
 
 
-def _marked_forward(x_MD, counts_E, matrices, masters, changes, settings: Settings):
-    trained = Trained.among(changes)
-    x_MD, counts_E, matrices, masters, changes = values((x_MD, counts_E, matrices, masters, changes))
-    result, saved = _forward(x_MD, counts_E, matrices, masters, changes, settings)
+def _marked_forward(x_MD, counts_E, matrices, masters, expert_deltas, settings: Settings):
+    trained = Trained.among(expert_deltas)
+    x_MD, counts_E, matrices, masters, expert_deltas = primal_values((x_MD, counts_E, matrices, masters, expert_deltas))
+    result, saved = _forward(x_MD, counts_E, matrices, masters, expert_deltas, settings)
     return result, (*saved, trained)
 
 
-def _forward(x_MD, counts_E, matrices, masters, changes, settings: Settings):
+def _forward(x_MD, counts_E, matrices, masters, expert_deltas, settings: Settings):
     smallest, layout = settings
-    rows, width = x_MD.shape
-    hidden, dtype = matrices[0].shape[2], x_MD.dtype
+    rows, model_width = x_MD.shape
+    expert_width, dtype = matrices[0].shape[2], x_MD.dtype
     x_MD = jnp.pad(x_MD, ((0, smallest * TILE_MULTIPLES[-1]), (0, 0)))
-    bits = jax.tree.map(_bits, changes)
+    bits = jax.tree.map(_bits, expert_deltas)
 
     def body(carry, expert, mine, size, start, left):
         y, gates, ups = carry
         gate_DF, up_DF, down_FD = mine
-        own = _of_expert(bits, expert)
+        local_deltas = _of_expert(bits, expert)
         x = _slice(x_MD, start, size)
-        gate, up = _linear(x, gate_DF, own.get("gate"), layout), _linear(x, up_DF, own.get("up"), layout)
+        gate, up = (
+            _linear(x, gate_DF, local_deltas.get("gate"), layout),
+            _linear(x, up_DF, local_deltas.get("up"), layout),
+        )
         valid = (jnp.arange(size) < left)[:, None]
-        tile = jnp.where(valid, _linear(jax.nn.silu(gate) * up, down_FD, own.get("down"), layout), 0)
+        tile = jnp.where(valid, _linear(jax.nn.silu(gate) * up, down_FD, local_deltas.get("down"), layout), 0)
         return _update(y, tile, start), _update(gates, gate, start), _update(ups, up, start)
 
-    empty = tuple(_padded(rows, columns, smallest, dtype) for columns in (width, hidden, hidden))
+    empty = tuple(_padded(rows, columns, smallest, dtype) for columns in (model_width, expert_width, expert_width))
     y, gates, ups = _for_each_tile(counts_E, smallest, body, matrices, empty)
-    return (_values(y[:rows]), masters), (x_MD, counts_E, matrices, changes, gates, ups)
+    return (_values(y[:rows]), masters), (x_MD, counts_E, matrices, expert_deltas, gates, ups)
 
 
 def _backward(settings: Settings, saved, cotangents):
     smallest, layout = settings
-    x_MD, counts_E, matrices, changes, gates, ups, trained = saved
-    dy_MD, dmasters = jax.tree.map(dense, cotangents)
+    x_MD, counts_E, matrices, expert_deltas, gates, ups, trained = saved
+    dy_MD, dmasters = jax.tree.map(instantiate_zeros, cotangents)
     rows, dtype = dy_MD.shape[0], dy_MD.dtype
     dy_MD = jnp.pad(dy_MD, ((0, smallest * TILE_MULTIPLES[-1]), (0, 0)))
-    bits = jax.tree.map(_bits, changes)
+    bits = jax.tree.map(_bits, expert_deltas)
 
     def body(carry, expert, mine, size, start, left):
-        dx, dmasters, dchanges = carry
+        dx, dmasters, dexpert_deltas = carry
         gate_DF, up_DF, down_FD = mine
-        own = _of_expert(bits, expert)
+        local_deltas = _of_expert(bits, expert)
         valid = (jnp.arange(size) < left)[:, None]
-        # rows of the next expert are zero here, and so in all gradients below
+        # dy is zero in rows of the next expert, so these add nothing to any gradient below
         dy = jnp.where(valid, _slice(dy_MD, start, size), 0)
         gate, up, x = _slice(gates, start, size), _slice(ups, start, size), _slice(x_MD, start, size)
         activation, silu_vjp = jax.vjp(jax.nn.silu, gate)
         dhidden = multiply(dy, down_FD, layout, transposed=True).astype(dtype)
-        more, dchanges = _delta_vjp("down", (own, activation * up, dy), dchanges, expert, layout)
+        more, dexpert_deltas = _delta_vjp("down", (local_deltas, activation * up, dy), dexpert_deltas, expert, layout)
         dhidden = dhidden + more
         (dgate,) = silu_vjp(dhidden * up)
         dup = dhidden * activation
         dx_here = multiply(dgate, gate_DF, layout, transposed=True) + multiply(dup, up_DF, layout, transposed=True)
         dx_here = dx_here.astype(dtype)
         for name, dinner in (("gate", dgate), ("up", dup)):
-            more, dchanges = _delta_vjp(name, (own, x, dinner), dchanges, expert, layout)
+            more, dexpert_deltas = _delta_vjp(name, (local_deltas, x, dinner), dexpert_deltas, expert, layout)
             dx_here = dx_here + more
         dx = _update(dx, dx_here, start)
         if dmasters:
             here = (dot(x, dgate, 0, 0, layout), dot(x, dup, 0, 0, layout), dot(activation * up, dy, 0, 0, layout))
             dmasters = _add(dmasters, here, expert)
-        return dx, dmasters, dchanges
+        return dx, dmasters, dexpert_deltas
 
-    start: Any = (_padded(rows, x_MD.shape[1], smallest, dtype), tuple(dmasters), trained.totals(changes))
-    dx, dmasters, dchanges = _for_each_tile(counts_E, smallest, body, matrices, start)
-    return _values(dx[:rows]), None, None, dmasters, as_leaves(dchanges, changes)
+    start: Any = (_padded(rows, x_MD.shape[1], smallest, dtype), tuple(dmasters), trained.totals(expert_deltas))
+    dx, dmasters, dexpert_deltas = _for_each_tile(counts_E, smallest, body, matrices, start)
+    return _values(dx[:rows]), None, None, dmasters, as_leaves(dexpert_deltas, expert_deltas)
 
 
 def _delta_vjp(name: str, given: tuple[Any, Any, Any], totals, expert, layout: str):
-    """(gradient of x through the delta of this name, 0 without one; the totals plus the delta's gradient).
+    """(gradient of x through the delta `name`, 0 if there is none; `totals` plus that delta's gradient).
 
     given: the expert's deltas, the input rows x, and the cotangent of the output rows.
     """
-    own, x, dy = given
-    if name not in own:
+    local_deltas, x, dy = given
+    if name not in local_deltas:
         return 0, totals
-    _, vjp = jax.vjp(lambda x, delta: _added(x, delta, dy.shape[1], layout), x, own[name])
+    _, vjp = jax.vjp(lambda x, delta: _added(x, delta, dy.shape[1], layout), x, local_deltas[name])
     dx, parts = vjp(dy)
     return dx, totals | {name: _add(totals[name], parts, expert)}
 
 
 def _add(totals, parts, expert):
-    """Totals plus one expert's parts: at its index in per-expert leaves, or to the whole of a shared leaf."""
+    """Totals plus one expert's parts, added at the expert's index of a per-expert leaf, or to all of a shared leaf."""
 
     def add(total, part):
         part = part.astype(total.dtype)

@@ -1,4 +1,4 @@
-"""The weights of a group of SwiGLU experts, in the compute dtype, and the trained masters they are cast from."""
+"""Weights of a group of SwiGLU experts in the compute dtype, and the master weights that they are cast from."""
 
 from typing import Any, NamedTuple
 
@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.models.weights import Product, Weight, cast, grouped_matmul, is_quantised, read, weight
 
-Masters = tuple[jax.Array, ...]  # gate, up, down as they are trained; () where experts are frozen
+Masters = tuple[jax.Array, ...]  # master weights: gate, up and down as they are trained; () for frozen experts
 
 
 class Experts(NamedTuple):
     """Weights of E SwiGLU experts, each [E, I, O]: gate and up [E, D, F], down [E, F, D].
 
-    Their values are in the compute dtype and get no gradient: casting once for all layers saves passes over a shared
-    pool. Gradients flow into the masters, the parameters that the values were cast from. Every call takes the masters
-    and returns them, so their gradient accumulates in fp32 whatever the compute dtype.
+    The values are in the compute dtype and get no gradient. They are cast from the master weights once for all layers,
+    which saves passes over a shared pool. The masters get the gradient: each call of the experts takes them and
+    returns them, so that the backward pass adds up their gradient in fp32, whatever the compute dtype.
     """
 
     gate: Weight
@@ -50,11 +50,11 @@ class Experts(NamedTuple):
 
 
 def _replaced(one: Weight, value: Any) -> Weight:
-    return Weight(value, one.delta, one.inputs, one.layout, one.exact)
+    return Weight(value, one.delta, one.input_axes, one.layout, one.exact)
 
 
 class ExpertPool(nn.Module):
-    """The experts of one layer, or of the pool that every layer calls: (experts in the compute dtype, masters)."""
+    """The experts of one layer, or of the shared pool: (experts in the compute dtype, master weights)."""
 
     config: ModelConfig
     execution: ExecutionConfig
@@ -62,11 +62,11 @@ class ExpertPool(nn.Module):
     @nn.compact
     def __call__(self) -> tuple[Experts, Masters]:
         experts = Experts(weight(self, "gate"), weight(self, "up"), weight(self, "down"))
-        return computed(experts, jnp.dtype(self.execution.compute_dtype), self.execution.expert_gradients)
+        return cast_experts(experts, jnp.dtype(self.execution.compute_dtype), self.execution.expert_gradients)
 
 
-def computed(experts: Experts, dtype: Any, trained: bool) -> tuple[Experts, Masters]:
-    """(experts with values cast to a dtype, masters). Masters are () if frozen; quantised experts always are."""
+def cast_experts(experts: Experts, dtype: Any, trained: bool) -> tuple[Experts, Masters]:
+    """(experts with values cast to a dtype, masters). Masters are () if not trained or if any value is quantised."""
     values = experts.values
     masters = () if not trained or any(map(is_quantised, values)) else values
     return experts.with_values(tuple(jax.lax.stop_gradient(cast(value, dtype)) for value in values)), masters
@@ -83,29 +83,29 @@ class Router(nn.Module):
         return weight(self, "weight")
 
 
-def lend(experts: Experts, masters: Masters) -> tuple[Experts, Masters]:
-    """(differentiable experts, masters to hand on): autodiff's gradient of the values is added to the masters'."""
+def with_master_gradients(experts: Experts, masters: Masters) -> tuple[Experts, Masters]:
+    """(experts, masters for the next call): JAX's gradient of the experts' values is added to that of the masters."""
     if not masters:
         return experts, masters
-    values, masters = _lend(experts.values, masters)
+    values, masters = _with_master_gradients(experts.values, masters)
     return experts.with_values(values), masters
 
 
 @jax.custom_vjp
-def _lend(values: tuple[jax.Array, ...], masters: Masters) -> tuple[tuple[jax.Array, ...], Masters]:
+def _with_master_gradients(values: tuple[jax.Array, ...], masters: Masters) -> tuple[tuple[jax.Array, ...], Masters]:
     return values, masters
 
 
-def _lend_forward(values, masters):
+def _with_master_gradients_forward(values, masters):
     return (values, masters), None
 
 
-def _lend_backward(_, cotangents):
+def _with_master_gradients_backward(_, cotangents):
     dvalues, dmasters = cotangents
     return None, tuple(total + part.astype(total.dtype) for total, part in zip(dmasters, dvalues, strict=True))
 
 
-_lend.defvjp(_lend_forward, _lend_backward)
+_with_master_gradients.defvjp(_with_master_gradients_forward, _with_master_gradients_backward)
 
 
 def swiglu(rows: jax.Array, experts: Experts, product: Product) -> jax.Array:

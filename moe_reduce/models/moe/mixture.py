@@ -1,7 +1,7 @@
 """The mixture of experts of one block: routing, then the weighted sum over the chosen experts.
 
-A layer that owns its experts and a layer that calls the shared pool run the same code; they differ in where the
-parameters live, so modules hand out weights and the functions here compute with them.
+A layer with experts of its own and a layer that calls the shared pool run the same code and differ only in where the
+parameters are. So modules return weights, and the functions here compute with them.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from moe_reduce.models.mesh import BATCH_AXES, on_one_device
 from moe_reduce.models.moe.assignments import Result
 from moe_reduce.models.moe.dispatch import DISPATCHES, Assigned
 from moe_reduce.models.moe.exchange import exchange
-from moe_reduce.models.moe.experts import Experts, Masters, computed, lend
+from moe_reduce.models.moe.experts import Experts, Masters, cast_experts, with_master_gradients
 from moe_reduce.models.moe.routing import RouterWeights, Routing, only_real, route
 from moe_reduce.models.weights import Weight
 
@@ -28,7 +28,7 @@ Run = Callable[[Assigned, Experts, Masters, ExecutionConfig], Result]
 def choose_experts(
     x_BTD: jax.Array, router: RouterWeights, moe: MoEConfig, real_BT: jax.Array | None = None
 ) -> Routing:
-    """Routing of every token, [S, A]; statistics of real tokens only."""
+    """Routing of every token, [S, A], with statistics of real tokens only."""
     x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
     return route(router.logits(x_SD), router.bias_E, moe, None if real_BT is None else real_BT.reshape(-1))
 
@@ -36,11 +36,11 @@ def choose_experts(
 def mixture_of_experts(
     x_BTD: jax.Array, routing: Routing, experts: Experts, masters: Masters, execution: ExecutionConfig, real_BT=None
 ):
-    """(y_BTD = Σ weight · expert(x) over the chosen experts, masters to hand on, statistics, assignments).
+    """(y_BTD = Σ weight · expert(x) over the chosen experts, masters for the next call, statistics, assignments).
 
-    statistics of real tokens: counts_E (assignments), probability_E (mean), z, dropped (share of assignments, 0 if
-    dropless). Padding uses no capacity. assignments, each [B, T, A]: expert, weight, and the norm and the
-    largest magnitude of the expert's raw output.
+    statistics, of real tokens: counts_E (assignments), probability_E (mean), z, dropped (share of assignments, 0 if
+    dropless). assignments, each [B, T, A]: expert, weight, and norm and largest magnitude (`maximum`) of the expert's
+    output before it is weighted. Padding takes no place in an expert's capacity.
     """
     shape = (*x_BTD.shape[:2], routing.experts_SA.shape[1])
     chosen_BTA, weights_BTA = routing.experts_SA.reshape(shape), routing.weights_SA.reshape(shape)
@@ -57,18 +57,18 @@ def mixture_of_experts(
 
 
 def apply_experts(rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig):
-    """(y_BTD, masters to hand on, the share of assignments dropped, output norms_BTA and maxima_BTA).
+    """(y_BTD, masters for the next call, share of assignments dropped, norm_BTA and maximum_BTA of the outputs).
 
     rows: with batch and time as leading axes. On a mesh, tokens are split along the batch axes, experts along `expert`
-    and their hidden width F along `tensor`, over which outputs are summed. Norms and maxima are then exact only if
-    `tensor` has size 1.
+    and their width F along `tensor`, over which outputs are summed. Norms and maxima are exact only if `tensor` has
+    size 1: else they are those of partial outputs.
     """
     assignments = rows.experts_SA.size
     if on_one_device():
         result = _flattened(DISPATCHES[execution.dispatch], rows, experts, masters, execution)
         return result.y_SD, result.masters, result.dropped / assignments, result.norm_SA, result.maximum_SA
     tokens = PartitionSpec(BATCH_AXES)
-    experts, masters = lend(experts, masters)
+    experts, masters = with_master_gradients(experts, masters)
     body = jax.shard_map(
         partial(_sharded, execution=execution),
         in_specs=(tokens, _specs(experts)),
@@ -80,7 +80,7 @@ def apply_experts(rows: Assigned, experts: Experts, masters: Masters, execution:
 
 
 def _specs(experts: Experts) -> Any:
-    """Partition specs of experts' leaves: split by expert, and by hidden width along `tensor`."""
+    """Partition specs of experts' leaves: split by expert along `expert`, and by width F along `tensor`."""
 
     def value(spec: PartitionSpec, one: Weight) -> Any:
         # a quantised value's scales [E, O] lack the contracted axis
@@ -92,12 +92,12 @@ def _specs(experts: Experts) -> Any:
     for name, one in experts._asdict().items():
         spec = outward if name == "down" else inward
         delta = None if one.delta is None else _delta_specs(name, one.delta)
-        placed[name] = Weight(value(spec, one), delta, one.inputs, one.layout, one.exact)
+        placed[name] = Weight(value(spec, one), delta, one.input_axes, one.layout, one.exact)
     return Experts(**placed)
 
 
 def _delta_specs(name: str, delta: Delta) -> Any:
-    """Partition specs of an adapter's leaves: split by expert, and by hidden width like their matrix."""
+    """Partition specs of an adapter's leaves: split by expert, and by width F as their matrix is."""
     hidden_side = "in" if name == "down" else "out"
 
     def spec(path: Any, leaf: jax.Array) -> PartitionSpec:
@@ -113,7 +113,7 @@ def _delta_specs(name: str, delta: Delta) -> Any:
 
 
 def _sharded(rows: Assigned, experts: Experts, execution: ExecutionConfig):
-    experts, masters = computed(experts, rows.x_SD.dtype, execution.expert_gradients)
+    experts, masters = cast_experts(experts, rows.x_SD.dtype, execution.expert_gradients)
     result = _flattened(exchange, rows, experts, masters, execution)
     y_BTD = jax.lax.psum(result.y_SD, "tensor")
     dropped = jax.lax.psum(result.dropped, BATCH_AXES)
@@ -138,7 +138,7 @@ def some_experts(
 
 
 def _flattened(run: Run, rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig) -> Result:
-    """Runs a dispatch or exchange with batch and time as one axis; the Result has both axes again."""
+    """Run a dispatch or exchange on rows [B·T, …]; its Result has the axes B and T again."""
     flat = Assigned(*(array.reshape(-1, array.shape[-1]) for array in rows))
     result = run(flat, experts, masters, execution)
     norm_BTA, maximum_BTA = (size.reshape(rows.experts_SA.shape) for size in (result.norm_SA, result.maximum_SA))

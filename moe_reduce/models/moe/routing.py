@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from moe_reduce.core.config import MoEConfig
 from moe_reduce.models.weights import Weight, matmul
 
-MANY = 2048  # number of experts from which ranking by groups is faster
+MANY = 2048  # with this number of experts or more, ranking by groups is faster
 
 
 class RouterWeights(NamedTuple):
-    """Weights of a layer's router: matrix [D, E], selection bias [E], and the offset of its logits, a scalar."""
+    """Weights of a layer's router: matrix [D, E], selection bias [E], and a scalar offset of the logits."""
 
     weight: Weight
     bias_E: jax.Array | None = None
@@ -45,14 +45,14 @@ def route(
     """The top A experts of each token, and their combine weights.
 
     bias_E affects which experts are chosen, never their weights (arXiv:2408.15664). It is added to the logits, not the
-    scores, so that its scale is the same for both score functions; both are monotone in the logits. real_S: False for
-    padding, which would dominate the statistics of short texts; None counts every token.
+    scores, so that its scale is the same for both score functions; both grow with the logits, so the order is the same.
+    real_S: False for padding, which would dominate the statistics of short texts; None counts every token.
     """
     ranking_SE = (
         logits_SE if bias_E is None else logits_SE + jax.lax.stop_gradient(bias_E)[None, :].astype(logits_SE.dtype)
     )
     experts_SA = top_experts(jax.lax.stop_gradient(ranking_SE), config.active)
-    # with thousands of experts each pass over [S, E] costs as much as top_k, so scores are formed for the chosen only
+    # scores of the chosen experts only: with thousands of experts, a pass over [S, E] costs as much as top_k
     largest_S1 = jax.lax.stop_gradient(jnp.max(logits_SE, axis=1, keepdims=True))
     shifted_SE = logits_SE - largest_S1
     total_S1 = jnp.log(jnp.sum(jnp.exp(shifted_SE), axis=1, keepdims=True))
@@ -62,7 +62,7 @@ def route(
     else:
         chosen_SA = jax.nn.log_sigmoid(jnp.take_along_axis(logits_SE, experts_SA, axis=1))
         probability_SE = jax.nn.softmax(jax.nn.log_sigmoid(logits_SE))
-    # softmax(log s) = s / Σ s without forming scores that underflow
+    # softmax(log s) = s / Σ s, without forming scores s, which may underflow
     weights_SA = jax.nn.softmax(chosen_SA) if config.normalize else jnp.exp(chosen_SA)
     return Routing(
         experts_SA=experts_SA,
@@ -79,7 +79,7 @@ def only_real(experts_SA: jax.Array, real_S: jax.Array | None, experts: int) -> 
 
 
 def _mean(values_SI: jax.Array, real_S: jax.Array | None) -> jax.Array:
-    """Mean over the real tokens; 0 where there is none."""
+    """Mean over the real tokens; 0 if there are none."""
     if real_S is None:
         return jnp.mean(values_SI, axis=0)
     return jnp.sum(jnp.where(real_S[:, None], values_SI, 0), axis=0) / jnp.maximum(
@@ -90,7 +90,7 @@ def _mean(values_SI: jax.Array, real_S: jax.Array | None) -> jax.Array:
 def top_experts(ranking_SE: jax.Array, active: int) -> jax.Array:
     """Indices of the A highest of each row, int32 [S, A], in the order of jax.lax.top_k.
 
-    With thousands of experts only the A groups with the highest maxima are ranked: they contain the top A experts.
+    From MANY experts on, only the A groups with the highest maxima are ranked: these contain the top A experts.
     """
     tokens, experts = ranking_SE.shape
     group = next((size for size in (32, 16, 8) if experts % size == 0), experts)

@@ -1,9 +1,9 @@
 """SwiGLU experts on rows sorted by expert, as Triton kernels for GPUs: exact, and only routed rows are computed.
 
-XLA has no such product for NVIDIA GPUs: it multiplies every row with every expert and masks. Here each tile of rows
+For a grouped product on NVIDIA GPUs, XLA multiplies every row with every expert and masks. Here each tile of rows
 belongs to one expert, and an expert's first tile starts at its first row, so each row is computed once for any counts.
-Steps between products are fused into the kernels: rows are gathered by token, and gate and up are one kernel that ends
-with the activation. Operands are in the compute dtype (fp32 is TF32 unless jax_default_matmul_precision says otherwise,
+The kernels also do the steps between products: they gather rows by token, and one kernel computes gate, up and the
+activation. Operands are in the compute dtype (fp32 is TF32 unless jax_default_matmul_precision says otherwise,
 as for all products on a GPU) and sums in fp32; expert gradients are added to the masters' gradients in place.
 
 Off a GPU the same kernels are interpreted, slowly: for tests.
@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from moe_reduce.models.moe import expert_loop
-from moe_reduce.models.products import KEPT
+from moe_reduce.models.products import REMAT_SAVED
 
 
 class Tile(NamedTuple):
@@ -40,10 +40,10 @@ class Tile(NamedTuple):
         return self._replace(columns=min(self.columns, 64), inner=self.inner // 2)
 
 
-# from five to eight choices each, measured on an H100: within 10% of the fastest, and at most 96 KB of shared memory a
-# block, the limit of smaller GPUs
+# Sizes were chosen among five to eight for each kernel, measured on an H100: within 10% of the fastest, and at most
+# 96 KB of shared memory in a block, the limit of smaller GPUs.
 MOST_ROWS = 128  # most rows of a product's tile
-FEWEST_ROWS = 16  # fewest that the matrix units take
+FEWEST_ROWS = 16  # fewest rows that the matrix units take
 ONE_MATRIX = Tile(128, 64, 4, 3)
 TWO_MATRICES = Tile(128, 32, 8, 4)
 TWO_LEFTS = Tile(128, 32, 4, 3)
@@ -64,7 +64,7 @@ class Groups(NamedTuple):
 
 
 def tile_rows(rows: int, experts: int) -> int:
-    """Rows of a product's tile: average rows per expert as a power of two, from FEWEST_ROWS to MOST_ROWS."""
+    """Rows of a product's tile: average rows per expert, as a power of two between FEWEST_ROWS and MOST_ROWS."""
     return max(FEWEST_ROWS, expert_loop.tile_rows(MOST_ROWS, rows, experts))
 
 
@@ -79,7 +79,7 @@ def groups_of(counts_E: jax.Array, rows: int) -> Groups:
     end_E, last_E = jnp.cumsum(counts_E), jnp.cumsum(tiles_E)
     first_E = end_E - counts_E
     number_T = jnp.arange(rows // size + min(rows, experts), dtype=jnp.int32)
-    # by comparisons: a binary search would be a loop of small kernels
+    # found by comparing with all: a binary search would be a loop of small kernels
     expert_T = jnp.searchsorted(last_E, number_T, side="right", method="compare_all").astype(jnp.int32)
     used_T = expert_T < experts
     expert_T = jnp.where(used_T, expert_T, 0)
@@ -107,8 +107,8 @@ def _first(sums: Sequence[jax.Array], _) -> Sequence[jax.Array]:
 class Inputs(NamedTuple):
     """Arrays that `by_rows` reads.
 
-    lefts: [M, I]; or [S, I], where token_M holds the row of each m. matrices: [E, I, O], or [E, O, I] if the recipe is
-    transposed. extras: [M, O], for the recipe's `finish`.
+    lefts: each [M, I]; with token_M, each [S, I], and token_M[m] is the row of assignment m. matrices: each [E, I, O],
+    or [E, O, I] if the recipe is transposed. extras: each [M, O], for the recipe's `finish`.
     """
 
     lefts: Sequence[jax.Array]
@@ -151,7 +151,7 @@ def _rows_kernel(expert_T, first_T, end_T, *refs, structure, recipe: Recipe, row
         if token_M is not None:
             source_R = triton.load(token_M.at[source_R])
 
-        # no mask if tiles divide the axis evenly: it would be computed in every step
+        # without a mask if tiles divide the axis, since a mask is computed in every step
         inside_C = in_columns if outputs % columns else None
 
         def add(index, sums):
@@ -170,7 +170,7 @@ def _rows_kernel(expert_T, first_T, end_T, *refs, structure, recipe: Recipe, row
             return tuple(sums)
 
         here, mask = (row_R[:, None], column_C[None, :]), in_rows[:, None] & in_columns[None, :]
-        # loaded here, so that they arrive while the sums are formed
+        # loaded before the loop, so that they arrive while it forms the sums
         extras = [triton.load(ref.at[here], mask=mask, other=0).astype(jnp.float32) for ref in inputs.extras]
         sums = tuple(jnp.zeros((rows, columns), jnp.float32) for _ in range(1 + max(term.sum for term in recipe.terms)))
         sums = lax.fori_loop(0, pl.cdiv(inner, step), add, sums)
@@ -210,8 +210,11 @@ def by_rows(inputs: Inputs, groups: Groups, interpret: bool, recipe: Recipe = PL
 
 
 class OuterProducts(NamedTuple):
-    """Arrays that `by_matrices` reads: left [M, I], or [S, I], where token_M holds the row of each m; rights, each
-    [M, O]; and for each right a total [E, I, O] to add to."""
+    """Arrays that `by_matrices` reads.
+
+    left: [M, I]; with token_M, [S, I], and token_M[m] is the row of assignment m. rights: each [M, O]. totals: one
+    [E, I, O] for each right, to which its product is added.
+    """
 
     left: jax.Array
     rights: Sequence[jax.Array]
@@ -252,7 +255,7 @@ def by_matrices(inputs: OuterProducts, groups: Groups, interpret: bool, tile: Ti
     totals = inputs.totals
     experts, width, outputs = totals[0].shape
     leaves, structure = jax.tree.flatten(inputs)
-    before = 2 + 1 + len(inputs.rights)  # arguments in front of the totals: two of the groups, left, rights
+    before = 2 + 1 + len(inputs.rights)  # number of arguments before the totals: two of the groups, left, rights
     called = pl.pallas_call(
         partial(_matrices_kernel, structure=structure, tile=tile),
         grid=(pl.cdiv(outputs, tile.columns), pl.cdiv(width, OUTER_ROWS), experts),
@@ -267,8 +270,10 @@ def by_matrices(inputs: OuterProducts, groups: Groups, interpret: bool, tile: Ti
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def product(x_MI: jax.Array, matrices_EIO: jax.Array, groups: Groups, interpret: bool) -> jax.Array:
-    """Row m times the matrix of its expert, [M, O] in the dtype of x. Rows of no expert, and their gradients, are
-    undefined."""
+    """Row m times the matrix of its expert, [M, O] in the dtype of x.
+
+    Rows of no expert are undefined, and so are their gradients.
+    """
     return by_rows(Inputs((x_MI,), (matrices_EIO,)), groups, interpret)[0]
 
 
@@ -313,9 +318,9 @@ def swiglu(x_SD, places: Places, matrices, masters, interpret: bool):
 
     Args:
         x_SD: tokens, in the compute dtype.
-        places: origin of the sorted rows; outputs of no expert are undefined, and their cotangents are not read.
+        places: origin of the sorted rows. Outputs of rows of no expert are undefined; their cotangents are not read.
         matrices: gate [E, D, F], up [E, D, F] and down [E, F, D] in the compute dtype. No gradient flows into them.
-        masters: arrays these were cast from, returned for their gradient (models/moe/expert_loop.py); empty if frozen.
+        masters: master weights, returned for their gradient (models/moe/expert_loop.py); empty if experts are frozen.
         interpret: True off a GPU.
     """
     (hidden_MF,) = _inward(x_SD, places, matrices, interpret, results=1)
@@ -333,7 +338,7 @@ def _inward(x_SD, places: Places, matrices, interpret, results: int):
 def _swiglu_forward(x_SD, places: Places, matrices, masters, interpret):
     hidden_MF, gate_MF, up_MF = _inward(x_SD, places, matrices, interpret, results=3)
     (y_MD,) = by_rows(Inputs((hidden_MF,), matrices[2:]), places.groups, interpret)
-    hidden_MF, gate_MF, up_MF, y_MD = (checkpoint_name(kept, KEPT) for kept in (hidden_MF, gate_MF, up_MF, y_MD))
+    hidden_MF, gate_MF, up_MF, y_MD = (checkpoint_name(kept, REMAT_SAVED) for kept in (hidden_MF, gate_MF, up_MF, y_MD))
     return (y_MD, masters), (x_SD, places, matrices, hidden_MF, gate_MF, up_MF)
 
 
