@@ -1,6 +1,7 @@
 """Corpus sources: each kind of file, the standard library, the hub's code path, and every refusal."""
 
 import gzip
+import hashlib
 import json
 
 import pyarrow
@@ -11,6 +12,9 @@ import zstandard
 from moe_reduce.core.config import DataConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.data import sources
+from moe_reduce.data.sources.hub import parse_name
+from moe_reduce.data.sources.local_files import LocalFiles
+from moe_reduce.data.sources.standard_library import StandardLibrary
 
 TEXTS = ["One document.\nTwo lines, naïve ﬁ.\n", "\tAnother  one\r\n", "last"]
 
@@ -60,7 +64,7 @@ def test_half_a_surrogate_pair_does_not_stop_the_corpus(tmp_path):
 
 
 def test_standard_library_is_real_text_without_its_tests():
-    paths = sources.source_files("python-stdlib")
+    paths = StandardLibrary("python-stdlib").paths()
     names = {path.name for path in paths}
     assert len(paths) > 300
     assert "argparse.py" in names
@@ -88,11 +92,11 @@ def test_the_hub_gives_the_split_that_is_named(tmp_path):
 
 def test_hub_names_have_a_config_a_split_and_a_revision():
     name = "Salesforce/wikitext"
-    assert sources.parse_hub(f"hub:{name}:wikitext-2-v1@abc") == (name, "wikitext-2-v1", "train", "abc")
-    assert sources.parse_hub(f"hub:{name}:wikitext-2-v1:test") == (name, "wikitext-2-v1", "test", None)
-    assert sources.parse_hub(f"hub:{name}") == (name, None, "train", None)
+    assert parse_name(f"hub:{name}:wikitext-2-v1@abc") == (name, "wikitext-2-v1", "train", "abc")
+    assert parse_name(f"hub:{name}:wikitext-2-v1:test") == (name, "wikitext-2-v1", "test", None)
+    assert parse_name(f"hub:{name}") == (name, None, "train", None)
     with pytest.raises(UserError, match="hub:OWNER/NAME"):
-        sources.parse_hub("hub:")
+        parse_name("hub:")
 
 
 def test_a_hub_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
@@ -150,3 +154,30 @@ def test_a_missing_field_names_file_line_and_fields(tmp_path):
 )
 def test_a_damaged_file_is_refused_by_name(tmp_path, name, content):
     assert str(tmp_path / name) in refusal(write(tmp_path / name, content))
+
+
+def test_the_first_kind_that_recognises_a_name_reads_it(tmp_path, monkeypatch):
+    class Reversed(LocalFiles):
+        @classmethod
+        def recognises(cls, name):
+            return name.startswith("reversed:")
+
+        def documents(self, text_field):
+            paths = LocalFiles(self.name.removeprefix("reversed:"))
+            return (("".join(fragments)[::-1],) for fragments in paths.documents(text_field))
+
+    monkeypatch.setattr(sources, "KINDS", (Reversed, *sources.KINDS))
+    path = write(tmp_path / "a.jsonl", jsonl(["abc", "def"]))
+    assert read(f"reversed:{path}", max_documents=1) == ["cba"]
+    assert read(path) == ["abc", "def"]
+
+
+def test_a_known_text_keeps_its_hash(tmp_path):
+    """Caches of prepared tokens are found again by it."""
+    write(tmp_path / "a.txt", b"same")
+    assert (
+        sources.corpus_hash(DataConfig(source=str(tmp_path / "a.txt")))
+        == hashlib.sha256(b"text\0None\0" + b".txt" + hashlib.sha256(b"same").digest()).hexdigest()
+    )
+    expected = hashlib.sha256(b"text\0None\0" + f"hub:{tmp_path}".encode() + b".txt" + hashlib.sha256(b"same").digest())
+    assert sources.corpus_hash(DataConfig(source=f"hub:{tmp_path}")) == expected.hexdigest()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_reduce.commands import model_arguments
 from moe_reduce.core import disk
+from moe_reduce.core.data_config import content
 from moe_reduce.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
 
 def _measured_text(arguments: argparse.Namespace, tokens: int) -> str:
     """Names in one line the text that was measured, and says why the validation loss of a run differs."""
-    if arguments.data.endswith(".npy"):
+    if content(arguments.data) == "token_ids":
         return f"measured on: all {tokens:,} targets of {arguments.data}"
     part = "all of" if arguments.max_batches is None else f"the first {arguments.max_batches} batches of"
     return (
@@ -103,7 +104,7 @@ def _on_corpus(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, 
 
 def _check_tokenizers(arguments: argparse.Namespace) -> None:
     """Raises UserError if the baseline has another tokenizer, because both models get the same token ids."""
-    if arguments.baseline is None or arguments.tokenizer is not None or arguments.data.endswith(".npy"):
+    if arguments.baseline is None or arguments.tokenizer is not None or content(arguments.data) == "token_ids":
         return
     from moe_reduce.data.tokenizers import load_tokenizer
 

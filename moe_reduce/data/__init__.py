@@ -2,7 +2,7 @@
 
 Modules, in the order in which text flows through them:
 
-    sources             documents of data.source: python-stdlib, local files or hub:OWNER/NAME
+    sources/            documents of data.source, one module per kind: python-stdlib, local files or hub:OWNER/NAME
     files               readers of txt, jsonl and parquet, compressed or not
     pieces              documents cut into bounded pieces, each assigned to training or validation
     tokenizers          one protocol for SentencePiece models and tokenizer.json (byte_level: vocab.json and merges.txt;

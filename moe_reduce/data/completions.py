@@ -11,10 +11,9 @@ import uuid
 
 import numpy as np
 
-from moe_reduce.core.data_config import UUID_PAIRS, DataConfig
+from moe_reduce.core.data_config import UUID_PAIRS, DataConfig, content
 from moe_reduce.core.errors import UserError
 from moe_reduce.data import sources
-from moe_reduce.data.files import has_fields
 from moe_reduce.data.pieces import TRAIN
 from moe_reduce.data.tokenizers import Tokenizer
 
@@ -77,13 +76,12 @@ class Completions:
 
 
 def _pairs(config: DataConfig) -> list[tuple[str, str]]:
-    if config.source.startswith(UUID_PAIRS):
+    if content(config.source) == "pairs":
         return uuid_pairs(config.source.removeprefix(UUID_PAIRS))
     assert config.completion_field is not None
-    if not config.source.startswith(sources.HUB_PREFIX):
-        for path in sources.source_files(config.source):
-            if not has_fields(path):
-                raise UserError(f"data.completion_field is a field of rows, and {path} is plain text: leave it None")
+    plain_text = sources.text_source(config.source).plain_text()
+    if plain_text is not None:
+        raise UserError(f"data.completion_field is a field of rows, and {plain_text} is plain text: leave it None")
     completions = sources.documents(dataclasses.replace(config, text_field=config.completion_field))
     return list(zip(sources.documents(config), completions, strict=True))
 

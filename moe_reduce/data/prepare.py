@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 
 from moe_reduce.core import disk
-from moe_reduce.core.config import DataConfig
+from moe_reduce.core.data_config import DataConfig, content
 from moe_reduce.core.errors import UserError
 from moe_reduce.data import shards, sources
 from moe_reduce.data.completions import Completions
@@ -40,7 +40,7 @@ def prepare(config: DataConfig, vocab_size: int) -> tuple[TokenSource, Tokenizer
     vocab_size: the model's; a tokenizer trained here has exactly that many pieces, a given one at most.
     Raises UserError for a mistake in the configuration or its files, and when the cache cannot be written.
     """
-    if config.source.endswith(".npy"):
+    if content(config.source) == "token_ids":
         return TokenRows(config, vocab_size), None
     if config.learns_completions:
         if config.tokenizer == TRAIN_A_TOKENIZER:
