@@ -1,10 +1,12 @@
 """What a run leaves behind, that it learns, and how it stops when it cannot go on."""
 
+import dataclasses
 import json
 import math
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -21,11 +23,14 @@ from training_runs import (
 
 from moe_reduce.__main__ import main
 from moe_reduce.core.errors import UserError
+from moe_reduce.runs import train as run_train
 from moe_reduce.runs.train import train
 from moe_reduce.storage.model_directory import load
 from moe_reduce.training import job, optimizer, sharding
 from moe_reduce.training.checkpoints import Checkpoints
+from moe_reduce.training.losses import language_model_task
 from moe_reduce.training.metrics import TIMING, read_metrics
+from moe_reduce.training.validation import Mean
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +167,31 @@ def test_the_loop_transfers_nothing_by_itself(monkeypatch, tmp_path):
     data = token_data(tmp_path)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"Disallowed host-to-device transfer"):
         train(run_config("dense", data, steps=3), tmp_path / "run")
+
+
+def test_a_metric_that_a_task_adds_reaches_the_log_and_the_summary(monkeypatch, tmp_path):
+    """Divided by a weight of its own: the share of even targets among those above 100."""
+
+    def with_metric(*arguments):
+        task = language_model_task(*arguments)
+
+        def evaluate(params, batch):
+            high = batch["weights"] * (batch["targets"] > 100)
+            even = high * (batch["targets"] % 2 == 0)
+            return task.evaluate(params, batch) | {"even_share": Mean(jnp.sum(even), jnp.sum(high))}
+
+        return dataclasses.replace(task, evaluate=evaluate)
+
+    monkeypatch.setattr(run_train, "language_model_task", with_metric)
+    run = run_config("dense", token_data(tmp_path), steps=2)
+    summary = train(run, tmp_path / "run")
+    tokens = np.load(run.data.source)[-16:, 1:]  # validation_fraction is a quarter of 64 rows
+    expected = np.mean(tokens[tokens > 100] % 2 == 0)
+    assert 0.3 < expected < 0.7
+    assert set(summary["validation"]) == {"loss", "perplexity", "accuracy", "even_share"}
+    assert summary["validation"]["even_share"] == pytest.approx(expected, rel=1e-6)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["validation"] == summary["validation"]
+    assert metrics(tmp_path / "run", "validation")[-1]["even_share"] == summary["validation"]["even_share"]
 
 
 def test_a_save_holds_no_buffer_that_the_next_step_overwrites(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Balancing on cases small enough to compute by hand."""
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -21,6 +22,7 @@ from moe_reduce.training.losses import (
     negative_log_likelihood,
     predict,
 )
+from moe_reduce.training.validation import Mean, added, summarize
 
 
 def moe(placement, active=2):
@@ -144,3 +146,22 @@ def test_padding_takes_no_capacity_from_real_tokens(tiny_shared):
     padded["weights"] = np.concatenate([np.zeros_like(weights)] * 3 + [weights])
     _, _, metrics = predict(skeleton.with_params(params), BalanceConfig(), padded)
     assert metrics["dropped_share"] == 0  # room for 256 / E of each, of 64
+
+
+def test_every_mean_has_its_own_denominator():
+    batches = [
+        {"loss": Mean(6.0, 4.0), "accuracy": Mean(1.0, 4.0), "entropy": Mean(3.0, 10.0), "counts_NE": np.ones((2, 3))},
+        {"loss": Mean(2.0, 4.0), "accuracy": Mean(3.0, 4.0), "entropy": Mean(9.0, 20.0), "counts_NE": np.ones((2, 3))},
+    ]
+    found = summarize(added(batches))
+    assert list(found)[:2] == ["loss", "perplexity"]
+    assert found.pop("counts_NE").tolist() == [[2.0] * 3] * 2
+    assert found == {"loss": 1.0, "perplexity": math.e, "accuracy": 0.5, "entropy": 0.4}
+
+
+def test_scalars_that_are_no_means_are_added_and_nothing_divides_by_zero():
+    found = summarize(added([{"loss": Mean(0.0, 0.0), "tokens": np.float32(2)}] * 3))
+    assert found == {"loss": 0.0, "perplexity": 1.0, "tokens": 6.0}
+    assert all(isinstance(value, float) for value in found.values())
+    assert summarize({"loss": Mean(800.0, 1.0)})["perplexity"] == math.inf
+    assert math.isnan(summarize({"loss": Mean(math.nan, 1.0)})["perplexity"])

@@ -16,9 +16,9 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.data.batches import WholeSplit
 from moe_reduce.data.prepare import prepare
 from moe_reduce.models.model import Model
-from moe_reduce.training.loop import summarize
 from moe_reduce.training.losses import evaluator, token_losses
 from moe_reduce.training.sharding import compiled
+from moe_reduce.training.validation import Mean, added, summarize
 
 
 class RowSums(NamedTuple):
@@ -30,8 +30,8 @@ class RowSums(NamedTuple):
 
     def figures(self) -> dict[str, Any]:
         """{loss (nats per token), perplexity, accuracy, tokens} over all sequences."""
-        sums = {name: float(np.sum(values, dtype=np.float64)) for name, values in self._asdict().items()}
-        return summarize(sums) | {"tokens": int(sums["weight"])}
+        nll, correct, weight = (float(np.sum(values, dtype=np.float64)) for values in self)
+        return summarize({"loss": Mean(nll, weight), "accuracy": Mean(correct, weight)}) | {"tokens": int(weight)}
 
 
 def evaluate(
@@ -75,9 +75,8 @@ def measure(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> d
     counts_NE: assignments by layer and expert. mesh: runs on it, if given.
     """
     step = compiled(evaluator(model.with_params({})), mesh)
-    sums = [jax.device_get(step(model.params, batch)) for batch in batches]
-    total = jax.tree.map(lambda *leaves: np.sum(np.stack(leaves), axis=0), *sums)
-    return summarize(total) | {"tokens": int(total["weight"])}
+    sums = added([jax.device_get(step(model.params, batch)) for batch in batches])
+    return summarize(sums) | {"tokens": int(sums["loss"].weight)}
 
 
 def _first(batches: WholeSplit, count: int) -> Iterator[Any]:

@@ -77,9 +77,9 @@ def _figures(job: Job, outcome: Outcome, speed: Speed) -> dict[str, Any]:
 
 
 def quality(validation: dict[str, Any]) -> dict[str, Any]:
-    """Select the validation figures that a summary keeps: losses and expert use."""
-    losses = {name: validation[name] for name in ("loss", "perplexity", "accuracy")}
-    return {"validation": losses, "expert_use": expert_use(validation)}
+    """Select the validation figures that a summary keeps: every scalar metric, and expert use."""
+    metrics = {name: value for name, value in validation.items() if isinstance(value, float)}
+    return {"validation": metrics, "expert_use": expert_use(validation)}
 
 
 def expert_use(validation: dict[str, Any]) -> list[list[float]] | None:

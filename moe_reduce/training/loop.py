@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import grain
 import jax
@@ -23,6 +23,7 @@ from moe_reduce.training.metrics import MetricsLog, Stopwatch
 from moe_reduce.training.steps import State
 from moe_reduce.training.task import Batch, Params, Task, join
 from moe_reduce.training.throughput import Peak
+from moe_reduce.training.validation import added, summarize
 
 CORPUS = "corpus"  # key of a checkpoint's data position
 # the norms show a divergence that the loss shows a step later, or never
@@ -32,7 +33,7 @@ HostBatch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Problem:
-    """An optimisation problem: the task, where its parameters start, and the method's settings."""
+    """An optimisation problem: the task, its initial parameters, and the settings of the optimiser."""
 
     task: Task
     initial: Params | Callable[[], Params]  # the leaves that train, or a function that makes them under jit
@@ -58,7 +59,7 @@ class Speed:
     peak: Peak
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs utilisation: the share of the peak that is reached."""
+        """Model FLOPs utilisation: the model's FLOP/s as a share of the peak."""
         return None if self.flops_per_token is None else tokens_per_second * self.flops_per_token / self.peak.flops
 
 
@@ -67,18 +68,25 @@ class Outcome:
     """Result of a finished run."""
 
     params: Params  # the trained leaves, or their moving average where train.ema_decay is set
-    validation: dict[str, Any]  # loss, perplexity, accuracy, and summed arrays such as counts_NE
+    validation: dict[str, Any]  # loss, perplexity, accuracy, the task's other means, and arrays such as counts_NE
     measured: dict[str, float]  # the task's own measurements
     tokens_per_second: float  # median over the logged intervals of this process; NaN if it trained nothing
     compile_seconds: float
     intervals: list[float] = field(default_factory=list)
 
 
+class Measurement(NamedTuple):
+    """Result of `Task.measure` after a step."""
+
+    step: int
+    values: dict[str, float]
+
+
 class Fit:
     """One run of the loop: `Fit(...).run()`. Running it again in the same workdir resumes at the last checkpoint."""
 
     def __init__(self, problem: Problem, feed: Feed, mesh: Mesh, workdir: Path, speed: Speed):
-        """Compile nothing yet; raises UserError when the batch does not divide over the mesh."""
+        """Prepare a run without compiling anything; UserError when the batch does not divide over the mesh."""
         self.task, self.train, self.mesh = problem.task, problem.train, mesh
         self.feed, self.workdir, self.speed = feed, workdir, speed
         self.frozen = jax.device_put(problem.frozen, sharding.shardings(mesh, problem.frozen, problem.task.records))
@@ -87,7 +95,7 @@ class Fit:
         self.clock = Stopwatch()
         self.intervals: list[float] = []
         self._last_logged = (0, 0.0)  # step, and seconds on the clock
-        self._measured: tuple[int, dict[str, float]] = (-1, {})
+        self._measurement = Measurement(step=-1, values={})
         self.validation = [sharding.put_batch(mesh, batch) for batch in feed.validation]
         self._build(problem.initial)
 
@@ -171,8 +179,9 @@ class Fit:
             self._stop_diverged(step, f"validation loss is {validation['loss']} after")
         if evaluating:
             with jax.transfer_guard("allow"):
-                self._measured = (step, self.task.measure(join(_evaluated(state), self.frozen)))
-            validation |= self._measured[1]
+                values = self.task.measure(join(_evaluated(state), self.frozen))
+            self._measurement = Measurement(step, values)
+            validation |= values
             self.log.write(step, "validation", {k: v for k, v in validation.items() if isinstance(v, float)})
         if saving:
             self.checkpoints.save(step, state, {CORPUS: self.feed.corpus, **self.feed.batches.get_state()})
@@ -219,15 +228,13 @@ class Fit:
 
     def _validate(self, state: State, batches: Sequence[Batch]) -> dict[str, Any]:
         params = _evaluated(state)
-        sums = [self._evaluate(params, self.frozen, batch) for batch in batches]
-        total = jax.tree.map(lambda *leaves: np.sum(np.stack(leaves), axis=0), *jax.device_get(sums))
-        return summarize(total)
+        return summarize(added(jax.device_get([self._evaluate(params, self.frozen, batch) for batch in batches])))
 
     def _outcome(self, state: State, compile_seconds: float) -> Outcome:
         params = _evaluated(state)
         rate = float(np.median(self.intervals)) if self.intervals else math.nan
-        step, measured = self._measured
-        if step != self.train.steps:  # resumed after the last step
+        measured = self._measurement.values
+        if self._measurement.step != self.train.steps:  # resumed after the last step
             measured = self.task.measure(join(params, self.frozen))
         return Outcome(params, self._validate(state, self.validation), measured, rate, compile_seconds, self.intervals)
 
@@ -235,13 +242,3 @@ class Fit:
 def _evaluated(state: State) -> Params:
     """Return the parameters that are evaluated and kept: the moving average where there is one."""
     return state.params if state.average is None else state.average
-
-
-def summarize(sums: dict[str, Any]) -> dict[str, Any]:
-    """Turn summed nll, correct and weight into loss (nats a token), perplexity and accuracy; keep all other sums."""
-    weight = max(float(sums["weight"]), 1.0)
-    loss = float(sums["nll"]) / weight
-    rest = {name: value for name, value in sums.items() if name not in ("nll", "correct", "weight")}
-    # a loss that overflows exp is as good as infinite
-    perplexity = math.exp(loss) if loss < 700 or math.isnan(loss) else math.inf
-    return {"loss": loss, "perplexity": perplexity, "accuracy": float(sums["correct"]) / weight} | rest

@@ -13,6 +13,7 @@ from moe_reduce.core.config import BalanceConfig, ExecutionConfig, ModelConfig, 
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import ROUTER_BIAS, by_path
 from moe_reduce.training.task import Batch, Params, Sums, Task, never, no_change
+from moe_reduce.training.validation import Mean
 
 
 def language_model_task(model: ModelConfig, execution: ExecutionConfig, balance: BalanceConfig) -> Task:
@@ -84,17 +85,17 @@ def token_losses(logits_BTV: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def evaluator(model: Model) -> Callable[[Params, Batch], Sums]:
-    """Make evaluate(params, batch) of a language model: sums nll, correct, weight and, with experts, counts_NE."""
+    """Make evaluate(params, batch) of a language model: the means loss and accuracy and, with experts, counts_NE."""
 
     def evaluate(params: Params, batch: Batch) -> Sums:
         moe = model.config.moe
         logits_BTV, collected = model.with_params(params).apply(batch, collect=() if moe is None else ("routing",))
         nll_BT, correct_BT = token_losses(logits_BTV, batch)
         weights_BT = batch["weights"]
+        weight = jnp.sum(weights_BT)
         sums: Sums = {
-            "nll": jnp.sum(nll_BT * weights_BT),
-            "correct": jnp.sum(correct_BT * weights_BT),
-            "weight": jnp.sum(weights_BT),
+            "loss": Mean(jnp.sum(nll_BT * weights_BT), weight),
+            "accuracy": Mean(jnp.sum(correct_BT * weights_BT), weight),
         }
         if moe is not None:
             sums["counts_NE"] = collected["routing"]["counts_E"]

@@ -45,8 +45,8 @@ class Task:
 
     - loss(params, batch) -> (scalar, metrics): the mean over the targets that `weights` count. Metrics are fp32:
       scalars are logged, arrays are for `after_step`.
-    - evaluate(params, batch) -> fp32 sums over the counted targets, at least `nll`, `correct` and `weight`; arrays are
-      summed over batches and returned.
+    - evaluate(params, batch) -> fp32 sums that are added over the validation batches: a `Mean` (training/validation.py)
+      for each scalar metric, at least `loss` (nats per token) and `accuracy`, and any arrays.
     - records: the record of every leaf, trained or frozen, by path; they decide shardings and weight decay.
     - trainable(path): whether a leaf trains. All others get no gradient and no optimiser state.
     - after_step(trained params, metrics) -> trained params: changes that no gradient makes, such as loss-free balancing
