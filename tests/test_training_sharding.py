@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from jax.sharding import PartitionSpec
 from training_runs import MODELS, ONE_DEVICE
@@ -77,7 +78,7 @@ def shares(processes, monkeypatch, data, expert=1, tensor=1):
     return found
 
 
-def test_processes_that_hold_the_same_rows_feed_the_same_share(monkeypatch):
+def test_processes_that_hold_the_same_rows_read_the_same_slice(monkeypatch):
     assert shares(data=4, processes=2, monkeypatch=monkeypatch) == [(0, 2), (1, 2)]
     assert shares(data=1, expert=4, processes=2, monkeypatch=monkeypatch) == [(0, 2), (1, 2)]
     assert shares(data=1, tensor=4, processes=2, monkeypatch=monkeypatch) == [(0, 1), (0, 1)]
@@ -148,4 +149,56 @@ def test_optimiser_state_that_belongs_to_no_parameter_is_refused():
     stray = optax.GradientTransformation(init, lambda updates, state, _=None: (updates, state))
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with pytest.raises(UserError, match=r"preconditioner.* of shape \[4, 4\] belongs to no parameter"):
+        steps.state_shardings(mesh, abstract_state(MODELS["dense"], stray), by_path(MODELS["dense"]))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_constants_of_an_optimiser_are_replicated(nested):
+    """Muon keeps its coefficients, which belong to no parameter, beside moments, which do."""
+    model = MODELS["dense"]
+    optimizer = optax.contrib.muon(1e-3)
+    if nested:
+        labels = trees.map_with_path(lambda path, _: "adam" if "norm" in path else "muon", abstract_params(model))
+        optimizer = optax.multi_transform({"muon": optimizer, "adam": optax.adam(1e-3)}, labels)
+    state = abstract_state(model, optimizer)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    found = steps.state_shardings(mesh, state, by_path(model))
+    leaves = jax.tree_util.tree_leaves_with_path(state.optimizer)
+    spec = {
+        jax.tree_util.keystr(keys): place.spec
+        for (keys, leaf), place in zip(leaves, jax.tree.leaves(found.optimizer), strict=True)
+        if leaf.ndim
+    }
+    (coefficients,) = [name for name in spec if name.endswith(".ns_coeffs")]
+    assert spec.pop(coefficients) == PartitionSpec()
+    params = trees.flatten(found.params)
+    for name, place in spec.items():
+        (owner,) = [path for path in params if name.endswith("".join(f"['{key}']" for key in path.split("/")))]
+        assert place == params[owner].spec, name
+    assert len(spec) >= len(params)
+
+
+@pytest.mark.parametrize("label", ["experts", "constants"])
+def test_a_label_that_is_also_a_name_of_parameters_changes_nothing(label):
+    """A dict of labels, as of multi_transform, is no tree of parameters."""
+
+    def init(_):
+        return {label: optax.contrib.MuonState(jnp.zeros(()), {}, jnp.zeros(3))}
+
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    transformation = optax.GradientTransformation(init, lambda updates, state, _=None: (updates, state))
+    state = abstract_state(MODELS["shared"], transformation)
+    found = steps.state_shardings(mesh, state, by_path(MODELS["shared"]))
+    assert {place.spec for place in jax.tree.leaves(found.optimizer)} == {PartitionSpec()}
+
+
+def test_state_below_a_parameter_is_refused():
+    """A preconditioner in a tuple in the place of a parameter is not a constant of the optimiser."""
+
+    def init(params):
+        return jax.tree.map(lambda _: (jnp.zeros(3),), params)
+
+    stray = optax.GradientTransformation(init, lambda updates, state, _=None: (updates, state))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with pytest.raises(UserError, match=r"of shape \[3\] belongs to no parameter"):
         steps.state_shardings(mesh, abstract_state(MODELS["dense"], stray), by_path(MODELS["dense"]))

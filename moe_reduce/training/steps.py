@@ -60,16 +60,17 @@ def new_state(params: Params, train: TrainConfig, tx: optax.GradientTransformati
 
 
 def state_shardings(mesh: Mesh, abstract: State, records: Records) -> State:
-    """Shardings of a run's state: every optimiser leaf is sharded like its parameter, and scalars are replicated.
+    """Shardings of a run's state: every optimiser leaf that belongs to a parameter is sharded like it.
 
-    The suffix of an optimiser leaf's path names its parameter, whatever optax wraps around it. Raises UserError for a
-    leaf that matches no parameter, rather than replicating it silently.
+    The suffix of an optimiser leaf's path names its parameter, whatever optax wraps around it. Replicated are scalars,
+    and constants of the optimiser outside every tree of parameters, such as the coefficients of Muon. Raises UserError
+    for a leaf inside such a tree that matches no parameter, rather than replicating it silently.
     """
     params = sharding.shardings(mesh, abstract.params, records)
     shapes, by_path = trees.flatten(abstract.params), trees.flatten(params)
 
     def shard(keys: tuple[Any, ...], leaf: Any) -> Any:
-        if not leaf.shape:
+        if not leaf.shape or not _per_parameter(keys, by_path):
             return sharding.replicated(mesh)
         path = _parameter_path(keys, by_path)
         if path is None or shapes[path].shape != leaf.shape:
@@ -84,11 +85,30 @@ def state_shardings(mesh: Mesh, abstract: State, records: Records) -> State:
     return State(step, params, moments, params if abstract.average is not None else None)
 
 
+def _per_parameter(keys: tuple[Any, ...], known: Mapping[str, Any]) -> bool:
+    """Tell whether a leaf lies in a tree of parameters: in a dict of their names, or below the name of a parameter."""
+    roots = {path.split("/")[0] for path in known}
+    *outer, last = _names(keys)
+    return not roots.isdisjoint(last) or any(_longest_suffix(names, known) for names in outer)
+
+
 def _parameter_path(keys: tuple[Any, ...], known: Mapping[str, Any]) -> str | None:
     """Longest suffix of a key path that names a parameter; None if none does."""
-    names: list[str] = []
-    for key in keys:  # a key that is not a dict's, such as a field of an optax state, restarts the path
-        names = [*names, str(key.key)] if isinstance(key, jax.tree_util.DictKey) else []
+    return _longest_suffix(_names(keys)[-1], known)
+
+
+def _names(keys: tuple[Any, ...]) -> list[list[str]]:
+    """Divide a key path into the names of consecutive dicts; other keys, such as fields of optax states, end a list."""
+    found: list[list[str]] = [[]]
+    for key in keys:
+        if isinstance(key, jax.tree_util.DictKey):
+            found[-1].append(str(key.key))
+        else:
+            found.append([])
+    return found
+
+
+def _longest_suffix(names: list[str], known: Mapping[str, Any]) -> str | None:
     paths = ("/".join(names[start:]) for start in range(len(names)))
     return next((path for path in paths if path in known), None)
 
