@@ -45,7 +45,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
 def together() -> Iterator[None]:
     """Watch the other processes inside the context.
 
-    When one is lost, raise PeerLost; if this process is waiting for it, print the same line and exit.
+    When one is lost, raise PeerLost; if this process is waiting for it, print the same line and exit. Tell the others
+    when this process fails or is interrupted, so that they end as well.
     """
     if jax.process_count() == 1:
         yield
@@ -55,9 +56,9 @@ def together() -> Iterator[None]:
     threading.Thread(target=_watch, args=(client, over), daemon=True).start()
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # KeyboardInterrupt and SystemExit too: the others would wait for this process
         over.set()
-        if any(sign in f"{error} {error.__cause__ or ''}".lower() for sign in SIGNS):
+        if isinstance(error, Exception) and _tells_of_a_lost_process(error):
             _keep_store(client)
             raise PeerLost(_line("another one, whose log says why")) from error
         _say(client, FAILED)
@@ -65,6 +66,10 @@ def together() -> Iterator[None]:
         raise
     over.set()
     _say(client, LEFT)
+
+
+def _tells_of_a_lost_process(error: Exception) -> bool:
+    return any(sign in f"{error} {error.__cause__ or ''}".lower() for sign in SIGNS)
 
 
 def _watch(client: Any, over: threading.Event) -> None:
