@@ -4,45 +4,82 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import tensorboardX
 
+Metrics = dict[str, float | None]
 TIMING = ("tokens_per_second", "mfu")  # fields that differ between two identical runs
 
 
-class MetricsLog:
-    """Writer of metrics.jsonl, one JSON object a line, in step order.
+class Sink(Protocol):
+    """Destination of a run's metrics.
 
-    A resumed run first drops the lines after its checkpoint, which it will write again.
+    It is opened with the workdir and the step after which the run goes on, and drops all that an earlier process of the
+    run has written about later steps.
     """
 
-    def __init__(self, workdir: Path, resumed_step: int, active: bool = True):
-        self._path, self._active = workdir / "metrics.jsonl", active
-        if not active:
-            return
-        kept = [json.dumps(line) + "\n" for line in read_metrics(self._path) if line["step"] <= resumed_step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self._path)
-        self._stream = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
+    def write(self, step: int, split: str, values: Metrics) -> None:
+        """Record the metrics of a step, by name. split: "train" or "validation"."""
+        ...
 
-    def write(self, step: int, split: str, values: dict[str, Any]) -> None:
-        """Append a line; only the first process of a run writes."""
-        if not self._active:
-            return
+    def close(self) -> None:
+        """Flush and close."""
+        ...
+
+
+class JsonLines:
+    """metrics.jsonl: one JSON object per line, in step order."""
+
+    def __init__(self, workdir: Path, resumed_step: int):
+        path = workdir / "metrics.jsonl"
+        kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= resumed_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self._stream = path.open("a")
+
+    def write(self, step: int, split: str, values: Metrics) -> None:
         self._stream.write(json.dumps({"step": step, "split": split} | values) + "\n")
         self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class TensorBoard:
+    """Event files of TensorBoard; a metric without a value is left out."""
+
+    def __init__(self, workdir: Path, resumed_step: int):
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, step: int, split: str, values: Metrics) -> None:
         for name, value in values.items():
             if value is not None:
                 self._board.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
-        """Flush and close both files."""
-        if self._active:
-            self._stream.close()
-            self._board.close()
+        self._board.close()
+
+
+SINKS = (JsonLines, TensorBoard)
+
+
+class MetricsLog:
+    """All sinks of a run, or none in any process but the first."""
+
+    def __init__(self, workdir: Path, resumed_step: int, active: bool = True):
+        self._sinks: list[Sink] = [sink(workdir, resumed_step) for sink in SINKS] if active else []
+
+    def write(self, step: int, split: str, values: Metrics) -> None:
+        """Record the metrics of a step in every sink."""
+        for sink in self._sinks:
+            sink.write(step, split, values)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
