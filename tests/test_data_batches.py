@@ -7,7 +7,7 @@ import pytest
 
 from moe_reduce.core.config import DataConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.data.batches import train_batches, validation_batches
+from moe_reduce.data.batches import array_types, train_batches, validation_batches
 from moe_reduce.data.rows import TokenRows
 from moe_reduce.data.shards import FORMAT_VERSION, Manifest, ShardWriter, TokenStore
 
@@ -99,14 +99,21 @@ def test_a_step_has_the_same_windows_on_any_number_of_processes(store, processes
 
 @pytest.mark.parametrize("steps", [0, 1, 9])
 def test_a_restored_state_goes_on_bit_for_bit(store, steps):
-    iterator = train_batches(store, MASKED, 4, seed=2, process_index=1, process_count=2)
+    iterator = train_batches(store, MASKED, 4, seed=2, shard_index=1, shard_count=2)
     take(iterator, steps)
     state = json.loads(json.dumps(iterator.get_state()))
     expected = take(iterator, 12)
-    again = train_batches(store, MASKED, 4, seed=2, process_index=1, process_count=2)
+    again = train_batches(store, MASKED, 4, seed=2, shard_index=1, shard_count=2)
     take(again, 3)
     again.set_state(state)
     assert_equal_batches(take(again, 12), expected)
+
+
+@pytest.mark.parametrize("config", [CONFIG, MASKED])
+def test_array_types_are_those_of_the_batches(store, config):
+    expected = array_types(config, rows=4)
+    for batch in (next(train_batches(store, config, 4, seed=0)), validation_batches(store, config, 4, batches=1)[0]):
+        assert {name: (array.shape, array.dtype) for name, array in batch.items()} == expected
 
 
 def test_document_mask_separates_documents(tmp_path):

@@ -78,7 +78,7 @@ def shares(processes, monkeypatch, data, expert=1, tensor=1):
     return found
 
 
-def test_processes_that_hold_the_same_rows_read_the_same_slice(monkeypatch):
+def test_processes_that_hold_the_same_rows_read_the_same_shard(monkeypatch):
     assert shares(data=4, processes=2, monkeypatch=monkeypatch) == [(0, 2), (1, 2)]
     assert shares(data=1, expert=4, processes=2, monkeypatch=monkeypatch) == [(0, 2), (1, 2)]
     assert shares(data=1, tensor=4, processes=2, monkeypatch=monkeypatch) == [(0, 1), (0, 1)]

@@ -1,16 +1,19 @@
 """Batches of a prepared corpus through grain: shuffled, divided over processes, resumable at any step.
 
-A batch is a dict of arrays that hold this process's rows of B sequences of T tokens:
+A batch is a dict of arrays with B sequences of T tokens, or with this process's shard of those sequences:
 
     tokens     int32 [B, T]
     targets    int32 [B, T], the next token
     weights    float32 [B, T], 1 where the target counts, else 0
     segments   int32 [B, T], number of the document within the row, from 1 (with data.document_mask only)
     positions  int32 [B, T], from 0 in each document (with data.document_mask only)
+
+`array_types` says the same to code that needs the shapes of a batch and no data.
 """
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -24,6 +27,20 @@ Batch = dict[str, np.ndarray]
 EPOCHS = 1 << 31  # practically endless; grain's own endless repeat overflows in batches of one row
 SAMPLES = 256  # sequences of each split that a fingerprint reads
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)  # reads of mapped files rarely wait
+
+
+class ArrayType(NamedTuple):
+    """Shape and type of one array of a batch."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def array_types(config: DataConfig, rows: int) -> dict[str, ArrayType]:
+    """Shapes and types of a batch of `rows` sequences, by the names of its arrays."""
+    integers = ("tokens", "targets", *(("segments", "positions") if config.document_mask else ()))
+    dtypes = dict.fromkeys(integers, np.dtype(np.int32)) | {"weights": np.dtype(np.float32)}
+    return {name: ArrayType((rows, config.sequence_length), dtype) for name, dtype in dtypes.items()}
 
 
 class Examples:
@@ -49,7 +66,7 @@ class Examples:
 
 
 def fingerprint(source: TokenSource, config: DataConfig) -> str:
-    """SHA-256 that differs for another text and for another tokenizer.
+    """SHA-256 of the tokens, which another text or another tokenizer changes.
 
     Covers the number of sequences and a sample spread over each split: reading all of a large corpus would take minutes
     at every start.
@@ -66,16 +83,16 @@ def fingerprint(source: TokenSource, config: DataConfig) -> str:
 
 
 def train_batches(
-    source: TokenSource, config: DataConfig, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+    source: TokenSource, config: DataConfig, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1
 ) -> grain.DatasetIterator:
-    """Iterate endlessly over training batches of batch_size / process_count rows for this process.
+    """Iterate endlessly over one shard of the rows of each training batch: batch_size / shard_count rows.
 
-    Each epoch visits every sequence once, in an order of its own; a batch may hold the end of one epoch and the start
-    of the next. Step s holds the same sequences whatever the number of processes. The iterator's get_state() is plain
-    JSON, and set_state() continues bit for bit from there. Raises UserError when the corpus does not fill one batch.
+    Each epoch visits every sequence once, in its own order; a batch may hold the end of one epoch and the start of the
+    next. Step s holds the same sequences whatever the number of shards. The iterator's get_state() is plain JSON, and
+    set_state() continues bit for bit from there. Raises UserError when the corpus does not fill one batch.
     """
     examples = Examples(source, TRAIN, config)
-    rows = _rows_per_process(batch_size, process_count)
+    rows = _rows_per_shard(batch_size, shard_count)
     if len(examples) < batch_size:
         raise UserError(
             f"the corpus has {source.describe(TRAIN)} for training, {len(examples)} sequences of "
@@ -85,7 +102,7 @@ def train_batches(
     # grain orders epoch e by seed + e: hash the seed, so that runs with neighbouring seeds share no order
     spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     sequences = grain.MapDataset.source(examples).shuffle(seed=spread_seed).repeat(EPOCHS)
-    mine = sequences.slice(slice(process_index, None, process_count))
+    mine = sequences.slice(slice(shard_index, None, shard_count))
     return iter(mine.batch(rows).to_iter_dataset(READ_OPTIONS))
 
 
@@ -94,8 +111,8 @@ def validation_batches(
     config: DataConfig,
     batch_size: int,
     batches: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    shard_index: int = 0,
+    shard_count: int = 1,
 ) -> list[Batch]:
     """Make at most `batches` batches of sequences spread evenly over the validation split, the same each time.
 
@@ -103,7 +120,7 @@ def validation_batches(
     holds no whole sequence.
     """
     examples = Examples(source, VALIDATION, config)
-    rows = _rows_per_process(batch_size, process_count)
+    rows = _rows_per_shard(batch_size, shard_count)
     if len(examples) == 0:
         raise UserError(
             f"the corpus has {source.describe(VALIDATION)} for validation, less than one sequence of "
@@ -113,7 +130,7 @@ def validation_batches(
     chosen = [number * len(examples) // count for number in range(count)]
     found = []
     for start in range(0, count, batch_size):
-        mine = range(start + process_index, start + process_index + rows * process_count, process_count)
+        mine = range(start + shard_index, start + shard_index + rows * shard_count, shard_count)
         found.append(_stack([_example_or_filler(examples, chosen, row) for row in mine]))
     return found
 
@@ -125,7 +142,7 @@ def _raise_fraction(config: DataConfig) -> str:
 
 
 class WholeSplit:
-    """Batches of every sequence of the training split, once and in order; filler rows of the last have weight 0."""
+    """Batches of every sequence of the training split, once and in order; filler rows in the last one have weight 0."""
 
     def __init__(self, source: TokenSource, config: DataConfig, batch_size: int):
         self._examples, self._rows = Examples(source, TRAIN, config), batch_size
@@ -157,10 +174,10 @@ def _stack(examples: list[Batch]) -> Batch:
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-def _rows_per_process(batch_size: int, process_count: int) -> int:
-    if batch_size % process_count:
-        raise UserError(f"train.batch_size ({batch_size}) must be a multiple of the number of hosts ({process_count})")
-    return batch_size // process_count
+def _rows_per_shard(batch_size: int, shard_count: int) -> int:
+    if batch_size % shard_count:
+        raise UserError(f"train.batch_size ({batch_size}) must be a multiple of the number of hosts ({shard_count})")
+    return batch_size // shard_count
 
 
 def _document_arrays(tokens: np.ndarray, end_of_text: int) -> Batch:

@@ -27,6 +27,8 @@ class Completions:
     and the end of text after them.
     """
 
+    directory = None
+
     def __init__(self, config: DataConfig, tokenizer: Tokenizer):
         """Raises UserError when fields are missing or a pair is longer than data.sequence_length."""
         if config.document_mask:

@@ -16,7 +16,7 @@ SPLITS = (TRAIN, VALIDATION)
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive text of one document; `last` is true of its last piece."""
+    """Consecutive text of one document; `last` is true for the last piece of each document."""
 
     document: int
     text: str
@@ -61,8 +61,8 @@ def pieces(documents: Iterable[Iterable[str]], limit: int = PIECE_CHARACTERS) ->
 def split_pieces(documents: Iterable[Iterable[str]], validation_fraction: float) -> Iterator[Piece]:
     """Cut documents into pieces and assign about `validation_fraction` of them to validation, by a hash of their index.
 
-    If the corpus is so small that the hash chooses none, that share of its end is held out instead (at most one piece's
-    worth). So validation is empty only if the fraction is 0 or there is no text to divide.
+    If the corpus is so small that the hash chooses none, that fraction of its end is held out instead (at most one
+    piece's worth). So validation is empty only if the fraction is 0 or there is no text to divide.
     """
     tail: deque[Piece] = deque()  # the last piece's worth of text, held until its split is certain
     tail_characters = seen_characters = 0

@@ -18,7 +18,7 @@ class TokenRows:
     A row's targets are the row shifted by one; its last position has no target.
     """
 
-    end_of_text = None
+    directory = end_of_text = None
 
     def __init__(self, config: DataConfig, vocab_size: int):
         """Raises UserError when the file is not integers [sequences, data.sequence_length] below `vocab_size`."""
@@ -35,7 +35,7 @@ class TokenRows:
         return self._training if split == TRAIN else len(self._tokens) - self._training
 
     def row(self, split: str, index: int, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read a sequence with a filler at its end, int32 [T + 1]; the last target does not count, float32 [T]."""
+        """Read a sequence and a filler id, int32 [T + 1], and its targets' weights, float32 [T]: 0 for the filler."""
         sequence = self._tokens[index if split == TRAIN else self._training + index]
         counts = np.ones(sequence_length, dtype=np.float32)
         counts[-1] = 0

@@ -3,7 +3,7 @@
     manifest.json        origin and number of the tokens, and the files of each split with their lengths
     train-00000.bin ...  little-endian uint16, or uint32 for vocabularies beyond 65,536
 
-The manifest is written last, and `prepare` gives a directory its name only then.
+The manifest is written last. `prepare` writes to a temporary directory and renames it when the manifest is there.
 """
 
 import json
@@ -53,6 +53,11 @@ class TokenSource(Protocol):
     """Source of rows of T + 1 consecutive tokens, from which batches are made."""
 
     @property
+    def directory(self) -> Path | None:
+        """Directory that holds the files of the tokens' tokenizer; None for a source that keeps none."""
+        ...
+
+    @property
     def end_of_text(self) -> int | None:
         """Id that follows each document; None for a source without documents."""
         ...
@@ -62,7 +67,7 @@ class TokenSource(Protocol):
         ...
 
     def row(self, split: str, index: int, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read a row: inputs and the token after them, int32 [T + 1], and which of the T targets count, float32 [T]."""
+        """Read a row: its tokens, int32 [T + 1], and its targets' weights, float32 [T]: 1 if it counts, else 0."""
         ...
 
     def describe(self, split: str) -> str:
@@ -71,7 +76,7 @@ class TokenSource(Protocol):
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Smaller of the two types that holds every id."""
+    """Type of the ids on disk: uint16 if it holds every id, else uint32; both little-endian."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from moe_reduce.core import trees
+from moe_reduce.data.batches import array_types
 from moe_reduce.models.parameters import record_at
 from moe_reduce.training import sharding, steps
 from moe_reduce.training.job import Job
@@ -44,16 +45,17 @@ class Footprint:
         return self.job.train.batch_size // self.job.train.accumulation // sharding.batch_shards(self.mesh)
 
     def activations(self) -> list[Shape]:
-        """Residuals that the forward pass keeps for the backward pass on each device, largest first, for `tensor` = 1.
+        """Activations that the forward pass keeps for the backward pass on each device, largest first.
 
-        These are the residuals of the traced gradient whose shapes grow with the batch, after rematerialisation.
+        These are the residuals of the traced gradient whose shapes grow with the batch, after rematerialisation. They
+        are whole along mesh.tensor, which would split some of them further.
         """
         one, two = (self._residuals(rows) for rows in (self.rows(), 2 * self.rows()))
         grown = [leaf for leaf, other in zip(one, two, strict=True) if leaf.shape != other.shape]
         return sorted(grown, key=_bytes, reverse=True)
 
     def _residuals(self, rows: int) -> list[Shape]:
-        batch = {name: Shape((rows, leaf.shape[1]), leaf.dtype) for name, leaf in self.batch.items()}
+        batch = {name: Shape((rows, *leaf.shape[1:]), leaf.dtype) for name, leaf in self.batch.items()}
 
         def backward(params: Params, frozen: Params, batch: dict[str, Any]) -> Any:
             return jax.vjp(lambda trained: self.job.task.loss(join(trained, frozen), batch)[0], params)[1]
@@ -61,12 +63,12 @@ class Footprint:
         return jax.tree.leaves(jax.eval_shape(backward, self.program.state.params, self.frozen, batch))
 
     def estimate(self) -> dict[str, int]:
-        """Estimated bytes on each device by kind, if no compiler is available; leaves out its temporary buffers."""
+        """Estimated bytes on each device by kind, for use without a compiler; leaves out its temporary buffers."""
         gradients = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(self.program.state.params))
         return self.held() | {"gradients": gradients, "activations": sum(_bytes(leaf) for leaf in self.activations())}
 
     def remedy(self, memory: int) -> str:
-        """Sentence that names the tensor which takes most of a device's `memory`, and the setting that shrinks it."""
+        """Name the tensor that takes most of a device's `memory`, and the setting that shrinks it, in one sentence."""
         held = trees.flatten(self.program.state.params) | trees.flatten(self.frozen)
         copies = dict.fromkeys(trees.flatten(self.program.state.params), 3)  # with the two moments of Adam
         path, leaf = max(held.items(), key=lambda item: shard_bytes(item[1]) * copies.get(item[0], 1))
@@ -97,22 +99,19 @@ class Footprint:
 
 def of(job: Job, mesh: Mesh | AbstractMesh) -> Footprint:
     """Footprint of a job. UserError if its batch or a parameter does not divide over the mesh."""
-    placed: Any = mesh
+    devices: Any = mesh
     initial = jax.eval_shape(job.initial) if callable(job.initial) else job.initial
     trained, frozen = (initial, {}) if callable(job.initial) else partition(initial, job.task.trainable)
     if not callable(job.initial):  # the loop keeps trained leaves in fp32
         trained = jax.tree.map(lambda leaf: Shape(leaf.shape, jnp.float32), trained)
-    steps.check_batch(placed, job.train)
+    steps.check_batch(devices, job.train)
     frozen = join(frozen, job.frozen)
-    program = steps.program(job.task, job.train, placed, trained)
-    rows = (job.train.batch_size, job.data.sequence_length)
-    dtypes: dict[str, Any] = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-    if job.data.document_mask:
-        dtypes |= {"segments": jnp.int32, "positions": jnp.int32}
-    batch = {name: Shape(rows, dtype, sharding=sharding.batch_sharding(placed)) for name, dtype in dtypes.items()}
-    return Footprint(
-        job, placed, program, sharding.placed(frozen, sharding.shardings(placed, frozen, job.task.records)), batch
-    )
+    program = steps.program(job.task, job.train, devices, trained)
+    frozen = sharding.placed(frozen, sharding.shardings(devices, frozen, job.task.records))
+    rows = sharding.batch_sharding(devices)
+    arrays = array_types(job.data, job.train.batch_size)
+    batch = {name: Shape(*array, sharding=rows) for name, array in arrays.items()}
+    return Footprint(job, devices, program, frozen, batch)
 
 
 def shard_bytes(leaf: Any) -> int:

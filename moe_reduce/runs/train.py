@@ -48,7 +48,7 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
             quality=summary["validation"],
         )
         params = sharding.to_host(mesh, params)
-        finish(workdir, Model(run.model, params, run.execution, getattr(tokens, "directory", None)), step, summary)
+        finish(workdir, Model(run.model, params, run.execution, tokens.directory), step, summary)
     return summary
 
 

@@ -85,6 +85,6 @@ def quiet_failures() -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Cut an error of TensorStore to the end of its first line, which says what happened; store settings follow it."""
+    """Shorten an error of TensorStore to its reason: the end of its first line, without the store's settings."""
     first, *_ = str(error).splitlines() or [type(error).__name__]
     return first.split(" [")[0].rsplit('": ', 1)[-1][-150:]

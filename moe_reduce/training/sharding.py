@@ -45,7 +45,7 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
 
 
 def shardings(mesh: Mesh, params: trees.Tree, records: Records) -> dict[str, Any]:
-    """NamedShardings of `params`, in its structure, by the records of its leaves.
+    """NamedShardings of a tree of parameters, in the same structure, from the records of its leaves.
 
     Raises UserError when a leaf has no record, or a size does not divide over its mesh axes.
     """
@@ -125,9 +125,10 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def process_shard(mesh: Mesh) -> tuple[int, int]:
-    """The part of a batch's rows that this process feeds: (index, number of such parts).
+    """Shard of a batch's rows that this process reads: (index, number of such shards), for `train_batches`.
 
-    Processes whose devices hold the same rows (the tensor axis across hosts) feed the same part.
+    Processes whose devices hold the same rows (the tensor axis across hosts) read the same shard. Raises UserError when
+    the rows do not divide evenly over the hosts.
     """
     parts = mesh.devices.reshape(batch_shards(mesh), -1)
     fed: dict[int, set[int]] = {}
