@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from jax._src import distributed
 
 from moe_reduce.core.errors import PeerLost
 from moe_reduce.training import processes
@@ -28,7 +27,8 @@ class Store:
 def store(monkeypatch):
     found = Store()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(distributed, "global_state", SimpleNamespace(client=found))
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    monkeypatch.setattr(processes, "distributed", SimpleNamespace(global_state=SimpleNamespace(client=found)))
     monkeypatch.setattr(processes, "PULSE_SECONDS", 0.01)
     return found
 

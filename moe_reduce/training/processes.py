@@ -53,19 +53,26 @@ def together() -> Iterator[None]:
         return
     client = distributed.global_state.client
     over = threading.Event()
-    threading.Thread(target=_watch, args=(client, over), daemon=True).start()
+    watcher = threading.Thread(target=_watch, args=(client, over), daemon=True)
+    watcher.start()
     try:
         yield
     except BaseException as error:  # KeyboardInterrupt and SystemExit too: the others would wait for this process
-        over.set()
+        _end(watcher, over)
         if isinstance(error, Exception) and _tells_of_a_lost_process(error):
             _keep_store(client)
             raise PeerLost(_line("another one, whose log says why")) from error
         _say(client, FAILED)
         _keep_store(client)
         raise
-    over.set()
+    _end(watcher, over)
     _say(client, LEFT)
+
+
+def _end(watcher: threading.Thread, over: threading.Event) -> None:
+    """End the heartbeat, so that it cannot overwrite the last word of this process."""
+    over.set()
+    watcher.join(PULSE_SECONDS)
 
 
 def _tells_of_a_lost_process(error: Exception) -> bool:
