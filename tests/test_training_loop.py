@@ -183,7 +183,7 @@ def test_a_metric_that_a_task_adds_reaches_the_log_and_the_summary(monkeypatch, 
         return dataclasses.replace(task, evaluate=evaluate)
 
     monkeypatch.setattr(run_train, "language_model_task", with_metric)
-    run = run_config("dense", token_data(tmp_path), steps=2)
+    run = run_config("dense", token_data(tmp_path), steps=3)
     summary = train(run, tmp_path / "run")
     tokens = np.load(run.data.source)[-16:, 1:]  # validation_fraction is a quarter of 64 rows
     expected = np.mean(tokens[tokens > 100] % 2 == 0)
