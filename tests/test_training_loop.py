@@ -176,8 +176,8 @@ def test_a_metric_that_a_task_adds_reaches_the_log_and_the_summary(monkeypatch, 
         task = language_model_task(*arguments)
 
         def evaluate(params, batch):
-            high = batch["weights"] * (batch["targets"] > 100)
-            even = high * (batch["targets"] % 2 == 0)
+            high = batch["weights"] * (batch["targets"] > 100).astype(jnp.float32)
+            even = high * (batch["targets"] % 2 == 0).astype(jnp.float32)
             return task.evaluate(params, batch) | {"even_share": Mean(jnp.sum(even), jnp.sum(high))}
 
         return dataclasses.replace(task, evaluate=evaluate)

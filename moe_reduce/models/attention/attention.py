@@ -6,7 +6,6 @@ import jax.numpy as jnp
 
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.models import cache
-from moe_reduce.models.attention import splash
 from moe_reduce.models.attention.rotary import angles, rotate
 from moe_reduce.models.attention.softmax import TILES, attention, cached_attention
 from moe_reduce.models.attention.visibility import Visibility
@@ -52,6 +51,8 @@ def self_attention(q_BTHC, k_BTGC, v_BTGC, visibility: Visibility, execution: Ex
     """Attention of a row's tokens to one another, [B, T, H, C], by the kernel that `execution.attention` names."""
     kernel = execution.attention
     if kernel == "splash":
+        from moe_reduce.models.attention import splash  # importing Pallas takes a while, and only TPUs need it
+
         return splash.attention(q_BTHC, k_BTGC, v_BTGC, visibility, execution.platform != "tpu")
     if kernel == "cudnn":
         return jax.nn.dot_product_attention(q_BTHC, k_BTGC, v_BTGC, **visibility.arguments(), implementation="cudnn")
