@@ -141,7 +141,9 @@ def test_fixed_sizes_are_the_only_ones(dense):
 def test_an_existing_directory_is_kept_unless_it_may_be_overwritten(dense, capsys):
     out = exported(dense, "--format=stablehlo")
     assert "--overwrite" in refused(capsys, dense, "--format=stablehlo")
-    (out / "extra").write_text("of the first")
+    (out / "extra").write_text("of another hand")
+    assert "holds extra" in refused(capsys, dense, "--format=stablehlo", "--overwrite")
+    (out / "extra").unlink()
     exported(dense, "--format=stablehlo", "--overwrite")
     assert {file.name for file in out.iterdir()} == {"model.stablehlo", "export.json"}
     (out / "export.json").unlink()

@@ -107,9 +107,11 @@ def test_existing_paths(tmp_path: Path, model: moe_reduce.Model):
     (place / "mine.txt").write_text("")
     with pytest.raises(UserError, match="exists"):
         moe_reduce.save(model, place)
+    with pytest.raises(UserError, match=r"holds mine\.txt, which moe-reduce did not write"):
+        moe_reduce.save(model, place, overwrite=True)
     assert (place / "mine.txt").exists()
+    (place / "mine.txt").unlink()
     moe_reduce.save(model, place, overwrite=True)
-    assert not (place / "mine.txt").exists()
     again = moe_reduce.load(place)
     moe_reduce.save(again, place, overwrite=True)  # onto its own source
     assert (place / "tokenizer.json").exists()

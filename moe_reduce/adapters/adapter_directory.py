@@ -19,7 +19,7 @@ from moe_reduce.adapters.leaves import is_projection, leaves_of
 from moe_reduce.adapters.merging import digest
 from moe_reduce.adapters.peft_modules import CONFIG_FILE, WEIGHTS_FILE
 from moe_reduce.adapters.targets import targets_of
-from moe_reduce.core import trees
+from moe_reduce.core import outputs, trees
 from moe_reduce.core.config import AdapterConfig, ModelConfig, to_dict
 from moe_reduce.core.config_dict import build
 from moe_reduce.core.disk import write_json
@@ -30,6 +30,7 @@ from moe_reduce.storage.tensors import TensorFiles, write_file
 
 DESCRIPTION = "adapter.json"
 WEIGHTS = "adapter.safetensors"
+KIND = outputs.json_kind("an adapter", DESCRIPTION, ("base", "config", "digest", "files"))
 
 
 def save(adapter: Adapter, model: ModelConfig, base: Input, directory: Path) -> None:

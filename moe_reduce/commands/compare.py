@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_reduce.commands import model_arguments
-from moe_reduce.core import disk
+from moe_reduce.core import disk, outputs
 from moe_reduce.core.generate_config import GenerateConfig
 
 if TYPE_CHECKING:
     from moe_reduce.reports.comparison import Entry
 
 PICTURE = "quality.png"
+KIND = outputs.json_kind("a comparison", "summary.json", ("asked", "rows", "texts"), (PICTURE,))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +51,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     if summary.get("asked") == asked and not arguments.overwrite:
         print(f"{arguments.out} is done: nothing to do (--overwrite makes it again)")
     else:
-        model_arguments.check_out_directory(arguments.out, arguments.overwrite, comparison.SUMMARY, "a comparison")
+        model_arguments.check_out(arguments, KIND)
         summary = _compare(arguments, found) | {"asked": asked}
-        _write(summary, found, arguments.out)
+        _write(summary, found, arguments)
     _show(summary, comparison.reduction_path(found) or found)
     return str(file)
 
@@ -92,14 +93,13 @@ def _compare(arguments: argparse.Namespace, found: list["Entry"]) -> dict[str, A
     }
 
 
-def _write(summary: dict[str, Any], found: list["Entry"], out: Path) -> None:
+def _write(summary: dict[str, Any], found: list["Entry"], arguments: argparse.Namespace) -> None:
     """Writes the picture and summary.json; the directory appears only when both are complete."""
     from moe_reduce.reports import comparison
 
-    with disk.writing(out, "free some space or choose another path"), disk.temporary_beside(out) as unfinished:
+    with outputs.directory(arguments.out, KIND, arguments.overwrite) as unfinished:
         comparison.picture(found, unfinished / PICTURE)
         disk.write_json(unfinished / comparison.SUMMARY, summary)
-        disk.replace_directory(unfinished, out)
 
 
 def _show(summary: dict[str, Any], shown: list["Entry"]) -> None:

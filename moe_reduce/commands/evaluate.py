@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_reduce.commands import model_arguments
-from moe_reduce.core import disk
+from moe_reduce.core import disk, outputs
 from moe_reduce.core.data_config import content
 from moe_reduce.core.errors import UserError
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 CORPUS_ONLY = ("tokenizer", "sequence_length", "max_batches", "cache")
+SUMMARY = "summary.json"
+KIND = outputs.json_kind("an evaluation", SUMMARY, ("model", "baseline", "compute_dtype"), ())
 TASKS_ONLY = ("task_path", "few_shot", "limit")
 
 
@@ -42,19 +44,15 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         model_arguments.check_unused(arguments, "without --tasks", *TASKS_ONLY)
         model_arguments.fill(arguments, model_arguments.CORPUS_DEFAULTS)
     model_arguments.check_positive(arguments, "limit", "batch_size")
-    from moe_reduce.runs.workdir import SUMMARY
-
-    out = arguments.out
-    model_arguments.check_out_directory(out, arguments.overwrite, SUMMARY, "what evaluate wrote")
+    model_arguments.check_out(arguments, KIND)
     mesh = model_arguments.tensor_mesh(arguments, *filter(None, (arguments.model, arguments.baseline)))
     result = _on_tasks(arguments, mesh) if arguments.tasks else _on_corpus(arguments, mesh)
     print(model_arguments.show(result, as_json=False))
     if arguments.data:
         print(_measured_text(arguments, result["tokens"]))
-    with disk.writing(out, "free some space or choose another path"):
-        out.mkdir(parents=True, exist_ok=True)
-        disk.write_json(out / SUMMARY, _asked(arguments) | result)
-    return out / SUMMARY
+    with outputs.directory(arguments.out, KIND, arguments.overwrite) as unfinished:
+        disk.write_json(unfinished / SUMMARY, _asked(arguments) | result)
+    return arguments.out / SUMMARY
 
 
 def _measured_text(arguments: argparse.Namespace, tokens: int) -> str:

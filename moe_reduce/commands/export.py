@@ -24,17 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the directory, prints the largest difference of its logits, and returns its path."""
     model_arguments.no_overrides(overrides)
-    model_arguments.check_out(arguments.out, arguments.overwrite)
     model_arguments.check_positive(arguments, "batch_size", "sequence_length")
     from moe_reduce import load
     from moe_reduce.storage import export, manifest
 
+    model_arguments.check_out(arguments, export.KIND)
     target, formats = arguments.out.absolute(), FORMATS[arguments.format]
-    export.check(model_arguments.directory_config(arguments.model), target, formats, arguments.overwrite)
+    export.check(model_arguments.directory_config(arguments.model), formats)
     source = manifest.input_of(arguments.model)
     content = {"command": _command(arguments), "model": {"path": source.path, "sha256": source.sha256}}
     sizes = (arguments.batch_size, arguments.sequence_length)
-    content = export.write(load(arguments.model, dtype="float32"), target, formats, sizes, content)
+    model = load(arguments.model, dtype="float32")
+    content = export.write(model, target, formats, sizes, content, arguments.overwrite)
     print(model_arguments.show(_shown(content), as_json=False))
     return arguments.out
 

@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the merged model with merge.json and equivalence.json in it, and returns its path."""
     model_arguments.no_overrides(overrides)
-    model_arguments.check_out(arguments.out, arguments.overwrite)
     from moe_reduce import load
     from moe_reduce.adapters import adapter_directory, merging
     from moe_reduce.runs import equivalence
     from moe_reduce.storage import manifest
-    from moe_reduce.storage.model_directory import save
+    from moe_reduce.storage.model_directory import KIND, save
 
+    model_arguments.check_out(arguments, KIND)
     if not arguments.adapter.is_dir():
         raise UserError(f"--adapter={arguments.adapter} is not a directory: give one that adapt or PEFT wrote")
     base = load(arguments.model)

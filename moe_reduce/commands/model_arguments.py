@@ -2,13 +2,14 @@
 
 import argparse
 import dataclasses
+import glob
 import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_reduce.core import disk
+from moe_reduce.core import outputs
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from moe_reduce.core.config import DataConfig, ExecutionConfig
     from moe_reduce.models.model import Model
 
+INPUTS = ("model", "baseline", "adapter", "scores", "data", "tokenizer", "task_path", "runs")  # arguments that are read
 CORPUS_DEFAULTS = {"sequence_length": 256, "cache": "runs/tokens", "text_field": "text"}
 
 
@@ -31,24 +33,25 @@ def add_out(
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Raises UserError when --out exists and may not be replaced."""
-    disk.put_back(out)
-    if out.exists() and not overwrite:
-        raise UserError(f"--out={out} exists: choose another path or add --overwrite")
+def check_out(arguments: argparse.Namespace, kind: outputs.Kind) -> None:
+    """Raises UserError when --out cannot become a directory of this kind, before its content is computed."""
+    outputs.check(arguments.out, kind, arguments.overwrite, _inputs(arguments))
+    outputs.check_writable(arguments.out)
 
 
-def check_out_directory(out: Path, overwrite: bool, marker: str, kind: str) -> None:
-    """Raises UserError when --out cannot become a directory of results, before they are computed.
+def check_out_files(arguments: argparse.Namespace, files: list[Path], kind: outputs.Kind) -> None:
+    """Raises UserError when a result of several files cannot be written. files: the one that says its kind first."""
+    outputs.check_files(files, kind, arguments.overwrite, _inputs(arguments))
+    outputs.check_writable(files[0])
 
-    marker, kind: as in disk.check_directory.
-    """
-    check_out(out, overwrite)
-    disk.check_directory(out, overwrite, marker, kind)
-    if not out.exists():
-        with disk.writing(out, "choose another path"):
-            out.mkdir(parents=True)
-            out.rmdir()
+
+def _inputs(arguments: argparse.Namespace) -> Iterator[Path]:
+    """Yields the files and directories that the arguments of a command name as its inputs."""
+    for name in INPUTS:
+        value = getattr(arguments, name, None)
+        for given in value if isinstance(value, list) else [value]:
+            for part in str(given or "").split(",") if name == "data" else [str(given or "")]:
+                yield from map(Path, [part, *glob.iglob(part, recursive=True)] if part else [])
 
 
 def check_utf8(option: str, *texts: str) -> None:

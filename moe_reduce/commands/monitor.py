@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_reduce.commands import model_arguments
-from moe_reduce.core import disk
+from moe_reduce.core import outputs
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.parameters import parameter_count
 
@@ -18,11 +18,21 @@ if TYPE_CHECKING:
 
     from moe_reduce.inference.monitor import Monitor, Sample
 
-TABLE = "monitor.csv"
+TABLE, SAMPLES = "monitor.csv", "samples.csv"
 COLUMNS = (
     "name", "family", "parameters", "quantisation", "peak_cpu_percent", "peak_ram_percent", "peak_gpu_percent",
     "peak_vram_mb", "seconds_to_first_token", "prompt_tokens_per_second", "decode_tokens_per_second",
 )  # fmt: skip
+
+
+def _files(table: Path) -> tuple[str, ...] | None:
+    """Files of a result of monitor; None if the table is none of monitor's."""
+    with open(table, encoding="utf-8", errors="replace") as stream:
+        ours = stream.readline().startswith(",".join(COLUMNS[:4]))
+    return (TABLE, SAMPLES, "monitor*.png") if ours else None
+
+
+KIND = outputs.Kind("a record of monitor", TABLE, _files)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,29 +65,27 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     model_arguments.check_utf8("--prompt", arguments.prompt)
     if importlib.util.find_spec("psutil") is None:
         raise UserError("monitor needs psutil: pip install -e '.[monitor]'")
-    out = arguments.out
-    model_arguments.check_out_directory(out, arguments.overwrite, TABLE, "what monitor wrote")
+    model_arguments.check_out(arguments, KIND)
     mesh = model_arguments.tensor_mesh(arguments, *arguments.model)
     measured = [(name, *_ollama(arguments, name)) for name in _ollama_names(arguments)]
     measured += [(str(directory), *_ours(arguments, directory, mesh)) for directory in arguments.model]
     rows = [row for _, row, _ in measured]
     for row in rows:
         print("  ".join(f"{name}={value}" for name, value in zip(COLUMNS, row, strict=True) if value != ""))
-    _write(out, rows, [(name, monitor.samples) for name, _, monitor in measured])
-    return out / TABLE
+    with outputs.directory(arguments.out, KIND, arguments.overwrite) as unfinished:
+        _write(unfinished, rows, [(name, monitor.samples) for name, _, monitor in measured])
+    return arguments.out / TABLE
 
 
 def _write(out: Path, rows: list[list[Any]], samples: list[tuple[str, list["Sample"]]]) -> None:
-    """Writes monitor.csv last, so that its presence means that all files are complete."""
+    """Writes the tables and the picture into an empty directory."""
     from moe_reduce.reports.monitor_picture import picture
 
-    with disk.writing(out, "free some space or choose another path"):
-        out.mkdir(parents=True, exist_ok=True)
-        lines = [(name, *sample) for name, found in samples for sample in found]
-        names = ("name", "seconds", "cpu_percent", "ram_percent", "gpu_percent", "vram_mb")
-        disk.write_text(out / "samples.csv", _csv(names, lines))
-        picture(samples, out / "monitor.png")
-        disk.write_text(out / TABLE, _csv(COLUMNS, rows))
+    lines = [(name, *sample) for name, found in samples for sample in found]
+    names = ("name", "seconds", "cpu_percent", "ram_percent", "gpu_percent", "vram_mb")
+    (out / SAMPLES).write_text(_csv(names, lines))
+    picture(samples, out / "monitor.png")
+    (out / TABLE).write_text(_csv(COLUMNS, rows))
 
 
 def _csv(columns: tuple[str, ...], rows: list[Any]) -> str:

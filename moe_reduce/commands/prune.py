@@ -42,12 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the pruned model directory, prints what it cost, and returns its path."""
     model_arguments.no_overrides(overrides)
-    model_arguments.check_out(arguments.out, arguments.overwrite)
-
     from moe_reduce.reduction import files, scores
     from moe_reduce.storage import manifest
-    from moe_reduce.storage.model_directory import write_directory
+    from moe_reduce.storage.model_directory import KIND, write_directory
 
+    model_arguments.check_out(arguments, KIND)
     directory = files.open_directory(arguments.model)
     found, source = scores.read(arguments.scores), manifest.input_of(arguments.model)
     if found.model is not None and found.model.sha256 != source.sha256:

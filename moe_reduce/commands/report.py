@@ -4,8 +4,13 @@ import argparse
 from pathlib import Path
 
 from moe_reduce.commands import model_arguments
+from moe_reduce.core import outputs
 from moe_reduce.core.disk import write_text
 from moe_reduce.core.errors import UserError
+
+KIND = outputs.json_kind(
+    "a result", "summary.json", ("title", "command", "columns", "rows", "runs"), ("curves.jsonl", "curves.png")
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +43,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     if arguments.runs:
         if not (arguments.out and arguments.title and arguments.made_by):
             raise UserError("--runs needs --out, --title and --made-by")
-        model_arguments.check_out_directory(arguments.out, arguments.overwrite, finished_runs.SUMMARY, "a result")
-        results.collect(arguments.runs, arguments.title, arguments.made_by, arguments.out)
+        model_arguments.check_out(arguments, KIND)
+        with outputs.directory(arguments.out, KIND, arguments.overwrite) as unfinished:
+            results.collect(arguments.runs, arguments.title, arguments.made_by, unfinished)
         return str(arguments.out / finished_runs.SUMMARY)
     for document in arguments.document:
         text = documents.fill(document, arguments.results)

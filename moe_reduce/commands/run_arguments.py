@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moe_reduce.commands import config_file
-from moe_reduce.core.disk import write_json
+from moe_reduce.core.disk import read_json, write_json
 from moe_reduce.core.errors import UserError
 
 T = TypeVar("T")
@@ -47,6 +47,8 @@ def run_each(
     _check_workdir(workdir)
     described = config_file.read(arguments.config, overrides, reader)
     runs = chosen(described, arguments.variant)
+    if "" not in runs:
+        _check_variants_fit(workdir)
     import jax
 
     _join_processes(arguments)
@@ -71,6 +73,13 @@ def run_each(
 def _check_workdir(workdir: Path) -> None:
     if ":/" in str(workdir):
         raise UserError(f"--workdir={workdir} must be a directory: mount the bucket and give the mount point")
+
+
+def _check_variants_fit(workdir: Path) -> None:
+    """Raises UserError for the workdir of a single run, whose summary that of several variants would replace."""
+    summary = workdir / "summary.json"
+    if (workdir / "config.json").exists() or (summary.is_file() and "runs" not in read_json(summary)):
+        raise UserError(f"--workdir={workdir} belongs to a single run, not to several variants: choose another workdir")
 
 
 def chosen(runs: dict[str, T], variants: list[str] | None) -> dict[str, T]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_reduce.commands import model_arguments
-from moe_reduce.core import disk
+from moe_reduce.core import outputs
 from moe_reduce.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moe_reduce.core.config import MoEConfig
     from moe_reduce.reduction.scores import Sums
 
+KIND = outputs.json_kind("a set of scores", "scores.json", ("tokens", "counts", "scores"), ())
 SHOWN = 3  # experts named at each end of a ranking
 
 
@@ -43,8 +44,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """
     model_arguments.no_overrides(overrides)
     written = _files(arguments.out)
-    for file in written:
-        model_arguments.check_out(file, arguments.overwrite)
+    model_arguments.check_out_files(arguments, written, KIND)
     from moe_reduce.reduction import scores
     from moe_reduce.reports import score_pictures
     from moe_reduce.storage import manifest
@@ -55,15 +55,16 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     sums, moe = _layer_wise(arguments) if arguments.layer_wise else _whole(arguments)
     found = scores.scores(moe, sums, wanted, arguments.seed)
     found = dataclasses.replace(found, model=manifest.input_of(arguments.model))
-    remedy = "free some space or choose another path"
-    with disk.writing(arguments.out, remedy), disk.temporary_beside(arguments.out) as unfinished:
+    with outputs.file_set(written, KIND, arguments.overwrite) as unfinished:
         scores.write_arrays(sums, unfinished / f"{arguments.out.stem}.npz")
         score_pictures.pictures(found, unfinished / arguments.out.stem)
         scores.write(found, unfinished / arguments.out.name)
-        for file in written:
-            (unfinished / file.name).replace(file)
     shown = {name: _ends(values, found.counts_by_layer is not None) for name, values in found.scores.items()}
-    print(model_arguments.show(shown | {"tokens": found.tokens, "files": ", ".join(map(str, written))}, as_json=False))
+    print(
+        model_arguments.show(
+            shown | {"tokens": found.tokens, "files": ", ".join(map(str, [*written[1:], arguments.out]))}, as_json=False
+        )
+    )
     return arguments.out
 
 
@@ -80,10 +81,10 @@ def _ends(scores_NE: "np.ndarray", pool: bool) -> dict[str, str]:
 
 
 def _files(out: Path) -> list[Path]:
-    """The files to write. The scores come last, so that their presence means that all files are complete."""
+    """The files to write, the scores first."""
     if out.suffix != ".json":
         raise UserError(f"--out={out} must end in .json: arrays and pictures with the same name go beside it")
-    return [out.with_name(out.stem + end) for end in (".npz", "-histogram.png", "-map.png", ".json")]
+    return [out.with_name(out.stem + end) for end in (".json", ".npz", "-histogram.png", "-map.png")]
 
 
 def _whole(arguments: argparse.Namespace) -> "tuple[Sums, MoEConfig]":

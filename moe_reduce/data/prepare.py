@@ -95,6 +95,7 @@ def _make(config: DataConfig, vocab_size: int, given: Tokenizer | None, corpus: 
         manifest = _write_tokens(config, tokenizer, corpus, unfinished, directory)
         with _writing(directory):
             manifest.save(unfinished)
+            disk.sync_below(unfinished)
             try:
                 unfinished.rename(directory)
             except OSError:

@@ -5,7 +5,6 @@ the PNG. Colours stand for a family of methods, line styles for how a model was 
 its backend and its open figures belong to the program that imports this package, such as a notebook.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+
+from moe_reduce.core.disk import replacing
 
 MOST_LINES = 8  # in one chart: more cannot be told apart
 FONT = 11  # points; readable when the picture is shown at half its size
@@ -61,9 +62,8 @@ def panels(
 
 def save(figure: Figure, file: Path) -> None:
     """Writes the figure as PNG, under a temporary name first, so that no half-written picture is left behind."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def colours(families: list[str]) -> dict[str, str]:

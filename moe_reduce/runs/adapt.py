@@ -14,7 +14,7 @@ from moe_reduce.adapters import adapter_directory, merging
 from moe_reduce.adapters.adapter import Adapter
 from moe_reduce.adapters.budget import within_budget
 from moe_reduce.adapters.checks import check_new, check_split
-from moe_reduce.core import disk, trees
+from moe_reduce.core import outputs, trees
 from moe_reduce.core.config import AdaptConfig, AdapterConfig, ModelConfig, to_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input, Step
@@ -31,7 +31,7 @@ from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Records, abstract_params, parameter_count, records, stored_params
 from moe_reduce.planning.flops import train_flops_per_token
 from moe_reduce.runs import equivalence
-from moe_reduce.runs.workdir import begin, describe, describe_data, finish, machine, writing
+from moe_reduce.runs.workdir import alone, begin, describe, describe_data, finish, machine, writing
 from moe_reduce.storage import manifest
 from moe_reduce.storage.model_directory import load
 from moe_reduce.training import sharding, steps
@@ -43,6 +43,7 @@ SAMPLE_BATCHES = 4  # validation batches for the equivalence report
 WELL_USED = 0.8  # share of a budget below which a note is printed
 
 
+@alone
 def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     """Train, resume, or skip a finished run; returns the content of summary.json."""
     run, config = _resolved(run)
@@ -244,6 +245,6 @@ def _report(
 
 def _write_adapter(adapter: Adapter, base: Model, base_input: Input, workdir: Path) -> None:
     target = workdir / "adapter"
-    with disk.temporary_beside(target) as unfinished:
+    # may replace the adapter of an interrupted attempt
+    with outputs.directory(target, adapter_directory.KIND, overwrite=True) as unfinished:
         adapter_directory.save(adapter, base.config, base_input, unfinished)
-        disk.replace_directory(unfinished, target)  # may replace the adapter of an interrupted attempt

@@ -25,7 +25,7 @@ from moe_reduce.models.model import Model
 from moe_reduce.reduction.transform import expert_count
 from moe_reduce.reports import reduction_picture
 from moe_reduce.runs.stages import RunContext, configurations, run_stage
-from moe_reduce.runs.workdir import SUMMARY, begin, describe, describe_data, finish, finished, machine, writing
+from moe_reduce.runs.workdir import SUMMARY, alone, begin, describe, describe_data, finish, finished, machine, writing
 from moe_reduce.storage import manifest
 from moe_reduce.storage.model_directory import load
 from moe_reduce.training import sharding, steps
@@ -35,6 +35,7 @@ FIRST = "original"  # name of the model that a reduction begins with, as stage 0
 MODEL_HASH = "model_sha256"  # hash of that model, in its summary
 
 
+@alone
 def reduce(run: ReduceConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     """Run the stages that are not done yet; return the content of summary.json.
 
@@ -206,7 +207,7 @@ def _take_over(run: ReduceConfig, workdir: Path, number: int) -> None:
                 # finished files are only ever replaced, never changed in place, so that links are safe
                 whole = unfinished / directory.name
                 shutil.copytree(done, whole, copy_function=_link, ignore=shutil.ignore_patterns("checkpoints"))
-                whole.rename(directory)
+                disk.publish(whole, directory)
 
 
 def _made_from(done: Path, source: Path) -> bool:
@@ -224,11 +225,12 @@ def _beginning(run: dict[str, Any], number: int) -> Any:
 
 def _link_result(run: ReduceConfig, workdir: Path) -> None:
     """Link model/, which every finished workdir has, to the last stage's model, if the disk supports links."""
-    name = workdir / "model"
+    link = workdir / ".model"
     with contextlib.suppress(OSError):
-        name.unlink(missing_ok=True)
+        link.unlink(missing_ok=True)
         last = _model_directory(run, workdir, len(run.stages))
-        name.symlink_to(last.relative_to(workdir), target_is_directory=True)
+        link.symlink_to(last.relative_to(workdir), target_is_directory=True)
+        link.replace(workdir / "model")
 
 
 def _link(source: str, target: str) -> None:

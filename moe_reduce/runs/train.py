@@ -14,12 +14,13 @@ from moe_reduce.families import of_config
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.planning.flops import train_flops_per_token
-from moe_reduce.runs.workdir import begin, describe, describe_data, finish, machine, writing
+from moe_reduce.runs.workdir import alone, begin, describe, describe_data, finish, machine, writing
 from moe_reduce.training import sharding, steps
 from moe_reduce.training.job import Job, fit
 from moe_reduce.training.losses import language_model_task
 
 
+@alone
 def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     """Train from the start or from the newest checkpoint, unless the run is done; return the content of summary.json.
 

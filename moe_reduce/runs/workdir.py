@@ -1,17 +1,18 @@
 """The workdir of a run: a configuration claims it, and summary.json marks it as done."""
 
 import contextlib
+import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_reduce.core import config_dict, disk
+from moe_reduce.core import config_dict, disk, locks
 from moe_reduce.core.config import DataConfig, ModelConfig, to_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
@@ -28,6 +29,53 @@ MAY_CHANGE = (
     "mesh", "train.log_every", "train.evaluate_every", "train.checkpoint_every", "train.checkpoints_kept",
     "data.workers", "data.cache",
 )  # fmt: skip
+LOCK = ".lock"
+# written by runs: a directory that holds one of them but no config.json belongs to something else
+RESULTS = (SUMMARY, "metrics.jsonl", "checkpoints", "adapter", "model")
+
+Run = TypeVar("Run")
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
+
+
+def alone(
+    job: Callable[Concatenate[Run, Path, Rest], Result],
+) -> Callable[Concatenate[Run, Path, Rest], Result]:
+    """Decorate a job so that it holds the lock of its workdir, the second argument, until it ends.
+
+    Raises UserError, and touches nothing, while another run works there. Of the processes of one run only the first
+    takes the lock; the others end with it. On a file system without locks it says so and goes on.
+    """
+
+    @functools.wraps(job)
+    def locked(run: Run, workdir: Path, *rest: Rest.args, **named: Rest.kwargs) -> Result:
+        with _lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+            return job(run, workdir, *rest, **named)
+
+    return locked
+
+
+@contextlib.contextmanager
+def _lock(workdir: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.callback(_remove_if_empty, workdir)  # a run that was refused leaves nothing
+            stack.enter_context(locks.held(workdir / LOCK))
+        except locks.LockHeld as holder:
+            raise UserError(
+                f"--workdir={workdir} is in use by {holder}: wait until that run ends, or choose another workdir"
+            ) from None
+        except locks.LocksMissing as error:
+            print(f"{workdir} has no locks ({error}): start no second run in it", flush=True)
+        except OSError:  # a finished run in a workdir that cannot be written does nothing, and claim refuses others
+            pass
+        yield
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 def finish(
@@ -81,6 +129,9 @@ def claim(workdir: Path, run: Any) -> None:
     file, wanted = workdir / "config.json", to_dict(run)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        foreign = [] if file.exists() else [name for name in RESULTS if os.path.lexists(workdir / name)]
+        if foreign:
+            raise UserError(f"--workdir={workdir} holds {foreign[0]}, which no run wrote there: choose another workdir")
         found = config_dict.completed(type(run), json.loads(file.read_text())) if file.exists() else wanted
         if not isinstance(found, dict):
             raise ValueError(f"{file} holds no configuration")

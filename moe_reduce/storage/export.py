@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_reduce.core import disk
+from moe_reduce.core import disk, outputs
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.parameters import parameter_count
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from moe_reduce.models.model import Model
 
 EXPORT_FILE = "export.json"
+KIND = outputs.json_kind("an exported model", EXPORT_FILE, ("command", "files", "model"))
 FILE_LIMIT = 2**31 - 2**26  # bytes of weights: both formats are limited to 2 GiB, and the graph takes part of it
 SHAPES = ((2, 16), (3, 5))  # [B, T] of the batches that check a file whose sizes are dynamic
 RELATIVE_TOLERANCE = 1e-4  # fraction of the largest logit; another order of summation differs by a tenth of it
 
 
-def check(config: ModelConfig, target: Path, formats: Sequence[str], overwrite: bool) -> None:
+def check(config: ModelConfig, formats: Sequence[str]) -> None:
     """Check everything that can be checked before weights are loaded; raise UserError if the export cannot work."""
-    disk.check_directory(target, overwrite, EXPORT_FILE, "an exported model")
     for file_format in formats:
         export_formats.require(file_format)
     size = 4 * parameter_count(config)
@@ -44,7 +44,12 @@ def check(config: ModelConfig, target: Path, formats: Sequence[str], overwrite: 
 
 
 def write(
-    model: "Model", target: Path, formats: Sequence[str], sizes: tuple[int | None, int | None], content: dict[str, Any]
+    model: "Model",
+    target: Path,
+    formats: Sequence[str],
+    sizes: tuple[int | None, int | None],
+    content: dict[str, Any],
+    overwrite: bool,
 ) -> dict[str, Any]:
     """Write the directory atomically; return the content of export.json.
 
@@ -58,7 +63,7 @@ def write(
     expected = [np.asarray(model(tokens_BT)) for tokens_BT in batches]
     content = content | _described(model, traced, formats) | {"checked_on": [tokens.shape for tokens in batches]}
     content["files"] = {}
-    with disk.writing(target, "free the space or choose another path"), disk.temporary_beside(target) as unfinished:
+    with outputs.directory(target, KIND, overwrite) as unfinished:
         for file_format, result in exported.items():
             file = unfinished / export_formats.FILES[file_format]
             file.write_bytes(result.content)
@@ -71,7 +76,6 @@ def write(
                 **_compared(file.name, expected, found),
             }
         disk.write_json(unfinished / EXPORT_FILE, content)
-        disk.replace_directory(unfinished, target)
     return content
 
 

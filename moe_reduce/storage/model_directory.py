@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from moe_reduce import families
-from moe_reduce.core import disk, trees
+from moe_reduce.core import outputs, trees
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.core.provenance import Step
 from moe_reduce.models.model import Model
@@ -24,6 +24,7 @@ COMPANIONS = (
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 
+KIND = outputs.json_kind("a model directory", manifest.MANIFEST_FILE, ("chain", "files", "parameters"))
 
 Also = Callable[[Path, Mapping[str, str]], None]
 
@@ -58,10 +59,11 @@ def save(
     """Write a model directory: config.json, safetensors, the tokenizer of `model.source`, manifest.json.
 
     Files are written to a temporary directory beside `path`, which is renamed at the end, so a kill or a full disk
-    leaves nothing half-made. step: appended to the model's history. overwrite: replace an existing model directory.
-    shard_bytes: largest size of a weight file. also: writes further files; called with the unfinished directory and
-    the SHA-256 of each weight file by name. A model with quantised weights is saved as one of our own, whatever its
-    family. Raises UserError when the path exists or cannot be written.
+    leaves nothing half-made. step: appended to the model's history. overwrite: replace a model directory that was
+    written by this function (see moe_reduce.core.outputs). shard_bytes: largest size of a weight file. also: writes
+    further files; called with the unfinished directory and the SHA-256 of each weight file by name. A model with
+    quantised weights is saved as one of our own, whatever its family. Raises UserError when the path exists or cannot
+    be written.
     """
     flat = trees.flatten(model.params)
     whole = [leaf for leaf in flat.values() if not is_quantised(leaf)]
@@ -98,11 +100,8 @@ def write_directory(
     also: Also | None = None,
 ) -> None:
     """Write a model directory whole or not at all; arguments as in `save`."""
-    target = Path(path).absolute()
-    disk.check_directory(target, overwrite, families.CONFIG_FILE, "a model directory")
-    with disk.writing(target, "free the space or choose another path"), disk.temporary_beside(target) as unfinished:
+    with outputs.directory(Path(path).absolute(), KIND, overwrite) as unfinished:
         _write(contents, unfinished, shard_bytes, also)
-        disk.replace_directory(unfinished, target)
 
 
 def _write(contents: Contents, directory: Path, shard_bytes: int, also: Also | None) -> None:

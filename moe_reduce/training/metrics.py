@@ -1,12 +1,13 @@
 """Logs of a run: metrics.jsonl, TensorBoard, and a stopwatch for its speed."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any, Protocol
 
 import tensorboardX
+
+from moe_reduce.core.disk import write_text
 
 Metrics = dict[str, float | None]
 TIMING = ("tokens_per_second", "mfu")  # fields that differ between two identical runs
@@ -34,9 +35,7 @@ class JsonLines:
     def __init__(self, workdir: Path, resumed_step: int):
         path = workdir / "metrics.jsonl"
         kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= resumed_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        write_text(path, "".join(kept))
         self._stream = path.open("a")
 
     def write(self, step: int, split: str, values: Metrics) -> None:
