@@ -166,7 +166,7 @@ def recover(target: Path) -> None:
     work of killed processes of this host is removed.
     """
     target = target.resolve()
-    if not target.parent.is_dir():
+    if not target.name or not target.parent.is_dir():  # the root, or nothing yet
         return
     _remove_left_behind(target)
     for aside in [_aside(target), *_moved_aside_earlier(target)]:
