@@ -112,6 +112,7 @@ def examine(server: Server, case: Case, choose: Callable[[int], Iterable[int]], 
         shutil.copytree(before, case.root, symlinks=True)
         killed = server.run(case.arguments, case.root, number)
         if killed["status"] != -signal.SIGKILL:  # threads make the number of changes vary a little
+            assert killed["status"] == 0, killed
             continue
         found.kills += 1
         place = f"{case.name}, change {number} of {whole['changes']} ({killed['change']})"
