@@ -248,7 +248,7 @@ def test_sampling_follows_its_seed_whatever_the_steps():
     assert twice[0] != twice[1]
 
 
-@pytest.mark.parametrize("changes", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+@pytest.mark.parametrize("changes", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}, {"temperature": 1e-40}])
 def test_narrow_sampling_is_greedy(changes):
     model = ready(model_of("dense"))
     greedy = generate(model, PROMPTS, GenerateConfig(max_tokens=8))

@@ -127,5 +127,5 @@ def _on_tasks(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, A
 
     ours = found(arguments.model)
     if arguments.baseline is None:
-        return {"tasks": ours.figures}
-    return {"tasks": ours.figures, "beside_baseline": tasks.compare(ours, found(arguments.baseline))}
+        return {"tasks": tasks.figures(ours)}
+    return {"tasks": tasks.figures(ours), "beside_baseline": tasks.compare(ours, found(arguments.baseline))}

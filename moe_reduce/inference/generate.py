@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moe_reduce.core import trees
 from moe_reduce.core.config import DISPATCH_BY_PLATFORM, ExecutionConfig, GenerateConfig, ModelConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.inference.lengths import bucket
 from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.models import cache, weights
 from moe_reduce.models.cache import KEYS_VALUES
@@ -31,7 +32,6 @@ from moe_reduce.models.parameters import parameters, records
 from moe_reduce.training import sharding
 
 STEPS = 32  # most tokens that one call of the decode program makes
-LEAST_BUCKET = 16
 NO_SLOT = 2**31 - 1  # cache slot of a row that has ended: beyond the cache, so nothing is written
 NO_TOKEN = -1  # in place of a token id of a row that has ended
 
@@ -120,26 +120,33 @@ def compile_for(model: Model, prompts: Sequence[Sequence[int]], settings: Genera
         _decode.lower(request.program, params, state, request.choice, jnp.int32(1)).compile()
 
 
-def ready(model: Model, mesh: Mesh | None = None) -> Model:
-    """Prepare a model for inference; preparing it again changes nothing.
+def prepared(model: Model, mesh: Mesh | None = None) -> Model:
+    """Prepare a model for inference on long rows: matrices in the compute dtype, layers stacked.
 
-    Matrices are cast to the compute dtype, and on a CPU the layers are unstacked: a copy, unless both hold already.
     mesh: places the parameters, split along `tensor`; the other axes must have size 1. UserError if `tensor` does not
     divide the model.
     """
     execution = dataclasses.replace(model.execution, remat="none", expert_gradients=False)
     if execution.dispatch == "capacity":  # a token's experts must not depend on the other rows
         execution = dataclasses.replace(execution, dispatch=DISPATCH_BY_PLATFORM[execution.platform])
-    model = dataclasses.replace(model, execution=execution)
-    if STACK not in model.params:  # prepared already
-        return model
     params = model.params
     if mesh is not None:
         params = jax.tree.map(jax.device_put, params, sharding.shardings(mesh, params, records(model.config, params)))
     flat = trees.flatten(params)
-    computed = [record.path for record in parameters(model.config) if record.precision == "compute"]
-    params = trees.update(params, {path: weights.cast(flat[path], execution.compute_dtype) for path in computed})
-    return model.with_params(unstacked(params) if execution.platform == "cpu" else params)
+    matrices = [record.path for record in parameters(model.config) if record.precision == "compute"]
+    params = trees.update(params, {path: weights.cast(flat[path], execution.compute_dtype) for path in matrices})
+    return dataclasses.replace(model, params=params, execution=execution)
+
+
+def ready(model: Model, mesh: Mesh | None = None) -> Model:
+    """Prepare a model for decoding, as `prepared` does; preparing it again changes nothing.
+
+    On a CPU the layers are also unstacked, which copies them.
+    """
+    if STACK not in model.params:  # prepared already
+        return model
+    model = prepared(model, mesh)
+    return model.with_params(unstacked(model.params)) if model.execution.platform == "cpu" else model
 
 
 def mesh_of(model: Model) -> Mesh | None:
@@ -153,12 +160,6 @@ def on_mesh(model: Model) -> contextlib.AbstractContextManager[Any]:
     """Context to compile and run the model's programs in."""
     mesh = mesh_of(model)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-
-
-def bucket(length: int) -> int:
-    """Smallest size, of 2^n and 1.5 · 2^n, that is at least the length and `LEAST_BUCKET`."""
-    power = max(LEAST_BUCKET, 1 << (length - 1).bit_length())
-    return power * 3 // 4 if power > LEAST_BUCKET and length <= power * 3 // 4 else power
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:

@@ -1,8 +1,13 @@
-"""Adapter of a model to the EleutherAI harness (lm-eval), so that any of its tasks runs on the model."""
+"""Adapter of a model to the EleutherAI harness (lm-eval), so that any of its tasks runs on the model.
+
+Every answer is that of lm-eval's own `hf` model on the same weights, except where that model ends with an error, and
+where it puts the begin-of-text token before a text twice (rolling likelihoods).
+"""
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -15,11 +20,14 @@ from moe_reduce.core.config import GenerateConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizers import Tokenizer
 from moe_reduce.inference import text
-from moe_reduce.inference.generate import bucket, ready
+from moe_reduce.inference.generate import chunks, prepared, ready
 from moe_reduce.inference.scoring import score
+from moe_reduce.inference.task_settings import settings
 from moe_reduce.models.model import Model
 
-MAX_TOKENS = 256  # length of a generation, if its task sets none
+STEPS = 8  # tokens between two looks for stop strings
+REMEMBERED = 64  # texts whose ids are kept: a context comes again with its next continuation
+CERTAIN = (0.0, True)  # score of a continuation without tokens
 
 
 class Harness(TemplateLM):
@@ -35,49 +43,82 @@ class Harness(TemplateLM):
     ):
         """max_length: tokens of context at most; None for the model's own limit."""
         super().__init__()
-        self._model, self._tokenizer, self._batch_size = ready(model, mesh), tokenizer, batch_size
+        self._model, self._tokenizer, self._batch_size = prepared(model, mesh), tokenizer, batch_size
         self._ends = text.end_ids(model, tokenizer)
+        self._encoded = functools.lru_cache(REMEMBERED)(self._encode)
         self.max_length = max_length or model.config.max_positions
+
+    @functools.cached_property
+    def _decoding(self) -> Model:
+        return ready(self._model)
 
     @property
     def eot_token_id(self) -> int:
         return self._tokenizer.end_of_text
 
-    @property
-    def prefix_token_id(self) -> int:
+    @functools.cached_property
+    def prefix_token_id(self) -> int:  # type: ignore[override]
         """Token in front of a text without a context: begin of text, or end of text if the tokenizer has none."""
         begin = self._tokenizer.begin_of_text
         return self.eot_token_id if begin is None else begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids, with a begin-of-text token unless `add_special_tokens` is False."""
-        if add_special_tokens is False:
-            return self._tokenizer.encode(string)
-        return self._tokenizer.encode_prompt(string)
+        """Token ids, with a begin-of-text token unless `add_special_tokens` is False or the text begins with one."""
+        return list(self._encoded(string, add_special_tokens is not False))
+
+    def _encode(self, string: str, special: bool) -> tuple[int, ...]:
+        if not special or (self._prefix and string.startswith(self._prefix)):
+            return tuple(self._tokenizer.encode(string))
+        return tuple(self._tokenizer.encode_prompt(string))
+
+    @functools.cached_property
+    def _prefix(self) -> str:
+        return self._tokenizer.decode([self.prefix_token_id])
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(Σ log p of the continuation, whether it is the greedy one) for each request (context, continuation)."""
+        pairs = [(request.args, *self._pair(*request.args)) for request in requests]
+        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a context and its continuation. A context without tokens is replaced by the prefix token."""
+        if context == "":
+            return self._behind_prefix(self.tok_encode(continuation, add_special_tokens=False))
+        context_ids, ids = self._encode_pair(context, continuation)
+        if continuation and not ids:  # a token spans the border: what the context alone does not begin with is scored
+            whole = self.tok_encode(context + continuation)
+            shared = next(
+                (place for place, (one, other) in enumerate(zip(whole, context_ids, strict=False)) if one != other),
+                min(len(whole), len(context_ids)),
+            )
+            context_ids, ids = whole[:shared], whole[shared:]
+        return (context_ids, ids) if context_ids else self._behind_prefix(ids)
+
+    def _behind_prefix(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        return (ids[:1], ids[1:]) if ids[:1] == [self.prefix_token_id] else ([self.prefix_token_id], ids)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **named: Any) -> list[tuple[float, bool]]:
-        pairs = []
-        for _, context, continuation in requests:
-            if not continuation:
-                raise UserError("a task asks for the likelihood of an empty text")
+        pairs = {}
+        for index, (strings, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise UserError(
-                    f"a task asks for the likelihood of {len(continuation)} tokens, and the model's context is "
-                    f"{self.max_length}"
+                    f"a task asks for the likelihood of {len(continuation)} tokens ({_short(strings)}), and the "
+                    f"model's context is {self.max_length}"
                 )
-            # truncated on the left, like the harness: max_length tokens that are read, and the last one, which is not
-            kept = (list(context) + list(continuation))[-(self.max_length + 1) :]
-            split = max(1, len(kept) - len(continuation))
-            pairs.append((kept[:split], kept[split:]))
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-        bar = tqdm(total=len(pairs), unit="request", disable=_quiet(named))
-        with bar:
-            for index, scored in score(self._model, pairs, self._batch_size):
-                found[index] = (scored.log_likelihood, scored.greedy)
-                strings = requests[index][0]
-                if strings is not None:
-                    self.cache_hook.add_partial("loglikelihood", strings, found[index])
+            if continuation:
+                # truncated on the left, like the harness: max_length tokens that are read, and the last, which is not
+                kept = (list(context) + list(continuation))[-(self.max_length + 1) :]
+                split = len(kept) - len(continuation)
+                pairs[index] = (kept[:split], kept[split:])
+        found: list[tuple[float, bool]] = [CERTAIN] * len(requests)
+        numbers = list(pairs)
+        with tqdm(total=len(requests), unit="request", disable=_quiet(named), initial=len(found) - len(pairs)) as bar:
+            for place, scored in score(self._model, list(pairs.values()), self._batch_size):
+                found[numbers[place]] = (scored.log_likelihood, scored.greedy)
                 bar.update()
+        for (strings, _, _), answer in zip(requests, found, strict=True):
+            if strings is not None:
+                self.cache_hook.add_partial("loglikelihood", strings, answer)
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -94,59 +135,69 @@ class Harness(TemplateLM):
             owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm), strict=True
         ):
             totals[owner] += likelihood
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Generate texts up to a stop string, batching requests of equal settings and length bucket."""
+        """Generate texts up to a stop string, batching requests of equal settings."""
         found = [""] * len(requests)
-        groups: dict[Any, list[int]] = {}
-        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
-            key = (repr(sorted(request.args[1].items())), bucket(len(prompts[number])))
-            groups.setdefault(key, []).append(number)
-        bar = tqdm(total=len(requests), unit="request", disable=_quiet({"disable_tqdm": disable_tqdm}))
-        with bar:
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
+        with tqdm(total=len(requests), unit="request", disable=_quiet({"disable_tqdm": disable_tqdm})) as bar:
             for numbers in groups.values():
-                for start in range(0, len(numbers), self._batch_size):
-                    batch = numbers[start : start + self._batch_size]
+                wanted, stop = settings(requests[numbers[0]].args[1], self._ends)
+                prompts = {number: self._prompt(requests[number].args[0], wanted) for number in numbers}
+                for batch in self._batches(prompts):
                     # a row's random numbers depend on its index in the batch and on the seed
-                    texts = self._generate([prompts[number] for number in batch], requests[batch[0]].args[1], batch[0])
-                    for number, made in zip(batch, texts, strict=True):
+                    seeded = dataclasses.replace(wanted, seed=batch[0])
+                    answers = self._answers([prompts[number] for number in batch], seeded, stop)
+                    for number, made in zip(batch, answers, strict=True):
                         found[number] = made
                         self.cache_hook.add_partial("generate_until", requests[number].args, made)
                     bar.update(len(batch))
         return found
 
-    def _generate(self, prompts: list[list[int]], wanted: dict[str, Any], seed: int) -> list[str]:
-        """Continue a batch of prompts with a task's generation_kwargs."""
-        settings, stop = self._settings(wanted)
-        room = self.max_length - settings.max_tokens
+    def _prompt(self, string: str, wanted: GenerateConfig) -> list[int]:
+        """Token ids of a prompt, the last ones that leave room for the answer; the prefix token for an empty one."""
+        room = self.max_length - wanted.max_tokens
         if room < 1:
             raise UserError(
-                f"a task asks for {settings.max_tokens} tokens, of which the model can hold {self.max_length}"
+                f"a task asks for {wanted.max_tokens} tokens, of which the model can hold {self.max_length}"
             )
-        rows = [text.Continuation(self._tokenizer, prompt[-room:], stop) for prompt in prompts]
-        for _ in text.stream(self._model, rows, dataclasses.replace(settings, seed=seed)):
-            pass
-        return [row.text for row in rows]
+        return (self.tok_encode(string) or [self.prefix_token_id])[-room:]
 
-    def _settings(self, wanted: dict[str, Any]) -> tuple[GenerateConfig, list[str]]:
-        """(settings, stop strings) for a task's generation_kwargs; sampled if do_sample or a temperature says so."""
-        known = {"until", "max_gen_toks", "max_tokens", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p"}
-        for name in sorted(set(wanted) - known):
-            raise UserError(f"a task sets {name}={wanted[name]!r} for generation, which generate does not have")
-        stop = [wanted["until"]] if isinstance(wanted.get("until"), str) else list(wanted.get("until") or [])
-        tokens = next(
-            (wanted[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in wanted), MAX_TOKENS
-        )
-        settings = GenerateConfig(max_tokens=int(tokens), end_ids=self._ends)
-        names = ("temperature", "top_k", "top_p")
-        sampled: dict[str, Any] = {name: wanted[name] for name in names if wanted.get(name) is not None}
-        draws = wanted.get("do_sample")
-        if draws or (draws is None and "temperature" in sampled):
-            settings = dataclasses.replace(settings, **({"temperature": 1.0} | sampled))
-        return settings, [string for string in stop if string]
+    def _batches(self, prompts: dict[int, list[int]]) -> Iterator[list[int]]:
+        """Numbers of prompts in batches of similar length and of nearly equal size, so that few programs are needed."""
+        numbers = sorted(prompts, key=lambda number: len(prompts[number]), reverse=True)
+        count = -(-len(numbers) // self._batch_size)
+        size = -(-len(numbers) // count)
+        return (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+    def _answers(self, prompts: list[list[int]], wanted: GenerateConfig, stop: list[str]) -> list[str]:
+        """Continue a batch of prompts up to a stop string."""
+        rows: list[list[int]] = [[] for _ in prompts]
+        for new in chunks(self._decoding, prompts, wanted, STEPS):
+            for row, ids in zip(rows, new, strict=True):
+                row.extend(ids)
+            longest = max(map(len, rows))
+            # a shorter row has ended
+            if all(len(row) < longest or any(string in self._text(row) for string in stop) for row in rows):
+                break
+        texts = [self._text(row) for row in rows]
+        return [min((text.split(string, 1)[0] for string in stop), key=len, default=text) for text in texts]
+
+    def _text(self, ids: list[int]) -> str:
+        """Text of generated ids alone: what a tokenizer drops at the start of a text, such as a blank, is dropped."""
+        known = [token for token in ids if token < self._tokenizer.vocab_size]
+        return self._tokenizer.decode(known)  # the embedding may be padded beyond the tokenizer's vocabulary
 
 
 def _quiet(named: dict[str, Any]) -> bool:
     return bool(named.get("disable_tqdm")) or not sys.stderr.isatty()
+
+
+def _short(strings: tuple[str, str] | None) -> str:
+    """The start of a request's continuation, for an error."""
+    return "of a whole text" if strings is None else repr(strings[1][:40])

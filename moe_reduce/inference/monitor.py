@@ -5,7 +5,7 @@ import subprocess
 import threading
 import time
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -21,6 +21,13 @@ class Sample(NamedTuple):
     ram_percent: float
     gpu_percent: float | None
     vram_mb: float | None
+
+
+class Measured(NamedTuple):
+    """Findings about a model: values by column of the table, and the load of the machine while it answered."""
+
+    row: dict[str, Any]  # None or missing where unknown
+    samples: list[Sample]
 
 
 class Monitor:

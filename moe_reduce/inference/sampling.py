@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from moe_reduce.core.config import GenerateConfig
 
+LEAST_TEMPERATURE = 1e-5  # below it, quotients of fp32 logits overflow or say nothing: the most probable token is taken
+
 
 class Sampler(NamedTuple):
     """Static (compile-time) sampling settings."""
@@ -18,7 +20,7 @@ class Sampler(NamedTuple):
     @classmethod
     def of(cls, settings: GenerateConfig, vocab_size: int) -> "Sampler":
         """Static part of `settings`."""
-        if settings.temperature == 0:
+        if settings.temperature < LEAST_TEMPERATURE:
             return cls(True, None, False)
         nucleus = settings.top_p < 1
         wanted = vocab_size if settings.top_k is None else min(settings.top_k, vocab_size)

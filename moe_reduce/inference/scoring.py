@@ -1,6 +1,7 @@
 """Log-likelihoods of continuations, where each context is computed once for all of its continuations.
 
-Contexts are read into a KV cache in batches of bucketed lengths; continuations start from copies of the cache's rows.
+Contexts are read into a KV cache in batches of padded lengths. All continuations of a context then follow in one row,
+each as a segment that attends to the context and to itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
-from moe_reduce.inference.generate import bucket, on_mesh
+from moe_reduce.inference import lengths
+from moe_reduce.inference.generate import on_mesh
 from moe_reduce.models import cache
 from moe_reduce.models.decoder import STACK
 from moe_reduce.models.model import Model
 
 Pair = tuple[Sequence[int], Sequence[int]]  # a context of at least one token, and its continuation
+LEAST_READ, LEAST_PACK = 16, 4  # shortest rows of contexts and of continuations
+PACK = 64  # tokens of several continuations in one row, which bounds the memory of their logits
 
 
 class Score(NamedTuple):
@@ -27,75 +31,136 @@ class Score(NamedTuple):
     greedy: bool
 
 
-class Job(NamedTuple):
-    """One continuation of the context in a row of the cache, and the indices of the pairs that ask for it."""
+class Continuation(NamedTuple):
+    """Token ids, and the indices of the pairs that ask for them."""
 
-    row: int
-    context: Sequence[int]
-    continuation: Sequence[int]
+    ids: tuple[int, ...]
     indices: list[int]
 
 
-class Continued(NamedTuple):
-    """A batch of R continuations of X tokens. Row r reads tokens_RX after slot starts_R of cache row rows_R."""
+class Context(NamedTuple):
+    """Token ids, and packs of their continuations: those of a pack share a row."""
+
+    ids: tuple[int, ...]
+    packs: list[list[Continuation]]
+
+
+class Packed(NamedTuple):
+    """A batch of R packs of X tokens. Row r continues cache row rows_R."""
 
     rows_R: np.ndarray
-    starts_R: np.ndarray
     tokens_RX: np.ndarray
     targets_RX: np.ndarray
-    counted_RX: np.ndarray  # False at padding
+    positions_RX: np.ndarray
+    segments_RX: np.ndarray  # number of the continuation within its pack, from 1; 0 at padding
+
+
+class Sizes(NamedTuple):
+    """Padded lengths of contexts and packs, rows of a batch, and the cost of one more program in tokens."""
+
+    reads: list[int]
+    packs: list[int]
+    rows: int
+    program: float
 
 
 def score(model: Model, pairs: Sequence[Pair], batch_size: int) -> Iterator[tuple[int, Score]]:
-    """Score (context, continuation) pairs on a model from `ready`: (index of the pair, score), longest contexts first.
+    """Score (context, continuation) pairs on a model from `prepared`: (index of the pair, score), longest first.
 
     Equal pairs are computed once.
     """
+    contexts = _contexts(pairs)
+    sizes = _sizes(model, contexts, batch_size)
+    for first in range(0, len(contexts), batch_size):
+        batch = contexts[first : first + batch_size]
+        filled = _filled(model, batch, sizes)
+        packs = [(row, pack) for row, context in enumerate(batch) for pack in context.packs]
+        packs.sort(key=lambda placed: _length(placed[1]), reverse=True)
+        for start in range(0, len(packs), batch_size):
+            yield from _scores(model, filled, batch, packs[start : start + batch_size], sizes)
+
+
+def _contexts(pairs: Sequence[Pair]) -> list[Context]:
+    """Pairs by context, the longest first."""
     by_context: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
     for index, (context, continuation) in enumerate(pairs):
         same = by_context.setdefault(tuple(context), {})
         same.setdefault(tuple(continuation), []).append(index)
-    contexts = sorted(by_context, key=len, reverse=True)
-    for first in range(0, len(contexts), batch_size):
-        batch = contexts[first : first + batch_size]
-        slots = bucket(max(len(context) for context in batch))
-        # the last token of a context is the first that its continuations read
-        tokens_BT, _ = _padded([context[:-1] for context in batch], batch_size, slots)
-        with on_mesh(model):
-            filled = _read(model.config, model.execution, slots, model.params, tokens_BT)
-        jobs = [
-            Job(row, context, continuation, indices)
-            for row, context in enumerate(batch)
-            for continuation, indices in by_context[context].items()
-        ]
-        jobs.sort(key=lambda job: len(job.continuation), reverse=True)
-        for start in range(0, len(jobs), batch_size):
-            chosen = jobs[start : start + batch_size]
-            for job, found in zip(chosen, _scores(model, filled, chosen, batch_size), strict=True):
-                yield from ((index, found) for index in job.indices)
+    contexts = [Context(ids, _packs(continuations)) for ids, continuations in by_context.items()]
+    return sorted(contexts, key=lambda context: len(context.ids), reverse=True)
 
 
-def _padded(rows: Sequence[Sequence[int]], count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [count, length], padded on the right and below; True at tokens of the rows)."""
-    tokens_BT = np.zeros((count, length), np.int32)
-    counted_BT = np.zeros((count, length), bool)
-    for number, row in enumerate(rows):
-        tokens_BT[number, : len(row)] = row
-        counted_BT[number, : len(row)] = True
-    return tokens_BT, counted_BT
+def _packs(continuations: dict[tuple[int, ...], list[int]]) -> list[list[Continuation]]:
+    """Packs of at most `PACK` tokens; a longer continuation is alone."""
+    packs: list[list[Continuation]] = []
+    for ids in sorted(continuations, key=len, reverse=True):
+        if not packs or _length(packs[-1]) + len(ids) > PACK:
+            packs.append([])
+        packs[-1].append(Continuation(ids, continuations[ids]))
+    return packs
 
 
-def _scores(model: Model, filled: Any, jobs: Sequence[Job], batch_size: int) -> list[Score]:
-    length = bucket(max(len(job.continuation) for job in jobs))
-    targets_RX, counted_RX = _padded([job.continuation for job in jobs], batch_size, length)
-    tokens_RX, _ = _padded([(*job.context[-1:], *job.continuation[:-1]) for job in jobs], batch_size, length)
-    rows_R, starts_R = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
-    for number, job in enumerate(jobs):
-        rows_R[number], starts_R[number] = job.row, len(job.context) - 1
-    batch = Continued(rows_R, starts_R, tokens_RX, targets_RX, counted_RX)
+def _length(pack: list[Continuation]) -> int:
+    return sum(len(continuation.ids) for continuation in pack)
+
+
+def _sizes(model: Model, contexts: Sequence[Context], batch_size: int) -> Sizes:
+    program = lengths.program_cost(model)
+    # the last token of a context is the first that its continuations read
+    reads = [len(context.ids) - 1 for context in contexts if len(context.ids) > 1]
+    found = lengths.sizes(reads, program, LEAST_READ)
+    packs = [_length(pack) for context in contexts for pack in context.packs]
+    return Sizes(found, lengths.sizes(packs, program * max(1, len(found)), LEAST_PACK), batch_size, program)
+
+
+def _filled(model: Model, batch: Sequence[Context], sizes: Sizes) -> Any:
+    """A cache with all tokens of the contexts but their last; None if there are no others."""
+    longest = len(batch[0].ids) - 1
+    if longest == 0:
+        return None
+    slots = lengths.padded(longest, sizes.reads)
+    rows = lengths.batch_rows(len(batch), sizes.rows, slots, sizes.program)
+    tokens_BT = np.zeros((rows, slots), np.int32)
+    for row, context in zip(tokens_BT, batch, strict=False):
+        row[: len(context.ids) - 1] = context.ids[:-1]
     with on_mesh(model):
-        likelihood_R, greedy_R = jax.device_get(_score(model.config, model.execution, model.params, filled, batch))
-    return [Score(float(likelihood_R[number]), bool(greedy_R[number])) for number in range(len(jobs))]
+        return _read(model.config, model.execution, slots, model.params, tokens_BT)
+
+
+def _scores(
+    model: Model,
+    filled: Any,
+    contexts: Sequence[Context],
+    packs: Sequence[tuple[int, list[Continuation]]],
+    sizes: Sizes,
+) -> Iterator[tuple[int, Score]]:
+    """Score packs of continuations, each with the row of its context."""
+    length = lengths.padded(_length(packs[0][1]), sizes.packs)
+    rows = lengths.batch_rows(len(packs), sizes.rows, length, sizes.program)
+    packed = Packed(np.zeros(rows, np.int32), *(np.zeros((rows, length), np.int32) for _ in range(4)))
+    for row, (place, pack) in enumerate(packs):
+        _lay_out(packed, row, place, contexts[place].ids, pack)
+    with on_mesh(model):
+        scored = jax.device_get(_score(model.config, model.execution, model.params, filled, packed))
+    for row, (_, pack) in enumerate(packs):
+        chosen_X, greedy_X = scored[0][row], scored[1][row]
+        for number, continuation in enumerate(pack, 1):
+            own_X = packed.segments_RX[row] == number
+            found = Score(float(chosen_X[own_X].sum(dtype=np.float64)), bool(greedy_X[own_X].all()))
+            yield from ((index, found) for index in continuation.indices)
+
+
+def _lay_out(packed: Packed, row: int, place: int, context: Sequence[int], pack: Sequence[Continuation]) -> None:
+    """Write a pack into its row: each continuation reads the context's last token first, and its own last not."""
+    packed.rows_R[row] = place
+    start = 0
+    for number, (ids, _) in enumerate(pack, 1):
+        own = slice(start, start + len(ids))
+        packed.tokens_RX[row, own] = (context[-1], *ids[:-1])
+        packed.targets_RX[row, own] = ids
+        packed.positions_RX[row, own] = np.arange(len(context) - 1, len(context) - 1 + len(ids))
+        packed.segments_RX[row, own] = number
+        start = own.stop
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -108,13 +173,13 @@ def _read(config: ModelConfig, execution: ExecutionConfig, slots: int, params: A
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _score(config: ModelConfig, execution: ExecutionConfig, params: Any, filled: Any, batch: Continued):
-    """(Σ log p of the counted targets, whether all of them are greedy), each [R]."""
-    copied = jax.tree.map(lambda leaf: jnp.take(leaf, batch.rows_R, axis=1 if STACK in params else 0), filled)
-    positions_RX = batch.starts_R[:, None] + jnp.arange(batch.tokens_RX.shape[1], dtype=jnp.int32)[None]
-    given = {"tokens": batch.tokens_RX, "positions": positions_RX}
+def _score(config: ModelConfig, execution: ExecutionConfig, params: Any, filled: Any, batch: Packed):
+    """(log p of the targets, whether they are the most probable tokens), each [R, X]."""
+    given = {"tokens": batch.tokens_RX, "positions": batch.positions_RX, "segments": batch.segments_RX}
+    copied = None
+    if filled is not None:
+        copied = jax.tree.map(lambda leaf: jnp.take(leaf, batch.rows_R, axis=1 if STACK in params else 0), filled)
     logits_RXV, _ = Model(config, params, execution).apply(given, cache=copied)
-    chosen_RX = jnp.take_along_axis(jax.nn.log_softmax(logits_RXV), batch.targets_RX[:, :, None], axis=-1)[:, :, 0]
+    chosen_RX = jnp.take_along_axis(logits_RXV, batch.targets_RX[:, :, None], axis=-1)[:, :, 0]
     greedy_RX = jnp.argmax(logits_RXV, axis=-1) == batch.targets_RX
-    counted_RX = batch.counted_RX
-    return jnp.sum(jnp.where(counted_RX, chosen_RX, 0.0), axis=1), jnp.all(greedy_RX | ~counted_RX, axis=1)
+    return chosen_RX - jax.nn.logsumexp(logits_RXV, axis=-1), greedy_RX

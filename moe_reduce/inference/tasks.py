@@ -1,19 +1,28 @@
 """Tasks of the EleutherAI harness (lm-eval), from the hub or local files, and comparison of two models on them."""
 
+import random
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 from jax.sharding import Mesh
-from lm_eval.evaluator import simple_evaluate
+from lm_eval import evaluator
+from lm_eval.api.metrics import mean
 from lm_eval.tasks import TaskManager
 
 from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizers import load_tokenizer
 from moe_reduce.inference.harness import Harness
-from moe_reduce.inference.retained import retained
+from moe_reduce.inference.retained import DRAWS, retained_figure, retained_metric
 from moe_reduce.models.model import Model
+
+SEEDS = {"random": 0, "numpy": 1234, "few_shot": 1234}  # those of lm-eval's own command
+QUICK = ("mean", "nanmean", "median", "perplexity", "weighted_perplexity", "bits_per_byte")
+SLOW_DRAWS = 200  # of a bootstrap with any other aggregation, such as BLEU
 
 
 @dataclass(frozen=True)
@@ -26,19 +35,31 @@ class Selection:
     limit: int | None = None
 
 
-@dataclass(frozen=True)
-class Results:
-    """Results by task and metric: `figures` over all questions, and `by_question` for metrics that have such values.
+class Metric(NamedTuple):
+    """A figure over all questions of a task or a group of tasks.
 
-    A task that filters its generations in several ways has `metric,filter` in place of each metric.
+    values: by question, None for one without a value; empty for a group. aggregate: makes the figure of the values.
+    higher_is_better: None if the task does not say.
     """
 
-    figures: dict[str, dict[str, float]]
-    by_question: dict[str, dict[str, np.ndarray]]
+    figure: float
+    values: Sequence[Any]
+    aggregate: Callable[..., float]
+    higher_is_better: bool | None
+
+
+Results = dict[str, dict[str, Metric]]  # by task and metric; `metric,filter` for tasks that filter in several ways
+
+
+def figures(results: Results) -> dict[str, dict[str, float]]:
+    """The figures of each task by metric."""
+    return {task: {name: metric.figure for name, metric in metrics.items()} for task, metrics in results.items()}
 
 
 def evaluate(model: Model, tokenizer: Path, selection: Selection, batch_size: int, mesh: Mesh | None = None) -> Results:
     """Run tasks, on a mesh if one is given. UserError for a task that is unknown, or whose data cannot be read."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     manager = TaskManager(include_path=str(selection.path) if selection.path else None)
     known = set(manager.all_tasks)
     for name in selection.names:
@@ -46,33 +67,57 @@ def evaluate(model: Model, tokenizer: Path, selection: Selection, batch_size: in
             raise UserError(
                 f"--tasks={name} is unknown to lm-eval: see its list of tasks, or give --task-path=DIRECTORY"
             )
-    names: Any = list(selection.names)
     harness = Harness(model, load_tokenizer(tokenizer), batch_size, mesh=mesh)
     try:
-        result: Any = simple_evaluate(
-            model=harness, tasks=names, task_manager=manager, num_fewshot=selection.few_shot, limit=selection.limit,
-            log_samples=True, bootstrap_iters=0,
+        loaded: Any = _loaded(manager, selection)
+        # simple_evaluate would also ask git and pip about this machine
+        result: Any = evaluator.evaluate(
+            harness, loaded, limit=selection.limit, log_samples=True, bootstrap_iters=0
         )  # fmt: skip
     except (OSError, ConnectionError) as error:  # a data set that is not on this machine, without a network
-        raise UserError(f"the data of --tasks cannot be read ({str(error).splitlines()[0]})") from error
-    figures, by_question = {}, {}
+        raise UserError(f"the data of --tasks cannot be read ({_line(error)})") from error
+    found = {}
     for name, metrics in result["results"].items():
-        figures[name], by_question[name] = _task_results(metrics, result["samples"].get(name, []))
-    return Results(figures, by_question)
+        task = loaded["tasks"].get(name)
+        aggregations = {} if task is None else task.aggregation()
+        higher = result["higher_is_better"].get(name) or {}
+        found[name] = _metrics(metrics, result["samples"].get(name, []), aggregations, higher)
+    return found
 
 
-def _task_results(metrics: dict[str, Any], samples: list[Any]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """(figures, by_question) of a task. metrics: by `metric,filter`. samples: every question, once for each filter."""
-    numbers = {tuple(key.split(",")): value for key, value in metrics.items() if _is_figure(key, value)}
-    several = len({kind for _, kind in numbers}) > 1
-    figures, by_question = {}, {}
-    for (metric, kind), value in numbers.items():
-        name = f"{metric},{kind}" if several else metric
-        figures[name] = value
+def _loaded(manager: TaskManager, selection: Selection) -> Any:
+    """The tasks and groups, with seeds and shots as lm-eval's own command sets them."""
+    random.seed(SEEDS["random"])
+    np.random.seed(SEEDS["numpy"])  # tasks may draw from the global generators
+    try:
+        loaded: Any = manager.load(list(selection.names))
+    except ValueError as error:
+        raise UserError(f"--tasks={','.join(selection.names)} cannot be loaded ({_line(error)})") from error
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (selection.few_shot is not None and own != 0):  # a task's own 0 is never overridden
+            task.set_config(key="num_fewshot", value=selection.few_shot or 0)
+        task.set_fewshot_seed(seed=SEEDS["few_shot"])
+    return loaded
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _metrics(
+    numbers: dict[str, Any], samples: list[Any], aggregations: dict[str, Any], higher: dict[str, Any]
+) -> dict[str, Metric]:
+    """Metrics of a task. numbers: by `metric,filter`. samples: every question, once for each filter."""
+    split = {tuple(key.split(",")): value for key, value in numbers.items() if _is_figure(key, value)}
+    several = len({kind for _, kind in split}) > 1
+    found = {}
+    for (metric, kind), value in split.items():
         values = [sample.get(metric) for sample in samples if sample["filter"] == kind]
-        if values and all(isinstance(one, (int, float)) for one in values):
-            by_question[name] = np.array(values, float)
-    return figures, by_question
+        aggregate = aggregations.get(metric, mean)
+        name = f"{metric},{kind}" if several else metric
+        found[name] = Metric(value, values, aggregate, higher.get(metric))
+    return found
 
 
 def _is_figure(key: str, value: Any) -> bool:
@@ -80,8 +125,19 @@ def _is_figure(key: str, value: Any) -> bool:
 
 
 def compare(model: Results, baseline: Results) -> dict[str, Any]:
-    """Quality retained, {task: {metric: `retained`}}, for metrics that have a value for each question."""
+    """Quality retained, {task: {metric: …}}, as `retained_metric` gives it; a group of tasks has no interval."""
     return {
-        name: {metric: retained(values, baseline.by_question[name][metric]) for metric, values in metrics.items()}
-        for name, metrics in model.by_question.items()
+        task: {name: _compared(metric, baseline[task][name]) for name, metric in metrics.items()}
+        for task, metrics in model.items()
     }
+
+
+def _compared(model: Metric, baseline: Metric) -> dict[str, Any]:
+    both = zip(model.values, baseline.values, strict=True)
+    pairs = [(ours, theirs) for ours, theirs in both if ours is not None and theirs is not None]
+    if not pairs:
+        return retained_figure(model.figure, baseline.figure, model.higher_is_better)
+    ours, theirs = zip(*pairs, strict=True)
+    is_mean = model.aggregate is mean and all(isinstance(value, (int, float)) for value in (*ours, *theirs))
+    draws = DRAWS if getattr(model.aggregate, "__name__", "") in QUICK else SLOW_DRAWS
+    return retained_metric(ours, theirs, None if is_mean else model.aggregate, model.higher_is_better, draws)

@@ -53,7 +53,7 @@ class Model:
     ) -> Output:
         """Run the decoder on a batch, inside or outside jit.
 
-        batch: `tokens` int32 [B, T]; optional `segments` [B, T] (attention stays within a segment), `positions`
+        batch: `tokens` int32 [B, T]; optional `segments` [B, T] (new tokens attend within a segment), `positions`
         [B, T], `weights` [B, T] (tokens after a row's last weight above 0 are padding, excluded from router
         statistics), `last` [B] (one position of each row: logits are then [B, 1, V], of that position only).
         collect: names among COLLECT. Each is stacked over layers, [N, …]:
@@ -61,7 +61,8 @@ class Model:
             assignments  expert, weight, and norm and maximum of the expert's output, [N, B, T, A]
             hidden       block_input, router_input, block_output, [N, B, T, D]
             keys_values  keys and values of the batch's tokens, as models/cache.py stores them
-        cache: keys and values of earlier tokens; the batch's `positions` continue from its end.
+        cache: keys and values of earlier tokens; a row's first position is their number. Segments may share them, each
+            with positions that continue from there.
         """
         variable = variables(self.params)
         if cache is not None:

@@ -17,7 +17,7 @@ from moe_reduce.models.weights import linear
 class Attention(nn.Module):
     """Self-attention with grouped key/value heads (GQA, arXiv:2305.13245); visibility.py says which keys a query sees.
 
-    With a cache, a token attends to the cache's entries too, and segments are ignored.
+    With a cache, a token attends to the cache's entries too, whatever its segment.
     """
 
     config: ModelConfig

@@ -40,12 +40,14 @@ class Visibility:
     def with_cache(self, positions_BT: jax.Array, entries: int) -> jax.Array:
         """Mask of T new tokens attending to P cache entries, then to one another, [B, 1, 1, query T, key P + T].
 
-        positions_BT: consecutive in each row. Entry p holds position p if the row's new tokens start after p. Segments
-        are ignored: a cache holds one document in each row.
+        positions_BT: consecutive in each segment. Entry p holds position p if the row's new tokens start after p. A
+        cache holds one document in each row, which the tokens of all segments continue.
         """
         shape = (*positions_BT.shape, entries)
         old_BTP = jnp.broadcast_to(jnp.arange(entries)[None, None] < positions_BT[:, :1, None], shape)
         new_BTT = jnp.broadcast_to(jnp.tri(shape[1], dtype=bool)[None], (*shape[:2], shape[1]))
+        same_B1TT = self._same_segment()
+        new_BTT = new_BTT if same_B1TT is None else new_BTT & same_B1TT[:, 0]
         return jnp.concatenate([old_BTP, new_BTT], axis=-1)[:, None, None]
 
     def arguments(self) -> dict[str, Any]:
