@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from moe_reduce.data.splitting import Rule, newline_rule, prompt_tokens
+from moe_reduce.data.splitting import Rule, by_words, newline_rule, prompt_tokens
 from moe_reduce.data.tokenizer_files import JSON_FILE, SETTINGS_FILE
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -53,6 +53,10 @@ class LibraryTokenizer:
         return _restored, (self._backend.to_str(), self._backend.encode_special_tokens, self.names)
 
     @functools.cached_property
+    def _by_words(self) -> tokenizers.Tokenizer:
+        return by_words(self._backend)
+
+    @functools.cached_property
     def _rule(self) -> Rule | None:
         return newline_rule(self._backend)
 
@@ -72,7 +76,7 @@ class LibraryTokenizer:
         return self._backend.encode(text, add_special_tokens=True).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [found.ids for found in self._by_words.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], int]:
         found = self._backend.encode(prompt + completion, add_special_tokens=False)

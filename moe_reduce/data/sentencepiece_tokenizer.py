@@ -16,8 +16,8 @@ import sentencepiece
 
 from moe_reduce.core import disk
 from moe_reduce.core.errors import UserError
-from moe_reduce.data.sentencepiece_json import META_SPACE, PROBE, begins_with_space, to_json_tokenizer
-from moe_reduce.data.splitting import prompt_tokens
+from moe_reduce.data.sentencepiece_json import PROBE, begins_with_space, to_json_tokenizer
+from moe_reduce.data.splitting import META_SPACE, prompt_tokens
 from moe_reduce.data.tokenizer_files import EXTRA_FILES, JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE
 
 WORD = re.compile(" *[^ ]+| +")

@@ -1,4 +1,4 @@
-"""Places at which a text can be cut without a change of its ids, for tokenizers whose steps are known.
+"""Places at which a text can be divided without a change of its ids, for tokenizers whose steps are known.
 
 A byte-level tokenizer splits a text by a regular expression before it looks its parts up. Those listed here end a part
 behind a newline that stands between two other characters than spaces, and none looks at what lies before a part. A
@@ -7,14 +7,16 @@ joins over it.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
-from tokenizers import models
+from tokenizers import models, pre_tokenizers
 
 NEWLINE = "\n"
+META_SPACE = "▁"  # stands for a space inside a vocabulary
 # of Qwen2 and Qwen3 (one digit a part), and of cl100k and Llama 3 (three digits); ByteLevel itself has that of GPT-2
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -56,6 +58,24 @@ def newline_rule(backend: tokenizers.Tokenizer) -> Rule | None:
         return None
     probe = backend.encode(f"{NEWLINE}a", add_special_tokens=False).ids
     return Rule(between=False, lead=tuple(lead)) if probe[: len(lead)] == lead else None
+
+
+def by_words(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Make a tokenizer with the same ids that looks words up one by one, from a cache; itself where that is not sure.
+
+    It is where a BPE joins neighbours over a whole text, and no piece holds a space behind another character.
+    """
+    model = backend.model
+    if not _splits_nothing(backend) or model.ignore_merges or backend.token_to_id(META_SPACE) is None:
+        return backend
+    if any(re.search(f"[^{META_SPACE}]{META_SPACE}", piece) for piece in backend.get_vocab(with_added_tokens=False)):
+        return backend
+    found = tokenizers.Tokenizer.from_str(backend.to_str())
+    found.encode_special_tokens = backend.encode_special_tokens
+    words = pre_tokenizers.Split(tokenizers.Regex(f"{META_SPACE}*[^{META_SPACE}]+|{META_SPACE}+"), behavior="isolated")
+    steps = [words] if backend.pre_tokenizer is None else [backend.pre_tokenizer, words]
+    found.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return found
 
 
 def prompt_tokens(offsets: Sequence[tuple[int, int]], characters: int) -> int:
@@ -107,4 +127,6 @@ def _splits_nothing(backend: tokenizers.Tokenizer) -> bool:
 
 
 def _replaces_spaces(step: dict[str, Any]) -> bool:
-    return step["type"] == "Prepend" or (step["type"] == "Replace" and step["pattern"] == {"String": " "})
+    if step["type"] == "Replace":
+        return step["pattern"] in ({"String": " "}, {"Regex": rf"\A{META_SPACE}"})  # of any text, or only of its start
+    return step["type"] == "Prepend"
