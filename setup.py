@@ -3,13 +3,13 @@
 from setuptools import find_packages, setup
 
 EXPORT = ["flatbuffers>=25.0", "jax2onnx>=0.17", "onnx>=1.20", "onnxruntime>=1.24"]
-CHAT = ["jinja2>=3.1"]
+CHAT = ["jinja2>=3.1.6"]
 EVALUATE = ["lm-eval>=0.4.9"]
 MONITOR = ["psutil>=5.9"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10"]
 TOOLS = ["basedpyright>=1.31", "pytest>=8.3", "pytest-xdist>=3.7", "ruff>=0.12"]
 TEST_CORE = [*CHAT, *MONITOR, *NOTEBOOKS, *EXPORT, *TOOLS]
-PEERS = [*EVALUATE, "peft>=0.17", "torch==2.13.0", "transformers>=5.0"]  # gigabytes: compared with, never built on
+PEERS = [*EVALUATE, "peft>=0.17", "torch==2.13.0"]  # gigabytes: compared with, never built on
 
 setup(
     name="moe_reduce",
@@ -24,11 +24,12 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
         "datasets>=4.0",
-        "sentencepiece>=0.2.1",
+        "sentencepiece>=0.2.3",
         "numpy>=2.0",
         "ml-collections>=1.1",
         "grain>=0.2.12",
-        "tokenizers>=0.21",
+        "tokenizers>=0.22",
+        "transformers>=5.0",  # reads the tokenizers of other people's models; needs no torch for that
         "safetensors>=0.6",
         "tqdm>=4.66",
         "matplotlib>=3.9",

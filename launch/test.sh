@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs into .venv, then checks format, lint and types and runs the tests.
-# --no-peers: without torch, transformers, peft and lm-eval; the tests that compare with them are skipped.
+# --no-peers: without torch, peft and lm-eval; the tests that compare with them are skipped.
 # --slow: also the tests that take minutes. WORKERS=1: one process. Anything else goes to pytest.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -18,8 +18,6 @@ _HOMES = {"Model": "models.model", "load": "storage.model_directory", "save": "s
 
 def __getattr__(name: str) -> Any:
     """Import on first use: data workers import this package and must not start JAX."""
-    if name == "config":  # configuration files of earlier versions say `from moe_reduce import config as defaults`
-        return importlib.import_module("moe_reduce.core.config")
     if name in _HOMES:
         return getattr(importlib.import_module(f"moe_reduce.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

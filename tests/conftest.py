@@ -25,7 +25,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-PEERS = ("lm_eval", "peft", "torch", "transformers")
+PEERS = ("lm_eval", "peft", "torch")
 
 
 def pytest_addoption(parser):

@@ -9,8 +9,9 @@ import sentencepiece
 from moe_reduce.core.config import DataConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.data import sources
+from moe_reduce.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from moe_reduce.data.tokenizer_training import sample_texts, train_tokenizer
-from moe_reduce.data.tokenizers import SentencePieceTokenizer, load_tokenizer
+from moe_reduce.data.tokenizers import load_tokenizer
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers"
 ODD = "a\tb\n\n\n  c   d\r\n\u00a0é漢字🙂 ▁ ▁▁x\x0b\x00y 12345 <s> </s> <0x41>  \n "
@@ -145,5 +146,31 @@ def test_absent_and_damaged_tokenizers_are_refused_by_name(tmp_path):
 def test_other_byte_level_families_without_a_json_are_refused(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")
     (tmp_path / "merges.txt").write_text("")
-    with pytest.raises(UserError, match="does not say Qwen2Tokenizer"):
+    with pytest.raises(UserError, match=str(tmp_path)):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_signs_of_spaces_in_a_text_come_back(prefix):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["hello world, hello there"] * 50), model_writer=model, model_type="bpe", vocab_size=290,
+        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=prefix, minloglevel=2,
+        remove_extra_whitespaces=False, hard_vocab_limit=False,
+    )  # fmt: skip
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    for text in ("▁", "hello▁world", "a▁▁ b", "▁ hello ▁there▁", "hello \ue000▁world"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        for end in range(1, len(text)):
+            ids, length = tokenizer.encode_pair(text[:end], text[end:])
+            assert ids == tokenizer.encode(text)
+            assert length <= end + 9
+
+
+def test_a_pair_is_one_text_divided_at_its_tokens(trained):
+    for prompt, completion in (("def f(", "x): pass"), ("key -> ", "value"), ("retu", "rn x"), ("漢字🙂", "漢")):
+        ids, length = trained.encode_pair(prompt, completion)
+        assert ids == trained.encode(prompt + completion)
+        assert prompt.startswith(trained.decode(ids[:length]))
+        assert len(trained.decode(ids[: length + 1]).rstrip("\ufffd")) >= len(trained.decode(ids[:length]))
+        assert trained.decode(ids) == prompt + completion

@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     mesh = model_arguments.tensor_mesh(arguments, arguments.model)
     model = model_arguments.load_model(arguments, mesh=mesh)
     settings = _settings(arguments, end_ids(model, tokenizer))
+    _name_unapplied(arguments)
     model = ready(model, mesh)  # possibly a copy, so the loaded model is let go
     if len(rows) == 1:
         print(arguments.prompt[0], end="\n" if arguments.chat else "", file=sys.stderr, flush=True)
@@ -114,7 +115,7 @@ def _settings(arguments: argparse.Namespace, end_ids: tuple[int, ...]) -> Genera
 
 def _prompts(arguments: argparse.Namespace) -> tuple["Tokenizer", list[list[int]]]:
     from moe_reduce.data.tokenizers import JSON_FILE, load_tokenizer
-    from moe_reduce.inference.chat import chat_prompt, chat_tokenizer
+    from moe_reduce.inference.chat import chat_tokenizer, format_message
 
     place = arguments.tokenizer or arguments.model
     if not arguments.chat:
@@ -122,7 +123,18 @@ def _prompts(arguments: argparse.Namespace) -> tuple["Tokenizer", list[list[int]
         return tokenizer, [tokenizer.encode_prompt(prompt) for prompt in arguments.prompt]
     place = place.parent if place.name == JSON_FILE else place  # the chat template lies beside it
     tokenizer = chat_tokenizer(place)
-    return tokenizer, [tokenizer.encode(chat_prompt(place, prompt)) for prompt in arguments.prompt]
+    return tokenizer, [tokenizer.encode(format_message(tokenizer, place, prompt)) for prompt in arguments.prompt]
+
+
+def _name_unapplied(arguments: argparse.Namespace) -> None:
+    """Says on stderr which settings of generation_config.json this command does not follow."""
+    from moe_reduce.inference.text import GENERATION_FILE, unapplied_settings
+
+    given = {"top_k", "top_p", "temperature", "do_sample"} if arguments.temperature else set()
+    found = {key: value for key, value in unapplied_settings(arguments.model).items() if key not in given}
+    if found:
+        named = ", ".join(f"{key}={value}" for key, value in found.items())
+        print(f"note: {arguments.model}/{GENERATION_FILE} says {named}; only options set these", file=sys.stderr)
 
 
 def _print(model: "Model", rows: list["Continuation"], settings: GenerateConfig) -> None:

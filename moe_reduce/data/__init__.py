@@ -5,8 +5,9 @@ Modules, in the order in which text flows through them:
     sources/            documents of data.source, one module per kind: python-stdlib, local files or hub:OWNER/NAME
     files               readers of txt, jsonl and parquet, compressed or not
     pieces              documents cut into bounded pieces, each assigned to training or validation
-    tokenizers          one protocol for SentencePiece models and tokenizer.json (byte_level: vocab.json and merges.txt;
-                        sentencepiece_json: SentencePiece -> tokenizer.json; tokenizer_training: a new vocabulary)
+    tokenizers          one protocol for all, and the choice of a reader: library_reader for directories (transformers;
+                        library_tokenizer, splitting), sentencepiece_tokenizer for what is trained here
+                        (sentencepiece_json: SentencePiece -> tokenizer.json; tokenizer_training: a new vocabulary)
     tokenizing          pieces -> token ids, in parallel processes
     shards              token ids in memory-mapped files with a manifest
     rows, completions   the same interface for token ids (.npy), and for prompts with completions

@@ -23,6 +23,7 @@ UUID_SEED = 0
 class Completions:
     """Rows of a prompt, its completion and end of text, padded with end of text; held in memory.
 
+    Prompt and completion are encoded as one text: encoded apart, some tokenizers put a space before the completion.
     The last `validation_fraction` of the rows are for validation. The targets that count are the completion's tokens
     and the end of text after them.
     """
@@ -39,11 +40,10 @@ class Completions:
         self.pairs = list(_pairs(config))
         if not self.pairs:
             raise UserError(f"data.source={config.source} holds no prompt: give another")
-        prompts = tokenizer.encode_batch([prompt for prompt, _ in self.pairs])
-        completions = tokenizer.encode_batch([completion for _, completion in self.pairs])
-        self.prompt_lengths = np.array([len(ids) for ids in prompts])
-        self._ids = [left + right + [tokenizer.end_of_text] for left, right in zip(prompts, completions, strict=True)]
-        self.longest_completion = max(len(ids) for ids in completions)
+        encoded = [tokenizer.encode_pair(prompt, completion) for prompt, completion in self.pairs]
+        self.prompt_lengths = np.array([length for _, length in encoded])
+        self._ids = [[*ids, tokenizer.end_of_text] for ids, _ in encoded]
+        self.longest_completion = max(len(ids) - length for ids, length in encoded)
         longest = max(range(len(self._ids)), key=lambda index: len(self._ids[index]))
         if len(self._ids[longest]) > config.sequence_length + 1:
             raise UserError(
@@ -51,7 +51,7 @@ class Completions:
                 f"data.sequence_length={len(self._ids[longest]) - 1} or more"
             )
         if not all(self.prompt_lengths):
-            raise UserError(f"pair {int(np.argmin(self.prompt_lengths)) + 1} of {config.source} has an empty prompt")
+            raise UserError(_without_prompt(self.pairs, int(np.argmin(self.prompt_lengths)), config.source))
         self._training = len(self.pairs) - math.ceil(len(self.pairs) * config.validation_fraction)
 
     def numbers(self, split: str) -> range:
@@ -72,9 +72,25 @@ class Completions:
         counts[self.prompt_lengths[number] - 1 : len(self._ids[number]) - 1] = 1
         return ids, counts
 
+    def tokens(self, number: int) -> tuple[list[int], list[int]]:
+        """(ids of the prompt, ids of its completion without the end of text) of the pair with this number."""
+        length = int(self.prompt_lengths[number])
+        return self._ids[number][:length], self._ids[number][length:-1]
+
+    @property
+    def largest_id(self) -> int:
+        """Largest id of all rows."""
+        return max(max(ids) for ids in self._ids)
+
     def describe(self, split: str) -> str:
         """Size of the split, for messages."""
         return f"{self.rows(split, 0):,} pairs"
+
+
+def _without_prompt(pairs: list[tuple[str, str]], number: int, source: str) -> str:
+    if not pairs[number][0]:
+        return f"pair {number + 1} of {source} has an empty prompt"
+    return f"pair {number + 1} of {source}: prompt and completion start with one common token: give it a longer prompt"
 
 
 def _pairs(config: DataConfig) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ Several processes or hosts may prepare the same corpus at once; all of them use 
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import itertools
 import logging
 import re
@@ -20,6 +21,7 @@ from moe_reduce.core.data_config import DataConfig, content
 from moe_reduce.core.errors import UserError
 from moe_reduce.data import shards, sources
 from moe_reduce.data.completions import Completions
+from moe_reduce.data.library_tokenizer import LibraryTokenizer
 from moe_reduce.data.pieces import SPLITS, TRAIN, VALIDATION, Piece, pieces, split_pieces
 from moe_reduce.data.rows import TokenRows
 from moe_reduce.data.shards import Manifest, ShardWriter, TokenSource, TokenStore
@@ -30,6 +32,8 @@ from moe_reduce.data.tokenizing import tokenize
 TRAIN_A_TOKENIZER = "train"
 SAMPLED_CHARACTERS = 1 << 13  # size of the pieces that a tokenizer's training sample is made of
 REMEDY = "free space there, or set data.cache to another place"
+VERSION = 2  # of the rules by which text becomes tokens here
+LIBRARIES = ("sentencepiece", "tokenizers", "transformers")  # whose versions may change the tokens
 SCANNED_CHARACTERS = 1_000_000_000  # limit of the text scanned for that sample; a hub data set may be endless
 logger = logging.getLogger(__name__)
 
@@ -46,20 +50,23 @@ def prepare(config: DataConfig, vocab_size: int) -> tuple[TokenSource, Tokenizer
         if config.tokenizer == TRAIN_A_TOKENIZER:
             raise UserError("completions are learned by a model that has a tokenizer: set data.tokenizer to it")
         tokenizer = _given_tokenizer(config.tokenizer, vocab_size)
-        return Completions(config, tokenizer), tokenizer
+        completions = Completions(config, tokenizer)
+        _check_id(completions.largest_id, vocab_size, tokenizer, config)
+        return completions, tokenizer
     given = None if config.tokenizer == TRAIN_A_TOKENIZER else _given_tokenizer(config.tokenizer, vocab_size)
     corpus = sources.corpus_hash(config)
     if config.validation_source is not None:
         corpus += sources.corpus_hash(_held_out(config))
-    directory = _cache_directory(config, corpus, given.hash if given else f"{TRAIN_A_TOKENIZER} {vocab_size}")
+    directory = _cache_directory(config, corpus, _tokenizer_key(given, vocab_size))
     if not directory.exists():
         _make(config, vocab_size, given, corpus, directory)
-    return _open(directory)
+    return _open(directory, given)
 
 
 def _given_tokenizer(path: str, vocab_size: int) -> Tokenizer:
+    """Load a tokenizer; tokens added to it may lie beyond the model's vocabulary as long as no text has them."""
     tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size > vocab_size:
+    if max(tokenizer.base_size, tokenizer.end_of_text + 1) > vocab_size:
         raise UserError(
             f"the tokenizer {path} has {tokenizer.vocab_size} pieces but model.vocab_size is {vocab_size}: "
             f"set model.vocab_size to at least {tokenizer.vocab_size}, or name another data.tokenizer"
@@ -67,17 +74,33 @@ def _given_tokenizer(path: str, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def _check_id(largest: int, vocab_size: int, tokenizer: Tokenizer, config: DataConfig) -> None:
+    if largest >= vocab_size:
+        raise UserError(
+            f"{config.source} holds {tokenizer.decode([largest])!r}, which is token {largest} of {config.tokenizer}, "
+            f"but model.vocab_size is {vocab_size}: use text without it, or a model with a row for it"
+        )
+
+
+def _tokenizer_key(given: Tokenizer | None, vocab_size: int) -> str:
+    if given is None:
+        return f"{TRAIN_A_TOKENIZER} {vocab_size}"
+    return f"{type(given).__name__} {given.hash} {min(given.vocab_size, vocab_size)}"
+
+
 def _cache_directory(config: DataConfig, corpus: str, tokenizer: str) -> Path:
-    parts = (shards.FORMAT_VERSION, corpus, tokenizer, config.validation_fraction)
+    libraries = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
+    parts = (VERSION, shards.FORMAT_VERSION, corpus, tokenizer, *libraries, config.validation_fraction)
     key = hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
     last_part = re.split(r"[/,]", config.source.rstrip("/"))[-1]
     name = re.sub(r"[^A-Za-z0-9-]+", "-", last_part).strip("-")[:40] or "corpus"
     return Path(config.cache).expanduser() / f"{name}-{key}"
 
 
-def _open(directory: Path) -> tuple[TokenStore, Tokenizer]:
+def _open(directory: Path, given: Tokenizer | None) -> tuple[TokenStore, Tokenizer]:
     store = TokenStore(directory)
-    tokenizer = load_tokenizer(directory)
+    # transformers takes seconds to read a directory again
+    tokenizer = given if isinstance(given, LibraryTokenizer) else load_tokenizer(directory)
     if tokenizer.hash != store.manifest.tokenizer_hash:
         raise UserError(f"the tokenizer in {directory} is not the one of its tokens; delete {directory} and run again")
     lengths = f"{store.length(TRAIN):,} training and {store.length(VALIDATION):,} validation tokens"
@@ -92,7 +115,7 @@ def _make(config: DataConfig, vocab_size: int, given: Tokenizer | None, corpus: 
         tokenizer = given or _trained_tokenizer(config, vocab_size)
         with _writing(directory):
             tokenizer.save(unfinished)
-        manifest = _write_tokens(config, tokenizer, corpus, unfinished, directory)
+        manifest = _write_tokens(config, vocab_size, tokenizer, corpus, (unfinished, directory))
         with _writing(directory):
             manifest.save(unfinished)
             disk.sync_below(unfinished)
@@ -119,14 +142,17 @@ def _scanned(texts: Iterable[str], bar: "tqdm.tqdm") -> Iterator[str]:
             return
 
 
-def _write_tokens(config: DataConfig, tokenizer: Tokenizer, corpus: str, unfinished: Path, directory: Path) -> Manifest:
+def _write_tokens(
+    config: DataConfig, vocab_size: int, tokenizer: Tokenizer, corpus: str, places: tuple[Path, Path]
+) -> Manifest:
+    """Tokenize the corpus. places: the unfinished directory, and the name that it will have."""
     dtype = shards.token_dtype(tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
-        writers = {split: ShardWriter(unfinished, split, dtype) for split in SPLITS}
+        writers = {split: ShardWriter(places[0], split, dtype) for split in SPLITS}
         for writer in writers.values():
             stack.callback(_close_quietly, writer)
-        documents, bytes_of_text = _append_documents(config, tokenizer.end_of_text, writers, unfinished, directory)
-        with _writing(directory):
+        documents, bytes_of_text = _append_documents(config, vocab_size, tokenizer, writers, places[1])
+        with _writing(places[1]):
             splits = {split: writer.close() for split, writer in writers.items()}
     return Manifest(
         format_version=shards.FORMAT_VERSION,
@@ -143,7 +169,7 @@ def _write_tokens(config: DataConfig, tokenizer: Tokenizer, corpus: str, unfinis
 
 
 def _append_documents(
-    config: DataConfig, end_of_text: int, writers: dict[str, ShardWriter], unfinished: Path, directory: Path
+    config: DataConfig, vocab_size: int, tokenizer: Tokenizer, writers: dict[str, ShardWriter], directory: Path
 ) -> tuple[int, int]:
     """Tokenize the corpus into the writers; return the numbers of documents and of bytes of text (UTF-8).
 
@@ -153,12 +179,13 @@ def _append_documents(
     documents = bytes_of_text = 0
     splits: set[str] = set()  # that hold a part of the present document
     with _progress("tokenizing") as bar:
-        for piece, ids in tokenize(found, unfinished, config.workers):
+        for piece, ids in tokenize(found, tokenizer, config.workers):
+            _check_id(int(ids.max(initial=0)), vocab_size, tokenizer, config)
             splits.add(piece.split)
             with _writing(directory):
                 writers[piece.split].append(ids)
                 for split in sorted(splits) if piece.last else ():
-                    writers[split].append(np.array([end_of_text]))
+                    writers[split].append(np.array([tokenizer.end_of_text]))
             if piece.last:
                 splits.clear()
                 documents += 1

@@ -8,7 +8,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
-META_SPACE = "▁"  # stands for a space inside a SentencePiece vocabulary
+from moe_reduce.data.splitting import META_SPACE
+
 PROBE = "def  f(x):\n\treturn [x, 12345]\r\n\n  naïve ﬁ ① 漢字 🙂\u00a0 The end. \n"
 
 

@@ -12,7 +12,7 @@ import sentencepiece
 
 from moe_reduce.core.errors import UserError
 from moe_reduce.data.pieces import hash_fraction
-from moe_reduce.data.tokenizers import SentencePieceTokenizer
+from moe_reduce.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
 SAMPLE_CHARACTERS = 10_000_000
 LINE_CHARACTERS = 4096

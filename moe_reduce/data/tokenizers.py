@@ -1,35 +1,20 @@
-"""One protocol for tokenizers: SentencePiece models (given, or trained here) and tokenizer.json files.
+"""One protocol for all tokenizers, and the choice of the library that reads one.
 
-Tokenizing processes import this module: keep it free of JAX.
+A directory is read by transformers, as its AutoTokenizer would: settings, added tokens and all. SentencePiece reads
+what was trained here, and a tokenizer.model on its own. Tokenizing processes import this module: keep it free of JAX.
 """
 
-import functools
-import hashlib
-import itertools
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import sentencepiece
-import tokenizers
-
-from moe_reduce.core import disk
 from moe_reduce.core.errors import UserError
-from moe_reduce.data import byte_level
-from moe_reduce.data.sentencepiece_json import META_SPACE, PROBE, begins_with_space, to_json_tokenizer
-
-SENTENCEPIECE_FILE, JSON_FILE, SETTINGS_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-BEGIN_KEY = "add_bos_token"
-WORD = re.compile(" *[^ ]+| +")
-CACHED_WORDS, CACHED_LENGTH = 1 << 17, 32  # tens of MB in all
-# the token that separates documents is the first of these in the vocabulary, else the file's own eos_token
-END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+from moe_reduce.data.sentencepiece_tokenizer import SentencePieceTokenizer, trained_here
+from moe_reduce.data.tokenizer_files import EXTRA_FILES, JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE
 
 
 class Tokenizer(Protocol):
-    """Conversion of text to token ids and back."""
+    """Conversion of text to token ids and back; can be pickled."""
 
     @property
     def vocab_size(self) -> int:
@@ -37,8 +22,18 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def base_size(self) -> int:
+        """Size of the vocabulary without the tokens that were added to it."""
+        ...
+
+    @property
     def end_of_text(self) -> int:
         """Id that follows each document."""
+        ...
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a generated text: end of text, and the eos_token, which may end a turn of a chat."""
         ...
 
     @property
@@ -48,7 +43,7 @@ class Tokenizer(Protocol):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of everything that decides the ids."""
+        """SHA-256 of everything that decides the ids: the reader's kind, vocabulary, settings and special tokens."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -63,6 +58,25 @@ class Tokenizer(Protocol):
         """Encode each text, as `encode` does."""
         ...
 
+    def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], int]:
+        """Encode a prompt and its completion as one text: (ids, number of those that belong to the prompt).
+
+        The ids begin as those of `encode_prompt` do, and nothing is added after the text. A token that holds the end
+        of the prompt and the start of the completion belongs to the completion.
+        """
+        ...
+
+    def parts(self, left: str, right: str) -> bool:
+        """Tell whether a text that reads left + right can be encoded in these two parts, by `encode_parts`.
+
+        True only where the tokenizer is known to give the ids of the whole text.
+        """
+        ...
+
+    def encode_parts(self, texts: Sequence[str], continued: Sequence[bool]) -> list[list[int]]:
+        """Encode each text as `encode` does, or where `continued`, as the part of a text that follows a newline."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids, special tokens included."""
         ...
@@ -72,172 +86,36 @@ class Tokenizer(Protocol):
         ...
 
 
-class SentencePieceTokenizer:
-    """A SentencePiece model; text that looks like a control token (`</s>`) is encoded as text."""
-
-    def __init__(self, model: bytes, settings: dict[str, Any] | None = None, origin: str = SENTENCEPIECE_FILE):
-        """model: the bytes of a tokenizer.model. Raises UserError, naming `origin`, when they are not one."""
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(f"{origin} is not a SentencePiece model: is it cut short, or a Git LFS pointer?") from error
-        if self._processor.eos_id() < 0:
-            raise UserError(f"{origin} has no end-of-text piece (eos_id): train it with one")
-        self._model = model
-        self._settings = settings
-        self._meta_space = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
-        self._falls_back = self._processor.unk_id() not in self._meta_space
-        self._by_word = _words_are_independent(self._processor)
-        self._cached = functools.lru_cache(CACHED_WORDS)(self._processor.encode)
-        self.vocab_size: int = self._processor.get_piece_size()
-        self.end_of_text: int = self._processor.eos_id()
-        self.begin_of_text: int | None = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
-        self.hash = hashlib.sha256(model).hexdigest()
-
-    def encode(self, text: str) -> list[int]:
-        if META_SPACE not in text or not self._falls_back:
-            return self._encode(text)
-        # SentencePiece would turn this character into a space, so it is encoded by its bytes
-        first, *rest = [self._encode(part) for part in text.split(META_SPACE)]
-        return first + list(itertools.chain.from_iterable(self._meta_space + part for part in rest))
-
-    def encode_prompt(self, text: str) -> list[int]:
-        wanted = self._settings is not None and BEGIN_KEY in self._settings and self._settings[BEGIN_KEY]
-        begins = wanted and self._processor.bos_id() >= 0
-        return [self._processor.bos_id(), *self.encode(text)] if begins else self.encode(text)
-
-    def _encode(self, text: str) -> list[int]:
-        if not self._by_word:
-            return self._processor.encode(text)
-        # no piece spans two words, so words can be encoded one by one; a cache of frequent words makes it twice as fast
-        words = WORD.findall(text)
-        found = (self._cached(word) if len(word) <= CACHED_LENGTH else self._processor.encode(word) for word in words)
-        return list(itertools.chain.from_iterable(found))
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(identity) for identity in ids])
-
-    def save(self, directory: Path) -> None:
-        (directory / SENTENCEPIECE_FILE).write_bytes(self._model)
-        converted = to_json_tokenizer(self._processor)
-        if converted is not None:
-            converted.save(str(directory / JSON_FILE))
-        _write_settings(directory, self._settings or self._transformers_settings(converted is not None))
-
-    def _transformers_settings(self, has_json: bool) -> dict[str, Any]:
-        processor = self._processor
-        names = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast" if has_json else "LlamaTokenizer"}
-        settings |= {"add_prefix_space": begins_with_space(processor), "add_bos_token": False, "legacy": False}
-        return settings | {name: processor.id_to_piece(piece) for name, piece in names.items() if piece >= 0}
-
-
-def _words_are_independent(processor: sentencepiece.SentencePieceProcessor) -> bool:
-    pieces = (processor.id_to_piece(identity) for identity in range(processor.get_piece_size()))
-    if not all(re.fullmatch(f"{META_SPACE}*[^{META_SPACE}]*", piece) for piece in pieces):
-        return False
-    # a model that adds or removes spaces would do so for each word
-    return list(itertools.chain.from_iterable(map(processor.encode, WORD.findall(PROBE)))) == processor.encode(PROBE)
-
-
-class JsonTokenizer:
-    """A tokenizer of the `tokenizers` library; special tokens spelled out in a text are encoded as special tokens."""
-
-    def __init__(
-        self, tokenizer: tokenizers.Tokenizer, settings: dict[str, Any] | None = None, origin: str = JSON_FILE
-    ):
-        """Raises UserError, naming `origin`, when the vocabulary has no token that separates documents."""
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self._tokenizer = tokenizer
-        self._settings = settings
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        self.end_of_text: int = vocabulary[_end_of_text_name(vocabulary, settings, origin)]
-        begins = _named(settings, "bos_token")
-        self.begin_of_text: int | None = None if begins is None else vocabulary.get(begins)
-        self.vocab_size: int = max(vocabulary.values()) + 1
-        self.hash = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=True).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([int(identity) for identity in ids], skip_special_tokens=False)
-
-    def save(self, directory: Path) -> None:
-        self._tokenizer.save(str(directory / JSON_FILE))
-        end_of_text = self._tokenizer.id_to_token(self.end_of_text)
-        written = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text}
-        _write_settings(directory, self._settings or written)
-
-
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Load a tokenizer from a .model or .json file, or from a directory.
+    """Load a tokenizer from a directory, or from a .model or .json file.
 
-    A directory holds tokenizer.model, tokenizer.json, or Qwen's vocab.json and merges.txt.
+    A directory holds tokenizer.json, tokenizer.model, or vocab.json and merges.txt. A file with a tokenizer_config.json
+    beside it is read as its directory is.
     Raises UserError when there is no tokenizer or it is damaged.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
-        return _load_directory(path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"tokenizer {str(path)!r} does not exist: give a {SENTENCEPIECE_FILE}, a {JSON_FILE} or `train`"
         )
-    settings = _read_settings(path.parent)
     if path.suffix == ".json":
-        return JsonTokenizer(_read_json_tokenizer(path), settings, str(path))
-    return SentencePieceTokenizer(path.read_bytes(), settings, str(path))
+        return _read_json(path)
+    if path.is_file() and (path.name != SENTENCEPIECE_FILE or not _has_settings(path.parent)):
+        return SentencePieceTokenizer(path.read_bytes(), str(path))
+    directory = path if path.is_dir() else path.parent
+    trained = trained_here(directory)
+    if trained is not None:
+        return trained
+    from moe_reduce.data import library_reader  # takes a second to import, and only such directories need it
+
+    return library_reader.read_directory(directory)
 
 
-def _load_directory(directory: Path) -> Tokenizer:
-    settings = _read_settings(directory)
-    found = [
-        load_tokenizer(directory / name) for name in (SENTENCEPIECE_FILE, JSON_FILE) if (directory / name).is_file()
-    ]
-    if found:  # of two, the larger, which has added tokens; if equal, the SentencePiece model, which loses less text
-        return max(found, key=lambda tokenizer: tokenizer.vocab_size)
-    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-        return JsonTokenizer(byte_level.from_vocabulary(directory, settings or {}), settings, str(directory))
-    raise UserError(
-        f"{directory} holds no {JSON_FILE}, {SENTENCEPIECE_FILE}, or vocab.json with merges.txt: name another tokenizer"
-    )
+def _read_json(path: Path) -> Tokenizer:
+    from moe_reduce.data import library_reader
+
+    return library_reader.read_directory(path.parent) if path.name == JSON_FILE else library_reader.read_file(path)
 
 
-def _read_json_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust library raises bare Exception
-        raise UserError(f"{path} is not a tokenizer.json ({error}): is it cut short, or a Git LFS pointer?") from error
-
-
-def _read_settings(directory: Path) -> dict[str, Any] | None:
-    path = directory / SETTINGS_FILE
-    return disk.read_json(path) if path.is_file() else None
-
-
-def _write_settings(directory: Path, settings: dict[str, Any]) -> None:
-    (directory / SETTINGS_FILE).write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-def _named(settings: dict[str, Any] | None, key: str) -> str | None:
-    found = settings[key] if settings and key in settings else None
-    # older files hold an AddedToken as a dict
-    names = [found, found["content"] if isinstance(found, dict) and "content" in found else None]
-    return next((name for name in names if isinstance(name, str)), None)
-
-
-def _end_of_text_name(vocabulary: dict[str, int], settings: dict[str, Any] | None, origin: str) -> str:
-    for name in (*END_OF_TEXT_NAMES, str(_named(settings, "eos_token"))):
-        if name in vocabulary:
-            return name
-    raise UserError(f"{origin} has none of {', '.join(END_OF_TEXT_NAMES)}: name its eos_token in {SETTINGS_FILE}")
+def _has_settings(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in (SETTINGS_FILE, *EXTRA_FILES))

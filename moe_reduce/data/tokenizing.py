@@ -15,13 +15,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from moe_reduce.core.errors import UserError
 from moe_reduce.data.pieces import Piece
-from moe_reduce.data.tokenizers import Tokenizer, load_tokenizer
+from moe_reduce.data.tokenizers import Tokenizer
 
 TASK_CHARACTERS = 1 << 18  # enough to outweigh the cost of sending a task to a process
 TASKS_PER_WORKER = 4  # in flight at once: no worker idles, and memory stays at a few MB
@@ -29,18 +30,27 @@ TASKS_PER_WORKER = 4  # in flight at once: no worker idles, and memory stays at 
 _tokenizer: Tokenizer | None = None  # in a tokenizing process: set once, by _start
 
 
-def tokenize(pieces: Iterable[Piece], tokenizer: Path, workers: int) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Tokenize pieces, in order: each piece with its ids, uint32 [tokens]. tokenizer: the directory that holds it.
+class Part(NamedTuple):
+    """Text that is encoded in one go; `continued` where it follows a newline of the same document."""
 
+    piece: Piece
+    continued: bool
+
+
+def tokenize(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Tokenize pieces, in order: each with its ids, uint32 [tokens].
+
+    The ids are those of whole documents: pieces between which the tokenizer does not part a text are joined into one.
     Raises UserError when a process is killed, for example for lack of memory.
     """
     context = multiprocessing.get_context("spawn")
-    in_flight: deque[tuple[list[Piece], Future[tuple[np.ndarray, list[int]]]]] = deque()
+    in_flight: deque[tuple[list[Part], Future[tuple[np.ndarray, list[int]]]]] = deque()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(tokenizer,)) as executor:
         try:
-            for task in _tasks(pieces):
-                with _bare_main():
-                    in_flight.append((task, executor.submit(_encode, [piece.text for piece in task])))
+            for task in _tasks(joined(pieces, tokenizer)):
+                texts, continued = [part.piece.text for part in task], [part.continued for part in task]
+                with bare_main():
+                    in_flight.append((task, executor.submit(_encode, texts, continued)))
                 if len(in_flight) >= TASKS_PER_WORKER * workers:
                     yield from _collect(*in_flight.popleft())
             while in_flight:
@@ -53,12 +63,31 @@ def tokenize(pieces: Iterable[Piece], tokenizer: Path, workers: int) -> Iterator
             executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _tasks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    task: list[Piece] = []
-    characters = 0
+def joined(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Part]:
+    """Join neighbouring pieces of a document and a split that the tokenizer does not encode apart."""
+    newest: Piece | None = None
+    texts: list[str] = []
+    continued = False
     for piece in pieces:
-        task.append(piece)
-        characters += len(piece.text)
+        follows = newest is not None and not newest.last and newest.document == piece.document
+        apart = newest is None or not follows or tokenizer.parts(newest.text, piece.text)
+        if newest is not None and (apart or newest.split != piece.split):
+            yield Part(replace(newest, text="".join(texts)), continued)
+            texts.clear()
+        if not texts:
+            continued = follows and apart
+        texts.append(piece.text)
+        newest = piece
+    if newest is not None:
+        yield Part(replace(newest, text="".join(texts)), continued)
+
+
+def _tasks(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    task: list[Part] = []
+    characters = 0
+    for part in parts:
+        task.append(part)
+        characters += len(part.piece.text)
         if characters >= TASK_CHARACTERS:
             yield task
             task, characters = [], 0
@@ -66,13 +95,13 @@ def _tasks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield task
 
 
-def _collect(task: list[Piece], result: "Future[tuple[np.ndarray, list[int]]]") -> Iterator[tuple[Piece, np.ndarray]]:
+def _collect(task: list[Part], result: "Future[tuple[np.ndarray, list[int]]]") -> Iterator[tuple[Piece, np.ndarray]]:
     ids, counts = result.result()
-    yield from zip(task, np.split(ids, np.cumsum(counts)[:-1]), strict=True)
+    yield from zip((part.piece for part in task), np.split(ids, np.cumsum(counts)[:-1]), strict=True)
 
 
 @contextlib.contextmanager
-def _bare_main() -> Iterator[None]:
+def bare_main() -> Iterator[None]:
     """Hide the main module from spawned processes, which would import it again.
 
     That is slow, and a script without `if __name__ == "__main__"` would start processes without end.
@@ -85,10 +114,10 @@ def _bare_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _start(tokenizer: Path) -> None:
+def _start(tokenizer: Tokenizer) -> None:
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process
-    _tokenizer = load_tokenizer(tokenizer)
+    _tokenizer = tokenizer
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -100,7 +129,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(texts: list[str]) -> tuple[np.ndarray, list[int]]:
+def _encode(texts: list[str], continued: list[bool]) -> tuple[np.ndarray, list[int]]:
     assert _tokenizer is not None
-    encoded = [np.asarray(ids, dtype=np.uint32) for ids in _tokenizer.encode_batch(texts)]
+    encoded = [np.asarray(ids, dtype=np.uint32) for ids in _tokenizer.encode_parts(texts, continued)]
     return np.concatenate(encoded), [len(ids) for ids in encoded]

@@ -14,6 +14,7 @@ from typing import Any
 
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.data.tokenizer_files import READ_AS
 from moe_reduce.families import gpt_neox, llama, olmoe, own, qwen3, qwen3_moe
 from moe_reduce.families.family import CARRIED, Family
 from moe_reduce.families.layout import Leaf, to_stored
@@ -118,6 +119,8 @@ def to_hf(config: ModelConfig, original: Mapping[str, Any] | None, dtype: str) -
             raw = family.update(raw, config)
     else:
         carried = {key: value for key, value in original.items() if key in CARRIED}
+        if family is own.FAMILY and MODEL_TYPE in original:  # transformers reads tokenizers by the type of their model
+            carried.setdefault(READ_AS, original[MODEL_TYPE])
         raw = family.write(config) | carried | {MODEL_TYPE: family.name, "architectures": [family.architecture]}
     for key in {"dtype", "torch_dtype"} & set(raw):
         raw[key] = dtype

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_reduce.core.config import ModelConfig
+from moe_reduce.data.tokenizer_files import READ_AS
 from moe_reduce.families.layout import Tensor
 
 # Keys that describe the tokenizer and the weights rather than the architecture: they survive a change of family.
-CARRIED = ("bos_token_id", "dtype", "eos_token_id", "pad_token_id", "torch_dtype", "transformers_version")
+CARRIED = ("bos_token_id", "dtype", "eos_token_id", "pad_token_id", READ_AS, "torch_dtype", "transformers_version")
 NOTHING = re.compile(r"(?!)")
 
 

@@ -27,10 +27,9 @@ def recall(model: Model, data: Completions, pairs: int) -> dict[str, float]:
         numbers = data.numbers(split)[:pairs]
         if not numbers:
             continue
-        prompts = [data.tokenizer.encode(data.pairs[number][0]) for number in numbers]
-        wanted = [data.tokenizer.encode(data.pairs[number][1]) for number in numbers]
+        prompts, wanted = zip(*map(data.tokens, numbers), strict=True)
         padding = -len(prompts) % _batch_shards()
-        completed = generate(model, prompts + prompts[-1:] * padding, settings)[: len(prompts)]
+        completed = generate(model, [*prompts, *prompts[-1:] * padding], settings)[: len(prompts)]
         shares = [_share_right(data.tokenizer, *row) for row in zip(prompts, completed, wanted, strict=True)]
         found[f"recall_{split}"] = float(np.mean(shares))
     return found

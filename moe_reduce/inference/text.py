@@ -2,8 +2,9 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from moe_reduce.core import disk
 from moe_reduce.core.config import GenerateConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizers import Tokenizer
@@ -11,6 +12,11 @@ from moe_reduce.inference.generate import STEPS, chunks
 from moe_reduce.models.model import Model
 
 GENERATION_FILE, END_KEY = "generation_config.json", "eos_token_id"
+# Settings that are used, that --max-tokens and the model's context replace, or that change no text.
+APPLIED = frozenset({
+    END_KEY, "bos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "use_cache",
+    "cache_implementation", "transformers_version", "return_dict_in_generate", "output_scores",
+})  # fmt: skip
 CONTEXT = 16  # prompt tokens decoded together with the new ones: a tokenizer may treat the start of a text differently
 PARTIAL = "\ufffd"  # decoded form of an incomplete character
 
@@ -80,16 +86,36 @@ def complete(
 
 
 def end_ids(model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Token ids that end a text: the tokenizer's end of text, and those in generation_config.json and config.json.
+    """Token ids that end a text: those of the tokenizer, and those in generation_config.json and config.json.
 
     A chat model may end its turn with another token than its documents. UserError for ids that are no integers.
     """
-    sources = [model.hf_config or {}]
-    if model.source is not None and (model.source / GENERATION_FILE).is_file():
-        sources.append(disk.read_json(model.source / GENERATION_FILE))
+    sources = [model.hf_config or {}, {} if model.source is None else _generation_config(model.source)]
     found = [source[END_KEY] for source in sources if END_KEY in source]
     several = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]
-    ids = {tokenizer.end_of_text, *itertools.chain.from_iterable(several)}
+    ids = {*tokenizer.end_ids, *itertools.chain.from_iterable(several)}
     if not all(isinstance(one, int) for one in ids):
         raise UserError(f"{END_KEY} of {model.source} must be token ids, got {found}: see {GENERATION_FILE}")
     return tuple(sorted(ids))
+
+
+def unapplied_settings(directory: Path) -> dict[str, Any]:
+    """Settings of generation_config.json that change texts in transformers and not here, by name.
+
+    Those that leave texts as they are without them, such as `num_beams: 1`, are not among them.
+    """
+    changed = _generation_config(directory)
+    return {key: value for key, value in changed.items() if key not in APPLIED and not key.startswith("_")}
+
+
+def _generation_config(directory: Path) -> dict[str, Any]:
+    """Read the settings of generation_config.json that differ from transformers' defaults; empty without the file."""
+    if not (directory / GENERATION_FILE).is_file():
+        return {}
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(str(directory), local_files_only=True).to_diff_dict()
+    except Exception as error:  # a file of others, whose values the library checks in many ways
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{directory / GENERATION_FILE} cannot be read ({reason}): restore it or remove it") from error
