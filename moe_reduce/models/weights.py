@@ -151,10 +151,12 @@ def matmul(x: jax.Array, w: Weight, transposed: bool = False) -> jax.Array:
     x_SI = x.reshape(math.prod(lead), math.prod(contracted))
     matrix = _flat(w.value, w.input_axes)
     if w.exact:
-        return _exact(x_SI, dequantised(matrix, (0,), jnp.float32), w.layout).reshape(*lead, *kept)
-    y_SO = checkpoint_name(_product(x_SI, matrix, w.layout, transposed), products.REMAT_SAVED)
+        y_SO = _exact(x_SI, dequantised(matrix, (0,), jnp.float32), w.layout)
+    else:
+        y_SO = checkpoint_name(_product(x_SI, matrix, w.layout, transposed), products.REMAT_SAVED)
     if w.delta is not None:
-        y_SO = deltas.adapted(x_SI, y_SO, partial(_as_array, matrix), w.delta, w.layout)
+        multiply: Any = _exact if w.exact else products.product
+        y_SO = deltas.adapted(x_SI, y_SO, partial(_as_array, matrix), w.delta, lambda x, m: multiply(x, m, w.layout))
     return y_SO.reshape(*lead, *kept)
 
 
