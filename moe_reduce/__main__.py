@@ -34,6 +34,7 @@ COMMANDS = {
 
 
 COMPILES_NOTHING = {"inspect", "report"}
+MEMORY = "free some, raise its limit (ulimit -v), or lower the batch size"
 PURPOSE = "Make a language model smaller, and show what it cost."
 
 
@@ -76,9 +77,20 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, PeerLost):
             os._exit(error.status)  # Python and JAX would wait at exit for the lost process
         return error.status
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(f"moe-reduce {wanted}: out of memory ({reason or 'no more was to be had'}): {MEMORY}", file=sys.stderr)
+        return UserError.status
     except BrokenPipeError:  # the reader of stdout, such as head, has seen enough
         sys.stdout = None
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """True for Python's error and for XLA's, whose type cannot be named without importing JAX."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _parser(arguments: list[str], wanted: str | None) -> Parser:
