@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from moe_reduce.core import compilation_cache
+from moe_reduce.core import compilation_cache, memory
 from moe_reduce.core.errors import PeerLost, UserError
 
 COMMANDS = {
@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     wanted = arguments[0] if arguments and arguments[0] in COMMANDS else None
     try:
+        if wanted:
+            memory.check_start()
         parsed, overrides = _parser(arguments, wanted).parse_known_args(arguments)
         if parsed.command not in COMPILES_NOTHING:
             compilation_cache.enable()
@@ -77,20 +79,15 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, PeerLost):
             os._exit(error.status)  # Python and JAX would wait at exit for the lost process
         return error.status
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        print(f"moe-reduce {wanted}: out of memory ({reason or 'no more was to be had'}): {MEMORY}", file=sys.stderr)
-        return UserError.status
     except BrokenPipeError:  # the reader of stdout, such as head, has seen enough
         sys.stdout = None
+    except Exception as error:
+        if not memory.is_exhausted(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(f"moe-reduce {wanted}: out of memory{reason and f' ({reason})'}: {MEMORY}", file=sys.stderr, flush=True)
+        return UserError.status
     return 0
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """True for Python's error and for XLA's, whose type cannot be named without importing JAX."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _parser(arguments: list[str], wanted: str | None) -> Parser:

@@ -13,8 +13,8 @@ import moe_reduce
 from moe_reduce.__main__ import main
 from moe_reduce.core import trees
 from moe_reduce.core.config import ExecutionConfig
-from moe_reduce.core.stages import PoolStage
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.stages import PoolStage
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.quantization.round_to_nearest import quantise_int8

@@ -4,13 +4,14 @@ A quantised weight consists of several tensors: see quantised.py.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from moe_reduce.core import trees
+from moe_reduce.core import memory, trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.families import Leaf, by_path, leaves, of_config, to_stored
@@ -68,10 +69,18 @@ def read_params(
     jax.sharding.Sharding with the structure of the parameters; each device then reads only its own slices.
     """
     check_names(files, config)
+    _check_room(files, config, dtype)
     by_leaf = dict.fromkeys(by_path(config)) if shardings is None else trees.flatten(shardings)
     if set(by_leaf) != set(by_path(config)):
         raise UserError(f"shardings do not match the parameters: {sorted(set(by_leaf) ^ set(by_path(config)))}")
     return trees.unflatten({leaf.path: _read(files, leaf, dtype, by_leaf[leaf.path]) for leaf in leaves(config)})
+
+
+def _check_room(files: TensorFiles, config: ModelConfig, dtype: Any) -> None:
+    """Raise UserError when a limit of address space leaves no room for the weights beside the mapped files."""
+    stored = sum(entry.stop - entry.start for entry in files.entries.values())
+    count = sum(math.prod(leaf.shape) for leaf in leaves(config))
+    memory.check_room(stored + (stored if dtype is None else count * np.dtype(dtype).itemsize), str(files.directory))
 
 
 def _read(files: TensorFiles, leaf: Leaf, dtype: Any, sharding: Any) -> Any:
