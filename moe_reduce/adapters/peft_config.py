@@ -133,7 +133,7 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
         ("r", "rank_pattern", (int,), "whole numbers"),
         ("lora_alpha", "alpha_pattern", (int, float), "numbers"),
     ):
-        own = values[pattern] or {}
+        own = {} if values[pattern] is None else values[pattern]
         if not isinstance(own, dict):
             raise UserError(f"{pattern} must be an object, got {own!r}")
         found = [values[key], *own.values()]
@@ -145,7 +145,7 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
 def _check_selection(values: Mapping[str, Any]) -> None:
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         value = values[key]
-        names = [value] if isinstance(value, str) else value or []
+        names = [] if value is None else [value] if isinstance(value, str) else value
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{key} must be a list of names or one regular expression, got {value!r}")
         if key == "layers_pattern":

@@ -13,6 +13,7 @@ from moe_reduce.families.neutral_keys import NEUTRAL
 
 ROPE = {"rope_theta": "rope_theta"}
 ROPE_GROUPS = ("rope_scaling", "rope_parameters")  # keys of older and newer files that group what concerns rotation
+LARGEST_FLOAT = 2**64  # of a float that a file gives as an integer
 MOE = "moe."  # before the fields of MoEConfig
 
 
@@ -34,7 +35,7 @@ class Key:
             return None
         if value is None:
             raise UserError(f"{self.name} is missing: add it")
-        if self.kind is float and type(value) is int:
+        if self.kind is float and type(value) is int and abs(value) < LARGEST_FLOAT:
             return float(value)
         if type(value) is not self.kind:
             raise UserError(f"{self.name} must be {self.kind.__name__}, got {value!r}")
