@@ -141,10 +141,10 @@ def linear(module: Any, name: str, x: jax.Array) -> jax.Array:
 def matmul(x: jax.Array, w: Weight, transposed: bool = False) -> jax.Array:
     """x [..., *in] · w [*in, *out] -> [..., *out] in the dtype of x, or in fp32 where the weight is exact.
 
-    transposed: x [..., *out] · wᵀ -> [..., *in]. Exact and transposed products take no adapter. Leading axes are
-    flattened first: otherwise XLA on CPU runs the gradient at a third of the speed.
+    transposed: x [..., *out] · wᵀ -> [..., *in]. Transposed products take no adapter. Leading axes are flattened first:
+    otherwise XLA on CPU runs the gradient at a third of the speed.
     """
-    assert w.delta is None or not (w.exact or transposed), "an adapter changes no router and no embedding"
+    assert w.delta is None or not transposed, "an adapter changes no embedding"
     ins, outs = w.value.shape[: w.input_axes], w.value.shape[w.input_axes :]
     contracted, kept = (outs, ins) if transposed else (ins, outs)
     lead = x.shape[: x.ndim - len(contracted)]
