@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from moe_reduce.core import compilation_cache
+from moe_reduce.core import compilation_cache, memory
 from moe_reduce.core.errors import PeerLost, UserError
 
 COMMANDS = {
@@ -34,6 +34,7 @@ COMMANDS = {
 
 
 COMPILES_NOTHING = {"inspect", "report"}
+MEMORY = "free some, raise its limit (ulimit -v), or lower the batch size"
 PURPOSE = "Make a language model smaller, and show what it cost."
 
 
@@ -67,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     wanted = arguments[0] if arguments and arguments[0] in COMMANDS else None
     try:
+        if wanted:
+            memory.check_start()
         parsed, overrides = _parser(arguments, wanted).parse_known_args(arguments)
         if parsed.command not in COMPILES_NOTHING:
             compilation_cache.enable()
@@ -78,6 +81,12 @@ def main(argv: list[str] | None = None) -> int:
         return error.status
     except BrokenPipeError:  # the reader of stdout, such as head, has seen enough
         sys.stdout = None
+    except Exception as error:
+        if not memory.is_exhausted(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(f"moe-reduce {wanted}: out of memory{reason and f' ({reason})'}: {MEMORY}", file=sys.stderr, flush=True)
+        return UserError.status
     return 0
 
 

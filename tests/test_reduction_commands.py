@@ -272,10 +272,11 @@ def _retyped(header):
     header["model.layers.0.mlp.experts.3.gate_proj.weight"]["dtype"] = "I32"
 
 
-def _recast(file, dtype, wanted="model.layers.0.mlp.experts.3.gate_proj.weight"):
+def _recast(file, dtype):
     """The same file with one tensor in another dtype; 8 bits are no weight without their scale."""
     files = TensorFiles(file.parent)
     arrays = {name: files.read(name).copy() for name in files.entries}
+    wanted = "model.layers.0.mlp.experts.3.gate_proj.weight"
     arrays[wanted] = arrays[wanted].astype(np.dtype(dtype))
     write_tensors(file.parent, [(name, array.shape, array.dtype, array) for name, array in arrays.items()])
 
@@ -284,8 +285,6 @@ def _recast(file, dtype, wanted="model.layers.0.mlp.experts.3.gate_proj.weight")
     ("damage", "part"),
     [
         (lambda file: _recast(file, ml_dtypes.float8_e4m3fn), "experts.3.gate_proj"),
-        (lambda file: _recast(file, ml_dtypes.bfloat16), "layers/experts/gate"),
-        (lambda file: _recast(file, ml_dtypes.bfloat16, "model.layers.0.mlp.gate.weight"), "layers/router/weight"),
         (_truncate, "truncated"),
         (lambda file: _rewrite_header(file, _renamed), "experts.3.gate_proj"),
         (lambda file: _rewrite_header(file, _reshaped), "experts.3.gate_proj"),

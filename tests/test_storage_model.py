@@ -30,7 +30,7 @@ def model(tmp_path: Path) -> moe_reduce.Model:
 def step(model: moe_reduce.Model) -> Step:
     count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     assert model.source is not None
-    return Step("prune", {"keep": 0.5}, (manifest.input_of(model.source),), count, count, {"loss": 1.5}, [[0, 3]])
+    return Step("prune", {"keep": 0.5}, (manifest.input_of(model.source),), count, count, {"loss": 1.5}, [[[0, 3]]])
 
 
 def test_files_of_a_saved_model(tmp_path: Path, model: moe_reduce.Model):

@@ -43,12 +43,13 @@ def rewrite_header(file: Path, change) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
 
 
-def assert_refused(directory: Path, *words: str) -> None:
+def assert_refused(directory: Path, *words: str) -> str:
     with pytest.raises(UserError) as caught:
         TensorFiles(directory)
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def test_library_reads_what_we_write(tmp_path: Path):
@@ -252,3 +253,58 @@ def test_no_weights_and_two_kinds(tmp_path: Path):
     sharded(tmp_path)
     safetensors.numpy.save_file(ARRAYS, tmp_path / SINGLE_FILE)
     assert_refused(tmp_path, SINGLE_FILE, INDEX_FILE)
+
+
+def test_an_index_beside_a_single_file_is_ignored_unless_its_shards_exist(tmp_path: Path):
+    """As mlx-lm writes one shard, and as it is left behind when shards are joined."""
+    write_tensors(tmp_path, items(ARRAYS))
+    for name in (SINGLE_FILE, "model-00001-of-00002.safetensors"):
+        (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys(ARRAYS, name)}))
+        files = TensorFiles(tmp_path)
+        for tensor, array in ARRAYS.items():
+            np.testing.assert_array_equal(files.read(tensor), array)
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    safetensors.numpy.save_file(ARRAYS, shard)
+    assert_refused(tmp_path, SINGLE_FILE, INDEX_FILE, shard.name)
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/model.safetensors", "", 3, None])
+def test_an_index_names_files_beside_it(tmp_path: Path, name):
+    weight_map = sharded(tmp_path)
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map | {"a": name}}))
+    assert_refused(tmp_path, INDEX_FILE, "tensor a", repr(name))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "C64", "F8_E4M3FNUZ", "F8_E5M2FNUZ"])
+def test_dtypes_that_are_not_read_are_named_as_such(tmp_path: Path, dtype: str):
+    write_tensors(tmp_path, items(ARRAYS))
+    file = tmp_path / SINGLE_FILE
+    rewrite_header(file, lambda header: header | {"a": header["a"] | {"dtype": dtype}})
+    message = assert_refused(tmp_path, str(file), "tensor a", f"dtype {dtype}", "not supported")
+    assert "corrupt" not in message
+    assert "fetch" not in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [-3, -4]}, {"shape": [3.0, 4]}, {"shape": [True, 12]}, {"shape": ["3", 4]}, {"shape": 12},
+        {"shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}, {"data_offsets": [-48, 0]}, {"data_offsets": [0.0, 48.0]},
+        {"data_offsets": [0]}, {"data_offsets": None}, {"dtype": ["F32"]}, {"dtype": None}, {"shape": [10**30]},
+    ],
+)  # fmt: skip
+def test_shapes_and_offsets_that_are_no_sizes(tmp_path: Path, change: dict):
+    write_tensors(tmp_path, items({"a": np.zeros((3, 4), np.float32)}))
+    rewrite_header(tmp_path / SINGLE_FILE, lambda header: header | {"a": header["a"] | change})
+    assert_refused(tmp_path, str(tmp_path / SINGLE_FILE), "corrupt header")
+
+
+def test_headers_and_indices_nested_without_end(tmp_path: Path):
+    deep = "[" * 100_000 + "]" * 100_000
+    sharded(tmp_path)
+    (tmp_path / INDEX_FILE).write_text(f'{{"weight_map": {deep}}}')
+    assert_refused(tmp_path, INDEX_FILE, "nested too deeply")
+    text = f'{{"a": {deep}}}'.encode()
+    (tmp_path / INDEX_FILE).unlink()
+    (tmp_path / SINGLE_FILE).write_bytes(len(text).to_bytes(8, "little") + text)
+    assert_refused(tmp_path, SINGLE_FILE, "nested too deeply")

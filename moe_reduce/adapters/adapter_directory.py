@@ -5,7 +5,6 @@ with the one in adapter.json. adapter.json also holds the hashes of the base and
 difference.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from moe_reduce.adapters.leaves import is_projection, leaves_of
 from moe_reduce.adapters.merging import digest
 from moe_reduce.adapters.peft_modules import CONFIG_FILE, WEIGHTS_FILE
 from moe_reduce.adapters.targets import targets_of
-from moe_reduce.core import outputs, trees
+from moe_reduce.core import json_files, outputs, trees
 from moe_reduce.core.config import AdapterConfig, ModelConfig, to_dict
 from moe_reduce.core.config_dict import build
 from moe_reduce.core.disk import write_json
@@ -91,8 +90,8 @@ def load(directory: Path, model: ModelConfig, base: Input | None) -> Adapter:
 def described(directory: Path) -> dict[str, Any]:
     """Content of adapter.json. Raises UserError if it is damaged, or if a file that it lists is missing or changed."""
     file = directory / DESCRIPTION
+    content = json_files.read_object(file)
     try:
-        content = json.loads(file.read_text())
         names = dict(content["files"])
         _ = content["config"], content["digest"], content["base"]["sha256"], content["projections"]["sha256"]
     except (ValueError, KeyError, TypeError) as error:

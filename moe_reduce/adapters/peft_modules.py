@@ -1,6 +1,7 @@
 """Modules of PEFT for adapted matrices: their names in transformers, and the rows that each matrix fills.
 
-The query, key and value matrices of GPT-NeoX are one module in transformers.
+The query, key and value matrices of GPT-NeoX are one module in transformers. Experts and routers have the names of
+transformers 4, where each expert and each router is a module; PEFT reads these with transformers 5 as well.
 """
 
 from collections.abc import Sequence
@@ -22,12 +23,14 @@ LORA_A, LORA_B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_ve
 class Submatrix:
     """One adapted matrix within a module: the whole module, or some of its output rows.
 
-    index: position of its layer in target.layers. rows: int [O], its rows among the module's outputs.
+    index: position of its layer in target.layers. rows: int [O], its rows among the module's outputs. expert: its
+    number; None for a matrix that is not one of several experts.
     """
 
     target: Target
     index: int
     rows: np.ndarray
+    expert: int | None = None
 
     @property
     def layer(self) -> int:
@@ -37,18 +40,19 @@ class Submatrix:
 
 
 def modules_of(targets: Sequence[Target], model: ModelConfig) -> dict[str, list[Submatrix]]:
-    """Adapted matrices by the name of their module, without experts, which are not modules in transformers 5."""
+    """Adapted matrices by the name of their module, without shared pools, which transformers does not have."""
     by_path = families.by_path(model)
     found: dict[str, list[Submatrix]] = {}
     for target in targets:
-        if target.experts is not None:
-            continue
         leaf = by_path[target.path]
         numbered = np.broadcast_to(np.arange(leaf.stored_shape[0])[:, None], leaf.stored_shape)
         rows = leaf.from_stored(numbered).reshape(target.in_features, target.out_features)[0]
         for index, layer in enumerate(target.layers or ()):
-            module = leaf.module((layer,))
-            found.setdefault(module, []).append(Submatrix(target, index, rows))
+            if target.experts is None:
+                found.setdefault(leaf.module((layer,)), []).append(Submatrix(target, index, rows))
+                continue
+            for expert in range(target.experts):
+                found[leaf.module((layer, expert))] = [Submatrix(target, index, rows, expert)]
     return found
 
 

@@ -1,20 +1,19 @@
 """Read PEFT's two files as an adapter: LoRA, rsLoRA and DoRA.
 
-A LoRA of GPT-NeoX's query_key_value adapts all three matrices, each with a copy of its lora_A.
+A LoRA of GPT-NeoX's query_key_value adapts all three matrices, each with a copy of its lora_A. Experts that a file
+leaves out, in a layer of which it adapts others, get ΔW = 0.
 """
 
-import json
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from moe_reduce.adapters import peft_config
 from moe_reduce.adapters.adapter import Adapter, check_fits
+from moe_reduce.adapters.peft_config import PeftConfig
 from moe_reduce.adapters.peft_modules import (
-    CONFIG_FILE,
     LORA_A,
     LORA_B,
     MAGNITUDE,
@@ -24,93 +23,67 @@ from moe_reduce.adapters.peft_modules import (
     modules_of,
     output_sizes,
 )
-from moe_reduce.adapters.targets import Target, targets_of, word_of
+from moe_reduce.adapters.targets import Target, every_target, word_of
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, ModelConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.storage.parameter_tensors import check_weight
 from moe_reduce.storage.tensors import TensorFiles
 
-# Accepted values of keys for which PEFT has more. Other initialisations (PiSSA, OLoRA, ...) change the base as well.
-REQUIRED_VALUES = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}
-# Keys that are read here, or have no effect on a trained adapter. Any other key must be off: None, False or empty.
-KNOWN = {
-    *REQUIRED_VALUES, "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "task_type",
-    "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-}  # fmt: skip
 SUFFIXES = (LORA_A, LORA_B, MAGNITUDE)
-ALL_TARGETS = AdapterConfig(targets="attention,mlp", rank=1)
+PICKLE = "adapter_model.bin"
+# Endings of tensors that PEFT writes for what is not supported, and what they are.
+UNSUPPORTED = {
+    "lora_embedding_A": "a LoRA of the token embedding",
+    "lora_embedding_B": "a LoRA of the token embedding",
+    "base_layer.weight": "a whole matrix, trained or resized beside the adapter",
+    "modules_to_save.weight": "a whole matrix, trained beside the adapter",
+    "lora_B.bias": "a bias of lora_B",
+}
 Tensors = Mapping[tuple[str, str], np.ndarray]  # by (module, suffix)
+Modules = Mapping[str, Sequence[Submatrix]]
 
 
 def read(directory: Path, model: ModelConfig) -> Adapter:
     """Read the adapter in a PEFT directory. Raises UserError, naming the key or tensor, for what is unsupported."""
-    raw = _read_config(directory)
-    files = TensorFiles(directory, WEIGHTS_FILE)
-    tensors = {_split(name, files.entries[name].file): files.read(name).astype(np.float32) for name in files.entries}
-    targets = _adapted(tensors, model, directory, raw["use_dora"])
-    _check_output_sizes(tensors, model)
+    config = peft_config.read(directory)
+    tensors = _read_tensors(directory)
+    modules = modules_of(every_target(model), model)
+    _check_modules(config, tensors, model, directory / WEIGHTS_FILE)
+    _check_shapes(config, tensors, modules, model)
+    targets = _adapted(tensors, modules, model)
     rank = max(array.shape[0] for (_, suffix), array in tensors.items() if suffix == LORA_A)
-    method = "dora" if raw["use_dora"] else "rslora" if raw["use_rslora"] else "lora"
     words = ",".join(map(word_of, targets))
-    config = AdapterConfig(method=method, targets=words, rank=rank, alpha=float(raw["lora_alpha"]))
-    found: dict[str, list[np.ndarray]] = {}
-    for module, submatrices in modules_of(targets, model).items():
-        for submatrix in submatrices:
-            for name, value in _leaves(raw, tensors, module, submatrix, rank).items():
-                found.setdefault(f"{submatrix.target.path}/{name}", []).append(value)
-    leaves = {path: jnp.asarray(np.stack(values)) for path, values in found.items()}
-    leaves |= {f"{target.path}/layer_numbers": jnp.asarray(target.layers, jnp.int32) for target in targets}
-    adapter = Adapter(config, trees.unflatten(leaves))
+    found = AdapterConfig(method=config.method, targets=words, rank=rank, alpha=config.alpha)
+    leaves = {}
+    for target in targets:
+        for name, value in _leaves(config, tensors, target, modules_of([target], model), rank).items():
+            leaves[f"{target.path}/{name}"] = jnp.asarray(value)
+    adapter = Adapter(found, trees.unflatten(leaves))
     check_fits(adapter, model)
     return adapter
 
 
-def _leaves(
-    raw: dict[str, Any], tensors: Tensors, module: str, submatrix: Submatrix, rank: int
-) -> dict[str, np.ndarray]:
-    """Leaves of one matrix; modules of lower rank are padded with zeros, which leave ΔW unchanged."""
-    lora_a, lora_b = tensors[module, LORA_A], tensors[module, LORA_B]
-    missing = (0, rank - lora_a.shape[0])
-    found = {
-        "in/matrix": np.pad(lora_a, [missing, (0, 0)]).T,
-        "out/matrix": np.pad(lora_b[submatrix.rows], [(0, 0), missing]).T,
-        "scale": np.float32(_scale(raw, module, lora_a.shape[0])),
-    }
-    if raw["use_dora"]:
-        found |= {"magnitude": tensors[module, MAGNITUDE][submatrix.rows], "present": np.float32(1)}
+def _read_tensors(directory: Path) -> Tensors:
+    """Every tensor of the file in fp32. UserError for one that is not of a LoRA, not a float, empty or not finite."""
+    if (directory / PICKLE).is_file() and not (directory / WEIGHTS_FILE).is_file():
+        raise UserError(f"{directory} has {PICKLE}, a pickle, which can run code: save it with PEFT as safetensors")
+    files = TensorFiles(directory, WEIGHTS_FILE)
+    if not files.entries:
+        raise UserError(f"{directory / WEIGHTS_FILE} holds no tensor: fetch it again")
+    found = {}
+    for name, entry in files.entries.items():
+        place = _split(name, entry.file)
+        check_weight(name, entry)
+        if 0 in entry.shape:
+            raise UserError(
+                f"tensor {name} in {entry.file} is empty (shape {entry.shape}), as when it is saved without gathering "
+                "it from all devices (DeepSpeed ZeRO-3): save it again"
+            )
+        found[place] = files.read(name).astype(np.float32)
+        if not np.all(np.isfinite(found[place])):
+            raise UserError(f"tensor {name} in {entry.file} has values that are not finite: train or fetch it again")
     return found
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    file = directory / CONFIG_FILE
-    if not file.is_file():
-        raise UserError(f"{directory} has no {CONFIG_FILE}: give a directory that PEFT or adapt wrote")
-    try:
-        raw = json.loads(file.read_text())
-        raw = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}} | raw
-        missing = {"r", "lora_alpha", "peft_type"} - set(raw)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file} is not a JSON object ({error}): fetch it again") from None
-    if missing:
-        raise UserError(f"{file} has no {min(missing)}: fetch it again")
-    for key, accepted in REQUIRED_VALUES.items():
-        if key in raw and raw[key] not in accepted:
-            raise UserError(f"{file}: {key}={raw[key]!r} is not supported, only {accepted[0]!r}")
-    for key in sorted(set(raw) - KNOWN):
-        if raw[key]:
-            raise UserError(f"{file}: {key}={raw[key]!r} is not supported: merge the adapter with PEFT")
-    numbers = [raw["lora_alpha"], *(raw["alpha_pattern"] or {}).values()]
-    if not all(type(value) in (int, float) for value in numbers):
-        raise UserError(f"{file}: lora_alpha and alpha_pattern must hold numbers, got {numbers}")
-    if raw["use_dora"] and raw["use_rslora"]:
-        raise UserError(f"{file}: use_dora with use_rslora is not supported, only one of them")
-    return raw
 
 
 def _split(name: str, file: Path) -> tuple[str, str]:
@@ -118,47 +91,96 @@ def _split(name: str, file: Path) -> tuple[str, str]:
     for suffix in SUFFIXES:
         if name.startswith(PREFIX) and name.endswith(f".{suffix}"):
             return name.removeprefix(PREFIX).removesuffix(f".{suffix}"), suffix
+    for suffix, what in UNSUPPORTED.items():
+        if name.endswith(f".{suffix}"):
+            raise UserError(f"tensor {name} in {file} is {what}, which is not supported: merge the adapter with PEFT")
     raise UserError(f"tensor {name} in {file} is not part of a LoRA: known are {', '.join(SUFFIXES)}")
 
 
-def _adapted(tensors: Tensors, model: ModelConfig, directory: Path, dora: bool) -> tuple[Target, ...]:
-    """Targets that the tensors adapt. Raises UserError for unknown modules, and unexpected or missing tensors."""
-    file, needed = directory / WEIGHTS_FILE, SUFFIXES if dora else SUFFIXES[:2]
-    modules = modules_of(targets_of(ALL_TARGETS, model), model)
-    layers: dict[str, set[int]] = {}
+def _check_modules(config: PeftConfig, tensors: Tensors, model: ModelConfig, file: Path) -> None:
+    """Raise UserError unless the file holds exactly the tensors of the modules that its config targets."""
+    modules, needed = modules_of(every_target(model), model), SUFFIXES if config.method == "dora" else SUFFIXES[:2]
     for module, suffix in tensors:
         if module not in modules:
-            raise UserError(f"{file} changes {module}, which this model does not have as a matrix")
+            raise UserError(f"{file} changes {module}, which {_absence(module, model)}")
         if suffix not in needed:
-            raise UserError(f"{file} has {module}.{suffix}, but {CONFIG_FILE} says use_dora=false")
+            raise UserError(f"{file} has {module}.{suffix}, but {config.file.name} says use_dora=false: correct it")
+        if not config.targets(module):
+            raise UserError(
+                f"{file} changes {module}, which target_modules in {config.file.name} does not cover: correct one"
+            )
+        if config.method == "dora" and modules[module][0].expert is not None:
+            raise UserError(f"{config.file}: use_dora=true is not supported for experts ({module}): merge it with PEFT")
         for other in needed:
             if (module, other) not in tensors:
                 raise UserError(f"{file} has {module}.{suffix} but no {other}: fetch it again")
-        for submatrix in modules[module]:
-            layers.setdefault(submatrix.target.path, set()).add(submatrix.layer)
-    if not layers:
-        raise UserError(f"{file} holds no tensor: fetch it again")
-    targets = targets_of(ALL_TARGETS, model)
-    return tuple(
-        Target(target.parameter, tuple(sorted(layers[target.path]))) for target in targets if target.path in layers
-    )
-
-
-def _check_output_sizes(tensors: Tensors, model: ModelConfig) -> None:
-    sizes = output_sizes(model)
-    for (module, suffix), array in tensors.items():
-        if suffix != LORA_A and array.shape[0] != sizes[module]:
+    for module, (first, *_) in modules.items():
+        # with transformers 5, experts and routers are no linear maps
+        optional = config.all_linear and (first.expert is not None or first.target.router)
+        if config.targets(module) and not optional and (module, LORA_A) not in tensors:
             raise UserError(
-                f"{module}.{suffix} has shape {array.shape}, this base needs {sizes[module]} rows: give the adapter of "
-                "this base"
+                f"{file} has no tensor of {module}, which target_modules in {config.file.name} covers: fetch it again"
             )
 
 
-def _scale(raw: dict[str, Any], module: str, rank: int) -> float:
-    """α/r or α/√r, with the module's own α if a pattern gives one."""
-    alpha = raw["lora_alpha"]
-    for pattern, value in (raw["alpha_pattern"] or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return alpha / (rank**0.5 if raw["use_rslora"] else rank)
+def _absence(module: str, model: ModelConfig) -> str:
+    """Reason why a module cannot be adapted, and the remedy."""
+    if module in output_sizes(model):
+        return "is not supported in an adapter: merge it with PEFT"
+    return "this model does not have as a matrix: give its own base"
+
+
+def _check_shapes(config: PeftConfig, tensors: Tensors, modules: Modules, model: ModelConfig) -> None:
+    sizes = output_sizes(model)
+    for (module, suffix), array in tensors.items():
+        rank, inputs = config.rank(module), modules[module][0].target.in_features
+        if suffix == LORA_A and array.ndim == 2 and array.shape[0] != rank:
+            raise UserError(
+                f"{module}.{suffix} has rank {array.shape[0]}, r or rank_pattern in {config.file} says {rank}: fix one"
+            )
+        wanted = {LORA_A: (rank, inputs), LORA_B: (sizes[module], rank), MAGNITUDE: (sizes[module],)}[suffix]
+        if array.shape != wanted:
+            raise UserError(
+                f"{module}.{suffix} has shape {array.shape}, this base needs {wanted}: give the adapter of this base"
+            )
+
+
+def _adapted(tensors: Tensors, modules: Modules, model: ModelConfig) -> tuple[Target, ...]:
+    """Targets that the tensors adapt, in the layers in which they do."""
+    layers: dict[str, set[int]] = {}
+    for module, _ in tensors:
+        for submatrix in modules[module]:
+            layers.setdefault(submatrix.target.path, set()).add(submatrix.layer)
+    return tuple(
+        Target(target.parameter, tuple(sorted(layers[target.path])))
+        for target in every_target(model)
+        if target.path in layers
+    )
+
+
+def _leaves(config: PeftConfig, tensors: Tensors, target: Target, modules: Modules, rank: int) -> dict[str, np.ndarray]:
+    """Leaves of one target, stacked over its layers; a module of a lower rank is padded with zeros.
+
+    The scale is one for a layer: experts of another scale have the ratio in `out`.
+    """
+    assert target.layers is not None
+    axes = () if target.experts is None else (target.experts,)
+    layers = len(target.layers)
+    in_matrix = np.zeros((layers, *axes, target.in_features, rank), np.float32)
+    out_matrix = np.zeros((layers, *axes, rank, target.out_features), np.float32)
+    scales, magnitudes = np.zeros(layers, np.float32), np.zeros((layers, target.out_features), np.float32)
+    for module, submatrices in modules.items():
+        for submatrix in submatrices if (module, LORA_A) in tensors else ():
+            place = (submatrix.index,) if submatrix.expert is None else (submatrix.index, submatrix.expert)
+            own, scale = tensors[module, LORA_A].shape[0], np.float32(config.scale(module))
+            scales[submatrix.index] = scales[submatrix.index] or scale
+            in_matrix[place][:, :own] = tensors[module, LORA_A].T
+            out_matrix[place][:own] = tensors[module, LORA_B][submatrix.rows].T
+            if scale != scales[submatrix.index]:
+                out_matrix[place] *= scale / scales[submatrix.index]
+            if config.method == "dora":
+                magnitudes[submatrix.index] = tensors[module, MAGNITUDE][submatrix.rows]
+    found = {"in/matrix": in_matrix, "out/matrix": out_matrix, "scale": scales}
+    if config.method == "dora":
+        found |= {"magnitude": magnitudes, "present": np.ones(layers, np.float32)}
+    return found | {"layer_numbers": np.asarray(target.layers, np.int32)}

@@ -2,8 +2,8 @@
 
 LoRA, rsLoRA and DoRA keep their form. SkeMA is written as an equivalent LoRA: lora_A = S_in and lora_B = S_outᵀ·M, with
 r = α = K. If several matrices of one module are adapted, such as GPT-NeoX's queries and values, they become one LoRA of
-their summed rank, in which each fills its own rows of lora_B. Adapters of experts cannot be written: PEFT has no names
-for them.
+their summed rank, in which each fills its own rows of lora_B. Adapters of experts and routers cannot be written: these
+are no modules in transformers 5.
 """
 
 import json
@@ -39,7 +39,7 @@ from moe_reduce.storage.tensors import TensorItem, write_file
 def representable(adapter: Adapter, model: ModelConfig) -> bool:
     """True if PEFT has names for everything that the adapter changes."""
     targets = targets_of(adapter.config, model)
-    if any(target.experts is not None for target in targets):
+    if any(target.experts is not None or target.router for target in targets):
         return False
     sizes = output_sizes(model)
     # DoRA in PEFT has a magnitude for every output of a module, so the adapter must cover all of them
@@ -50,7 +50,7 @@ def representable(adapter: Adapter, model: ModelConfig) -> bool:
 
 
 def write(adapter: Adapter, model: ModelConfig, directory: Path, base: str) -> None:
-    """Write the two files. base: name of the base in adapter_config.json. UserError for experts."""
+    """Write the two files. base: name of the base in adapter_config.json. UserError for experts and routers."""
     if not representable(adapter, model):
         raise UserError("PEFT cannot represent some of these targets: merge the adapter instead")
     modules, sizes = modules_of(targets_of(adapter.config, model), model), output_sizes(model)

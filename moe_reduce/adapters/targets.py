@@ -6,9 +6,12 @@ from moe_reduce.core.config import AdapterConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.parameters import Parameter, parameters
 
-NAMES = {"q": "query", "k": "key", "v": "value", "o": "output", "gate": "gate", "up": "up", "down": "down"}
+NAMES = {
+    "q": "query", "k": "key", "v": "value", "o": "output", "gate": "gate", "up": "up", "down": "down",
+    "router": "weight",
+}  # fmt: skip
 PRESETS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
-COMPONENTS = ("attention", "feed_forward", "experts")
+COMPONENTS = ("attention", "feed_forward", "experts", "router")
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,21 @@ class Target:
         return self.parameter.matrix_shape[1]
 
     @property
+    def router(self) -> bool:
+        """True for a router."""
+        return self.parameter.component == "router"
+
+    @property
     def experts(self) -> int | None:
         """Number of experts, each with a matrix of its own; None for a single matrix."""
         axis = self.parameter.expert_axis if self.parameter.per_expert else None
         return None if axis is None else self.parameter.shape[axis]
+
+
+def every_target(model: ModelConfig) -> tuple[Target, ...]:
+    """All targets that an adapter of this model can have, in all of their layers."""
+    words = "attention,mlp" if model.moe is None else "attention,mlp,router"
+    return targets_of(AdapterConfig(targets=words), model)
 
 
 def targets_of(config: AdapterConfig, model: ModelConfig) -> tuple[Target, ...]:

@@ -15,8 +15,8 @@ class AdapterConfig:
     """Low-rank changes to some linear maps, trained while the base stays frozen (adapters/)."""
 
     method: Literal["lora", "rslora", "dora", "skema"] = "lora"
-    # comma separated: q, k, v, o, gate, up, down, or attention (q,k,v,o) and mlp (gate,up,down); a map may name its
-    # layers: k@10+11. In a mixture of experts, gate, up and down are those of every expert.
+    # comma separated: q, k, v, o, gate, up, down, router, or attention (q,k,v,o) and mlp (gate,up,down); a map may name
+    # its layers: k@10+11. In a mixture of experts, gate, up and down are those of every expert.
     targets: str = "q,v"
     layers: str = "all"  # layers of the targets that name none: all | top:L | every:s | numbers such as 3+5
     rank: int | None = None  # r of lora, rslora and dora

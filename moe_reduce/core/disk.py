@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moe_reduce.core import json_files
 from moe_reduce.core.errors import UserError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
@@ -35,10 +36,7 @@ def writing(target: str | Path, remedy: str) -> Iterator[None]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object; UserError when the file is damaged."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}): restore it or remove it") from error
+    return json_files.read_object(file, "restore it or remove it")
 
 
 def write_json(file: Path, content: Any, indent: int | None = 2) -> None:

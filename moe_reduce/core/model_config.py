@@ -3,9 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_reduce.core.checks import positive
+from moe_reduce.core.checks import at_most, positive
 from moe_reduce.core.errors import UserError
 
+# Largest sizes that are accepted, far above any model's, so that nothing is made of a damaged config.json.
+# Token ids are int32, and every layer and every expert has tensors of its own.
+LARGEST = {
+    "vocab_size": 2**31 - 1, "layers": 2**14, "width": 2**24, "query_heads": 2**20, "key_value_heads": 2**20,
+    "head_width": 2**20, "feed_forward_width": 2**28, "embedding_factor": 2**24, "max_positions": 2**40,
+}  # fmt: skip
+LARGEST_MOE = {"experts": 2**20, "width": 2**28}
+LARGEST_EXPERTS = 2**20  # in all layers together
 REQUIRED_INT = 0  # default of sizes that have no sensible default; `check` refuses it by name
 
 
@@ -32,6 +40,7 @@ class MoEConfig:
     def check(self) -> None:
         """Raise UserError when the sizes contradict each other."""
         positive("model.moe", self, "experts", "active", "width", "init_scale")
+        at_most("model.moe", self, LARGEST_MOE)
         if self.active > self.experts:
             raise UserError(f"model.moe.active ({self.active}) must not exceed model.moe.experts ({self.experts})")
         if self.router == "shared" and self.placement == "layer":
@@ -76,6 +85,7 @@ class ModelConfig:
             "model", self, "vocab_size", "layers", "width", "query_heads", "key_value_heads", "head_width",
             "rope_theta", "norm_epsilon", "max_positions", "init_std",
         )  # fmt: skip
+        at_most("model", self, LARGEST)
         if self.query_heads % self.key_value_heads:
             raise UserError(
                 f"model.query_heads ({self.query_heads}) must be a multiple of model.key_value_heads "
@@ -95,6 +105,11 @@ class ModelConfig:
         if self.moe is not None:
             self._check_dense_only()
             self.moe.check()
+            if self.moe.placement == "layer" and self.layers * self.moe.experts > LARGEST_EXPERTS:
+                raise UserError(
+                    f"model.layers ({self.layers}) times model.moe.experts ({self.moe.experts}) must be at most "
+                    f"{LARGEST_EXPERTS}: correct one of them"
+                )
 
     def _check_rotary(self) -> None:
         if self.head_width % 2:

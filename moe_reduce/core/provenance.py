@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_reduce.core.errors import UserError
 from moe_reduce.core.model_config import ModelConfig
 
 
@@ -31,15 +32,28 @@ class Step:
 
 
 def originals(config: ModelConfig, chain: tuple[Step, ...]) -> list[list[list[int]]]:
-    """Original (layer, index) of every expert, by row of experts, according to the chain."""
-    for step in reversed(chain):
-        if step.kept_experts is not None:
-            return step.kept_experts
+    """Original (layer, index) of every expert, by row of experts, according to the chain.
+
+    Raises UserError when the chain lists other experts than the model can have, as a damaged manifest does.
+    """
     moe = config.moe
     assert moe is not None
+    for step in reversed(chain):
+        if step.kept_experts is not None:
+            _check_kept(step.kept_experts, 1 if moe.placement == "shared" else config.layers, moe.experts)
+            return step.kept_experts
     if moe.placement == "shared":
         return [[[0, index] for index in range(moe.experts)]]
     return [[[layer, index] for index in range(moe.experts)] for layer in range(config.layers)]
+
+
+def _check_kept(kept: list[list[list[int]]], rows: int, experts: int) -> None:
+    different = {tuple(pair) for row in kept for pair in row}
+    if [len(row) for row in kept] != [experts] * rows or len(different) != rows * experts:
+        raise UserError(
+            f"kept_experts in the model's manifest.json must list {rows} x {experts} different experts, and lists "
+            f"{len(different)} in {len(kept)} rows: restore the file, or remove it to begin a new history"
+        )
 
 
 def home_layers(config: ModelConfig, chain: tuple[Step, ...]) -> np.ndarray | None:
@@ -57,7 +71,7 @@ def home_layers(config: ModelConfig, chain: tuple[Step, ...]) -> np.ndarray | No
     layers = [*dict.fromkeys(layer for layer, _ in pooled[0].kept_experts[0])] if pooled else []
     for step in pooled[1:]:
         if step.command == "drop-layers":
-            layers = [layer for index, layer in enumerate(layers) if index not in step.arguments["layers"]]
+            layers = [layer for index, layer in enumerate(layers) if index not in step.arguments.get("layers", [])]
     if len(layers) != config.layers:
         return None
     present = {layer: index for index, layer in enumerate(layers)}

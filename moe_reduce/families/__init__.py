@@ -8,10 +8,12 @@ does, the model becomes one of our own (families/own.py). To add a family, write
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_reduce.core import json_files
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizer_files import READ_AS
@@ -87,12 +89,7 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise UserError(f"{directory} is not a directory: give a model directory, with {CONFIG_FILE} and safetensors")
     if not file.is_file():
         raise UserError(f"{directory} has no {CONFIG_FILE}: give a model directory, as transformers or we write it")
-    try:
-        raw = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}): fetch it again") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{file} must hold a JSON object, got {type(raw).__name__}: fetch it again")
+    raw = json_files.read_object(file)
     try:
         return from_hf(raw), raw
     except UserError as error:
@@ -101,8 +98,16 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig that the content of a config.json describes; UserError for anything it cannot represent."""
-    config = named(raw.get(MODEL_TYPE)).read(raw)
-    config.check()
+    family = named(raw.get(MODEL_TYPE))
+    config = family.read(raw)
+    try:
+        config.check()
+    except UserError as error:
+        fields = dict.fromkeys(re.findall(r"\bmodel\.((?:moe\.)?[a-z_]+)", str(error)))
+        keys = [family.key_of(field) for field in fields if family.key_of(field) != field]
+        if not keys:
+            raise
+        raise UserError(f"{error} ({' and '.join(keys)} in this file)") from None
     return config
 
 

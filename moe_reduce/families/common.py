@@ -36,13 +36,15 @@ DEFAULTS = {
 ACCEPTED = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),  # two names of one function
     "use_sliding_window": (False,),
     "mlp_only_layers": ([], None),
     "decoder_sparse_step": (1,),
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0,),
+    "rope_interleaved": (False, None),
 }
+NO_WINDOW = frozenset({"sliding_window", "max_window_layers"})  # read only where use_sliding_window is true
 CONSTANTS = {"attention_bias": False, "hidden_act": "silu"}
 
 LAYER = "model.layers.{layer}"

@@ -45,6 +45,10 @@ class Family(ABC):
     def read(self, raw: Mapping[str, Any]) -> ModelConfig:
         """The ModelConfig of a config.json of this family; UserError names a key that cannot be represented."""
 
+    def key_of(self, field: str) -> str:
+        """Key of config.json that gives a field of ModelConfig, or of MoEConfig with "moe." in front."""
+        return field
+
     @abstractmethod
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """The keys of a new config.json that describe the architecture."""

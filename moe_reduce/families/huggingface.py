@@ -1,15 +1,19 @@
 """Families of transformers: config.json read and written by a table of keys."""
 
 import dataclasses
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from moe_reduce.core.config import ModelConfig, MoEConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.families.family import Family
+from moe_reduce.families.neutral_keys import NEUTRAL
 
 ROPE = {"rope_theta": "rope_theta"}
+ROPE_GROUPS = ("rope_scaling", "rope_parameters")  # keys of older and newer files that group what concerns rotation
+LARGEST_FLOAT = 2**64  # of a float that a file gives as an integer
 MOE = "moe."  # before the fields of MoEConfig
 
 
@@ -31,7 +35,7 @@ class Key:
             return None
         if value is None:
             raise UserError(f"{self.name} is missing: add it")
-        if self.kind is float and type(value) is int:
+        if self.kind is float and type(value) is int and abs(value) < LARGEST_FLOAT:
             return float(value)
         if type(value) is not self.kind:
             raise UserError(f"{self.name} must be {self.kind.__name__}, got {value!r}")
@@ -42,6 +46,8 @@ class Key:
 class HuggingFaceFamily(Family):
     """A family whose config.json transformers reads.
 
+    Each key of a config.json is in one of these tables, or switched off (false, null, 0 or empty), or refused by name.
+
     keys: keys of config.json by field of ModelConfig; fields of MoEConfig have "moe." in front. A family without a key
     for them has as many key/value heads as query heads, and a head width of width / query heads. fixed: fields with one
     value in every model of the family.
@@ -49,6 +55,7 @@ class HuggingFaceFamily(Family):
     computes, with the only values that the decoder supports; a key that `keys` reads is not checked against it, so a
     family supports one of common.ACCEPTED by reading it. constants: keys of a new file that no field gives. rope: key
     of published files -> name within `rope_parameters`, as transformers 5 writes it. aliases: other spelling -> key.
+    neutral: keys that change nothing in this family, beside those that never do (neutral_keys.py).
     """
 
     keys: Mapping[str, Key]
@@ -58,6 +65,7 @@ class HuggingFaceFamily(Family):
     constants: Mapping[str, Any] = field(default_factory=dict)
     rope: Mapping[str, str] = field(default_factory=lambda: ROPE)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    neutral: Set[str] = frozenset()
 
     def read(self, raw: Mapping[str, Any]) -> ModelConfig:
         """The ModelConfig of a config.json; UserError names a key that cannot be represented."""
@@ -73,6 +81,10 @@ class HuggingFaceFamily(Family):
             values["head_width"] = width // max(heads, 1)
         return ModelConfig(**values, moe=MoEConfig(**experts) if experts else None, family=self.name)
 
+    def key_of(self, field: str) -> str:
+        """Key of config.json that gives a field of ModelConfig, or of MoEConfig with "moe." in front."""
+        return self.keys[field].name if field in self.keys else field
+
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """The keys of a new config.json."""
         values = self._values(config)
@@ -84,15 +96,16 @@ class HuggingFaceFamily(Family):
     def update(self, raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
         """`raw` with the keys of changed fields replaced. Keys that it left out are added, as defaults may not fit."""
         flat, raw = self._flat(raw), dict(raw)
-        spellings = {key: name for name, key in self.aliases.items() if name in raw}
+        groups = [name for name in ROPE_GROUPS if raw.get(name)]
         for key, value in self._values(config).items():
-            if key in self.rope and raw.get("rope_parameters") is not None:
-                if flat[key] != value:
-                    raw["rope_parameters"] = raw["rope_parameters"] | {self.rope[key]: value}
+            names = [name for name in (key, *self._spellings(key)) if name in raw]
+            if not names and not (groups and key in self.rope):
+                raw[key] = value
+            if flat.get(key) == value:
                 continue
-            name = spellings.get(key, key)
-            if flat.get(key) != value or name not in raw:
-                raw[name] = value
+            raw |= dict.fromkeys(names, value)
+            if key in self.rope:
+                raw |= {group: raw[group] | {self.rope[key]: value} for group in groups}
         if raw.get("layer_types") is not None:
             raw["layer_types"] = ["full_attention"] * config.layers
         return raw
@@ -127,24 +140,52 @@ class HuggingFaceFamily(Family):
         """The keys in the spelling of published files, with keys that are left out filled in as transformers does."""
         optional = {key.name for key in self.keys.values() if key.optional}
         given = {key: value for key, value in raw.items() if value is not None or key in optional}
-        rope: Any = given.get("rope_parameters", {})
-        given |= {key: rope[name] for key, name in self.rope.items() if name in rope}
-        given |= {key: given[name] for name, key in self.aliases.items() if name in given}
+        for key in (*self.rope, *self.aliases.values()):
+            found = self._every_spelling(given, key)
+            (first, value), *others = found.items() or [(key, None)]
+            for other, another in others:
+                if another != value:
+                    raise UserError(f"{first}={value!r} and {other}={another!r} contradict each other: keep one")
+            if found:
+                given[key] = value
         flat = dict(self.defaults) | given
         heads, width = (self.keys[name].value(flat) for name in ("query_heads", "width"))
         return {"num_key_value_heads": heads, "head_dim": width // max(heads, 1)} | flat
+
+    def _spellings(self, key: str) -> list[str]:
+        return [name for name, meant in self.aliases.items() if meant == key]
+
+    def _every_spelling(self, given: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """The values that a config.json gives for a key, by where it gives them."""
+        found = {name: given[name] for name in (key, *self._spellings(key)) if name in given}
+        for group in ROPE_GROUPS if key in self.rope else ():
+            if self.rope[key] in given.get(group, {}):
+                found[f"{group}.{self.rope[key]}"] = given[group][self.rope[key]]
+        return found
 
     def _check(self, raw: Mapping[str, Any]) -> None:
         read = {key.name for key in self.keys.values()}
         for key, accepted in self.accepted.items():
             if key in raw and key not in read and raw[key] not in accepted:
                 raise UserError(f"{key}={raw[key]!r} is not supported, only {accepted[0]!r}")
-        for key in ("rope_scaling", "rope_parameters"):
+        for key in ROPE_GROUPS:
             if raw.get(key) is not None:
                 self._check_rope(key, raw[key])
         types = raw.get("layer_types")
         if types is not None and (not isinstance(types, list) or any(one != "full_attention" for one in types)):
             raise UserError(f"layer_types={types!r} is not supported, only 'full_attention' in every layer")
+        for key in sorted(set(raw) - self.known_keys):
+            if raw[key] and not key.startswith("_"):
+                raise UserError(
+                    f"{key}={reprlib.repr(raw[key])} is not supported in {self.name}: remove it if the model is the "
+                    "same without it"
+                )
+
+    @property
+    def known_keys(self) -> Set[str]:
+        """Keys that are read, checked, or known to change nothing."""
+        read = {key.name for key in self.keys.values()} | {*self.rope, *self.aliases, *ROPE_GROUPS, "layer_types"}
+        return read | set(self.accepted) | NEUTRAL | self.neutral
 
     def _check_rope(self, key: str, rope: Any) -> None:
         if not isinstance(rope, dict):
@@ -152,7 +193,7 @@ class HuggingFaceFamily(Family):
         names = self.rope.values()
         for name, value in rope.items():
             plain = name in ("rope_type", "type") and value == "default"
-            readable = key == "rope_parameters" and name in names
+            readable = name in names
             neutral = name == "partial_rotary_factor" and name not in names and value == 1
             if not (plain or readable or neutral):
                 raise UserError(f"{key}.{name}={value!r} is not supported, only rope_theta with rope_type 'default'")

@@ -12,6 +12,7 @@ FAMILY = HuggingFaceFamily(
     defaults=common.DEFAULTS | {"max_position_embeddings": 32_768, "head_dim": 128},
     accepted=common.ACCEPTED,
     constants=common.CONSTANTS,
+    neutral=common.NO_WINDOW,
     tensors=common.TENSORS | common.QK_NORM_TENSORS | common.DENSE_TENSORS,
     ignored=common.IGNORED,
 )

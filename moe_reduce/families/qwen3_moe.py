@@ -26,6 +26,7 @@ FAMILY = Qwen3MoE(
     accepted=common.ACCEPTED,
     constants=common.CONSTANTS | {"decoder_sparse_step": 1, "mlp_only_layers": []},
     aliases=common.EXPERT_ALIASES,
+    neutral=common.NO_WINDOW | {"intermediate_size"},  # the width of dense layers, which there are none of
     tensors=common.TENSORS | common.QK_NORM_TENSORS | common.EXPERT_TENSORS,
     ignored=common.IGNORED,
 )

@@ -81,13 +81,13 @@ def added(x: jax.Array, delta: Delta, outputs: int, multiply: Multiply) -> jax.A
     return y * jnp.broadcast_to(delta["scale"], y.shape).astype(y.dtype)
 
 
-def adapted(x_SI: jax.Array, y_SO: jax.Array, matrix: Callable[[], jax.Array], delta: Delta, layout: str) -> jax.Array:
-    """Outputs of x·(W + ΔW)ᵀ, given y_SO = x·Wᵀ. matrix() returns Wᵀ [I, O] and is called for DoRA only."""
+def adapted(
+    x_SI: jax.Array, y_SO: jax.Array, matrix: Callable[[], jax.Array], delta: Delta, multiply: Multiply
+) -> jax.Array:
+    """Outputs of x·(W + ΔW)ᵀ, given y_SO = x·Wᵀ. matrix() returns Wᵀ [I, O] and is called for DoRA only.
 
-    def multiply(x, matrix):
-        product: Any = products.product(x, matrix, layout)
-        return product
-
+    multiply: as in `added`.
+    """
     low_rank = {name: leaf for name, leaf in delta.items() if name not in ("magnitude", "present")}
     y_SO = y_SO + added(x_SI, low_rank, y_SO.shape[1], multiply)
     if "magnitude" not in delta:

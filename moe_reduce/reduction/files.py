@@ -13,14 +13,14 @@ from moe_reduce.core.provenance import Step, originals
 from moe_reduce.core.stages import PoolStage
 from moe_reduce.families import Leaf, leaves, read_config
 from moe_reduce.models.model import Model
-from moe_reduce.models.parameters import by_path, only_record, select
+from moe_reduce.models.parameters import ffn_norm_scale, only_record
 from moe_reduce.reduction.pool import LOSSLESS_BIAS, foreign_bias, home_experts, pool
 from moe_reduce.reduction.prune import check_kept, prune
 from moe_reduce.reduction.selection import KeptExperts
 from moe_reduce.reduction.transform import abstract_model
-from moe_reduce.storage import manifest
+from moe_reduce.storage import manifest, quantised
 from moe_reduce.storage.model_directory import Contents
-from moe_reduce.storage.parameter_tensors import check_names, check_weight
+from moe_reduce.storage.parameter_tensors import check_names, check_weight, widest
 from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem
 
 Source = Entry | Callable[[], np.ndarray]
@@ -35,6 +35,12 @@ class Directory:
     raw: dict
     files: TensorFiles
     chain: tuple[Step, ...]
+
+    @property
+    def quantised(self) -> set[str]:
+        """Paths of the quantised parameters."""
+        names = self.files.entries
+        return {leaf.path for leaf in leaves(self.config) if quantised.is_stored_quantised(leaf, names)}
 
     @property
     def moe(self) -> MoEConfig:
@@ -56,18 +62,18 @@ class Directory:
 def open_directory(path: Path) -> Directory:
     """Open a model directory and check its headers.
 
-    Raises UserError when a tensor is missing, unknown or of the wrong shape, or when the tensors of one parameter
-    differ in dtype.
+    Raises UserError when a tensor is missing, unknown, of the wrong shape, or no floating-point weight.
     """
     config, raw = read_config(path)
     files = TensorFiles(path)
     check_names(files, config)
-    for name, entry in files.entries.items():
-        check_weight(name, entry)
     for leaf in leaves(config):
-        dtypes = {str(files.entries[name].dtype) for name in leaf.names()}
-        if len(dtypes) > 1:
-            raise UserError(f"tensors of {leaf.path} in {path} differ in dtype {sorted(dtypes)}: convert them to one")
+        parts = quantised.stored_leaves(leaf, files.entries)
+        if len(parts) > 1:
+            quantised.check_dtypes(files, parts)
+            continue
+        for name in leaf.names():
+            check_weight(name, files.entries[name])
     return Directory(path, config, raw, files, manifest.read_chain(path))
 
 
@@ -80,8 +86,9 @@ def prune_files(directory: Directory, kept: KeptExperts, step: Step) -> Contents
     """
     config = pruned(directory, kept).config
     items = _pooled_items if _uneven(directory, kept) else _smaller_items
-    embedding = _layouts(directory)[select(directory.config, component="embedding")[0].path]
-    dtype = str(directory.files.entries[embedding.name(())].dtype)
+    # config.json names the dtype of the first parameter, the embedding, unless it is quantised
+    first = next(leaf for leaf in leaves(directory.config) if leaf.path not in directory.quantised)
+    dtype = str(directory.files.entries[first.names()[0]].dtype)
     chain = (*directory.chain, step)
     return Contents(config, items(directory, config, kept), dtype, directory.path, directory.raw, chain)
 
@@ -91,6 +98,8 @@ def pruned(directory: Directory, kept: KeptExperts) -> Model:
     model = abstract_model(directory.config, chain=directory.chain)
     if not _uneven(directory, kept):
         return prune(model, kept)
+    if directory.layout("router").path in directory.quantised:
+        raise UserError(f"the routers of {directory.path} are quantised and cannot be joined: prune with --scope=layer")
     pooled = pool(model, PoolStage(canonical=False))
     for row in kept:
         check_kept(directory.config, (row,) * len(kept))  # each layer by itself
@@ -110,18 +119,28 @@ def _layouts(directory: Directory) -> dict[str, Leaf]:
 
 def _smaller_items(directory: Directory, config: ModelConfig, kept: KeptExperts) -> Iterator[TensorItem]:
     """Tensors of a model that keeps equally many experts in each row."""
-    before, records, by_layer = _layouts(directory), by_path(config), len(kept) > 1
-    for leaf in leaves(config):
-        axis, numbered = records[leaf.path].expert_axis, len(leaf.stacked)
+    by_layer = len(kept) > 1
+    for before, leaf in _parts(directory, config):
+        axis, numbered = leaf.record.expert_axis, len(leaf.stacked)
         for index in np.ndindex(leaf.stacked):
             row = kept[index[0] if by_layer and index else 0]
             old, source = list(index), None
             if axis is not None and axis < numbered:  # each expert has a tensor of its own, which is copied whole
                 old[axis] = row[index[axis]]
-            entry = directory.files.entries[before[leaf.path].name(tuple(old))]
+            entry = directory.files.entries[before.name(tuple(old))]
             if axis is not None and axis >= numbered:
-                source = partial(_taken, directory, (before[leaf.path], leaf), index, axis - numbered, row)
+                source = partial(_taken, directory, (before, leaf), index, axis - numbered, row)
             yield leaf.name(index), leaf.stored_shape, entry.dtype, source or entry
+
+
+def _parts(directory: Directory, config: ModelConfig) -> Iterator[tuple[Leaf, Leaf]]:
+    """Layouts of each array of a parameter, before and after; a quantised one is several arrays."""
+    before = _layouts(directory)
+    for leaf in leaves(config):
+        is_quantised = leaf.path in directory.quantised
+        yield from zip(
+            quantised.layouts(before[leaf.path], is_quantised), quantised.layouts(leaf, is_quantised), strict=True
+        )
 
 
 def _taken(
@@ -135,30 +154,39 @@ def _taken(
 def _pooled_items(directory: Directory, config: ModelConfig, kept: KeptExperts) -> Iterator[TensorItem]:
     """Tensors of the pool made from layers that keep different numbers of experts."""
     origins = [(layer, index) for layer, row in enumerate(kept) for index in row]
-    before, records = _layouts(directory), by_path(config)
+    before = _layouts(directory)
     for leaf in leaves(config):
-        record = records[leaf.path]
-        for index in np.ndindex(leaf.stacked):
-            name = leaf.name(index)
-            if record.component == "experts":
-                layout = directory.layout("experts", record.name)
-                entry = directory.files.entries[layout.name(origins[index[0]])]
-                yield name, leaf.stored_shape, entry.dtype, entry
-            elif record.component == "router":
-                dtype = directory.files.entries[directory.layout("router").name((0,))].dtype
-                yield name, leaf.stored_shape, dtype, partial(_router, directory, leaf, kept)
-            elif record.component == "router_bias":
-                yield name, leaf.stored_shape, np.dtype(np.float32), partial(_bias, directory, kept, index[0])
-            else:
-                entry = directory.files.entries[before[leaf.path].name(index)]
-                yield name, leaf.stored_shape, entry.dtype, entry
+        component = leaf.record.component
+        if component in ("router", "router_bias"):
+            for index in np.ndindex(leaf.stacked):
+                if component == "router":
+                    dtype, make = _router_dtype(directory), partial(_router, directory, leaf, kept)
+                else:
+                    dtype, make = np.dtype(np.float32), partial(_bias, directory, kept, index[0])
+                yield leaf.name(index), leaf.stored_shape, dtype, make
+            continue
+        old = directory.layout("experts", leaf.record.name) if component == "experts" else before[leaf.path]
+        is_quantised = old.path in directory.quantised
+        for source, target in zip(
+            quantised.layouts(old, is_quantised), quantised.layouts(leaf, is_quantised), strict=True
+        ):
+            for index in np.ndindex(target.stacked):
+                place = origins[index[0]] if component == "experts" else index
+                entry = directory.files.entries[source.name(place)]
+                yield target.name(index), target.stored_shape, entry.dtype, entry
 
 
 def _router(directory: Directory, leaf: Leaf, kept: KeptExperts) -> np.ndarray:
     """Kept columns of the routers of all layers, side by side."""
     router = directory.layout("router")
     columns = [directory.view(router, (layer,))[:, list(row)] for layer, row in enumerate(kept)]
-    return leaf.to_stored(np.concatenate(columns, axis=1))
+    dtype = _router_dtype(directory)
+    return leaf.to_stored(np.concatenate([column.astype(dtype) for column in columns], axis=1))
+
+
+def _router_dtype(directory: Directory) -> np.dtype:
+    """Dtype that holds the values of all layers' routers."""
+    return widest({directory.files.entries[name].dtype for name in directory.layout("router").names()})
 
 
 def _bias(directory: Directory, kept: KeptExperts, layer: int) -> np.ndarray:
@@ -175,14 +203,30 @@ def exclusive_layers(directory: Directory) -> np.ndarray | None:
     """Return, for each expert of a pool, the only layer whose bias lets it choose that expert, [E].
 
     None if some expert is open to several layers or to none, and for a model without a pool. Experts have exclusive
-    layers after an uneven pruning or a lossless start, until the bias is annealed.
+    layers after an uneven pruning or a lossless start, until the bias is annealed. A start with a smaller bias counts
+    too where no input can make a layer choose another layer's expert.
     """
     if directory.moe.placement == "layer" or not directory.moe.selection_bias:
         return None
     bias = directory.layout("router_bias")
-    rows = [directory.view(bias, (layer,)).astype(np.float32) for layer in range(directory.config.layers)]
-    selectable_NE = np.stack(rows) > -LOSSLESS_BIAS / 2
+    bias_NE = np.stack([directory.view(bias, (layer,)).astype(np.float32) for layer in range(directory.config.layers)])
+    reach_NE = _largest_logits(directory)
+    # a layer never chooses an expert that stays behind A others, whatever its input
+    least_N1 = np.sort(bias_NE - reach_NE, axis=1)[:, -directory.moe.active, None]
+    selectable_NE = (bias_NE > -LOSSLESS_BIAS / 2) & (bias_NE + reach_NE >= least_N1)
     return np.argmax(selectable_NE, axis=0) if np.all(np.sum(selectable_NE, axis=0) == 1) else None
+
+
+def _largest_logits(directory: Directory) -> np.ndarray:
+    """Upper bound of the magnitude of router logits, fp32 [N, E]: ‖scale·w‖₂·√D, since inputs have an RMS of 1."""
+    config, router = directory.config, directory.layout("router")
+    scale = _layouts(directory)[ffn_norm_scale(config).path]
+    found = []
+    for layer in range(config.layers):
+        w_DE = directory.view(router, (layer,) if router.stacked else ()).astype(np.float32)
+        scale_D = directory.view(scale, (layer,)).astype(np.float32)
+        found.append(np.linalg.norm(w_DE * scale_D[:, None], axis=0) * np.sqrt(np.float32(config.width)))
+    return np.stack(found)
 
 
 def kept_originals(directory: Directory, kept: KeptExperts) -> list[list[list[int]]]:

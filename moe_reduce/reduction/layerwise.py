@@ -25,6 +25,7 @@ from moe_reduce.models.parameters import by_path
 from moe_reduce.models.weights import Weight
 from moe_reduce.reduction.files import Directory
 from moe_reduce.reduction.scores import Sums, combining, fetched, sums_of
+from moe_reduce.storage.parameter_tensors import widest
 from moe_reduce.training.task import Batch
 
 CHUNK_BYTES = 40 * 1024**2  # size of the experts that are in memory at a time
@@ -35,13 +36,16 @@ def collect(directory: Directory, batches: Sequence[Batch], execution: Execution
     """Collect the same sums as scores.collect, with the attention and a few experts of one layer in memory at a time.
 
     The hidden states of all batches stay in memory as well: 4 bytes · D · 3 for each token. Raises UserError for a
-    shared pool, whose experts every layer needs, for a factorised embedding, and without a batch.
+    shared pool, whose experts every layer needs, for a factorised embedding, for quantised weights, and without a
+    batch.
     """
     config = directory.config
     if directory.moe.placement == "shared":
         raise UserError(f"{directory.path} has one pool for all layers: score it without --layer-wise")
     if config.embedding_factor is not None:
         raise UserError(f"{directory.path} has a factorised embedding: score it without --layer-wise")
+    if directory.quantised:
+        raise UserError(f"{directory.path} holds quantised weights: score it without --layer-wise")
     if not batches:
         raise UserError("no tokens to score with: give a larger --data")
     dtype = jnp.dtype(execution.compute_dtype)
@@ -139,5 +143,7 @@ def _chunks(directory: Directory, layer: int, layout: str) -> Iterator[tuple[int
         matrices = []
         for place, leaf in enumerate(layouts):
             tensors = (directory.files.read_whole(names[first + number][place]) for number in range(count))
-            matrices.append(jnp.asarray(np.stack([leaf.from_stored(tensor) for tensor in tensors])))
+            stacked = [leaf.from_stored(tensor) for tensor in tensors]
+            dtype = widest({tensor.dtype for tensor in stacked})
+            matrices.append(jnp.asarray(np.stack([tensor.astype(dtype, copy=False) for tensor in stacked])))
         yield first, Experts(*(Weight(matrix, layout=layout) for matrix in matrices))

@@ -5,7 +5,6 @@ g is the combine weight that the model uses and f the output of the expert befor
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from moe_reduce.core import json_files
 from moe_reduce.core.config import DISPATCH_BY_PLATFORM, ExecutionConfig, ModelConfig, MoEConfig
 from moe_reduce.core.disk import write_json
 from moe_reduce.core.errors import UserError
@@ -217,7 +217,7 @@ def write_arrays(sums: Sums, file: Path) -> None:
 def read(file: Path) -> Scores:
     """Read a file that `write` wrote; raises UserError when it is no such file, or its numbers are damaged."""
     try:
-        content = json.loads(file.read_text())
+        content = json_files.parse(file.read_bytes(), file, "make it with moe-reduce score")
         by_name = {name: np.asarray(values, np.float32) for name, values in content["scores"].items()}
         counts = np.asarray(content["counts"], np.float32)
         by_layer = np.asarray(content["counts_by_layer"], np.float32) if "counts_by_layer" in content else None

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from moe_reduce.core import json_files
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input, Step
@@ -66,15 +67,12 @@ def read(directory: Path) -> dict[str, Any] | None:
     file = directory / MANIFEST_FILE
     if not file.is_file():
         return None
-    try:
-        content = json.loads(file.read_text())
-        fits = {name: isinstance(content[name], kind) for name, kind in (("files", dict), ("chain", list))}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file} is not JSON ({error}): restore or remove it") from None
-    except KeyError as error:
-        raise UserError(f"{file} has no {error.args[0]}: restore or remove it") from None
-    if not all(fits.values()):
-        raise UserError(f"{file}: files must be an object and chain a list: restore or remove it")
+    content = json_files.read_object(file, "restore or remove it")
+    for name, kind in (("files", dict), ("chain", list)):
+        if name not in content:
+            raise UserError(f"{file} has no {name}: restore or remove it")
+        if not isinstance(content[name], kind):
+            raise UserError(f"{file}: files must be an object and chain a list: restore or remove it")
     return content
 
 
@@ -85,13 +83,29 @@ def read_chain(directory: Path) -> tuple[Step, ...]:
         return ()
     try:
         return tuple(_step(item) for item in content["chain"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{directory / MANIFEST_FILE} has an unreadable chain ({error!r}): restore it") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{directory / MANIFEST_FILE} has an unreadable chain ({error!r}): restore the file, or remove it to begin "
+            "a new history"
+        ) from None
 
 
 def _step(item: dict[str, Any]) -> Step:
+    """A step of the chain; KeyError, TypeError or ValueError if it is not one that was written."""
     values = {field.name: item[field.name] for field in fields(Step)}
     values["inputs"] = tuple(Input(entry["path"], entry["sha256"]) for entry in item["inputs"])
+    for name, kind in (("command", str), ("arguments", dict), ("parameters_before", int), ("parameters_after", int)):
+        if not isinstance(values[name], kind):
+            raise ValueError(f"{name} must be of type {kind.__name__}, got {values[name]!r}")
+    for entry in values["inputs"]:
+        if not (isinstance(entry.path, str) and isinstance(entry.sha256, str)):
+            raise ValueError(f"inputs must hold paths and hashes, got {entry}")
+    kept = values["kept_experts"]
+    if kept == []:
+        raise ValueError("kept_experts is empty")
+    for pair in [pair for row in kept for pair in row] if kept is not None else ():
+        if not (isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair)):
+            raise ValueError(f"kept_experts must hold rows of [layer, index], got {pair!r}")
     return Step(**values)
 
 

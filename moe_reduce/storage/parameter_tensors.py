@@ -4,13 +4,14 @@ A quantised weight consists of several tensors: see quantised.py.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from moe_reduce.core import trees
+from moe_reduce.core import memory, trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.families import Leaf, by_path, leaves, of_config, to_stored
@@ -22,8 +23,13 @@ def check_names(files: TensorFiles, config: ModelConfig) -> None:
     """Check the headers of the files: they must hold exactly the tensors of the model, in the right shapes.
 
     Raises UserError when a tensor is missing, unknown or of another shape. An output table that is stored although
-    config.json ties it to the embedding is read and must equal it.
+    config.json ties it to the embedding is read and must equal it. The one table of tied embeddings may be stored under
+    the name of the output table; it is then renamed in `files`.
     """
+    family = of_config(config)
+    tied = config.tied_embeddings and config.embedding_factor is None
+    if tied and family.input_table not in files.entries and family.output_table in files.entries:
+        files.rename(family.output_table, family.input_table)
     parts = [part for leaf in leaves(config) for part in quantised.stored_leaves(leaf, files.entries)]
     expected = {name: part.stored_shape for part in parts for name in part.names()}
     for name, shape in expected.items():
@@ -32,10 +38,9 @@ def check_names(files: TensorFiles, config: ModelConfig) -> None:
         entry = files.entries[name]
         if entry.shape != shape:
             raise UserError(f"tensor {name} in {entry.file} has shape {entry.shape}, config.json says {shape}: fix one")
-    family = of_config(config)
     unknown = [name for name in files.entries if name not in expected and not family.ignored.fullmatch(name)]
     output = family.output_table
-    if config.tied_embeddings and output in unknown and config.embedding_factor is None:
+    if tied and output in unknown:
         _check_tied(files, family.input_table, output)
         unknown.remove(output)
     if unknown:
@@ -64,10 +69,18 @@ def read_params(
     jax.sharding.Sharding with the structure of the parameters; each device then reads only its own slices.
     """
     check_names(files, config)
+    _check_room(files, config, dtype)
     by_leaf = dict.fromkeys(by_path(config)) if shardings is None else trees.flatten(shardings)
     if set(by_leaf) != set(by_path(config)):
         raise UserError(f"shardings do not match the parameters: {sorted(set(by_leaf) ^ set(by_path(config)))}")
     return trees.unflatten({leaf.path: _read(files, leaf, dtype, by_leaf[leaf.path]) for leaf in leaves(config)})
+
+
+def _check_room(files: TensorFiles, config: ModelConfig, dtype: Any) -> None:
+    """Raise UserError when a limit of address space leaves no room for the weights beside the mapped files."""
+    stored = sum(entry.stop - entry.start for entry in files.entries.values())
+    count = sum(math.prod(leaf.shape) for leaf in leaves(config))
+    memory.check_room(stored + (stored if dtype is None else count * np.dtype(dtype).itemsize), str(files.directory))
 
 
 def _read(files: TensorFiles, leaf: Leaf, dtype: Any, sharding: Any) -> Any:
@@ -92,21 +105,24 @@ def _read_array(files: TensorFiles, leaf: Leaf, kind: np.dtype, sharding: jax.sh
 
 
 def _dtype(files: TensorFiles, leaf: Leaf, dtype: Any) -> np.dtype:
+    """Dtype of a parameter: the given one, else that of its tensors, or the widest of them where they differ."""
     stored = {files.entries[name].dtype: name for name in leaf.names()}
-    if dtype is None and len(stored) > 1:
-        raise UserError(
-            f"tensors of {leaf.path} in {files.directory} differ in dtype {sorted(map(str, stored))}: "
-            "choose one with dtype="
-        )
     for name in stored.values():
         check_weight(name, files.entries[name])
-    kind = np.dtype(next(iter(stored)) if dtype is None else dtype)
+    kind = widest(stored) if dtype is None else np.dtype(dtype)
     if jax.dtypes.canonicalize_dtype(kind) != kind:
         raise UserError(
             f"{leaf.path} in {files.directory} would be {kind}, which JAX does not enable by default: convert the "
-            "weights to float32, or load them with dtype="
+            "weights to float32"
         )
     return kind
+
+
+def widest(dtypes: Collection[np.dtype]) -> np.dtype:
+    """The floating-point dtype that holds all values of these: float32 for bfloat16 with float16."""
+    size = max(dtype.itemsize for dtype in dtypes)
+    largest = {dtype for dtype in dtypes if dtype.itemsize == size}
+    return largest.pop() if len(largest) == 1 else np.dtype(np.float32)
 
 
 def check_weight(name: str, entry: Entry) -> None:

@@ -25,11 +25,19 @@ def arrays_of(leaf: Leaf, weight: Any) -> list[tuple[Leaf, Any]]:
     return [(leaf, weight)]
 
 
+def layouts(leaf: Leaf, quantised: bool) -> list[Leaf]:
+    """Layouts of the arrays that hold a weight."""
+    return [leaf, _scales(leaf)] if quantised else [leaf]
+
+
+def is_stored_quantised(leaf: Leaf, names: Container[str]) -> bool:
+    """True if files of these tensors hold the weight in quantised form."""
+    return leaf.record.is_matrix and leaf.name((0,) * len(leaf.stacked)) + SCALE in names
+
+
 def stored_leaves(leaf: Leaf, names: Container[str]) -> list[Leaf]:
     """Layouts of the arrays that hold a weight in files of these tensors."""
-    scales = _scales(leaf)
-    first = scales.name((0,) * len(scales.stacked))
-    return [leaf, scales] if leaf.record.is_matrix and first in names else [leaf]
+    return layouts(leaf, is_stored_quantised(leaf, names))
 
 
 def weight_of(arrays: Sequence[Any]) -> Any:

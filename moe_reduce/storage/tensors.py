@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from moe_reduce.core import json_files
 from moe_reduce.core.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
@@ -46,6 +47,9 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+# Dtypes of the format that no weight of ours has: complex numbers, block scales, and values of less than a byte.
+UNREAD_DTYPES = {"C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+LARGEST_TENSOR = 2**62  # bytes
 
 COPY_BYTES = 4 * 1024**2  # buffer size for copying a tensor from file to file
 
@@ -68,9 +72,10 @@ TensorItem = tuple[str, tuple[int, ...], np.dtype, np.ndarray | Callable[[], np.
 class TensorFiles:
     """The tensors of a model directory by name; their data are read on demand.
 
-    Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names. single: name of the one file to
-    open instead, such as an adapter's. Raises UserError when a file is missing, truncated or corrupt, or when index and
-    shards disagree.
+    Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names. An index beside a single file is
+    ignored, as by transformers, unless shards that it names exist too. single: name of the one file to open instead,
+    such as an adapter's. Raises UserError when a file is missing, truncated or corrupt, when index and shards
+    disagree, or for a tensor of a dtype that this program does not read.
     """
 
     def __init__(self, directory: Path, single: str = SINGLE_FILE):
@@ -79,7 +84,11 @@ class TensorFiles:
         self._maps: dict[Path, np.memmap] = {}
         file, index = directory / single, directory / INDEX_FILE
         if single == SINGLE_FILE and file.exists() and index.exists():
-            raise UserError(f"{directory} holds both {SINGLE_FILE} and {INDEX_FILE}: remove the one that is stale")
+            shards = sorted(set(_weight_map(index).values()) - {single})
+            if any((directory / name).exists() for name in shards):
+                raise UserError(
+                    f"{directory} holds {SINGLE_FILE}, and {INDEX_FILE} with {', '.join(shards)}: remove the stale ones"
+                )
         if file.exists():
             self.entries = _read_header(file)
         elif single != SINGLE_FILE:
@@ -106,6 +115,10 @@ class TensorFiles:
             if tensor not in self.entries or self.entries[tensor].file.name != name:
                 raise UserError(f"{index} places tensor {tensor} in {name}, which does not hold it: fetch it again")
 
+    def rename(self, old: str, new: str) -> None:
+        """Give a tensor another name in `entries`; the files stay as they are."""
+        self.entries[new] = self.entries.pop(old)
+
     def read(self, name: str) -> np.ndarray:
         """A read-only memory-mapped view of the tensor; bytes are read from disk when they are used."""
         entry = self.entries[name]
@@ -123,21 +136,16 @@ class TensorFiles:
         return np.fromfile(entry.file, entry.dtype, count, offset=entry.start).reshape(entry.shape)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise ValueError(f"{key} is given twice")
-        seen[key] = value
-    return seen
-
-
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        content = json.loads(index.read_text(), object_pairs_hook=_unique)
-        return {str(tensor): str(file) for tensor, file in content["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is not an index of safetensors ({error!r}): fetch it again") from None
+    """File name by tensor. UserError for an index that is damaged, or names a file outside its directory."""
+    content = json_files.parse(index.read_bytes(), index, unique_keys=True)
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict):
+        raise UserError(f"{index} has no weight_map, which an index of safetensors needs: fetch it again")
+    for tensor, name in found.items():
+        if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{index} places tensor {tensor} in {name!r}, which is no file beside it: fetch it again")
+    return found
 
 
 def _read_header(file: Path) -> dict[str, Entry]:
@@ -151,20 +159,32 @@ def _read_header(file: Path) -> dict[str, Entry]:
         text = stream.read(length)
     if len(text) < length:
         raise UserError(f"{file} is truncated within its header: fetch it again")
+    header = json_files.parse(text, f"the corrupt header of {file}", unique_keys=True)
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
         described = {name: value for name, value in header.items() if name != "__metadata__"}
-        entries = {name: _entry(file, 8 + length, value) for name, value in described.items()}
+        entries = {name: _entry(file, 8 + length, name, value) for name, value in described.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} has a corrupt header ({error!r}): fetch it again") from None
     _check_extent(file, entries, 8 + length, size)
     return entries
 
 
-def _entry(file: Path, base: int, described: dict[str, Any]) -> Entry:
+def _entry(file: Path, base: int, name: str, described: dict[str, Any]) -> Entry:
     start, stop = described["data_offsets"]
-    shape, dtype = tuple(described["shape"]), DTYPES[described["dtype"]]
-    if stop - start != math.prod(shape) * dtype.itemsize or start < 0:
+    shape, code = tuple(described["shape"]), described["dtype"]
+    if code in UNREAD_DTYPES:
+        raise UserError(
+            f"tensor {name} in {file} is of dtype {code}, which is not supported: convert it to BF16, F16 or F32"
+        )
+    if code not in DTYPES:
+        raise ValueError(f"tensor {name} is of dtype {code!r}, which is unknown")
+    dtype = DTYPES[code]
+    if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
+        raise ValueError(f"shape {shape} and offsets {start}-{stop} of tensor {name} must be whole numbers")
+    # numpy multiplies the sizes of an empty tensor too
+    if math.prod(max(number, 1) for number in shape) > LARGEST_TENSOR // dtype.itemsize:
+        raise ValueError(f"shape {shape} of tensor {name} is too large")
+    if stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"offsets {start}-{stop} do not hold shape {shape} of {dtype}")
     return Entry(file, shape, dtype, base + start, base + stop)
 

@@ -1,0 +1,37 @@
+"""JSON from files that others may have written: parsed whole, or refused in one line that names the file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moe_reduce.core.errors import UserError
+
+
+def parse(text: str | bytes, name: str | Path, remedy: str = "fetch it again", unique_keys: bool = False) -> Any:
+    """Parse JSON. UserError, with the remedy, for invalid JSON, invalid UTF-8 or values that are nested too deeply.
+
+    name: the file, for messages. unique_keys: also refuse an object that has a key twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique if unique_keys else None)
+    except RecursionError:
+        raise UserError(f"{name} is nested too deeply: {remedy}") from None
+    except ValueError as error:  # includes bytes that are not UTF-8
+        raise UserError(f"{name} is not JSON ({error}): {remedy}") from None
+
+
+def read_object(file: Path, remedy: str = "fetch it again") -> dict[str, Any]:
+    """Read a JSON object; UserError, with the remedy, for anything else."""
+    raw = parse(file.read_bytes(), file, remedy)
+    if not isinstance(raw, dict):
+        raise UserError(f"{file} must hold a JSON object, got {type(raw).__name__}: {remedy}")
+    return raw
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} is given twice")
+        found[key] = value
+    return found

@@ -1,0 +1,5 @@
+"""Errors that callers of this package catch."""
+
+from moe_reduce.core.errors import UserError
+
+__all__ = ["UserError"]
