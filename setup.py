@@ -31,6 +31,7 @@ setup(
         "tokenizers>=0.22",
         "transformers>=5.0",  # reads the tokenizers of other people's models; needs no torch for that
         "safetensors>=0.6",
+        "gguf>=0.18",
         "tqdm>=4.66",
         "matplotlib>=3.9",
         "tensorboardX>=2.6",

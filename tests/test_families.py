@@ -13,7 +13,7 @@ from moe_reduce.core.config import MeshConfig, ModelConfig, MoEConfig, RunConfig
 from moe_reduce.core.config_dict import completed
 from moe_reduce.core.errors import UserError
 from moe_reduce.families import FAMILIES, Leaf, by_path, from_hf, leaves, of_config, to_hf
-from moe_reduce.families.huggingface import Key
+from moe_reduce.families.key import Key
 from moe_reduce.families.layout import Tensor
 from moe_reduce.models.parameters import Parameter, parameter_count, parameters
 from moe_reduce.runs.train import train

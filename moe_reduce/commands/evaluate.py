@@ -21,7 +21,9 @@ TASKS_ONLY = ("task_path", "few_shot", "limit")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.add_argument("--model", required=True, type=Path, help="a model directory, ours or from Hugging Face")
+    parser.add_argument(
+        "--model", required=True, type=Path, help="a model directory, ours or from Hugging Face, or a .gguf file"
+    )
     parser.add_argument("--baseline", type=Path, help="another model: report how much of its quality --model keeps")
     model_arguments.add_data(parser, required=False, purpose="text to measure on, all of it")
     parser.set_defaults(**dict.fromkeys(model_arguments.CORPUS_DEFAULTS))  # so that given arguments are known

@@ -12,7 +12,9 @@ FORMATS = {"stablehlo": ("stablehlo",), "onnx": ("onnx",), "both": ("stablehlo",
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.add_argument("--model", required=True, type=Path, help="a model directory, ours or from Hugging Face")
+    parser.add_argument(
+        "--model", required=True, type=Path, help="a model directory, ours or from Hugging Face, or a .gguf file"
+    )
     model_arguments.add_out(parser, required=True, what="directory")
     parser.add_argument(
         "--format", required=True, choices=FORMATS, help="stablehlo for jax.export, onnx for onnxruntime, or both"

@@ -21,7 +21,9 @@ SHOWN_AT_ONCE = 4  # tokens, on a terminal
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     default = GenerateConfig()
-    parser.add_argument("--model", required=True, type=Path, help="a model directory, ours or from Hugging Face")
+    parser.add_argument(
+        "--model", required=True, type=Path, help="a model directory, ours or from Hugging Face, or a .gguf file"
+    )
     parser.add_argument(
         "--prompt", required=True, action="append", help="text to continue; may be repeated, which makes one batch"
     )

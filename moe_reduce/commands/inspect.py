@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.add_argument("--model", required=True, type=Path, help="a model directory, ours or from Hugging Face")
+    parser.add_argument(
+        "--model", required=True, type=Path, help="a model directory, ours or from Hugging Face, or a .gguf file"
+    )
     parser.add_argument(
         "--verify", action="store_true", help="read every file and check all hashes of the manifest and its history"
     )
@@ -33,11 +35,10 @@ def describe(directory: Path, verify: bool) -> dict[str, Any]:
     from moe_reduce.core.config import to_dict
     from moe_reduce.families import MODEL_TYPE, of_config, read_config
     from moe_reduce.storage import manifest
-    from moe_reduce.storage.parameter_tensors import check_names
-    from moe_reduce.storage.tensors import TensorFiles
+    from moe_reduce.storage.parameter_tensors import check_names, open_tensors
 
     config, _ = read_config(directory)
-    files = TensorFiles(directory)
+    files = open_tensors(directory, config)
     check_names(files, config)
     content: dict[str, Any] = {
         "model": str(directory),

@@ -16,7 +16,10 @@ SAMPLE = (4, 64)  # sequences and tokens: random ids on which logits are compare
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument(
-        "--model", required=True, type=Path, help="the base model: a directory, ours or from Hugging Face"
+        "--model",
+        required=True,
+        type=Path,
+        help="the base model: a directory, ours or from Hugging Face, or a .gguf file",
     )
     parser.add_argument("--adapter", required=True, type=Path, help="an adapter directory written by adapt or by PEFT")
     model_arguments.add_out(parser, required=True, what="model directory")

@@ -40,7 +40,9 @@ KIND = outputs.Kind("a record of monitor", TABLE, _files)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.add_argument("--model", action="append", type=Path, default=[], help="a model directory; may be repeated")
+    parser.add_argument(
+        "--model", action="append", type=Path, default=[], help="a model directory or .gguf file; may be repeated"
+    )
     parser.add_argument(
         "--ollama",
         action="append",

@@ -18,7 +18,7 @@ Runs = dict[str, RunConfig | ReduceConfig | AdaptConfig]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     config_file.add_arguments(parser, required=False)
-    parser.add_argument("--model", type=Path, help="a model directory instead of a configuration")
+    parser.add_argument("--model", type=Path, help="a model directory or .gguf file instead of a configuration")
     shown = {name: f"(default: {value})" for name, value in SERVING_DEFAULTS.items()}
     parser.add_argument("--context", type=int, help=f"tokens of a sequence {shown['context']}")
     parser.add_argument("--batch", type=int, help=f"sequences answered at once {shown['batch']}")

@@ -16,7 +16,7 @@ from moe_reduce.planning.topologies import Topology, topology
 from moe_reduce.runs import adapt as adapters
 from moe_reduce.runs.stages import planned_jobs
 from moe_reduce.runs.train import pretraining
-from moe_reduce.storage.tensors import TensorFiles
+from moe_reduce.storage.parameter_tensors import open_tensors
 from moe_reduce.training.job import Job
 
 
@@ -50,11 +50,11 @@ def _jobs(run: RunConfig | ReduceConfig | AdaptConfig, stages: list[str] | None)
 
 
 def _stored_dtype(directory: Path) -> Any:
-    """The dtype of most bytes of a model directory; bfloat16, the usual one, if the directory is not present."""
-    if not directory.is_dir():
+    """The dtype of most bytes of a model; bfloat16, the usual one, if the model is not present."""
+    if not directory.exists():
         return "bfloat16"
     sizes: dict[Any, int] = {}
-    for entry in TensorFiles(directory).entries.values():
+    for entry in open_tensors(directory, model_arguments.directory_config(directory)).entries.values():
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + math.prod(entry.shape) * entry.dtype.itemsize
     return max(sizes, key=lambda dtype: sizes[dtype])
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --model, --out, --overwrite, and the data to measure the loss on."""
-    parser.add_argument("--model", required=True, type=Path, help="a model directory, ours or from Hugging Face")
+    parser.add_argument(
+        "--model", required=True, type=Path, help="a model directory, ours or from Hugging Face, or a .gguf file"
+    )
     model_arguments.add_out(parser, required=True, what="model directory")
     model_arguments.add_data(parser, required=False, purpose="text to measure the loss on, before and after")
 

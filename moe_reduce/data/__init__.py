@@ -6,8 +6,9 @@ Modules, in the order in which text flows through them:
     files               readers of txt, jsonl and parquet, compressed or not
     pieces              documents cut into bounded pieces, each assigned to training or validation
     tokenizers          one protocol for all, and the choice of a reader: library_reader for directories (transformers;
-                        library_tokenizer, splitting), sentencepiece_tokenizer for what is trained here
-                        (sentencepiece_json: SentencePiece -> tokenizer.json; tokenizer_training: a new vocabulary)
+                        library_tokenizer, splitting), gguf_tokenizer for GGUF files, sentencepiece_tokenizer for what
+                        is trained here (sentencepiece_json: SentencePiece -> tokenizer.json; tokenizer_training: a new
+                        vocabulary)
     tokenizing          pieces -> token ids, in parallel processes
     shards              token ids in memory-mapped files with a manifest
     rows, completions   the same interface for token ids (.npy), and for prompts with completions

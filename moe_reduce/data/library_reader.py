@@ -43,7 +43,7 @@ def read_directory(directory: Path) -> LibraryTokenizer:
         reader: Any = transformers.AutoTokenizer.from_pretrained(
             str(directory), config=_config(directory), local_files_only=True, trust_remote_code=False
         )
-    return _tokenizer(reader, directory)
+    return tokenizer_of(reader, directory)
 
 
 def read_file(path: Path) -> LibraryTokenizer:
@@ -54,10 +54,11 @@ def read_file(path: Path) -> LibraryTokenizer:
         import transformers
 
         reader: Any = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), **names)
-    return _tokenizer(reader, path)
+    return tokenizer_of(reader, path)
 
 
-def _tokenizer(reader: Any, origin: Path) -> LibraryTokenizer:
+def tokenizer_of(reader: Any, origin: Path) -> LibraryTokenizer:
+    """The tokenizer in an object of transformers; UserError, naming `origin`, when it cannot serve here."""
     backend = getattr(reader, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         raise UserError(

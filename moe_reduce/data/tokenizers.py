@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.gguf_file import is_gguf
 from moe_reduce.data.sentencepiece_tokenizer import SentencePieceTokenizer, trained_here
 from moe_reduce.data.tokenizer_files import EXTRA_FILES, JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE
 
@@ -87,7 +88,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Load a tokenizer from a directory, or from a .model or .json file.
+    """Load a tokenizer from a directory, or from a .model, .json or .gguf file.
 
     A directory holds tokenizer.json, tokenizer.model, or vocab.json and merges.txt. A file with a tokenizer_config.json
     beside it is read as its directory is.
@@ -98,6 +99,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         raise UserError(
             f"tokenizer {str(path)!r} does not exist: give a {SENTENCEPIECE_FILE}, a {JSON_FILE} or `train`"
         )
+    if is_gguf(path):
+        from moe_reduce.data.gguf_tokenizer import read_gguf_tokenizer
+
+        return read_gguf_tokenizer(path)
     if path.suffix == ".json":
         return _read_json(path)
     if path.is_file() and (path.name != SENTENCEPIECE_FILE or not _has_settings(path.parent)):

@@ -16,15 +16,15 @@ from typing import Any
 from moe_reduce.core import json_files
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.gguf_file import ARCHITECTURE, SUFFIX, is_gguf, read_gguf
 from moe_reduce.data.tokenizer_files import READ_AS
 from moe_reduce.families import gpt_neox, llama, olmoe, own, qwen3, qwen3_moe
 from moe_reduce.families.family import CARRIED, Family
-from moe_reduce.families.layout import Leaf, to_stored
-from moe_reduce.models.parameters import parameters
+from moe_reduce.families.layout import Leaf, layouts, to_stored
 
 __all__ = [
-    "CONFIG_FILE", "FAMILIES", "MODEL_TYPE", "Leaf", "by_path", "dumps", "from_hf", "leaves", "named", "of_config",
-    "own_config", "read_config", "to_hf", "to_stored",
+    "CONFIG_FILE", "FAMILIES", "MODEL_TYPE", "Leaf", "by_path", "dumps", "from_hf", "gguf_leaves", "leaves", "named",
+    "of_config", "own_config", "read_config", "to_hf", "to_stored",
 ]  # fmt: skip
 
 CONFIG_FILE = "config.json"
@@ -76,17 +76,45 @@ def by_path(config: ModelConfig) -> Mapping[str, Leaf]:
 
 @functools.cache
 def _layouts(stated: str | None, config: ModelConfig) -> dict[str, Leaf]:
-    tensors = _family(stated, config).tensors
-    found = {record.path: (record, tensors[record.path]) for record in parameters(config)}
-    names = [tensor.name for _, tensor in found.values()]
-    return {path: Leaf(record, tensor, names.count(tensor.name)) for path, (record, tensor) in found.items()}
+    return layouts(_family(stated, config).tensors, config)
 
 
-def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """(ModelConfig, content of config.json) of a model directory; UserError names the file and the key."""
+def gguf_leaves(config: ModelConfig) -> tuple[Leaf, ...]:
+    """Layout of every parameter in a GGUF file, in path order, for a config that `read_config` read from one."""
+    gguf = of_config(config).gguf
+    assert gguf is not None, config.family
+    return tuple(layouts(gguf.tensors, config).values())
+
+
+def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """(ModelConfig, content of config.json) of a model directory or a GGUF file; UserError names the file and the key.
+
+    A GGUF file has no config.json; its content is then what the file's metadata says in those words.
+    """
+    return _read_gguf(path) if is_gguf(path) else _read_directory(path)
+
+
+def _read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    file = read_gguf(path)
+    known = {family.gguf.architecture: (family, family.gguf) for family in FAMILIES if family.gguf is not None}
+    stated = str(file.metadata.get(ARCHITECTURE))
+    if stated not in known:
+        raise UserError(f"{path}: {ARCHITECTURE} {stated!r} is not supported as GGUF; known: {', '.join(known)}")
+    family, gguf = known[stated]
+    try:
+        raw = {MODEL_TYPE: family.name, "architectures": [family.architecture], **gguf.read(file)}
+        return from_hf(raw), raw
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _read_directory(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     file = directory / CONFIG_FILE
     if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory: give a model directory, with {CONFIG_FILE} and safetensors")
+        raise UserError(
+            f"{directory} is not a directory: give a model directory, with {CONFIG_FILE} and safetensors, or a "
+            f"{SUFFIX} file"
+        )
     if not file.is_file():
         raise UserError(f"{directory} has no {CONFIG_FILE}: give a model directory, as transformers or we write it")
     raw = json_files.read_object(file)

@@ -2,7 +2,7 @@
 
 import re
 
-from moe_reduce.families.huggingface import Key
+from moe_reduce.families.key import Key
 from moe_reduce.families.layout import Tensor
 
 SIZES = {
@@ -77,3 +77,42 @@ EXPERT_TENSORS = {
     "layers/router/weight": Tensor(f"{LAYER}.mlp.gate.weight"),
 }
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # transformers ignores them too
+
+# GGUF files: key of config.json -> key of the metadata, after the name of the architecture
+GGUF_KEYS = {
+    "num_hidden_layers": Key("block_count", int),
+    "hidden_size": Key("embedding_length", int),
+    "num_attention_heads": Key("attention.head_count", int),
+    "num_key_value_heads": Key("attention.head_count_kv", int, optional=True),
+    "max_position_embeddings": Key("context_length", int),
+    "rms_norm_eps": Key("attention.layer_norm_rms_epsilon", float),
+    "rope_theta": Key("rope.freq_base", float, optional=True),
+    "head_dim": Key("attention.key_length", int, optional=True),
+}
+GGUF_DENSE_KEYS = {"intermediate_size": Key("feed_forward_length", int)}
+GGUF_EQUAL = {"rope.dimension_count": "head_dim", "attention.value_length": "head_dim", "vocab_size": "vocab_size"}
+GGUF_ACCEPTED = {
+    "attention.causal": (True,),
+    "rope.scale_linear": (1.0,),
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (1.0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+}
+BLOCK = "blk.{layer}"
+GGUF_TENSORS = {
+    "embedding/table": Tensor("token_embd.weight"),
+    "unembedding/table": Tensor("output.weight"),
+    "final_norm/scale": Tensor("output_norm.weight"),
+    "layers/attention_norm/scale": Tensor(f"{BLOCK}.attn_norm.weight"),
+    "layers/mlp_norm/scale": Tensor(f"{BLOCK}.ffn_norm.weight"),
+    "layers/attention/query": Tensor(f"{BLOCK}.attn_q.weight"),
+    "layers/attention/key": Tensor(f"{BLOCK}.attn_k.weight"),
+    "layers/attention/value": Tensor(f"{BLOCK}.attn_v.weight"),
+    "layers/attention/output": Tensor(f"{BLOCK}.attn_output.weight"),
+}
+GGUF_DENSE_TENSORS = {
+    "layers/mlp/gate": Tensor(f"{BLOCK}.ffn_gate.weight"),
+    "layers/mlp/up": Tensor(f"{BLOCK}.ffn_up.weight"),
+    "layers/mlp/down": Tensor(f"{BLOCK}.ffn_down.weight"),
+}

@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.data.tokenizer_files import READ_AS
+from moe_reduce.families.gguf import Gguf
 from moe_reduce.families.layout import Tensor
 
 # Keys that describe the tokenizer and the weights rather than the architecture: they survive a change of family.
@@ -22,7 +23,8 @@ class Family(ABC):
     name: `model_type` in config.json. architecture: the class that config.json names. tensors: layout by path of the
     parameter. ignored: names of constants that old checkpoints store and nothing reads. takes_unstated: whether a
     config that states no family, such as that of a fresh training run, may be written as this one. False for a family
-    that is added later, so that an old config is always written as it was before.
+    that is added later, so that an old config is always written as it was before. gguf: its form in GGUF files, if
+    those are read.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Family(ABC):
     tensors: Mapping[str, Tensor]
     ignored: re.Pattern[str] = NOTHING
     takes_unstated: bool = False
+    gguf: Gguf | None = None
 
     @property
     def input_table(self) -> str:

@@ -6,7 +6,8 @@ Queries, keys and values are one matrix whose rows are [heads, 3, head width].
 import re
 
 from moe_reduce.families import common
-from moe_reduce.families.huggingface import HuggingFaceFamily, Key
+from moe_reduce.families.huggingface import HuggingFaceFamily
+from moe_reduce.families.key import Key
 from moe_reduce.families.layout import Tensor
 
 LAYER = "gpt_neox.layers.{layer}"

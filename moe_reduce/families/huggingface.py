@@ -9,37 +9,12 @@ from typing import Any
 from moe_reduce.core.config import ModelConfig, MoEConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.families.family import Family
+from moe_reduce.families.key import Key
 from moe_reduce.families.neutral_keys import NEUTRAL
 
 ROPE = {"rope_theta": "rope_theta"}
 ROPE_GROUPS = ("rope_scaling", "rope_parameters")  # keys of older and newer files that group what concerns rotation
-LARGEST_FLOAT = 2**64  # of a float that a file gives as an integer
 MOE = "moe."  # before the fields of MoEConfig
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key of config.json and the type of its value.
-
-    optional: null means None, and so does a key left out, unless the family's defaults have it.
-    """
-
-    name: str
-    kind: type
-    optional: bool = False
-
-    def value(self, flat: Mapping[str, Any]) -> Any:
-        """The value in a config.json; UserError when it is missing or of another type."""
-        value = flat.get(self.name)
-        if value is None and self.optional:
-            return None
-        if value is None:
-            raise UserError(f"{self.name} is missing: add it")
-        if self.kind is float and type(value) is int and abs(value) < LARGEST_FLOAT:
-            return float(value)
-        if type(value) is not self.kind:
-            raise UserError(f"{self.name} must be {self.kind.__name__}, got {value!r}")
-        return value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,14 @@ models/parameters.py. Letters are those of moe_reduce.models. Rotated channels a
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from moe_reduce.models.parameters import Parameter
+from moe_reduce.core.config import ModelConfig
+from moe_reduce.models.parameters import Parameter, parameters
 
 NUMBERED = {"layer": "N", "expert": "E"}  # placeholder in a tensor's name -> the axis of the parameter that it numbers
 MODULE_SUFFIX = ".weight"
@@ -25,10 +26,13 @@ class Tensor(NamedTuple):
     axes: letters of the axes on disk: "HC D" is a matrix whose rows are heads times head width. A digit numbers the
     parts of a tensor that several parameters share: "H0C D", "H1C D" and "H2C D" under one name, interleaved by head.
     None: [outputs, inputs] for a matrix, as torch's Linear stores it, and one flat axis for any other parameter.
+    rotary_pairs: on disk, the two numbers of a head's width C that are rotated together lie side by side; in a
+    parameter, they lie half of the width apart.
     """
 
     name: str
     axes: str | None = None
+    rotary_pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,20 +106,30 @@ class Leaf:
         return self.name(index).removesuffix(MODULE_SUFFIX)
 
     def from_stored(self, tensor: np.ndarray) -> np.ndarray:
-        """View of the part of a tensor on disk that is the parameter's, with the parameter's axes."""
+        """The part of a tensor on disk that is the parameter's, with the parameter's axes.
+
+        A view of the tensor, unless its rotary pairs lie side by side.
+        """
         letters, sizes = "".join(self.stored_axes), self._sizes
         part = [int(letter) if letter.isdigit() else slice(None) for letter in letters]
         left = [letter for letter in letters if letter.isalpha()]
         # with the ellipsis, indexing returns a view even of a scalar
-        return tensor.reshape([sizes[x] for x in letters])[*part, ...].transpose(
+        view = tensor.reshape([sizes[x] for x in letters])[*part, ...].transpose(
             [left.index(x) for x in self._inner_axes]
         )
+        return self._halves(view) if self.tensor.rotary_pairs else view
 
     def to_stored(self, array: np.ndarray) -> np.ndarray:
-        """Inverse of `from_stored`, for a parameter that does not share its tensors."""
+        """Inverse of `from_stored`, for a parameter that does not share its tensors and has rotary halves on disk."""
         assert self.parts == 1, self.path
+        assert not self.tensor.rotary_pairs, self.path
         axes = self._inner_axes
         return array.transpose([axes.index(x) for x in "".join(self.stored_axes)]).reshape(self.stored_shape)
+
+    def _halves(self, array: np.ndarray) -> np.ndarray:
+        """Reorder the width of each head: the first number of each pair, then the second of each."""
+        order_C = np.arange(self._sizes["C"]).reshape(-1, 2).T.reshape(-1)
+        return np.take(array, order_C, self._inner_axes.index("C"))
 
     def without(self, letters: str, suffix: str) -> "Leaf":
         """Layout of companion tensors, such as scales, that lack the axes `letters` and whose names end in `suffix`."""
@@ -127,7 +141,15 @@ class Leaf:
             mesh_axes=tuple(self.record.mesh_axes[place] for place in kept),
         )
         groups = ("".join(x for x in group if x not in letters) for group in self.stored_axes)
-        return Leaf(record, Tensor(self.tensor.name + suffix, " ".join(filter(None, groups))), self.parts)
+        tensor = self.tensor._replace(name=self.tensor.name + suffix, axes=" ".join(filter(None, groups)))
+        return Leaf(record, tensor, self.parts)
+
+
+def layouts(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Leaf]:
+    """Layouts of all parameters of a model by path. tensors: by path, those of a family."""
+    found = {record.path: (record, tensors[record.path]) for record in parameters(config)}
+    names = [tensor.name for _, tensor in found.values()]
+    return {path: Leaf(record, tensor, names.count(tensor.name)) for path, (record, tensor) in found.items()}
 
 
 def to_stored(pieces: Sequence[tuple[Leaf, np.ndarray]]) -> np.ndarray:

@@ -1,7 +1,10 @@
 """LLaMA (arXiv:2302.13971): dense, SwiGLU, RMSNorm, rotary embedding, optionally grouped heads."""
 
 from moe_reduce.families import common
+from moe_reduce.families.gguf import Gguf
 from moe_reduce.families.huggingface import HuggingFaceFamily
+
+ROTATED = ("layers/attention/query", "layers/attention/key")  # llama.cpp rotates neighbours in a head
 
 FAMILY = HuggingFaceFamily(
     name="llama",
@@ -13,4 +16,13 @@ FAMILY = HuggingFaceFamily(
     constants=common.CONSTANTS,
     tensors=common.TENSORS | common.DENSE_TENSORS,
     ignored=common.IGNORED,
+    gguf=Gguf(
+        architecture="llama",
+        keys=common.GGUF_KEYS | common.GGUF_DENSE_KEYS,
+        equal=common.GGUF_EQUAL,
+        accepted=common.GGUF_ACCEPTED,
+        tensors=common.GGUF_TENSORS
+        | common.GGUF_DENSE_TENSORS
+        | {path: common.GGUF_TENSORS[path]._replace(rotary_pairs=True) for path in ROTATED},
+    ),
 )

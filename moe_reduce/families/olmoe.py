@@ -1,7 +1,8 @@
 """OLMoE (arXiv:2409.02060): experts in every layer, RMSNorm over all query heads together, and over all key heads."""
 
 from moe_reduce.families import common
-from moe_reduce.families.huggingface import HuggingFaceFamily, Key
+from moe_reduce.families.huggingface import HuggingFaceFamily
+from moe_reduce.families.key import Key
 
 FAMILY = HuggingFaceFamily(
     name="olmoe",

@@ -4,7 +4,8 @@ from typing import Any
 
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.families import common
-from moe_reduce.families.huggingface import HuggingFaceFamily, Key
+from moe_reduce.families.huggingface import HuggingFaceFamily
+from moe_reduce.families.key import Key
 
 
 class Qwen3MoE(HuggingFaceFamily):

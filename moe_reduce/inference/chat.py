@@ -4,7 +4,9 @@ import importlib.util
 from pathlib import Path
 
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.gguf_file import is_gguf
 from moe_reduce.data import library_reader
+from moe_reduce.data.gguf_tokenizer import read_gguf_tokenizer
 from moe_reduce.data.library_tokenizer import TEMPLATE_FILE, LibraryTokenizer
 from moe_reduce.data.tokenizer_files import SETTINGS_FILE
 from moe_reduce.inference.template_process import rendered
@@ -16,7 +18,7 @@ def chat_tokenizer(directory: Path) -> LibraryTokenizer:
     UserError if there is none.
     """
     try:
-        return library_reader.read_directory(directory)
+        return read_gguf_tokenizer(directory) if is_gguf(directory) else library_reader.read_directory(directory)
     except UserError as error:
         raise UserError(f"{error}; or leave out --chat") from error
 

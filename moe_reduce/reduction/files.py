@@ -1,6 +1,6 @@
 """Pruning from file to file: copies the bytes of kept experts, so that the model need not fit into memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,20 +20,18 @@ from moe_reduce.reduction.selection import KeptExperts
 from moe_reduce.reduction.transform import abstract_model
 from moe_reduce.storage import manifest, quantised
 from moe_reduce.storage.model_directory import Contents
-from moe_reduce.storage.parameter_tensors import check_names, check_weight, widest
-from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem
-
-Source = Entry | Callable[[], np.ndarray]
+from moe_reduce.storage.parameter_tensors import check_names, check_weight, open_tensors, widest
+from moe_reduce.storage.tensors import TensorItem, Tensors
 
 
 @dataclass(frozen=True)
 class Directory:
-    """A model directory; only its configuration, tensor headers and manifest have been read."""
+    """A model directory or GGUF file; only its configuration, tensor headers and manifest have been read."""
 
     path: Path
     config: ModelConfig
     raw: dict
-    files: TensorFiles
+    files: Tensors
     chain: tuple[Step, ...]
 
     @property
@@ -65,7 +63,7 @@ def open_directory(path: Path) -> Directory:
     Raises UserError when a tensor is missing, unknown, of the wrong shape, or no floating-point weight.
     """
     config, raw = read_config(path)
-    files = TensorFiles(path)
+    files = open_tensors(path, config)
     check_names(files, config)
     for leaf in leaves(config):
         parts = quantised.stored_leaves(leaf, files.entries)
@@ -127,10 +125,11 @@ def _smaller_items(directory: Directory, config: ModelConfig, kept: KeptExperts)
             old, source = list(index), None
             if axis is not None and axis < numbered:  # each expert has a tensor of its own, which is copied whole
                 old[axis] = row[index[axis]]
-            entry = directory.files.entries[before.name(tuple(old))]
+            name = before.name(tuple(old))
             if axis is not None and axis >= numbered:
                 source = partial(_taken, directory, (before, leaf), index, axis - numbered, row)
-            yield leaf.name(index), leaf.stored_shape, entry.dtype, source or entry
+            files = directory.files
+            yield leaf.name(index), leaf.stored_shape, files.entries[name].dtype, source or files.source(name)
 
 
 def _parts(directory: Directory, config: ModelConfig) -> Iterator[tuple[Leaf, Leaf]]:
@@ -172,8 +171,8 @@ def _pooled_items(directory: Directory, config: ModelConfig, kept: KeptExperts) 
         ):
             for index in np.ndindex(target.stacked):
                 place = origins[index[0]] if component == "experts" else index
-                entry = directory.files.entries[source.name(place)]
-                yield target.name(index), target.stored_shape, entry.dtype, entry
+                name, files = source.name(place), directory.files
+                yield target.name(index), target.stored_shape, files.entries[name].dtype, files.source(name)
 
 
 def _router(directory: Directory, leaf: Leaf, kept: KeptExperts) -> np.ndarray:

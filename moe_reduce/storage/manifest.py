@@ -29,12 +29,14 @@ def sha256_of_file(file: Path) -> str:
 
 
 def input_of(directory: Path) -> Input:
-    """Path and hash by which a step of the history names a model directory that it read.
+    """Path and hash by which a step of the history names a model directory, or a GGUF file, that it read.
 
-    The hash is that of manifest.json. Published models have none: their hash is a fingerprint of config.json and of
-    each weight file, made of its size and 64 samples of 16 KiB spread over its length, header included. Reading every
-    byte of a large model would take longer than most steps.
+    The hash is that of the file, or of the directory's manifest.json. Published directories have none: their hash is a
+    fingerprint of config.json and of each weight file, made of its size and 64 samples of 16 KiB spread over its
+    length, header included. Reading every byte of a large model would take longer than most steps.
     """
+    if directory.is_file():
+        return Input(str(directory), sha256_of_file(directory))
     manifest = directory / MANIFEST_FILE
     if manifest.is_file():
         return Input(str(directory), sha256_of_file(manifest))

@@ -1,4 +1,4 @@
-"""Loading and saving model directories."""
+"""Loading and saving model directories; loading GGUF files."""
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -11,18 +11,22 @@ import jax
 from moe_reduce import families
 from moe_reduce.core import outputs, trees
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
+from moe_reduce.core.gguf_file import is_gguf
 from moe_reduce.core.provenance import Step
+from moe_reduce.data.tokenizers import load_tokenizer
 from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import parameter_count
 from moe_reduce.models.weights import is_quantised
 from moe_reduce.storage import manifest
-from moe_reduce.storage.parameter_tensors import read_params, write_items
-from moe_reduce.storage.tensors import SHARD_BYTES, TensorFiles, TensorItem, write_tensors
+from moe_reduce.storage.parameter_tensors import open_tensors, read_params, write_items
+from moe_reduce.storage.tensors import SHARD_BYTES, TensorItem, write_tensors
 
 # Files that are copied to a saved model from the directory that it was loaded from.
 COMPANIONS = (
     "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+CONVERSION = "convert"  # command of the step that made a model directory of a GGUF file
 
 KIND = outputs.json_kind("a model directory", manifest.MANIFEST_FILE, ("chain", "files", "parameters"))
 
@@ -35,17 +39,18 @@ def load(
     execution: ExecutionConfig | None = None,
     shardings: trees.Tree | None = None,
 ) -> Model:
-    """Load a model directory, ours or a Hugging Face one of a family in moe_reduce.families.
+    """Load a model directory, ours or a Hugging Face one of a family in moe_reduce.families, or a GGUF file.
 
     dtype: dtype of the parameters, such as "bfloat16"; None keeps the stored one. execution: how to compute; None
     chooses by platform. shardings: tree of jax.sharding.Sharding with the structure of the parameters; each device then
-    reads only its own slices. Raises UserError, naming the file and the tensor or key, when the directory is not whole.
+    reads only its own slices. Quantised tensors of a GGUF file are dequantised to fp32. Raises UserError, naming the
+    file and the tensor or key, when the model is not whole.
     """
-    directory = Path(path)
-    config, raw = families.read_config(directory)
-    params = read_params(TensorFiles(directory), config, dtype, shardings)
+    place = Path(path)
+    config, raw = families.read_config(place)
+    params = read_params(open_tensors(place, config), config, dtype, shardings)
     execution = (execution or ExecutionConfig()).resolve(jax.default_backend())
-    return Model(config, params, execution, directory, raw, manifest.read_chain(directory))
+    return Model(config, params, execution, place, raw, manifest.read_chain(place))
 
 
 def save(
@@ -59,11 +64,11 @@ def save(
     """Write a model directory: config.json, safetensors, the tokenizer of `model.source`, manifest.json.
 
     Files are written to a temporary directory beside `path`, which is renamed at the end, so a kill or a full disk
-    leaves nothing half-made. step: appended to the model's history. overwrite: replace a model directory that was
-    written by this function (see moe_reduce.core.outputs). shard_bytes: largest size of a weight file. also: writes
-    further files; called with the unfinished directory and the SHA-256 of each weight file by name. A model with
-    quantised weights is saved as one of our own, whatever its family. Raises UserError when the path exists or cannot
-    be written.
+    leaves nothing half-made. step: appended to the model's history, which begins with a conversion where the model was
+    read from a GGUF file and saved as it is. overwrite: replace a model directory that was written by this function
+    (see moe_reduce.core.outputs). shard_bytes: largest size of a weight file. also: writes further files; called with
+    the unfinished directory and the SHA-256 of each weight file by name. A model with quantised weights is saved as one
+    of our own, whatever its family. Raises UserError when the path exists or cannot be written.
     """
     flat = trees.flatten(model.params)
     whole = [leaf for leaf in flat.values() if not is_quantised(leaf)]
@@ -75,9 +80,16 @@ def save(
         dtype=str(whole[0].dtype),  # that of the embedding, if not quantised
         source=model.source,
         hf_config=model.hf_config,
-        chain=model.chain if step is None else (*model.chain, step),
+        chain=_chain(model, step),
     )
     write_directory(contents, path, overwrite, shard_bytes, also)
+
+
+def _chain(model: Model, step: Step | None) -> tuple[Step, ...]:
+    if step is None and not model.chain and model.source is not None and is_gguf(model.source):
+        count = parameter_count(model.config)
+        step = Step(CONVERSION, {}, (manifest.input_of(model.source),), count, count)
+    return model.chain if step is None else (*model.chain, step)
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class Contents:
     config: ModelConfig
     items: Iterable[TensorItem]
     dtype: str
-    source: Path | None  # directory to copy the tokenizer from
+    source: Path | None  # directory or GGUF file to copy the tokenizer from
     hf_config: dict[str, Any] | None
     chain: tuple[Step, ...]
 
@@ -108,10 +120,17 @@ def _write(contents: Contents, directory: Path, shard_bytes: int, also: Also | N
     hashes = write_tensors(directory, contents.items, shard_bytes)
     raw = families.to_hf(contents.config, contents.hf_config, contents.dtype)
     (directory / families.CONFIG_FILE).write_text(families.dumps(raw))
-    companions = () if contents.source is None else [contents.source / name for name in COMPANIONS]
-    for file in companions:
-        if file.is_file():
-            shutil.copyfile(file, directory / file.name)
+    if contents.source is not None:
+        _copy_companions(contents.source, directory)
     if also is not None:
         also(directory, hashes)
     manifest.write(directory, contents.config, contents.chain, hashes)
+
+
+def _copy_companions(source: Path, directory: Path) -> None:
+    if is_gguf(source):
+        load_tokenizer(source).save(directory)
+        return
+    for file in [source / name for name in COMPANIONS]:
+        if file.is_file():
+            shutil.copyfile(file, directory / file.name)

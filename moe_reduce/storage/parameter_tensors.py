@@ -6,6 +6,7 @@ A quantised weight consists of several tensors: see quantised.py.
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +15,19 @@ import numpy as np
 from moe_reduce.core import memory, trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.gguf_file import is_gguf
 from moe_reduce.families import Leaf, by_path, leaves, of_config, to_stored
 from moe_reduce.storage import quantised
-from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem
+from moe_reduce.storage.gguf import GgufTensors
+from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem, Tensors
 
 
-def check_names(files: TensorFiles, config: ModelConfig) -> None:
+def open_tensors(path: Path, config: ModelConfig) -> Tensors:
+    """Open the tensors of a model directory, or of a GGUF file; UserError when they are not whole."""
+    return GgufTensors(path, config) if is_gguf(path) else TensorFiles(path)
+
+
+def check_names(files: Tensors, config: ModelConfig) -> None:
     """Check the headers of the files: they must hold exactly the tensors of the model, in the right shapes.
 
     Raises UserError when a tensor is missing, unknown or of another shape. An output table that is stored although
@@ -50,7 +58,7 @@ def check_names(files: TensorFiles, config: ModelConfig) -> None:
         )
 
 
-def _check_tied(files: TensorFiles, input_name: str, output_name: str) -> None:
+def _check_tied(files: Tensors, input_name: str, output_name: str) -> None:
     first, last = files.read(input_name), files.read(output_name)
     # Compared as bytes, because numpy may lack the dtype and NaN must equal itself.
     if first.dtype != last.dtype or not np.array_equal(first.view(np.uint8), last.view(np.uint8)):
@@ -61,7 +69,7 @@ def _check_tied(files: TensorFiles, input_name: str, output_name: str) -> None:
 
 
 def read_params(
-    files: TensorFiles, config: ModelConfig, dtype: Any = None, shardings: trees.Tree | None = None
+    files: Tensors, config: ModelConfig, dtype: Any = None, shardings: trees.Tree | None = None
 ) -> dict[str, Any]:
     """Read the parameter tree as jax arrays, one parameter at a time, so that host memory holds no second copy.
 
@@ -76,14 +84,14 @@ def read_params(
     return trees.unflatten({leaf.path: _read(files, leaf, dtype, by_leaf[leaf.path]) for leaf in leaves(config)})
 
 
-def _check_room(files: TensorFiles, config: ModelConfig, dtype: Any) -> None:
+def _check_room(files: Tensors, config: ModelConfig, dtype: Any) -> None:
     """Raise UserError when a limit of address space leaves no room for the weights beside the mapped files."""
     stored = sum(entry.stop - entry.start for entry in files.entries.values())
     count = sum(math.prod(leaf.shape) for leaf in leaves(config))
     memory.check_room(stored + (stored if dtype is None else count * np.dtype(dtype).itemsize), str(files.directory))
 
 
-def _read(files: TensorFiles, leaf: Leaf, dtype: Any, sharding: Any) -> Any:
+def _read(files: Tensors, leaf: Leaf, dtype: Any, sharding: Any) -> Any:
     parts = quantised.stored_leaves(leaf, files.entries)
     if len(parts) == 1:
         return _read_array(files, leaf, _dtype(files, leaf, dtype), sharding)
@@ -93,7 +101,7 @@ def _read(files: TensorFiles, leaf: Leaf, dtype: Any, sharding: Any) -> Any:
     return quantised.weight_of([_read_array(files, *each) for each in zip(parts, stored, shardings, strict=True)])
 
 
-def _read_array(files: TensorFiles, leaf: Leaf, kind: np.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def _read_array(files: Tensors, leaf: Leaf, kind: np.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
     if sharding is None:
         return jax.device_put(_gather(files, leaf, (slice(None),) * len(leaf.shape), kind))
 
@@ -104,7 +112,7 @@ def _read_array(files: TensorFiles, leaf: Leaf, kind: np.dtype, sharding: jax.sh
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
 
-def _dtype(files: TensorFiles, leaf: Leaf, dtype: Any) -> np.dtype:
+def _dtype(files: Tensors, leaf: Leaf, dtype: Any) -> np.dtype:
     """Dtype of a parameter: the given one, else that of its tensors, or the widest of them where they differ."""
     stored = {files.entries[name].dtype: name for name in leaf.names()}
     for name in stored.values():
@@ -131,7 +139,7 @@ def check_weight(name: str, entry: Entry) -> None:
         raise UserError(f"tensor {name} in {entry.file} is {entry.dtype}, not a floating-point weight: convert it")
 
 
-def _gather(files: TensorFiles, leaf: Leaf, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+def _gather(files: Tensors, leaf: Leaf, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
     """The slice `index` of a parameter, copied from the slices of the tensors that it covers."""
     count = len(leaf.stacked)
     ranges = [range(size)[part] for size, part in zip(leaf.shape, index, strict=True)]

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moe_reduce.core.errors import UserError
 from moe_reduce.families import Leaf
 from moe_reduce.models.weights import Int8
-from moe_reduce.storage.tensors import TensorFiles
+from moe_reduce.storage.tensors import Tensors
 
 SCALE = "_scale"
 DTYPES = (np.dtype(np.int8), np.dtype(np.float32))  # of the tensors of an Int8
@@ -45,7 +45,7 @@ def weight_of(arrays: Sequence[Any]) -> Any:
     return Int8(*arrays) if len(arrays) > 1 else arrays[0]
 
 
-def check_dtypes(files: TensorFiles, parts: Sequence[Leaf]) -> None:
+def check_dtypes(files: Tensors, parts: Sequence[Leaf]) -> None:
     """Raise UserError when the tensors of a quantised weight are of other dtypes than those of an Int8."""
     for part, dtype in zip(parts, DTYPES, strict=True):
         for name in part.names():

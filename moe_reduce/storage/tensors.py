@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -65,8 +65,27 @@ class Entry:
     stop: int
 
 
-# (name, shape, dtype, data); data: an array, a function that returns one, or the location in another file to copy from
-TensorItem = tuple[str, tuple[int, ...], np.dtype, np.ndarray | Callable[[], np.ndarray] | Entry]
+Source = Entry | Callable[[], np.ndarray]  # location in another file to copy from, or a function that returns an array
+TensorItem = tuple[str, tuple[int, ...], np.dtype, np.ndarray | Source]  # name, shape, dtype, data
+
+
+class Tensors(Protocol):
+    """The tensors of a model by name; their data are read on demand. directory: where they are, for messages."""
+
+    directory: Path
+    entries: dict[str, Entry]
+
+    def read(self, name: str) -> np.ndarray:
+        """Values of the tensor, possibly read-only."""
+        ...
+
+    def read_whole(self, name: str) -> np.ndarray:
+        """A copy of the values."""
+        ...
+
+    def source(self, name: str) -> Source:
+        """The tensor as data to write to another file."""
+        ...
 
 
 class TensorFiles:
@@ -134,6 +153,10 @@ class TensorFiles:
         entry = self.entries[name]
         count = (entry.stop - entry.start) // entry.dtype.itemsize
         return np.fromfile(entry.file, entry.dtype, count, offset=entry.start).reshape(entry.shape)
+
+    def source(self, name: str) -> Source:
+        """Location of the tensor, from which it is copied."""
+        return self.entries[name]
 
 
 def _weight_map(index: Path) -> dict[str, str]:

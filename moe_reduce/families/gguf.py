@@ -1,0 +1,80 @@
+"""Form of a family in GGUF files: metadata as keys of config.json, and names of tensors.
+
+The container is read by core/gguf_file.py, the values of its tensors by storage/gguf.py.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_reduce.core.errors import UserError
+from moe_reduce.core.gguf_file import GgufFile
+from moe_reduce.families.key import Key
+from moe_reduce.families.layout import Tensor
+
+TOKEN_IDS = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
+END_OF_TURN = "tokenizer.ggml.eot_token_id"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gguf:
+    """One architecture of llama.cpp.
+
+    architecture: `general.architecture`, and the prefix of the keys below. keys: key of config.json -> key of the
+    metadata. equal: further keys of the metadata -> the key of config.json that has the same value. accepted: further
+    keys that change what a model computes, with the only values that the decoder computes. tensors: layout by path of
+    the parameter.
+    """
+
+    architecture: str
+    keys: Mapping[str, Key]
+    equal: Mapping[str, str]
+    accepted: Mapping[str, tuple[Any, ...]]
+    tensors: Mapping[str, Tensor]
+
+    def read(self, file: GgufFile) -> dict[str, Any]:
+        """Keys of a config.json for a file; UserError names a key that is missing, unknown or not supported."""
+        prefix = f"{self.architecture}."
+        keys = {name: dataclasses.replace(key, name=prefix + key.name) for name, key in self.keys.items()}
+        found = {name: key.value(file.metadata) for name, key in keys.items()}
+        raw = {name: value for name, value in found.items() if value is not None}
+        heads = raw["num_attention_heads"]
+        raw.setdefault("head_dim", raw["hidden_size"] // max(heads, 1))
+        raw |= {"vocab_size": self._rows(file), "tie_word_embeddings": not self._has_output(file), "dtype": "float32"}
+        known = {key.name for key in keys.values()}
+        for key, value in file.metadata.items():
+            if key.startswith(prefix) and key not in known:
+                self._check(key, value, raw)
+        return raw | _token_ids(file.metadata)
+
+    def _check(self, key: str, value: Any, raw: Mapping[str, Any]) -> None:
+        """Raise UserError for a key of the metadata that says what the decoder does not compute."""
+        name = key.removeprefix(f"{self.architecture}.")
+        accepted = (raw[self.equal[name]],) if name in self.equal else self.accepted.get(name)
+        if accepted is None:
+            raise UserError(f"{key}={value!r} is not known: it may change what the model computes")
+        if value not in accepted:
+            raise UserError(f"{key}={value!r} is not supported, only {accepted[0]!r}")
+
+    def _rows(self, file: GgufFile) -> int:
+        name = self.tensors["embedding/table"].name
+        if name not in file.tensors:
+            raise UserError(f"tensor {name} is missing: fetch the file again")
+        return file.tensors[name].shape[0]
+
+    def _has_output(self, file: GgufFile) -> bool:
+        return self.tensors["unembedding/table"].name in file.tensors
+
+
+def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Ids of special tokens; several that end a text where a chat ends its turns with another than its documents."""
+    ids = {name: metadata[key] for name, key in TOKEN_IDS.items() if key in metadata}
+    turn = metadata.get(END_OF_TURN)
+    if turn is not None and ids.get("eos_token_id", turn) != turn:
+        ids["eos_token_id"] = [ids["eos_token_id"], turn]
+    return ids
