@@ -88,6 +88,10 @@ def test_nothing_changes_at_the_start_and_something_once_it_trained(kind, head):
             assert np.abs(matrices).mean() == pytest.approx(bound / 2, rel=0.4)
             assert all(np.linalg.matrix_rank(matrix) == LORA.rank for matrix in matrices)
     (changed,) = hypernetworks.written(disturbed(new), embeddings(1))
+    for path, leaf in trees.flatten(changed.tree).items():
+        if path.endswith(("out/matrix", "core")) and path not in new.fixed:  # layers, experts and ranks differ
+            rows = np.asarray(leaf).reshape(-1, leaf.shape[-1])
+            assert len(np.unique(rows.round(5), axis=0)) == len(rows), path
     logits = adapters.activate(model, changed)(TOKENS)
     assert np.abs(logits - start).max() > 1e-3
     merged = merging.merge(model, changed)(TOKENS)

@@ -20,7 +20,7 @@ from moe_reduce.adapters.hypernetwork.hypernetwork import Hypernetwork, Statisti
 from moe_reduce.adapters.leaves import is_projection
 from moe_reduce.core import config_dict, trees
 from moe_reduce.core.config import ExecutionConfig, model_from_dict, to_dict
-from moe_reduce.core.disk import read_json, replace_directory, temporary_beside, write_json
+from moe_reduce.core.disk import publish, read_json, temporary_beside, write_json
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.hypernetwork_config import HypernetworkConfig
 from moe_reduce.core.provenance import Input
@@ -138,7 +138,7 @@ def write_adapters(trained: Trained, descriptions: list[str], encoder: Encoder, 
         with temporary_beside(targets[text]) as unfinished:
             adapter_directory.save(adapter, trained.hypernetwork.base, trained.base, unfinished)
             write_json(unfinished / "task.json", {"description": text, "hypernetwork": known})
-            replace_directory(unfinished, targets[text])
+            publish(unfinished, targets[text])
     return [targets[text] for text in descriptions]
 
 
