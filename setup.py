@@ -5,10 +5,11 @@ from setuptools import find_packages, setup
 EXPORT = ["flatbuffers>=25.0", "jax2onnx>=0.17", "onnx>=1.20", "onnxruntime>=1.24"]
 CHAT = ["jinja2>=3.1.6"]
 EVALUATE = ["lm-eval>=0.4.9"]
+HYPERNETWORK = ["huggingface-hub>=0.30", "onnxruntime>=1.24", "pyyaml>=6.0"]
 MONITOR = ["psutil>=5.9"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10"]
 TOOLS = ["basedpyright>=1.31", "pytest>=8.3", "pytest-xdist>=3.7", "ruff>=0.12"]
-TEST_CORE = [*CHAT, *MONITOR, *NOTEBOOKS, *EXPORT, *TOOLS]
+TEST_CORE = [*CHAT, *HYPERNETWORK, *MONITOR, *NOTEBOOKS, *EXPORT, *TOOLS]
 PEERS = [*EVALUATE, "peft>=0.17", "torch==2.13.0"]  # gigabytes: compared with, never built on
 
 setup(
@@ -41,6 +42,7 @@ setup(
     extras_require={
         "chat": CHAT,
         "evaluate": EVALUATE,
+        "hypernetwork": HYPERNETWORK,
         "monitor": MONITOR,
         "notebooks": NOTEBOOKS,
         "export": EXPORT,
