@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from moe_reduce.core.config import ExecutionConfig, MoEConfig
 from moe_reduce.models.moe import chunks, expert_loop, triton_kernels
-from moe_reduce.models.moe.assignments import sort_by_expert
+from moe_reduce.models.moe.assignments import sort_by_group
 from moe_reduce.models.moe.dispatch import DISPATCHES, Assigned
 from moe_reduce.models.moe.routing import MANY, route, top_experts
 
@@ -244,11 +244,11 @@ def test_dora_of_experts_is_refused_and_not_left_out(name):
 
 def test_sort_is_stable_and_inverse():
     chosen_SA = _chosen("random")
-    order = sort_by_expert(chosen_SA, E)
+    order = sort_by_group(chosen_SA, E)
     flat = np.asarray(chosen_SA).reshape(-1)
     np.testing.assert_array_equal(order.order_M, np.argsort(flat, stable=True))
     np.testing.assert_array_equal(np.asarray(order.rank_SA).reshape(-1)[np.asarray(order.order_M)], np.arange(S * A))
-    np.testing.assert_array_equal(order.counts_E, np.bincount(flat, minlength=E))
+    np.testing.assert_array_equal(order.counts_J, np.bincount(flat, minlength=E))
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -270,10 +270,10 @@ def test_kernels_are_compiled_for_a_gpu_that_is_not_here(dtype):
     gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
     experts = jax.tree.map(lambda leaf: leaf.astype(dtype), tuple(_matrices(jax.random.key(0))))
     x_SD, chosen_SA = jnp.ones((S, D), dtype), _chosen("random")
-    order = sort_by_expert(chosen_SA, E)
+    order = sort_by_group(chosen_SA, E)
 
     def step(x_SD, masters, experts):
-        groups = triton_kernels.groups_of(order.counts_E, order.order_M.size)
+        groups = triton_kernels.groups_of(order.counts_J, order.order_M.size)
 
         def layer(x_SD, masters):
             places = triton_kernels.Places(order.order_M // A, order.rank_SA, groups)
