@@ -123,13 +123,13 @@ def test_mistakes_are_one_line():
         with pytest.raises(UserError, match=r"bank of adapters and batch\['adapter'\]"):
             wrong()
     for again in (adapters.activate, lambda model, adapter: bank.activate(model, [adapter])):
-        with pytest.raises(UserError, match="active in this model already"):
+        with pytest.raises(UserError, match="already has an active adapter"):
             again(active, lora)
     with pytest.raises(UserError, match="DoRA adapter cannot run beside"):
         bank.activate(model, [lora, adapters.init(ADAPTER_METHODS["dora"], model)])
     with pytest.raises(UserError, match="at least one adapter"):
         bank.activate(model, [None])
-    with pytest.raises(UserError, match="no adapter is active"):
+    with pytest.raises(UserError, match="no active adapter"):
         merging.unmerge(active)
     other = adapters.init(AdapterConfig(rank=2, targets="up"), model_of("layer"))
     with pytest.raises(UserError, match="adapter leaf"):

@@ -34,7 +34,7 @@ def activate(model: Model, adapters: Sequence[Adapter | None]) -> Model:
     UserError for an adapter of another base, and for DoRA, which rescales whole matrices.
     """
     if ADAPTER in model.params or BANK in model.params:
-        raise UserError("an adapter is active in this model already: merge or unmerge it first")
+        raise UserError("this model already has an active adapter: merge or unmerge it first")
     return dataclasses.replace(model, params=model.params | {BANK: stack(adapters, model.config)})
 
 
@@ -62,7 +62,7 @@ def entry(tree: Mapping[str, Any], number: int) -> dict[str, Any]:
     """The tree of one adapter, from that of a bank."""
     if "scale" not in tree:
         return {name: entry(branch, number) for name, branch in tree.items()}
-    shared = 2 + ("layer_numbers" in tree)  # most axes of a leaf that all entries share
+    shared = 2 + ("layer_numbers" in tree)  # most axes of a leaf that all entries share, as in deltas.bank_size
     return jax.tree.map(lambda leaf: jnp.take(leaf, number, -3) if leaf.ndim > shared else leaf, dict(tree))
 
 

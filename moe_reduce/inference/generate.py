@@ -26,6 +26,7 @@ from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.models import cache, weights
 from moe_reduce.models.cache import KEYS_VALUES
 from moe_reduce.models.decoder import STACK, unstacked
+from moe_reduce.models.deltas import BANK, bank_size
 from moe_reduce.models.mesh import BATCH_AXES
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import parameters, records
@@ -202,9 +203,18 @@ def _request(
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     slots = max(bucket(longest + settings.max_tokens), tokens_BT.shape[1])
-    entries_B = None if entries is None else jnp.asarray(entries, jnp.int32)
+    entries_B = None if entries is None else _entries(model, prompts, entries)
     batch = Prompts(jnp.asarray(tokens_BT), jnp.asarray(lengths_B), entries_B)
     return Request(model, program, _choice(settings), batch, slots)
+
+
+def _entries(model: Model, prompts: Sequence[Sequence[int]], entries: Sequence[int]) -> jax.Array:
+    size = bank_size(model.params[BANK]) if BANK in model.params else 0
+    if len(entries) != len(prompts) or not all(0 <= entry < size for entry in entries):
+        raise UserError(
+            f"entries must name one of the {size} adapters of the bank for each prompt, got {list(entries)}"
+        )
+    return jnp.asarray(entries, jnp.int32)
 
 
 def _rows(ids_BX: np.ndarray) -> list[list[int]]:

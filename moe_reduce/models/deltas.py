@@ -91,6 +91,14 @@ def _spread(tree: Mapping[str, Any], layers: int) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape[1:]), leaf.dtype).at[numbers].set(leaf), rest)
 
 
+def bank_size(tree: Mapping[str, Any]) -> int:
+    """Number of entries, Z, of a bank."""
+    if "scale" not in tree:
+        return max(map(bank_size, tree.values()))
+    shared = 2 + ("layer_numbers" in tree)  # most axes of a leaf that all entries share
+    return max(leaf.shape[-3] if leaf.ndim > shared else 0 for leaf in jax.tree.leaves(tree))
+
+
 def delta_of(module: nn.Module, name: str) -> Delta | None:
     """Delta of the module's matrix of this name; None without an adapter on it."""
     return module.get_variable(ADAPTER, name) if module.has_variable(ADAPTER, name) else None
