@@ -12,10 +12,12 @@ from training_runs import random_batch
 from moe_reduce.adapters import adapter as adapters
 from moe_reduce.adapters import bank, merging
 from moe_reduce.core import trees
-from moe_reduce.core.config import AdapterConfig
+from moe_reduce.core.config import AdapterConfig, MeshConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.deltas import BANK
 from moe_reduce.models.model import Model
+from moe_reduce.models.parameters import records
+from moe_reduce.training import sharding
 
 ROWS = (2, 0, 1, 3, 2)  # entries; 3 is none
 LORA, SKEMA = ADAPTER_METHODS["lora"], dataclasses.replace(ADAPTER_METHODS["skema"], sketch_width=4)
@@ -52,8 +54,11 @@ def run(model: Model, tokens: jax.Array, entries=ROWS) -> jax.Array:
     return model.apply({"tokens": tokens, "adapter": jnp.asarray(entries, jnp.int32)}).logits_BTV
 
 
-@pytest.mark.parametrize("kind", ["dense", "layer", "pool"])
-@pytest.mark.parametrize("methods", list(MIXED))
+@pytest.mark.parametrize(
+    ("kind", "methods"),
+    [("dense", methods) for methods in MIXED]
+    + [("layer", "lora"), ("layer", "all"), ("pool", "skema of other seeds"), ("pool", "srht")],
+)
 def test_each_row_is_that_of_its_adapter(kind, methods):
     model = model_of(kind)
     each = [*trained_adapters(methods, model), None]
@@ -66,13 +71,26 @@ def test_each_row_is_that_of_its_adapter(kind, methods):
 
 
 @pytest.mark.parametrize("dispatch", ["ragged", "grouped", "capacity", "reference"])
-@pytest.mark.parametrize("methods", ["lora", "skema of other seeds"])
-def test_every_dispatch_takes_a_bank(dispatch, methods):
+def test_every_dispatch_takes_a_bank(dispatch):
     model = model_of("layer")
-    active = bank.activate(model, [*trained_adapters(methods, model), None])
+    active = bank.activate(model, [*trained_adapters("skema of other seeds", model), None])
     execution = dataclasses.replace(EXECUTION, dispatch=dispatch, capacity_factor=4.0)
     found = run(dataclasses.replace(active, execution=execution), tokens_of_rows())
     np.testing.assert_allclose(found, run(active, tokens_of_rows()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "exchange"), [("layer", "all_to_all"), ("pool", "gather")])
+def test_eight_devices_run_a_bank_as_one_does(kind, exchange):
+    model = model_of(kind)
+    active = bank.activate(model, [*trained_adapters("all", model), None])
+    mesh = sharding.make_mesh(MeshConfig(data=2, expert=2, tensor=2))
+    execution = dataclasses.replace(EXECUTION, exchange=exchange)
+    placed = sharding.shardings(mesh, active.params, records(model.config, active.params))
+    split = dataclasses.replace(active, execution=execution, params=jax.device_put(active.params, placed))
+    rows, entries = tokens_of_rows()[:4], ROWS[:4]
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda params: run(split.with_params(params), rows, entries))(split.params)
+    np.testing.assert_allclose(found, run(active, rows, entries), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["dense", "layer", "pool"])
@@ -125,7 +143,7 @@ def test_mistakes_are_one_line():
     for again in (adapters.activate, lambda model, adapter: bank.activate(model, [adapter])):
         with pytest.raises(UserError, match="already has an active adapter"):
             again(active, lora)
-    with pytest.raises(UserError, match="DoRA adapter cannot run beside"):
+    with pytest.raises(UserError, match="adapter 1 is a DoRA, which cannot run beside"):
         bank.activate(model, [lora, adapters.init(ADAPTER_METHODS["dora"], model)])
     with pytest.raises(UserError, match="at least one adapter"):
         bank.activate(model, [None])

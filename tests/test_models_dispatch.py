@@ -25,7 +25,7 @@ def run(name, x_SD, chosen_SA, weights_SA, pool, execution=EXECUTION):
     rows = Assigned(x_SD, chosen_SA, weights_SA)
     if name == "chunks":
         return DISPATCHES["ragged"](rows, *pool, execution, 0.13)
-    share = 0.9 if np.any(np.asarray(chosen_SA) == E) else 1.0
+    share = 0.9 if np.any(np.asarray(chosen_SA) >= pool[0].groups) else 1.0
     return DISPATCHES[name](rows, *pool, execution, share)
 
 
@@ -184,6 +184,45 @@ def test_adapters_are_differentiated_as_by_the_reference(name, kind, trained):
     def both(which):
         function = jax.value_and_grad(lambda *a: loss(which, *a), argnums=(0, 1, 2), has_aux=True)
         (_, y_SD), gradients = jax.jit(function)(x_SD, weights_SA, frees[trained])
+        return jax.tree.leaves((y_SD, gradients))
+
+    for value, wanted in zip(both(name), both("reference"), strict=True):
+        assert np.any(wanted)
+        np.testing.assert_allclose(value, wanted, rtol=1e-3, atol=1e-3)
+
+
+def _bank(keys):
+    """Three entries: of gate LoRAs of each expert; of down cores, with one transform for all and sketches of each."""
+    normal = jax.random.normal
+    gate = {"in": {"matrix": normal(keys[0], (E, 3, D, 2))}, "out": {"matrix": normal(keys[1], (E, 3, 2, F))}}
+    fixed = {"signs": jnp.ones(32), "rows": jnp.array([3, 8, 20, 31], jnp.int32)}
+    down = {"in": fixed, "core": normal(keys[2], (E, 3, 4, 4)), "out": {"matrix": normal(keys[3], (3, 4, D))}}
+    return {"gate": gate, "down": down}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("blocks", "random"), ("capacity", "random")]
+    + [(name, "some_elsewhere") for name in ("blocks", "chunks", "grouped")],
+)
+def test_banks_are_differentiated_as_by_the_reference(name, kind):
+    keys = jax.random.split(jax.random.key(5), 9)
+    changes, target_SD = _bank(keys), jax.random.normal(keys[5], (S, D))
+    groups_SA = _chosen(kind) * 3 + jnp.broadcast_to(jax.random.randint(keys[8], (S, 1), 0, 3), (S, A))
+
+    def loss(which, x_SD, weights_SA, free):
+        fixed = {"gate": {}, "down": {"in": changes["down"]["in"]}}
+        own = {name: {"scale": jnp.float32(0.5)} | fixed[name] | free[name] for name in free}
+        pool = experts_of(_matrices(keys[7]), trained=False, deltas=own)
+        y_SD = run(which, x_SD, groups_SA, weights_SA, pool).y_SD
+        return jnp.sum(y_SD * target_SD) / 100, y_SD
+
+    def both(which):
+        function = jax.value_and_grad(lambda *a: loss(which, *a), argnums=(0, 1, 2), has_aux=True)
+        free = {"gate": changes["gate"], "down": {part: changes["down"][part] for part in ("core", "out")}}
+        (_, y_SD), gradients = jax.jit(function)(
+            jax.random.normal(keys[4], (S, D)), jax.nn.softmax(jax.random.normal(keys[6], (S, A))), free
+        )
         return jax.tree.leaves((y_SD, gradients))
 
     for value, wanted in zip(both(name), both("reference"), strict=True):

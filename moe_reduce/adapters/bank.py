@@ -46,7 +46,7 @@ def stack(adapters: Sequence[Adapter | None], model: ModelConfig) -> dict[str, A
             continue
         check_fits(adapter, model)
         if adapter.config.method == "dora":
-            raise UserError("a DoRA adapter cannot run beside other adapters in one batch: give it alone, or merge it")
+            raise UserError(f"adapter {number} is a DoRA, which cannot run beside others: give it alone, or merge it")
         for target in targets_of(adapter.config, model):
             leaves = {name: np.asarray(leaf) for name, leaf in trees.flatten(delta_of(adapter, target)).items()}
             places.setdefault(target.path, [None] * len(adapters))[number] = (target, leaves)

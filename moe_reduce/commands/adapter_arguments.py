@@ -61,6 +61,11 @@ def with_adapters(
     if len(distinct) == 1:
         return with_adapter(model, distinct[0], base, tensor), None
     loaded = [_load(adapter, model, base, tensor) for adapter in distinct]
+    for adapter, found in zip(distinct, loaded, strict=True):
+        if found is not None and found.config.method == "dora":
+            raise UserError(
+                f"--adapter={adapter} is a DoRA, which cannot run beside others: give it alone, or merge it"
+            )
     return bank.activate(model, loaded), [distinct.index(adapter) for adapter in adapters]
 
 
