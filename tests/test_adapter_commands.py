@@ -1,5 +1,6 @@
 """--adapter of the commands: an unmerged adapter gives what the merged model gives, alone and beside others."""
 
+import csv
 import dataclasses
 import json
 import shutil
@@ -92,6 +93,18 @@ def test_evaluate_with_an_adapter_is_the_merged_model(place, tmp_path, capsys):
     assert found["adapter"] == str(place / "lora")
 
 
+def test_monitor_names_the_adapter(place, tmp_path, capsys):
+    base, lora = place / "base", place / "lora"
+    given = [f"--model={base}", f"--model={base}", f"--adapter={lora}", "--adapter=none", "--max-tokens=4"]
+    assert main(["monitor", *given, "--pause=0.01", f"--out={tmp_path / 'out'}"]) == 0, capsys.readouterr().err
+    rows = list(csv.DictReader((tmp_path / "out" / "monitor.csv").read_text().splitlines()))
+    assert [row["name"] for row in rows] == [f"{base} + {lora}", str(base)]
+    assert {row["quantisation"] for row in rows} == {"float32"}
+    wrong = ["--ollama=a", f"--adapter={lora}", f"--out={tmp_path / 'wrong'}"]
+    assert main(["monitor", *wrong]) == 2
+    assert "there are 1 --adapter and 0 --model" in capsys.readouterr().err
+
+
 def test_another_adapter_needs_no_new_program(place):
     base = moe_reduce.load(place / "base")
     loaded = [adapter_directory.load(place / name, base.config, None) for name in ("lora", "skema")]
@@ -113,7 +126,10 @@ def test_another_adapter_needs_no_new_program(place):
     ("given", "line"),
     [
         (["--adapter=missing"], "--adapter=missing is not a directory: give one that adapt or PEFT wrote"),
-        (["--adapter=lora", "--adapter=lora"], "--adapter is given 2 times and --prompt 3 times"),
+        (
+            ["--adapter=lora", "--adapter=lora"],
+            "there are 2 --adapter and 3 --prompt: give one adapter for all, or one for each",
+        ),
         (["--adapter=lora", "--adapter=dora", "--adapter=none"], "--adapter=dora is a DoRA, which cannot run beside"),
     ],
 )

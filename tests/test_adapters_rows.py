@@ -7,16 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_adapters import ADAPTER_METHODS, EXECUTION, disturbed, model_of
+from test_generate import PROMPTS, whole_greedy
+from test_generate import model_of as unprepared
 from training_runs import random_batch
 
 from moe_reduce.adapters import adapter as adapters
 from moe_reduce.adapters import bank, merging
 from moe_reduce.core import trees
-from moe_reduce.core.config import AdapterConfig, MeshConfig
+from moe_reduce.core.config import AdapterConfig, GenerateConfig, MeshConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.inference.generate import generate, ready
 from moe_reduce.models.deltas import BANK
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import records
+from moe_reduce.quantization.round_to_nearest import quantise_int8
 from moe_reduce.training import sharding
 
 ROWS = (2, 0, 1, 3, 2)  # entries; 3 is none
@@ -152,3 +156,24 @@ def test_mistakes_are_one_line():
     other = adapters.init(AdapterConfig(rank=2, targets="up"), model_of("layer"))
     with pytest.raises(UserError, match="adapter leaf"):
         bank.activate(model, [lora, other])
+
+
+@pytest.mark.parametrize(("kind", "platform"), [("dense", "cpu"), ("pool", "tpu")])
+def test_decoding_from_a_cache_is_computing_each_row_anew(kind, platform):
+    model = unprepared(kind, platform)
+    each = [*trained_adapters("lora", model)[:2], None]
+    found = generate(ready(bank.activate(model, each)), PROMPTS, GenerateConfig(max_tokens=6), [2, 1, 0])
+    models = [model, *(adapters.activate(model, adapter) for adapter in (each[1], each[0]))]
+    assert found == [whole_greedy(one, prompt, 6) for one, prompt in zip(models, PROMPTS, strict=True)]
+    assert found != generate(model, PROMPTS, GenerateConfig(max_tokens=6))
+
+
+@pytest.mark.parametrize("kind", ["dense", "layer"])
+def test_over_an_int8_base_rows_are_those_of_the_merged_model(kind):
+    model, tokens = quantise_int8(model_of(kind)), tokens_of_rows()
+    each = trained_adapters("lora", model)
+    found = run(bank.activate(model, each), tokens, [0, 1, 2, 1, 0])
+    for number, adapter in enumerate(each):
+        merged = merging.merge(model, adapter)(tokens)
+        rows = np.array([row for row, entry in enumerate([0, 1, 2, 1, 0]) if entry == number])
+        np.testing.assert_allclose(found[rows], merged[rows], rtol=0, atol=5e-5 * float(jnp.max(jnp.abs(merged))))

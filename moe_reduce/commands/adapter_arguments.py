@@ -26,12 +26,14 @@ def add_adapter(parser: argparse.ArgumentParser, each: str | None = None) -> Non
 
 def one_for_each(adapters: Sequence[str], count: int, option: str) -> list[str]:
     """--adapter of each of `count` uses of an option: the only value given, or the values in order."""
-    if len(adapters) <= 1:
-        return [*adapters, NONE][:1] * count
+    if not adapters:
+        return [NONE] * count
+    if len(adapters) == 1 and count:
+        return list(adapters) * count
     if len(adapters) != count:
         raise UserError(
-            f"--adapter is given {len(adapters)} times and {option} {count} times: give one adapter for all, or one "
-            f"for each ({NONE} for no adapter)"
+            f"there are {len(adapters)} --adapter and {count} {option}: give one adapter for all, or one for each "
+            f"({NONE}: no adapter)"
         )
     return list(adapters)
 
