@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from moe_reduce.core.config import ExecutionConfig, MoEConfig
 from moe_reduce.models.moe import chunks, expert_loop, triton_kernels
-from moe_reduce.models.moe.assignments import sort_by_expert
+from moe_reduce.models.moe.assignments import sort_by_group
 from moe_reduce.models.moe.dispatch import DISPATCHES, Assigned
 from moe_reduce.models.moe.routing import MANY, route, top_experts
 
@@ -25,7 +25,7 @@ def run(name, x_SD, chosen_SA, weights_SA, pool, execution=EXECUTION):
     rows = Assigned(x_SD, chosen_SA, weights_SA)
     if name == "chunks":
         return DISPATCHES["ragged"](rows, *pool, execution, 0.13)
-    share = 0.9 if np.any(np.asarray(chosen_SA) == E) else 1.0
+    share = 0.9 if np.any(np.asarray(chosen_SA) >= pool[0].groups) else 1.0
     return DISPATCHES[name](rows, *pool, execution, share)
 
 
@@ -191,6 +191,45 @@ def test_adapters_are_differentiated_as_by_the_reference(name, kind, trained):
         np.testing.assert_allclose(value, wanted, rtol=1e-3, atol=1e-3)
 
 
+def _bank(keys):
+    """Three entries: of gate LoRAs of each expert; of down cores, with one transform for all and sketches of each."""
+    normal = jax.random.normal
+    gate = {"in": {"matrix": normal(keys[0], (E, 3, D, 2))}, "out": {"matrix": normal(keys[1], (E, 3, 2, F))}}
+    fixed = {"signs": jnp.ones(32), "rows": jnp.array([3, 8, 20, 31], jnp.int32)}
+    down = {"in": fixed, "core": normal(keys[2], (E, 3, 4, 4)), "out": {"matrix": normal(keys[3], (3, 4, D))}}
+    return {"gate": gate, "down": down}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("blocks", "random"), ("capacity", "random")]
+    + [(name, "some_elsewhere") for name in ("blocks", "chunks", "grouped")],
+)
+def test_banks_are_differentiated_as_by_the_reference(name, kind):
+    keys = jax.random.split(jax.random.key(5), 9)
+    changes, target_SD = _bank(keys), jax.random.normal(keys[5], (S, D))
+    groups_SA = _chosen(kind) * 3 + jnp.broadcast_to(jax.random.randint(keys[8], (S, 1), 0, 3), (S, A))
+
+    def loss(which, x_SD, weights_SA, free):
+        fixed = {"gate": {}, "down": {"in": changes["down"]["in"]}}
+        own = {name: {"scale": jnp.float32(0.5)} | fixed[name] | free[name] for name in free}
+        pool = experts_of(_matrices(keys[7]), trained=False, deltas=own)
+        y_SD = run(which, x_SD, groups_SA, weights_SA, pool).y_SD
+        return jnp.sum(y_SD * target_SD) / 100, y_SD
+
+    def both(which):
+        function = jax.value_and_grad(lambda *a: loss(which, *a), argnums=(0, 1, 2), has_aux=True)
+        free = {"gate": changes["gate"], "down": {part: changes["down"][part] for part in ("core", "out")}}
+        (_, y_SD), gradients = jax.jit(function)(
+            jax.random.normal(keys[4], (S, D)), jax.nn.softmax(jax.random.normal(keys[6], (S, A))), free
+        )
+        return jax.tree.leaves((y_SD, gradients))
+
+    for value, wanted in zip(both(name), both("reference"), strict=True):
+        assert np.any(wanted)
+        np.testing.assert_allclose(value, wanted, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("block_rows", [1, 3, 16, 512])
 def test_tiles_of_any_size(block_rows):
     x_SD = jax.random.normal(jax.random.key(1), (S, D))
@@ -244,11 +283,11 @@ def test_dora_of_experts_is_refused_and_not_left_out(name):
 
 def test_sort_is_stable_and_inverse():
     chosen_SA = _chosen("random")
-    order = sort_by_expert(chosen_SA, E)
+    order = sort_by_group(chosen_SA, E)
     flat = np.asarray(chosen_SA).reshape(-1)
     np.testing.assert_array_equal(order.order_M, np.argsort(flat, stable=True))
     np.testing.assert_array_equal(np.asarray(order.rank_SA).reshape(-1)[np.asarray(order.order_M)], np.arange(S * A))
-    np.testing.assert_array_equal(order.counts_E, np.bincount(flat, minlength=E))
+    np.testing.assert_array_equal(order.counts_J, np.bincount(flat, minlength=E))
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -270,10 +309,10 @@ def test_kernels_are_compiled_for_a_gpu_that_is_not_here(dtype):
     gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
     experts = jax.tree.map(lambda leaf: leaf.astype(dtype), tuple(_matrices(jax.random.key(0))))
     x_SD, chosen_SA = jnp.ones((S, D), dtype), _chosen("random")
-    order = sort_by_expert(chosen_SA, E)
+    order = sort_by_group(chosen_SA, E)
 
     def step(x_SD, masters, experts):
-        groups = triton_kernels.groups_of(order.counts_E, order.order_M.size)
+        groups = triton_kernels.groups_of(order.counts_J, order.order_M.size)
 
         def layer(x_SD, masters):
             places = triton_kernels.Places(order.order_M // A, order.rank_SA, groups)

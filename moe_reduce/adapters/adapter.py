@@ -21,7 +21,7 @@ from moe_reduce.adapters.targets import targets_of
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, ExecutionConfig, ModelConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.models.deltas import ADAPTER
+from moe_reduce.models.deltas import ADAPTER, BANK
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import abstract_params
 
@@ -66,7 +66,7 @@ def trained_parameters(config: AdapterConfig, model: ModelConfig) -> int:
 
 def activate(model: Model, adapter: Adapter) -> Model:
     """The model with the adapter active beside its parameters; `merging.merge` returns a plain model again."""
-    if ADAPTER in model.params:
+    if ADAPTER in model.params or BANK in model.params:
         raise UserError("this model already has an active adapter: merge or unmerge it first")
     check_fits(adapter, model.config)
     return dataclasses.replace(model, params=model.params | {ADAPTER: adapter.tree})

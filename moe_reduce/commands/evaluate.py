@@ -5,13 +5,15 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_reduce.commands import model_arguments
+from moe_reduce.commands import adapter_arguments, model_arguments
 from moe_reduce.core import disk, outputs
 from moe_reduce.core.data_config import content
 from moe_reduce.core.errors import UserError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
+
+    from moe_reduce.models.model import Model
 
 CORPUS_ONLY = ("tokenizer", "sequence_length", "max_batches", "cache")
 SUMMARY = "summary.json"
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, type=Path, help="a model directory, ours or from Hugging Face, or a .gguf file"
     )
+    adapter_arguments.add_adapter(parser)
     parser.add_argument("--baseline", type=Path, help="another model: report how much of its quality --model keeps")
     model_arguments.add_data(parser, required=False, purpose="text to measure on, all of it")
     parser.set_defaults(**dict.fromkeys(model_arguments.CORPUS_DEFAULTS))  # so that given arguments are known
@@ -46,6 +49,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         model_arguments.check_unused(arguments, "without --tasks", *TASKS_ONLY)
         model_arguments.fill(arguments, model_arguments.CORPUS_DEFAULTS)
     model_arguments.check_positive(arguments, "limit", "batch_size")
+    adapter_arguments.check_adapters(filter(None, [arguments.adapter]))
     model_arguments.check_out(arguments, KIND)
     mesh = model_arguments.tensor_mesh(arguments, *filter(None, (arguments.model, arguments.baseline)))
     result = _on_tasks(arguments, mesh) if arguments.tasks else _on_corpus(arguments, mesh)
@@ -74,7 +78,7 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = {name: getattr(arguments, name) for name in of_tasks}
     if not arguments.tasks:
         settings = model_arguments.measured_on(arguments)
-    asked = {"model": arguments.model, "baseline": arguments.baseline} | settings
+    asked = {"model": arguments.model, "adapter": arguments.adapter, "baseline": arguments.baseline} | settings
     return {name: str(value) if isinstance(value, Path) else value for name, value in asked.items()}
 
 
@@ -87,11 +91,11 @@ def _on_corpus(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, 
         model_arguments.directory_config(directory)
     _check_tokenizers(arguments)
 
-    def rows(directory: Path) -> Any:
-        model = model_arguments.load_model(arguments, directory, mesh)
+    def rows(directory: Path, adapter: str | None = None) -> Any:
+        model = _load(arguments, directory, adapter, mesh)
         return evaluate(model, data, arguments.batch_size, arguments.max_batches, mesh)
 
-    ours = rows(arguments.model)
+    ours = rows(arguments.model, arguments.adapter)
     if arguments.baseline is None:
         return ours.figures()
     theirs = rows(arguments.baseline)
@@ -100,6 +104,11 @@ def _on_corpus(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, 
         "loss": lost(ours.nll, theirs.nll, ours.weight),
     }
     return ours.figures() | {"beside_baseline": compared}
+
+
+def _load(arguments: argparse.Namespace, directory: Path, adapter: str | None, mesh: "Mesh | None") -> "Model":
+    model = model_arguments.load_model(arguments, directory, mesh)
+    return adapter_arguments.with_adapter(model, adapter, directory, arguments.tensor)
 
 
 def _check_tokenizers(arguments: argparse.Namespace) -> None:
@@ -123,11 +132,11 @@ def _on_tasks(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, A
     names = tuple(arguments.tasks.split(","))
     selection = tasks.Selection(names, arguments.task_path, arguments.few_shot, arguments.limit)
 
-    def found(directory: Path) -> Any:
-        model = model_arguments.load_model(arguments, directory, mesh)
+    def found(directory: Path, adapter: str | None = None) -> Any:
+        model = _load(arguments, directory, adapter, mesh)
         return tasks.evaluate(model, directory, selection, arguments.batch_size, mesh)
 
-    ours = found(arguments.model)
+    ours = found(arguments.model, arguments.adapter)
     if arguments.baseline is None:
         return {"tasks": tasks.figures(ours)}
     return {"tasks": tasks.figures(ours), "beside_baseline": tasks.compare(ours, found(arguments.baseline))}

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_reduce.commands import model_arguments
+from moe_reduce.commands import adapter_arguments, model_arguments
 from moe_reduce.core.config import GenerateConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", required=True, action="append", help="text to continue; may be repeated, which makes one batch"
     )
+    adapter_arguments.add_adapter(parser, each="--prompt")
     parser.add_argument(
         "--chat", action="store_true", help="treat prompts as user messages, in the model's chat template"
     )
@@ -74,21 +75,28 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
 
     _settings(arguments, ()).check()
     model_arguments.check_utf8("--prompt", *arguments.prompt)
+    adapters = adapter_arguments.one_for_each(arguments.adapter, len(arguments.prompt), "--prompt")
+    adapter_arguments.check_adapters(adapters)
     config = model_arguments.directory_config(arguments.model)
     tokenizer, prompts = _prompts(arguments)
     rows = [Continuation(tokenizer, prompt, arguments.stop) for prompt in prompts]
     _check(prompts, config, arguments.max_tokens)
     mesh = model_arguments.tensor_mesh(arguments, arguments.model)
     model = model_arguments.load_model(arguments, mesh=mesh)
+    model, entries = adapter_arguments.with_adapters(model, adapters, arguments.model, arguments.tensor)
     settings = _settings(arguments, end_ids(model, tokenizer))
     _name_unapplied(arguments)
     model = ready(model, mesh)  # possibly a copy, so the loaded model is let go
     if len(rows) == 1:
         print(arguments.prompt[0], end="\n" if arguments.chat else "", file=sys.stderr, flush=True)
-    _print(model, rows, settings)
+    _print(model, rows, settings, entries)
     if len(rows) == 1:
         return ""
-    return "\n".join(f"== {prompt}\n{row.text}" for prompt, row in zip(arguments.prompt, rows, strict=True))
+    names = adapters if entries else [None] * len(rows)
+    titles = (
+        prompt if name is None else f"{prompt} [{name}]" for prompt, name in zip(arguments.prompt, names, strict=True)
+    )
+    return "\n".join(f"== {title}\n{row.text}" for title, row in zip(titles, rows, strict=True))
 
 
 def _check(prompts: list[list[int]], config: ModelConfig, max_tokens: int) -> None:
@@ -139,14 +147,14 @@ def _name_unapplied(arguments: argparse.Namespace) -> None:
         print(f"note: {arguments.model}/{GENERATION_FILE} says {named}; only options set these", file=sys.stderr)
 
 
-def _print(model: "Model", rows: list["Continuation"], settings: GenerateConfig) -> None:
+def _print(model: "Model", rows: list["Continuation"], settings: GenerateConfig, entries: list[int] | None) -> None:
     """Prints the prompt on stderr, streams its continuation, and then prints the speed without compile time."""
     from moe_reduce.inference.generate import compile_for
     from moe_reduce.inference.text import stream
 
-    compile_for(model, [row.prompt for row in rows], settings)
+    compile_for(model, [row.prompt for row in rows], settings, entries)
     times = [time.perf_counter()]
-    for pieces in stream(model, rows, settings, SHOWN_AT_ONCE):
+    for pieces in stream(model, rows, settings, SHOWN_AT_ONCE, entries):
         times.append(time.perf_counter())
         if len(rows) == 1:
             print(pieces[0], end="", flush=True)

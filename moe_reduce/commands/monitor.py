@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_reduce.commands import model_arguments
+from moe_reduce.commands import adapter_arguments, model_arguments
 from moe_reduce.core import outputs
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.parameters import parameter_count
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", action="append", type=Path, default=[], help="a model directory or .gguf file; may be repeated"
     )
+    adapter_arguments.add_adapter(parser, each="--model")
     parser.add_argument(
         "--ollama",
         action="append",
@@ -73,10 +74,13 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     model_arguments.check_utf8("--prompt", arguments.prompt)
     if importlib.util.find_spec("psutil") is None:
         raise UserError("monitor needs psutil: pip install -e '.[monitor]'")
+    adapters = adapter_arguments.one_for_each(arguments.adapter, len(arguments.model), "--model")
+    adapter_arguments.check_adapters(adapters)
     model_arguments.check_out(arguments, KIND)
     model_arguments.tensor_mesh(arguments)
     wanted = [(name, partial(_ollama, arguments, name)) for name in _ollama_names(arguments)]
-    wanted += [(str(directory), partial(_ours, arguments, directory)) for directory in arguments.model]
+    for pair in zip(arguments.model, adapters, strict=True):
+        wanted.append((_name(*pair), partial(_ours, arguments, *pair)))
     measured = [found for name, measure in wanted if (found := _attempt(name, measure)) is not None]
     failures = [found.row["failure"] for found in measured if "failure" in found.row]
     if len(failures) == len(measured):
@@ -156,7 +160,11 @@ def _ollama(arguments: argparse.Namespace, name: str) -> "Measured":
     return _measured(described, monitor, (rates[0], rates[1]), share_on_gpu_percent=_percent(share))
 
 
-def _ours(arguments: argparse.Namespace, directory: Path) -> "Measured":
+def _name(directory: Path, adapter: str) -> str:
+    return str(directory) if adapter == adapter_arguments.NONE else f"{directory} + {adapter}"
+
+
+def _ours(arguments: argparse.Namespace, directory: Path, adapter: str) -> "Measured":
     from moe_reduce.data.tokenizers import load_tokenizer
     from moe_reduce.inference import text
     from moe_reduce.inference.generate import GenerateConfig, compile_for, ready
@@ -167,7 +175,8 @@ def _ours(arguments: argparse.Namespace, directory: Path) -> "Measured":
     tokenizer = load_tokenizer(directory)
     settings = GenerateConfig(max_tokens=arguments.max_tokens, end_ids=text.end_ids(model, tokenizer))
     row = text.Continuation(tokenizer, tokenizer.encode_prompt(arguments.prompt))
-    described = (str(directory), _family(model), parameter_count(model.config), _stored(model))
+    described = (_name(directory, adapter), _family(model), parameter_count(model.config), _stored(model))
+    model = adapter_arguments.with_adapter(model, adapter, directory, arguments.tensor)
     prepared = ready(model, mesh)
     compile_for(prepared, [row.prompt], settings)
     times = [time.perf_counter()]

@@ -26,6 +26,7 @@ from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.models import cache, weights
 from moe_reduce.models.cache import KEYS_VALUES
 from moe_reduce.models.decoder import STACK, unstacked
+from moe_reduce.models.deltas import BANK, bank_size
 from moe_reduce.models.mesh import BATCH_AXES
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import parameters, records
@@ -58,6 +59,15 @@ class State(NamedTuple):
     positions_B: jax.Array  # int32, position of the newest token
     ended_B: jax.Array
     made: jax.Array  # int32, tokens made so far
+    entries_B: jax.Array | None  # int32, entry of each row in the model's bank of adapters; None without a bank
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts."""
+
+    tokens_BT: jax.Array  # int32, padded on the right
+    lengths_B: jax.Array  # int32
+    entries_B: jax.Array | None  # as in State
 
 
 class Request(NamedTuple):
@@ -66,35 +76,39 @@ class Request(NamedTuple):
     model: Model
     program: Program
     choice: Choice
-    tokens_BT: jax.Array  # int32, padded on the right
-    lengths_B: jax.Array  # int32
+    prompts: Prompts
     slots: int  # length of the cache
 
 
-def generate(model: Model, prompts: Sequence[Sequence[int]], settings: GenerateConfig) -> list[list[int]]:
+def generate(
+    model: Model, prompts: Sequence[Sequence[int]], settings: GenerateConfig, entries: Sequence[int] | None = None
+) -> list[list[int]]:
     """Continue each prompt (token ids) by at most `max_tokens` ids, ending before the first of `end_ids`.
 
-    model: from `ready`, or any model, which is then made ready anew at each call. Greedy rows do not depend on the
+    model: from `ready`, or any model, which is then made ready anew at each call. entries: for each prompt, its entry
+    in the model's bank of adapters (adapters/bank.py), if one is active. Greedy rows do not depend on the
     other prompts of the batch. A sampled row depends on its index, so the same prompt given twice gets two
     continuations. UserError for an empty prompt or numbers out of range.
     """
     rows: list[list[int]] = [[] for _ in prompts]
-    for new in chunks(model, prompts, settings):
+    for new in chunks(model, prompts, settings, entries=entries):
         for row, ids in zip(rows, new, strict=True):
             row.extend(ids)
     return rows
 
 
 def chunks(
-    model: Model, prompts: Sequence[Sequence[int]], settings: GenerateConfig, steps: int = STEPS
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerateConfig,
+    steps: int = STEPS,
+    entries: Sequence[int] | None = None,
 ) -> Iterator[list[list[int]]]:
     """Stream `generate`: the first id of every row, then up to `steps` more ids of each row at a time."""
-    request = _request(model, prompts, settings)
+    request = _request(model, prompts, settings, entries)
     params = request.model.params
     with on_mesh(request.model):
-        state, first_B = _prefill(
-            request.program, request.slots, params, request.tokens_BT, request.lengths_B, request.choice
-        )
+        state, first_B = _prefill(request.program, request.slots, params, request.prompts, request.choice)
     yield _rows(np.asarray(first_B)[:, None])
     made = 1
     while made < settings.max_tokens and not np.all(np.asarray(state.ended_B)):
@@ -105,14 +119,14 @@ def chunks(
         made += count
 
 
-def compile_for(model: Model, prompts: Sequence[Sequence[int]], settings: GenerateConfig) -> None:
+def compile_for(
+    model: Model, prompts: Sequence[Sequence[int]], settings: GenerateConfig, entries: Sequence[int] | None = None
+) -> None:
     """Compile what `chunks` would compile at its first use, and run nothing."""
-    request = _request(model, prompts, settings)
+    request = _request(model, prompts, settings, entries)
     params = request.model.params
     with on_mesh(request.model):
-        prefill = _prefill.lower(
-            request.program, request.slots, params, request.tokens_BT, request.lengths_B, request.choice
-        )
+        prefill = _prefill.lower(request.program, request.slots, params, request.prompts, request.choice)
         compiled = prefill.compile()
         state, _ = prefill.out_info
         if mesh_of(request.model) is not None:  # on one device, arguments carry no sharding
@@ -175,7 +189,9 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
             )
 
 
-def _request(model: Model, prompts: Sequence[Sequence[int]], settings: GenerateConfig) -> Request:
+def _request(
+    model: Model, prompts: Sequence[Sequence[int]], settings: GenerateConfig, entries: Sequence[int] | None
+) -> Request:
     settings.check()
     check_prompts(prompts, model.config.vocab_size)
     model = ready(model)
@@ -187,7 +203,18 @@ def _request(model: Model, prompts: Sequence[Sequence[int]], settings: GenerateC
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     slots = max(bucket(longest + settings.max_tokens), tokens_BT.shape[1])
-    return Request(model, program, _choice(settings), jnp.asarray(tokens_BT), jnp.asarray(lengths_B), slots)
+    entries_B = None if entries is None else _entries(model, prompts, entries)
+    batch = Prompts(jnp.asarray(tokens_BT), jnp.asarray(lengths_B), entries_B)
+    return Request(model, program, _choice(settings), batch, slots)
+
+
+def _entries(model: Model, prompts: Sequence[Sequence[int]], entries: Sequence[int]) -> jax.Array:
+    size = bank_size(model.params[BANK]) if BANK in model.params else 0
+    if len(entries) != len(prompts) or not all(0 <= entry < size for entry in entries):
+        raise UserError(
+            f"entries must name one of the {size} adapters of the bank for each prompt, got {list(entries)}"
+        )
+    return jnp.asarray(entries, jnp.int32)
 
 
 def _rows(ids_BX: np.ndarray) -> list[list[int]]:
@@ -204,12 +231,13 @@ def _choice(settings: GenerateConfig) -> Choice:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _prefill(program: Program, slots: int, params: Any, tokens_BT, lengths_B, choice: Choice):
+def _prefill(program: Program, slots: int, params: Any, prompts: Prompts, choice: Choice):
     """Read the prompts and make the first token of each: (state, ids_B)."""
-    logits_B1V, new = program.run(params, {"tokens": tokens_BT, "last": lengths_B - 1})
+    tokens_BT, lengths_B, entries_B = prompts
+    logits_B1V, new = program.run(params, {"tokens": tokens_BT, "last": lengths_B - 1, "adapter": entries_B})
     filled = cache.of_prompts(new, slots, program.cache_dtype == "int8", STACK in params)
     ended_B = jnp.zeros(lengths_B.shape, bool)
-    state = State(filled, lengths_B, lengths_B - 1, ended_B, jnp.int32(0))
+    state = State(filled, lengths_B, lengths_B - 1, ended_B, jnp.int32(0), entries_B)
     return _constrained(params, *_next(program, state, logits_B1V, choice))
 
 
@@ -223,7 +251,7 @@ def _decode(program: Program, params: Any, state: State, choice: Choice, steps: 
 
     def step(carry):
         index, state, ids_BX = carry
-        batch = {"tokens": state.last_B[:, None], "positions": state.positions_B[:, None]}
+        batch = {"tokens": state.last_B[:, None], "positions": state.positions_B[:, None], "adapter": state.entries_B}
         logits_B1V, new = program.run(params, batch, state.cache)
         following, ids_B = _next(program, state, logits_B1V, choice)
         # The slot depends on the chosen token, which orders the write after every read: else XLA copies the cache.
@@ -250,5 +278,5 @@ def _next(program: Program, state: State, logits_B1V: jax.Array, choice: Choice)
     """Choose the next token of each row: (state, ids_B with NO_TOKEN for rows that have ended)."""
     chosen_B = choose(logits_B1V[:, 0], program.sampler, choice, state.made)
     ended_B = state.ended_B | jnp.any(chosen_B[:, None] == choice.end_ids[None], axis=-1)
-    state = State(state.cache, chosen_B, state.positions_B + 1, ended_B, state.made + 1)
+    state = State(state.cache, chosen_B, state.positions_B + 1, ended_B, state.made + 1, state.entries_B)
     return state, jnp.where(ended_B, NO_TOKEN, chosen_B)

@@ -65,10 +65,17 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def stream(
-    model: Model, rows: Sequence[Continuation], settings: GenerateConfig, steps: int = STEPS
+    model: Model,
+    rows: Sequence[Continuation],
+    settings: GenerateConfig,
+    steps: int = STEPS,
+    entries: Sequence[int] | None = None,
 ) -> Iterator[list[str]]:
-    """Continue all rows together, and yield the new text of each row after every `steps` tokens."""
-    for new in chunks(model, [row.prompt for row in rows], settings, steps):
+    """Continue all rows together, and yield the new text of each row after every `steps` tokens.
+
+    entries: as in `generate`.
+    """
+    for new in chunks(model, [row.prompt for row in rows], settings, steps, entries):
         yield [row.add(ids) for row, ids in zip(rows, new, strict=True)]
         if all(row.stopped for row in rows):
             break

@@ -12,7 +12,7 @@ from moe_reduce.models import products
 from moe_reduce.models.attention.attention import Attention
 from moe_reduce.models.cache import CACHE, KEYS_VALUES
 from moe_reduce.models.collect import sow
-from moe_reduce.models.deltas import ADAPTER, variables
+from moe_reduce.models.deltas import ADAPTER, BANK, every_layer
 from moe_reduce.models.embedding import Embedding, Unembedding
 from moe_reduce.models.feed_forward import FeedForward
 from moe_reduce.models.mesh import shard_batch, whole
@@ -196,13 +196,12 @@ class Decoder(nn.Module):
 
 
 def unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters and adapter with each layer's arrays copied out of the stack, for a Python loop over layers.
+    """Parameters and adapters with each layer's arrays copied out of the stack, for a Python loop over layers.
 
     A CPU copies a stacked matrix at each use, which takes most of the time of decoding one token.
     """
-    found = {name: tree for name, tree in params.items() if name not in (STACK, ADAPTER)}
-    if ADAPTER in params:
-        found[ADAPTER] = unstacked(variables(params)[ADAPTER])
+    found = {name: tree for name, tree in params.items() if name not in (STACK, ADAPTER, BANK)}
+    found |= {name: unstacked(every_layer(params)) for name in (ADAPTER, BANK) if name in params}
     if STACK not in params:
         return found
     leaves, structure = jax.tree.flatten(params[STACK])

@@ -12,6 +12,14 @@ With I inputs, O outputs and k inner dimensions:
 Then ΔW = scale · outᵀ · core · inᵀ, [O, I], and y = x·(W + ΔW)ᵀ. LoRA (arXiv:2106.09685) has in = Aᵀ and out = Bᵀ;
 SkeMA has fixed in and out and trains the core; DoRA (arXiv:2402.09353) rescales the rows of W + ΔW to `magnitude`.
 Per-expert leaves have a leading E axis.
+
+A bank is the same tree for Z adapters, under the key `BANK` of the parameters: the matrices of in, core and out have an
+axis Z in front of their last two axes, so a matrix is [Z, I, k], or [E, Z, I, k] with experts. Leaves without it are
+shared by all entries, such as scale and equal projections. In the collection `ADAPTER` each delta of a bank also has
+
+    entry  int32 [B], the entry of each batch row, 0..Z-1
+
+Every row is then computed with its own entry. An entry of zeros is no adapter. A bank holds no DoRA.
 """
 
 import math
@@ -24,27 +32,53 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_reduce.core.errors import UserError
 from moe_reduce.models import products
 
 ADAPTER = "adapter"
+BANK = "adapters"
+ENTRY = "entry"
 SMALLEST_SQUARE = 1e-30  # lower bound of ‖w + Δw‖² of an output, by whose root DoRA divides
 RADIX = 16  # size of the matrices that compute the Hadamard transform, which is faster than butterfly additions
 Delta = Mapping[str, Any]
 Multiply = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def variables(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables for Decoder.apply: the adapter in `params` (key "adapter"), if any, becomes its own collection.
+def variables(params: Mapping[str, Any], entries_B: jax.Array | None = None) -> dict[str, Any]:
+    """Variables for Decoder.apply: the adapter or bank in `params`, if any, becomes the collection `ADAPTER`.
 
-    If an adapter covers only some layers, its leaves are expanded to all layers, with zeros in the others.
+    entries_B: the bank's entry of each batch row. UserError for a bank without them, and for them without a bank.
     """
-    if ADAPTER not in params:
-        return {"params": params}
-    base = {name: leaf for name, leaf in params.items() if name != ADAPTER}
-    if "layers" not in base:  # unstacked: the adapter has been expanded
-        return {"params": base, ADAPTER: params[ADAPTER]}
-    layers = jax.tree.leaves(base["layers"])[0].shape[0]
-    return {"params": base, ADAPTER: _spread(params[ADAPTER], layers)}
+    base = {name: leaf for name, leaf in params.items() if name not in (ADAPTER, BANK)}
+    if (entries_B is not None) != (BANK in params):
+        raise UserError("a bank of adapters and batch['adapter'], the entry of each row, come together: give both")
+    if len(base) == len(params):
+        return {"params": base}
+    deltas = every_layer(params)
+    if entries_B is not None:
+        layers = _layers(params)
+        stacked = entries_B if layers is None else jnp.broadcast_to(entries_B, (layers, *entries_B.shape))
+        given = {name: stacked if name == "layers" else entries_B for name in deltas}
+        deltas = {name: _with_entries(branch, given[name]) for name, branch in deltas.items()}
+    return {"params": base, ADAPTER: deltas}
+
+
+def every_layer(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter or bank in `params`, with zeros in the layers that it does not cover."""
+    deltas, layers = params[BANK if BANK in params else ADAPTER], _layers(params)
+    return dict(deltas) if layers is None else _spread(deltas, layers)  # unstacked: zeros have been put in
+
+
+def _layers(params: Mapping[str, Any]) -> int | None:
+    """Number of stacked layers; None if they are unstacked."""
+    return jax.tree.leaves(params["layers"])[0].shape[0] if "layers" in params else None
+
+
+def _with_entries(tree: Mapping[str, Any], entries: jax.Array) -> dict[str, Any]:
+    """The tree with `entries` in each delta."""
+    if "scale" in tree:
+        return {**tree, ENTRY: entries}
+    return {name: _with_entries(branch, entries) for name, branch in tree.items()}
 
 
 def _spread(tree: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -55,6 +89,14 @@ def _spread(tree: Mapping[str, Any], layers: int) -> dict[str, Any]:
         return rest
     numbers = tree["layer_numbers"]
     return jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape[1:]), leaf.dtype).at[numbers].set(leaf), rest)
+
+
+def bank_size(tree: Mapping[str, Any]) -> int:
+    """Number of entries, Z, of a bank."""
+    if "scale" not in tree:
+        return max(map(bank_size, tree.values()))
+    shared = 2 + ("layer_numbers" in tree)  # most axes of a leaf that all entries share
+    return max(leaf.shape[-3] if leaf.ndim > shared else 0 for leaf in jax.tree.leaves(tree))
 
 
 def delta_of(module: nn.Module, name: str) -> Delta | None:
@@ -88,6 +130,8 @@ def adapted(
 
     multiply: as in `added`.
     """
+    if ENTRY in delta:
+        return y_SO + _added_by_row(x_SI, delta, y_SO.shape[1], multiply)
     low_rank = {name: leaf for name, leaf in delta.items() if name not in ("magnitude", "present")}
     y_SO = y_SO + added(x_SI, low_rank, y_SO.shape[1], multiply)
     if "magnitude" not in delta:
@@ -95,6 +139,50 @@ def adapted(
     length_O = jax.lax.stop_gradient(_lengths(matrix(), delta))  # as in the paper: no gradient through the norm
     factor_O = jnp.where(delta["present"] > 0, delta["magnitude"].astype(length_O.dtype) / length_O, 1.0)
     return y_SO * jnp.broadcast_to(factor_O, y_SO.shape).astype(y_SO.dtype)
+
+
+def _added_by_row(x_SI: jax.Array, delta: Delta, outputs: int, multiply: Multiply) -> jax.Array:
+    """x·ΔWᵀ by the entry of each batch row, [S, O] in the dtype of x, by products that are batched over rows.
+
+    multiply: as in `added`, and for equal leading axes of x and matrix.
+    """
+    entry_B = delta[ENTRY]
+    own = jax.tree.map(lambda leaf: leaf[entry_B] if leaf.ndim == 3 else leaf, without_entry(delta))
+    x_BTI = x_SI.reshape(entry_B.shape[0], -1, x_SI.shape[1])
+
+    def of_rows(x_BTI: jax.Array, matrix: jax.Array) -> jax.Array:
+        if matrix.ndim == 3:
+            return multiply(x_BTI, matrix)
+        flat = multiply(x_BTI.reshape(-1, x_BTI.shape[2]), matrix)  # shared by all rows
+        return flat.reshape(*x_BTI.shape[:2], -1)
+
+    return added(x_BTI, own, outputs, of_rows).reshape(-1, outputs)
+
+
+def without_entry(delta: Delta) -> Delta:
+    """The delta without the entries of the batch rows."""
+    return {name: leaf for name, leaf in delta.items() if name != ENTRY}
+
+
+def entries(delta: Delta) -> int:
+    """Number of entries, Z, of a delta of experts; 0 if it is not of a bank."""
+    return max(leaf.shape[1] if leaf.ndim == 4 else 0 for leaf in jax.tree.leaves(delta))
+
+
+def of_groups(delta: Delta, experts: int) -> Delta:
+    """Delta of experts with the leaves of its J = E·Z groups, expert · Z + entry; unchanged if it is not of a bank.
+
+    A projection of each entry, [Z, I, k], is repeated for each expert.
+    """
+    if not entries(delta):
+        return delta
+
+    def grouped(leaf: jax.Array) -> jax.Array:
+        if leaf.ndim == 3:
+            leaf = jnp.broadcast_to(leaf[None], (experts, *leaf.shape))
+        return leaf.reshape(-1, *leaf.shape[2:]) if leaf.ndim == 4 else leaf
+
+    return jax.tree.map(grouped, delta)
 
 
 def _lengths(matrix_IO: jax.Array, delta: Delta) -> jax.Array:

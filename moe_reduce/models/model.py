@@ -55,7 +55,8 @@ class Model:
 
         batch: `tokens` int32 [B, T]; optional `segments` [B, T] (new tokens attend within a segment), `positions`
         [B, T], `weights` [B, T] (tokens after a row's last weight above 0 are padding, excluded from router
-        statistics), `last` [B] (one position of each row: logits are then [B, 1, V], of that position only).
+        statistics), `last` [B] (one position of each row: logits are then [B, 1, V], of that position only), and, if
+        and only if a bank of adapters is active, `adapter` int32 [B] (the bank's entry of each row).
         collect: names among COLLECT. Each is stacked over layers, [N, …]:
             routing      counts_E, probability_E, z and dropped of each layer's router call
             assignments  expert, weight, and norm and maximum of the expert's output, [N, B, T, A]
@@ -64,7 +65,7 @@ class Model:
         cache: keys and values of earlier tokens; a row's first position is their number. Segments may share them, each
             with positions that continue from there.
         """
-        variable = variables(self.params)
+        variable = variables(self.params, batch.get("adapter"))
         if cache is not None:
             variable |= {CACHE: cache}
         decoder = Decoder(self.config, self.execution, STACK in self.params)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from moe_reduce.core import trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.models.deltas import ADAPTER
+from moe_reduce.models.deltas import ADAPTER, BANK
 
 Records = Mapping[str, "Parameter"]
 MeshAxis = str | tuple[str, ...] | None
@@ -146,7 +146,7 @@ def records(config: ModelConfig, params: trees.Tree) -> dict[str, Parameter]:
     """Records of every leaf of `params`, adapter leaves included, by path. UserError for a path that has none."""
     found: dict[str, Parameter] = {}
     for path, leaf in trees.flatten(params).items():
-        if path.startswith(f"{ADAPTER}/"):
+        if path.startswith((f"{ADAPTER}/", f"{BANK}/")):
             found[path] = _adapter_leaf(config, path, tuple(leaf.shape))
         else:
             found[path] = record_at(by_path(config), path)
@@ -166,13 +166,14 @@ def nested_under(prefix: str, known: Records) -> dict[str, Parameter]:
 
 
 def _adapter_leaf(config: ModelConfig, path: str, shape: tuple[int, ...]) -> Parameter:
-    """Record of an adapter's leaf, with axes [N if stacked, E if each expert has its own, …]."""
-    target = next((record for record in parameters(config) if path.startswith(f"{ADAPTER}/{record.path}/")), None)
+    """Record of a leaf of an adapter or a bank, with axes [N if stacked, E if per expert, Z if of a bank, …]."""
+    key, _, rest = path.partition("/")
+    target = next((record for record in parameters(config) if rest.startswith(f"{record.path}/")), None)
     if target is None:
         raise UserError(f"adapter leaf {path} belongs to no parameter of this model: give the adapter of this model")
-    per_expert = target.expert_axis is not None and len(shape) - target.stacked == 3
-    axes = "N" * target.stacked + "E" * per_expert
-    axes += "IO"[: len(shape) - len(axes)]
+    several = {4: "EZIO", 3: "ZIO"} if key == BANK else {3: "EIO"}
+    count = len(shape) - target.stacked
+    axes = "N" * target.stacked + several.get(count, "IO"[:count])
     mesh_axes = tuple("expert" if letter == "E" else None for letter in axes)
     zeros, decays = nn.initializers.zeros, not path.endswith(GAIN)
     return Parameter(path, axes, shape, zeros, ADAPTER, decays, "float32", mesh_axes)

@@ -54,8 +54,11 @@ def row_major(x: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x_SI: jax.Array, matrix_IO: jax.Array, layout: str = "plain") -> jax.Array:
-    """x · matrix, [S, O] in the dtype of x. The matrix is cast to it; its gradient has the stored dtype."""
-    return dot(x_SI, matrix_IO.astype(x_SI.dtype), 1, 0, layout).astype(x_SI.dtype)
+    """x · matrix, [S, O] in the dtype of x. The matrix is cast to it; its gradient has the stored dtype.
+
+    Both may have equal leading axes, over which the product is batched.
+    """
+    return dot(x_SI, matrix_IO.astype(x_SI.dtype), 1, 0, layout, x_SI.ndim - 2).astype(x_SI.dtype)
 
 
 def _product_forward(x_SI, matrix_IO, layout):
@@ -64,8 +67,9 @@ def _product_forward(x_SI, matrix_IO, layout):
 
 def _product_backward(layout, saved, dy_SO):
     x_SI, matrix_IO = saved
-    dx_SI = dot(dy_SO, matrix_IO.astype(dy_SO.dtype), 1, 1, layout).astype(x_SI.dtype)
-    return dx_SI, dot(x_SI, dy_SO, 0, 0, layout).astype(matrix_IO.dtype)
+    batch = x_SI.ndim - 2
+    dx_SI = dot(dy_SO, matrix_IO.astype(dy_SO.dtype), 1, 1, layout, batch).astype(x_SI.dtype)
+    return dx_SI, dot(x_SI, dy_SO, 0, 0, layout, batch).astype(matrix_IO.dtype)
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -96,8 +100,8 @@ def exact(x_SI: jax.Array, matrix_IO: jax.Array) -> jax.Array:
     """bf16 x · fp32 matrix, [S, O] in fp32, as accurate as an fp32 product, in three bf16 passes of the matrix units.
 
     An fp32 number is the sum of three bf16 numbers, and the product of two bf16 numbers is exact in fp32. The three
-    passes are one product of concatenated operands, so partial sums are not written to memory. The gradient is that of
-    `product`.
+    passes are one product of concatenated operands, so partial sums are not written to memory. Leading axes and the
+    gradient are as in `product`.
     """
     parts, rest = [], matrix_IO.astype(jnp.float32)
     for _ in range(3):
@@ -105,8 +109,8 @@ def exact(x_SI: jax.Array, matrix_IO: jax.Array) -> jax.Array:
         part = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
         parts.append(part.astype(jnp.bfloat16))
         rest = rest - part
-    smallest_first = jnp.concatenate(parts[::-1])
-    return dot(jnp.concatenate([x_SI] * 3, axis=1), smallest_first, 1, 0, "plain")
+    smallest_first = jnp.concatenate(parts[::-1], axis=-2)
+    return dot(jnp.concatenate([x_SI] * 3, axis=-1), smallest_first, 1, 0, "plain", x_SI.ndim - 2)
 
 
 def _exact_forward(x_SI, matrix_IO):

@@ -23,7 +23,7 @@ from moe_reduce.models.deltas import Delta
 from moe_reduce.models.parameters import Parameter, find_in_module, record_in_module
 
 LARGEST_INT8 = 127  # symmetric range, -127 to 127
-Product = Callable[[jax.Array, jax.Array], jax.Array]  # (rows, one matrix for each expert) -> rows
+Product = Callable[[jax.Array, jax.Array], jax.Array]  # (rows, a matrix for each expert or for each group) -> rows
 
 
 @jax.tree_util.register_dataclass
@@ -163,7 +163,8 @@ def matmul(x: jax.Array, w: Weight, transposed: bool = False) -> jax.Array:
 def grouped_matmul(rows: jax.Array, w: Weight, product: Product) -> jax.Array:
     """Each row times its expert's matrix, plus the expert's delta, [..., O] in the dtype of the rows.
 
-    w.value: [E, I, O]. product(rows, matrices [E, I, O]): the dispatch's product by expert (models/moe/dispatch.py).
+    w.value: [E, I, O]. product(rows, matrices [E or J, I, O]): the dispatch's product by expert or, for a bank of
+    adapters, by group (models/moe/dispatch.py).
     """
     y = product(rows, dequantised(w.value, (1,), rows.dtype))
     if w.delta is None:
@@ -175,7 +176,7 @@ def grouped_matmul(rows: jax.Array, w: Weight, product: Product) -> jax.Array:
         # one matrix for all experts, such as a fixed projection
         return jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
 
-    return y + deltas.added(rows, w.delta, w.value.shape[2], multiply)
+    return y + deltas.added(rows, deltas.of_groups(w.delta, w.value.shape[0]), w.value.shape[2], multiply)
 
 
 def multiply(x: jax.Array, matrix: Any, layout: str, transposed: bool = False) -> jax.Array:

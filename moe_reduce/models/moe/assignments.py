@@ -1,4 +1,8 @@
-"""Assignments of tokens to experts, sorted by expert: the order, the gather of rows and the weighted sum back."""
+"""Assignments of tokens to experts, sorted by group: the order, the gather of rows and the weighted sum back.
+
+The group of an assignment is its expert or, with a bank of Z adapters, expert · Z + entry, so that rows sorted by group
+are sorted by expert.
+"""
 
 from typing import Any, NamedTuple
 
@@ -20,24 +24,24 @@ class Result(NamedTuple):
 
 
 class Order(NamedTuple):
-    """Assignments sorted by expert: row m of the sorted buffer is assignment order_M[m]; rank_SA is the inverse."""
+    """Assignments sorted by group: row m of the sorted buffer is assignment order_M[m]; rank_SA is the inverse."""
 
     order_M: jax.Array
     rank_SA: jax.Array
-    counts_E: jax.Array
+    counts_J: jax.Array
 
 
-def sort_by_expert(experts_SA: jax.Array, experts: int) -> Order:
-    """Assignments sorted by expert. The sort is stable, which makes the order deterministic."""
-    flat_M = experts_SA.reshape(-1)
+def sort_by_group(groups_SA: jax.Array, groups: int) -> Order:
+    """Assignments sorted by group. The sort is stable, which makes the order deterministic."""
+    flat_M = groups_SA.reshape(-1)
     order_M = jnp.argsort(flat_M, stable=True).astype(jnp.int32)
     positions_M = jnp.arange(flat_M.size, dtype=jnp.int32)
     rank_M = jnp.zeros_like(order_M).at[order_M].set(positions_M, unique_indices=True)
     # counted by searching the sorted ids: cheaper than a scatter for thousands of experts
     bounds = jnp.searchsorted(
-        flat_M[order_M], jnp.arange(experts + 1, dtype=flat_M.dtype), method="scan_unrolled"
+        flat_M[order_M], jnp.arange(groups + 1, dtype=flat_M.dtype), method="scan_unrolled"
     ).astype(jnp.int32)
-    return Order(order_M, rank_M.reshape(experts_SA.shape), jnp.diff(bounds))
+    return Order(order_M, rank_M.reshape(groups_SA.shape), jnp.diff(bounds))
 
 
 def _sums(rows_MD: jax.Array, weights_SA: jax.Array, rank_SA: jax.Array) -> jax.Array:

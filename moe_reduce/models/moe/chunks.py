@@ -1,6 +1,6 @@
 """Experts of a device that holds only some of the model's experts: it computes only its own rows, chunk by chunk.
 
-The M assignments are sorted by expert, with those to this device's experts first. On average these are M / devices, but
+The M assignments are sorted by group, with those to this device's experts first. On average these are M / devices, but
 their number is known only at run time and can reach M, so buffers of M rows would be mostly empty. Instead, a loop
 takes chunks of SLACK times the expected number of rows; usually it runs once. JAX cannot differentiate a loop with a
 dynamic trip count in reverse, so its gradient is written here. It recomputes the experts.
@@ -22,7 +22,7 @@ from moe_reduce.models.products import accumulation_dtype
 SLACK = 1.5  # rows of a chunk, as a multiple of the expected rows
 MULTIPLE = 128  # rows of a chunk are a multiple of this, for the matrix units
 
-# (rows_RD sorted by expert, counts_E, weights of the experts: a tree) -> outputs_RD; rows past the counts are ignored
+# (rows_RD sorted by group, counts_J, weights of the experts: a tree) -> outputs_RD; rows past the counts are ignored
 Compute = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
@@ -42,35 +42,35 @@ def in_chunks(compute: Compute, rows: int, x_SD, weights_SA, order: Order, param
         rows: R, rows of a chunk.
         x_SD: tokens.
         weights_SA: combine weight of each assignment.
-        order: assignments sorted by expert; those to experts on other devices come last.
+        order: assignments sorted by group; those to experts on other devices come last.
         parameters: passed to `compute`. Only leaves that are differentiated get a gradient.
     """
     return _forward(compute, rows, x_SD, weights_SA, order, parameters)[0]
 
 
 class Chunk(NamedTuple):
-    """R assignments: their indices and tokens (out of range in empty rows), and the number of rows of each expert."""
+    """R assignments: their indices and tokens (out of range in empty rows), and the number of rows of each group."""
 
     assignment_R: jax.Array
     token_R: jax.Array
-    counts_E: jax.Array
+    counts_J: jax.Array
 
 
 def _for_each_chunk(rows: int, shape_SA: tuple[int, ...], order: Order, body, carry):
     """Runs body(chunk, carry) for every chunk that has rows of this device's experts."""
     assignments = math.prod(shape_SA)
     padded = jnp.pad(order.order_M, (0, -assignments % rows))
-    ends_E = jnp.cumsum(order.counts_E)
+    ends_J = jnp.cumsum(order.counts_J)
 
     def visit(state):
         start, carry = state
-        inside_R = start + jnp.arange(rows, dtype=jnp.int32) < ends_E[-1]
+        inside_R = start + jnp.arange(rows, dtype=jnp.int32) < ends_J[-1]
         assignment_R = jnp.where(inside_R, lax.dynamic_slice_in_dim(padded, start, rows), assignments)
-        bounds_E = jnp.clip(ends_E - start, 0, rows)
-        counts_here_E = jnp.diff(bounds_E, prepend=jnp.zeros(1, bounds_E.dtype))
-        return start + rows, body(Chunk(assignment_R, assignment_R // shape_SA[1], counts_here_E), carry)
+        bounds_J = jnp.clip(ends_J - start, 0, rows)
+        counts_here_J = jnp.diff(bounds_J, prepend=jnp.zeros(1, bounds_J.dtype))
+        return start + rows, body(Chunk(assignment_R, assignment_R // shape_SA[1], counts_here_J), carry)
 
-    return lax.while_loop(lambda state: state[0] < ends_E[-1], visit, (jnp.int32(0), carry))[1]
+    return lax.while_loop(lambda state: state[0] < ends_J[-1], visit, (jnp.int32(0), carry))[1]
 
 
 def _taken(array: jax.Array, numbers_R: jax.Array) -> jax.Array:
@@ -82,7 +82,7 @@ def _forward(compute: Compute, rows: int, x_SD, weights_SA, order: Order, parame
 
     def body(chunk: Chunk, carry):
         y_SD, norm_M, maximum_M = carry
-        out_RD = compute(_taken(x_SD, chunk.token_R), chunk.counts_E, parameters)
+        out_RD = compute(_taken(x_SD, chunk.token_R), chunk.counts_J, parameters)
         float_RD = out_RD.astype(jnp.float32)
         weighted_RD = out_RD * _taken(weights_M, chunk.assignment_R)[:, None].astype(out_RD.dtype)
         # empty rows have indices out of range, so whatever they hold is dropped
@@ -112,7 +112,7 @@ def _backward(compute: Compute, rows: int, saved, cotangents):
     def body(chunk: Chunk, carry):
         dx_SD, dweights_M, dparameters = carry
         out_RD, vjp = jax.vjp(
-            lambda x_RD, parameters: compute(x_RD, chunk.counts_E, parameters), _taken(x_SD, chunk.token_R), parameters
+            lambda x_RD, parameters: compute(x_RD, chunk.counts_J, parameters), _taken(x_SD, chunk.token_R), parameters
         )
         dy_RD = _taken(dy_SD, chunk.token_R)
         dx_RD, more = vjp(dy_RD * _taken(weights_M, chunk.assignment_R)[:, None].astype(dy_RD.dtype))

@@ -8,7 +8,6 @@ reference  every expert on every token. Slow and plain, for tests.
 """
 
 import math
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -17,17 +16,21 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models import products
+from moe_reduce.models.deltas import of_groups
 from moe_reduce.models.moe import chunks, expert_loop
-from moe_reduce.models.moe.assignments import Order, Result, combined, gather_rows, sort_by_expert
+from moe_reduce.models.moe.assignments import Order, Result, combined, gather_rows, sort_by_group
 from moe_reduce.models.moe.experts import Experts, Masters, swiglu, with_master_gradients
 from moe_reduce.models.weights import Product, dequantised
 
 
 class Assigned(NamedTuple):
-    """Rows x_SD with their experts: ids experts_SA int32 (E: none on this device), and combine weights_SA."""
+    """Rows x_SD with their groups and combine weights_SA.
+
+    groups_SA: int32, the expert or, with a bank of Z adapters, expert · Z + entry; from J: none on this device.
+    """
 
     x_SD: jax.Array
-    experts_SA: jax.Array
+    groups_SA: jax.Array
     weights_SA: jax.Array
 
 
@@ -43,11 +46,12 @@ def dispatch_blocks(
     rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig, _share: float = 1.0
 ) -> Result:
     """Exact and dropless: only routed rows are computed, tile by tile (see moe/expert_loop.py)."""
-    order = sort_by_expert(rows.experts_SA, experts.number)
+    order = sort_by_group(rows.groups_SA, experts.groups)
     x_MD = gather_rows(rows.x_SD, order)
-    tile_rows = expert_loop.tile_rows(execution.block_rows, x_MD.shape[0], experts.number)
+    tile_rows = expert_loop.tile_rows(execution.block_rows, x_MD.shape[0], experts.groups)
     settings = expert_loop.Settings(tile_rows, experts.layout)
-    found: Any = expert_loop.loop_swiglu(x_MD, order.counts_E, experts.values, masters, experts.deltas, settings)
+    deltas = {name: of_groups(delta, experts.number) for name, delta in experts.deltas.items()}
+    found: Any = expert_loop.loop_swiglu(x_MD, order.counts_J, experts.values, masters, deltas, settings)
     y_MD, masters = found
     return combined(y_MD, rows.weights_SA, order, masters)
 
@@ -56,19 +60,31 @@ def dispatch_ragged(
     rows: Assigned, experts: Experts, masters: Masters, _execution: ExecutionConfig, share: float = 1.0
 ) -> Result:
     """Exact and dropless: jax.lax.ragged_dot over sorted rows, in chunks if a chunk is smaller than all rows."""
-    order = sort_by_expert(rows.experts_SA, experts.number)
-    assignments = rows.experts_SA.size
+    order = sort_by_group(rows.groups_SA, experts.groups)
+    assignments = rows.groups_SA.size
     size = chunks.chunk_rows(assignments, share)
     if size == assignments:
-        return _sorted(rows, order, experts, masters, partial(jax.lax.ragged_dot, group_sizes=order.counts_E), share)
+        return _sorted(rows, order, experts, masters, _ragged_product(order.counts_J), share)
     experts, masters = with_master_gradients(experts, masters)
     found: Any = chunks.in_chunks(_ragged_chunk, size, rows.x_SD, rows.weights_SA, order, experts)
     y_SD, norm_SA, maximum_SA = found
     return Result(y_SD, masters, jnp.zeros(()), norm_SA, maximum_SA)
 
 
-def _ragged_chunk(rows_RD: jax.Array, counts_E: jax.Array, experts: Experts) -> jax.Array:
-    return _sorted_swiglu(rows_RD, counts_E, experts, partial(jax.lax.ragged_dot, group_sizes=counts_E))
+def _ragged_chunk(rows_RD: jax.Array, counts_J: jax.Array, experts: Experts) -> jax.Array:
+    return _sorted_swiglu(rows_RD, counts_J, experts, _ragged_product(counts_J))
+
+
+def _ragged_product(counts_J: jax.Array) -> Product:
+    def product(rows_MI: jax.Array, matrices: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(rows_MI, matrices, group_sizes=_sizes(counts_J, matrices))
+
+    return product
+
+
+def _sizes(counts_J: jax.Array, matrices: jax.Array) -> jax.Array:
+    """Number of sorted rows of each matrix, [E or J, I, O]."""
+    return jnp.sum(counts_J.reshape(matrices.shape[0], -1), axis=1)
 
 
 def dispatch_grouped(
@@ -77,48 +93,53 @@ def dispatch_grouped(
     """Exact and dropless: kernels over sorted rows (moe/triton_kernels.py); adapter deltas are not fused."""
     from moe_reduce.models.moe import triton_kernels  # imported here: a later jax may lack Pallas' Triton
 
-    order = sort_by_expert(rows.experts_SA, experts.number)
-    groups, interpret = triton_kernels.groups_of(order.counts_E, rows.experts_SA.size), execution.platform != "gpu"
+    order = sort_by_group(rows.groups_SA, experts.groups)
+    assignments, interpret = rows.groups_SA.size, execution.platform != "gpu"
     if experts.deltas:
-        product = partial(triton_kernels.product, groups=groups, interpret=interpret)
+
+        def product(rows_MI: jax.Array, matrices: jax.Array) -> jax.Array:
+            groups = triton_kernels.groups_of(_sizes(order.counts_J, matrices), assignments)
+            return triton_kernels.product(rows_MI, matrices, groups, interpret)
+
         return _sorted(rows, order, experts, masters, product, share)
-    token_M = order.order_M // rows.experts_SA.shape[1]
+    groups = triton_kernels.groups_of(order.counts_J, assignments)
+    token_M = order.order_M // rows.groups_SA.shape[1]
     values = tuple(dequantised(value, (1,), rows.x_SD.dtype) for value in experts.values)
     places = triton_kernels.Places(token_M, order.rank_SA, groups)
     results: Any = triton_kernels.swiglu(rows.x_SD, places, values, masters, interpret)
     y_MD, masters = results
-    y_MD = y_MD if share == 1 else _only_here(y_MD, order.counts_E)
+    y_MD = y_MD if share == 1 else _only_here(y_MD, order.counts_J)
     return combined(y_MD, rows.weights_SA, order, masters)
 
 
 def _sorted(rows: Assigned, order: Order, experts: Experts, masters: Masters, product: Product, share: float) -> Result:
     """Run the experts by a product of sorted rows with one matrix for each expert."""
     experts, masters = with_master_gradients(experts, masters)
-    counts_E = None if share == 1 else order.counts_E
-    y_MD = _sorted_swiglu(gather_rows(rows.x_SD, order), counts_E, experts, product)
+    counts_J = None if share == 1 else order.counts_J
+    y_MD = _sorted_swiglu(gather_rows(rows.x_SD, order), counts_J, experts, product)
     return combined(y_MD, rows.weights_SA, order, masters)
 
 
-def _sorted_swiglu(rows_MD: jax.Array, counts_E: jax.Array | None, experts: Experts, product: Product) -> jax.Array:
-    """Output of each sorted row's expert; 0 for rows past the sum of counts_E.
+def _sorted_swiglu(rows_MD: jax.Array, counts_J: jax.Array | None, experts: Experts, product: Product) -> jax.Array:
+    """Output of each sorted row's expert; 0 for rows past the sum of counts_J.
 
-    counts_E: rows of each expert; None if they cover all rows.
+    counts_J: rows of each group; None if they cover all rows.
     """
 
-    def multiply(rows_MI: jax.Array, matrices_EIO: jax.Array) -> jax.Array:
-        matrices_EIO = matrices_EIO.astype(rows_MI.dtype)
-        if counts_E is None:
-            return checkpoint_name(product(rows_MI, matrices_EIO), products.REMAT_SAVED)
+    def multiply(rows_MI: jax.Array, matrices: jax.Array) -> jax.Array:
+        matrices = matrices.astype(rows_MI.dtype)
+        if counts_J is None:
+            return checkpoint_name(product(rows_MI, matrices), products.REMAT_SAVED)
         # the rows are masked as well, which masks their gradient
-        y_MO = product(_only_here(rows_MI, counts_E), matrices_EIO)
-        return _only_here(checkpoint_name(y_MO, products.REMAT_SAVED), counts_E)
+        y_MO = product(_only_here(rows_MI, counts_J), matrices)
+        return _only_here(checkpoint_name(y_MO, products.REMAT_SAVED), counts_J)
 
     return swiglu(rows_MD, experts, multiply)
 
 
-def _only_here(rows_MI: jax.Array, counts_E: jax.Array) -> jax.Array:
-    """Rows with 0 past the sum of counts_E, where experts are on other devices and kernels leave undefined values."""
-    return jnp.where((jnp.arange(rows_MI.shape[0]) < jnp.sum(counts_E))[:, None], rows_MI, 0)
+def _only_here(rows_MI: jax.Array, counts_J: jax.Array) -> jax.Array:
+    """Rows with 0 past the sum of counts_J, where experts are on other devices and kernels leave undefined values."""
+    return jnp.where((jnp.arange(rows_MI.shape[0]) < jnp.sum(counts_J))[:, None], rows_MI, 0)
 
 
 def _each_expert(rows_EXI: jax.Array, matrices_EIO: jax.Array) -> jax.Array:
@@ -130,19 +151,31 @@ def dispatch_capacity(
 ) -> Result:
     """Each expert takes at most capacity_factor · mean rows, rounded up, in sorted order; further rows are dropped."""
     experts, masters = with_master_gradients(experts, masters)
-    x_SD, experts_SA, weights_SA = rows
-    count, assignments = experts.number, experts_SA.size
-    order = sort_by_expert(experts_SA, count)
+    x_SD, groups_SA, weights_SA = rows
+    count, assignments = experts.number, groups_SA.size
+    order = sort_by_group(groups_SA, experts.groups)
     # rounded first, so that an error in the last bit of the float does not add a row
     capacity = min(assignments, math.ceil(round(assignments * execution.capacity_factor * share / count, 6)))
-    starts_E = jnp.cumsum(order.counts_E) - order.counts_E
-    expert_M = experts_SA.reshape(-1)[order.order_M]
+    counts_E = jnp.sum(order.counts_J.reshape(count, -1), axis=1)
+    starts_E = jnp.cumsum(counts_E) - counts_E
+    expert_M = groups_SA.reshape(-1)[order.order_M] // (experts.groups // count)
     position_M = jnp.arange(assignments, dtype=jnp.int32) - starts_E[jnp.minimum(expert_M, count - 1)]
     slot_M = jnp.where(position_M < capacity, expert_M * capacity + position_M, count * capacity)
-    x_MD = gather_rows(x_SD, order)
-    buffer = jnp.zeros((count * capacity, x_SD.shape[1]), x_SD.dtype).at[slot_M].set(x_MD, mode="drop")
-    y_ECD = swiglu(buffer.reshape(count, capacity, -1), experts, _each_expert)
-    y_MD = y_ECD.reshape(count * capacity, -1).at[slot_M].get(mode="fill", fill_value=0)
+
+    def to_buffer(rows_MI: jax.Array) -> jax.Array:
+        buffer = jnp.zeros((count * capacity, rows_MI.shape[1]), rows_MI.dtype)
+        return buffer.at[slot_M].set(rows_MI, mode="drop").reshape(count, capacity, -1)
+
+    def from_buffer(rows_ECI: jax.Array) -> jax.Array:
+        return rows_ECI.reshape(count * capacity, -1).at[slot_M].get(mode="fill", fill_value=0)
+
+    def product(rows_ECI: jax.Array, matrices: jax.Array) -> jax.Array:
+        if matrices.shape[0] == count:
+            return _each_expert(rows_ECI, matrices)
+        rows_MI, matrices = from_buffer(rows_ECI), matrices.astype(rows_ECI.dtype)
+        return to_buffer(_ragged_product(order.counts_J)(rows_MI, matrices))
+
+    y_MD = from_buffer(swiglu(to_buffer(gather_rows(x_SD, order)), experts, product))
     dropped = jnp.sum((expert_M < count) & (position_M >= capacity))
     return combined(y_MD, weights_SA, order, masters, dropped)
 
@@ -152,9 +185,18 @@ def dispatch_reference(
 ) -> Result:
     """Every expert on every token, for tests: memory grows as E · S · F."""
     experts, masters = with_master_gradients(experts, masters)
-    x_SD, experts_SA, weights_SA = rows
-    y_ESD = swiglu(jnp.broadcast_to(x_SD[None], (experts.number, *x_SD.shape)), experts, _each_expert)
-    chosen_SAE = jax.nn.one_hot(experts_SA, experts.number, dtype=x_SD.dtype)
+    x_SD, groups_SA, weights_SA = rows
+    count, entries = experts.number, experts.groups // experts.number
+    entry_SZ = jax.nn.one_hot(groups_SA[:, 0] % entries, entries, dtype=x_SD.dtype)
+
+    def product(rows_ESI: jax.Array, matrices: jax.Array) -> jax.Array:
+        if matrices.shape[0] == count:
+            return _each_expert(rows_ESI, matrices)
+        matrices_EZIO = matrices.reshape(count, entries, *matrices.shape[1:]).astype(rows_ESI.dtype)
+        return jnp.einsum("ESI,SZ,EZIO->ESO", rows_ESI, entry_SZ, matrices_EZIO)
+
+    y_ESD = swiglu(jnp.broadcast_to(x_SD[None], (count, *x_SD.shape)), experts, product)
+    chosen_SAE = jax.nn.one_hot(groups_SA // entries, count, dtype=x_SD.dtype)
     y_SAD = jnp.einsum("SAE,ESD->SAD", chosen_SAE, y_ESD)
     y_SD = jnp.einsum("SA,SAD->SD", weights_SA.astype(x_SD.dtype), y_SAD)
     norm_SA = jnp.linalg.norm(y_SAD.astype(jnp.float32), axis=-1)

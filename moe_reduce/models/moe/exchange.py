@@ -4,7 +4,7 @@
     all_to_all  each assignment's row goes to the device of its expert, and the expert's output comes back
 
 Both are exact and dropless. With P devices, gather sends a token P - 1 times, all_to_all A · (P - 1) / P times on
-average. Both take a Dispatch's arguments, with experts numbered over all devices, and return the Result of the device's
+average. Both take a Dispatch's arguments, with groups numbered over all devices, and return the Result of the device's
 own tokens.
 """
 
@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models import products
-from moe_reduce.models.moe.assignments import Result, combined, gather_rows, sort_by_expert
+from moe_reduce.models.moe.assignments import Result, combined, gather_rows, sort_by_group
 from moe_reduce.models.moe.dispatch import DISPATCHES, Assigned
 from moe_reduce.models.moe.experts import Experts, Masters
 
@@ -33,15 +33,15 @@ def exchange(rows: Assigned, experts: Experts, masters: Masters, execution: Exec
     kind = execution.exchange
     if kind == "auto":
         # on CPU all_to_all pads its buffers to the size of gather's
-        fewer_rows = devices > rows.experts_SA.shape[1] and execution.platform != "cpu"
+        fewer_rows = devices > rows.groups_SA.shape[1] and execution.platform != "cpu"
         kind = "all_to_all" if fewer_rows else "gather"
     return {"gather": _gather, "all_to_all": _all_to_all}[kind](rows, experts, masters, execution)
 
 
 def _gather(rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig) -> Result:
-    count = experts.number
+    count = experts.groups
     every = partial(jax.lax.all_gather, axis_name=AXIS, axis=0, tiled=True)
-    here_SA = every(rows.experts_SA) - jax.lax.axis_index(AXIS) * count
+    here_SA = every(rows.groups_SA) - jax.lax.axis_index(AXIS) * count
     here_SA = jnp.where((here_SA >= 0) & (here_SA < count), here_SA, count)
     share = 1.0 / jax.lax.axis_size(AXIS)
     gathered = Assigned(every(rows.x_SD), here_SA, every(rows.weights_SA))
@@ -53,16 +53,17 @@ def _gather(rows: Assigned, experts: Experts, masters: Masters, execution: Execu
 
 
 def _all_to_all(rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig) -> Result:
-    x_SD, experts_SA, weights_SA = rows
-    count, devices, active = experts.number, jax.lax.axis_size(AXIS), experts_SA.shape[1]
-    order = sort_by_expert(experts_SA, count * devices)
-    most = experts_SA.shape[0] * min(active, count)  # most rows from one device, since a token's experts are distinct
+    x_SD, groups_SA, weights_SA = rows
+    count, devices, active = experts.groups, jax.lax.axis_size(AXIS), groups_SA.shape[1]
+    order = sort_by_group(groups_SA, count * devices)
+    together = min(active, experts.number)  # most rows of one token on one device, since a token's experts are distinct
+    most = groups_SA.shape[0] * together
     make = _padded if execution.platform == "cpu" else _ragged
-    to_experts, to_tokens = make(jnp.sum(order.counts_E.reshape(devices, count), axis=1), experts_SA.size, most)
-    numbers_M1 = (experts_SA.reshape(-1)[order.order_M] % count)[:, None]
+    to_experts, to_tokens = make(jnp.sum(order.counts_J.reshape(devices, count), axis=1), groups_SA.size, most)
+    numbers_M1 = (groups_SA.reshape(-1)[order.order_M] % count)[:, None]
     arrived_R1 = to_experts(numbers_M1, count)
     arrived_RD = checkpoint_name(to_experts(gather_rows(x_SD, order), 0), products.REMAT_SAVED)
-    share = active / (devices * min(active, count))  # expected share of the buffer in use
+    share = active / (devices * together)  # expected share of the buffer in use
     ones_R1 = jnp.ones(arrived_R1.shape, weights_SA.dtype)
     arrived = Assigned(arrived_RD, arrived_R1, ones_R1)
     result = DISPATCHES[execution.dispatch](arrived, experts, masters, execution, share)

@@ -1,9 +1,9 @@
-"""SwiGLU experts on rows sorted by expert, as a loop over tiles of rows: exact, and only routed rows are computed.
+"""SwiGLU experts on rows sorted by group, as a loop over tiles of rows: exact, and only routed rows are computed.
 
 XLA on CPU has no dense operation whose cost follows the number of rows that each expert gets. So this is a loop over
-experts and their tiles of rows, with a trip count known only at run time. An expert's last tile may extend into the
-next expert's rows. Its results there are wrong, and the next expert, which the loop visits later, overwrites them. JAX
-cannot differentiate a loop with a dynamic trip count in reverse, so its gradient is written here too.
+groups of rows (moe/assignments.py) and their tiles, with a trip count known only at run time. A group's last tile may
+extend into the next group's rows. Its results there are wrong, and the next group, which the loop visits later,
+overwrites them. JAX cannot differentiate a loop with a dynamic trip count in reverse, so its gradient is written here.
 """
 
 import itertools
@@ -29,29 +29,29 @@ class Settings(NamedTuple):
     layout: str
 
 
-def tile_rows(most: int, rows: int, experts: int) -> int:
-    """Rows of the smallest tile: the average rows per expert, rounded up to a power of two, at most `most`.
+def tile_rows(most: int, rows: int, groups: int) -> int:
+    """Rows of the smallest tile: the average rows per group, rounded up to a power of two, at most `most`.
 
     A tile is always computed whole, even if few of its rows are used.
     """
-    return min(most, 1 << (-(-rows // experts) - 1).bit_length())
+    return min(most, 1 << (-(-rows // groups) - 1).bit_length())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def loop_swiglu(x_MD, counts_E, matrices, masters, expert_deltas, settings: Settings):
+def loop_swiglu(x_MD, counts_J, matrices, masters, group_deltas, settings: Settings):
     """(down(silu(gate·x) · up·x) of each row by its expert, the masters).
 
     Args:
-        x_MD: rows, in the compute dtype, sorted by expert.
-        counts_E: rows of each expert, int32; rows past their sum give zero.
+        x_MD: rows, in the compute dtype, sorted by group.
+        counts_J: rows of each group, int32; rows past their sum give zero. Each expert has equally many groups.
         matrices: values of gate [E, D, F], up [E, D, F] and down [E, F, D]. No gradient flows into them.
         masters: master weights, returned unread; empty if experts are frozen. In the backward pass their cotangent
             arrives from the following call that used them, and this call adds its own gradient in place. (Otherwise
             each layer would allocate a gradient of the whole shared pool and add it to the total.)
-        expert_deltas: an adapter's deltas by `gate`, `up` and `down` (models/deltas.py); empty without one.
+        group_deltas: an adapter's deltas by `gate`, `up` and `down`, from `deltas.of_groups`; empty without one.
         settings: static settings.
     """
-    return _forward(x_MD, counts_E, matrices, masters, expert_deltas, settings)[0]
+    return _forward(x_MD, counts_J, matrices, masters, group_deltas, settings)[0]
 
 
 def _slice(rows, start, size):
@@ -71,43 +71,44 @@ def _values(bits: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.bfloat16) if bits.dtype == jnp.uint16 else bits
 
 
-def _for_each_tile(counts_E, smallest: int, body, matrices, carry):
-    """Run body(carry, expert, its matrices, size, start, rows_left) for every tile of every expert.
+def _for_each_tile(counts_J, smallest: int, body, matrices, carry):
+    """Run body(carry, group, its expert's matrices, size, start, rows_left) for every tile of every group.
 
-    A tile has the smallest static size that holds all remaining rows of its expert, or the largest size if none does.
-    So most experts need one matmul, which pays off: preparing an expert's weights costs more than computing unused
+    A tile has the smallest static size that holds all remaining rows of its group, or the largest size if none does.
+    So most groups need one matmul, which pays off: preparing an expert's weights costs more than computing unused
     rows. XLA copies carried buffers around a conditional and updates them in place in a loop. For that reason a chain
-    of loops chooses the size, not a `switch`, and empty experts are removed from the list, not skipped by a `cond`.
+    of loops chooses the size, not a `switch`, and empty groups are removed from the list, not skipped by a `cond`.
     """
-    starts_E = jnp.cumsum(counts_E) - counts_E
-    (used_E,) = jnp.nonzero(counts_E > 0, size=counts_E.shape[0], fill_value=0)
+    groups_per_expert = counts_J.shape[0] // matrices[0].shape[0]
+    starts_J = jnp.cumsum(counts_J) - counts_J
+    (used_J,) = jnp.nonzero(counts_J > 0, size=counts_J.shape[0], fill_value=0)
     matrices = jax.tree.map(_bits, matrices)
     sizes = [0] + [smallest * multiple for multiple in TILE_MULTIPLES]
 
     def visit(index, carry):
-        expert = used_E[index]
-        mine = jax.tree.map(lambda bits: _values(bits[expert]), matrices)
+        group = used_J[index]
+        mine = jax.tree.map(lambda bits: _values(bits[group // groups_per_expert]), matrices)
         state = (jnp.int32(0), carry)
         for smaller, size in reversed(list(itertools.pairwise(sizes))):
 
             def tile(state, size=size):
                 done, carry = state
-                left = counts_E[expert] - done
-                return done + size, body(carry, expert, mine, size, starts_E[expert] + done, left)
+                left = counts_J[group] - done
+                return done + size, body(carry, group, mine, size, starts_J[group] + done, left)
 
-            state = lax.while_loop(lambda state, least=smaller: counts_E[expert] - state[0] > least, tile, state)
+            state = lax.while_loop(lambda state, least=smaller: counts_J[group] - state[0] > least, tile, state)
         return state[1]
 
-    return lax.fori_loop(0, jnp.sum(counts_E > 0), visit, carry)
+    return lax.fori_loop(0, jnp.sum(counts_J > 0), visit, carry)
 
 
 def _padded(rows: int, columns: int, smallest: int, dtype) -> jax.Array:
     return _bits(jnp.zeros((rows + smallest * TILE_MULTIPLES[-1], columns), dtype))
 
 
-def _of_expert(expert_deltas, expert):
-    """Deltas of one expert, from leaves given as bits: its slice of a per-expert leaf, and all of a shared leaf."""
-    return jax.tree.map(lambda leaf: _values(leaf[expert] if leaf.ndim == 3 else leaf), expert_deltas)
+def _of_group(group_deltas, group):
+    """Deltas of one group, from leaves given as bits: its slice of a leaf [J, …], and all of a shared leaf."""
+    return jax.tree.map(lambda leaf: _values(leaf[group] if leaf.ndim == 3 else leaf), group_deltas)
 
 
 def _linear(x, matrix, delta, layout: str):
@@ -119,24 +120,24 @@ def _added(x, delta, outputs: int, layout: str):
     return deltas.added(x, delta, outputs, lambda x, matrix: product(x, matrix, layout))
 
 
-def _marked_forward(x_MD, counts_E, matrices, masters, expert_deltas, settings: Settings):
-    trained = Trained.among(expert_deltas)
-    x_MD, counts_E, matrices, masters, expert_deltas = primal_values((x_MD, counts_E, matrices, masters, expert_deltas))
-    result, saved = _forward(x_MD, counts_E, matrices, masters, expert_deltas, settings)
+def _marked_forward(x_MD, counts_J, matrices, masters, group_deltas, settings: Settings):
+    trained = Trained.among(group_deltas)
+    x_MD, counts_J, matrices, masters, group_deltas = primal_values((x_MD, counts_J, matrices, masters, group_deltas))
+    result, saved = _forward(x_MD, counts_J, matrices, masters, group_deltas, settings)
     return result, (*saved, trained)
 
 
-def _forward(x_MD, counts_E, matrices, masters, expert_deltas, settings: Settings):
+def _forward(x_MD, counts_J, matrices, masters, group_deltas, settings: Settings):
     smallest, layout = settings
     rows, model_width = x_MD.shape
     expert_width, dtype = matrices[0].shape[2], x_MD.dtype
     x_MD = jnp.pad(x_MD, ((0, smallest * TILE_MULTIPLES[-1]), (0, 0)))
-    bits = jax.tree.map(_bits, expert_deltas)
+    bits = jax.tree.map(_bits, group_deltas)
 
-    def body(carry, expert, mine, size, start, left):
+    def body(carry, group, mine, size, start, left):
         y, gates, ups = carry
         gate_DF, up_DF, down_FD = mine
-        local_deltas = _of_expert(bits, expert)
+        local_deltas = _of_group(bits, group)
         x = _slice(x_MD, start, size)
         gate, up = (
             _linear(x, gate_DF, local_deltas.get("gate"), layout),
@@ -147,67 +148,68 @@ def _forward(x_MD, counts_E, matrices, masters, expert_deltas, settings: Setting
         return _update(y, tile, start), _update(gates, gate, start), _update(ups, up, start)
 
     empty = tuple(_padded(rows, columns, smallest, dtype) for columns in (model_width, expert_width, expert_width))
-    y, gates, ups = _for_each_tile(counts_E, smallest, body, matrices, empty)
-    return (_values(y[:rows]), masters), (x_MD, counts_E, matrices, expert_deltas, gates, ups)
+    y, gates, ups = _for_each_tile(counts_J, smallest, body, matrices, empty)
+    return (_values(y[:rows]), masters), (x_MD, counts_J, matrices, group_deltas, gates, ups)
 
 
 def _backward(settings: Settings, saved, cotangents):
     smallest, layout = settings
-    x_MD, counts_E, matrices, expert_deltas, gates, ups, trained = saved
+    x_MD, counts_J, matrices, group_deltas, gates, ups, trained = saved
     dy_MD, dmasters = jax.tree.map(instantiate_zeros, cotangents)
     rows, dtype = dy_MD.shape[0], dy_MD.dtype
     dy_MD = jnp.pad(dy_MD, ((0, smallest * TILE_MULTIPLES[-1]), (0, 0)))
-    bits = jax.tree.map(_bits, expert_deltas)
+    groups_per_expert = counts_J.shape[0] // matrices[0].shape[0]
+    bits = jax.tree.map(_bits, group_deltas)
 
-    def body(carry, expert, mine, size, start, left):
-        dx, dmasters, dexpert_deltas = carry
+    def body(carry, group, mine, size, start, left):
+        dx, dmasters, dgroup_deltas = carry
         gate_DF, up_DF, down_FD = mine
-        local_deltas = _of_expert(bits, expert)
+        local_deltas = _of_group(bits, group)
         valid = (jnp.arange(size) < left)[:, None]
-        # dy is zero in rows of the next expert, so these add nothing to any gradient below
+        # dy is zero in rows of the next group, so these add nothing to any gradient below
         dy = jnp.where(valid, _slice(dy_MD, start, size), 0)
         gate, up, x = _slice(gates, start, size), _slice(ups, start, size), _slice(x_MD, start, size)
         activation, silu_vjp = jax.vjp(jax.nn.silu, gate)
         dhidden = multiply(dy, down_FD, layout, transposed=True).astype(dtype)
-        more, dexpert_deltas = _delta_vjp("down", (local_deltas, activation * up, dy), dexpert_deltas, expert, layout)
+        more, dgroup_deltas = _delta_vjp("down", (local_deltas, activation * up, dy), dgroup_deltas, group, layout)
         dhidden = dhidden + more
         (dgate,) = silu_vjp(dhidden * up)
         dup = dhidden * activation
         dx_here = multiply(dgate, gate_DF, layout, transposed=True) + multiply(dup, up_DF, layout, transposed=True)
         dx_here = dx_here.astype(dtype)
         for name, dinner in (("gate", dgate), ("up", dup)):
-            more, dexpert_deltas = _delta_vjp(name, (local_deltas, x, dinner), dexpert_deltas, expert, layout)
+            more, dgroup_deltas = _delta_vjp(name, (local_deltas, x, dinner), dgroup_deltas, group, layout)
             dx_here = dx_here + more
         dx = _update(dx, dx_here, start)
         if dmasters:
             here = (dot(x, dgate, 0, 0, layout), dot(x, dup, 0, 0, layout), dot(activation * up, dy, 0, 0, layout))
-            dmasters = _add(dmasters, here, expert)
-        return dx, dmasters, dexpert_deltas
+            dmasters = _add(dmasters, here, group // groups_per_expert)
+        return dx, dmasters, dgroup_deltas
 
-    start: Any = (_padded(rows, x_MD.shape[1], smallest, dtype), tuple(dmasters), trained.totals(expert_deltas))
-    dx, dmasters, dexpert_deltas = _for_each_tile(counts_E, smallest, body, matrices, start)
-    return _values(dx[:rows]), None, None, dmasters, as_leaves(dexpert_deltas, expert_deltas)
+    start: Any = (_padded(rows, x_MD.shape[1], smallest, dtype), tuple(dmasters), trained.totals(group_deltas))
+    dx, dmasters, dgroup_deltas = _for_each_tile(counts_J, smallest, body, matrices, start)
+    return _values(dx[:rows]), None, None, dmasters, as_leaves(dgroup_deltas, group_deltas)
 
 
-def _delta_vjp(name: str, given: tuple[Any, Any, Any], totals, expert, layout: str):
+def _delta_vjp(name: str, given: tuple[Any, Any, Any], totals, group, layout: str):
     """(gradient of x through the delta `name`, 0 if there is none; `totals` plus that delta's gradient).
 
-    given: the expert's deltas, the input rows x, and the cotangent of the output rows.
+    given: the group's deltas, the input rows x, and the cotangent of the output rows.
     """
     local_deltas, x, dy = given
     if name not in local_deltas:
         return 0, totals
     _, vjp = jax.vjp(lambda x, delta: _added(x, delta, dy.shape[1], layout), x, local_deltas[name])
     dx, parts = vjp(dy)
-    return dx, totals | {name: _add(totals[name], parts, expert)}
+    return dx, totals | {name: _add(totals[name], parts, group)}
 
 
-def _add(totals, parts, expert):
-    """Totals plus one expert's parts, added at the expert's index of a per-expert leaf, or to all of a shared leaf."""
+def _add(totals, parts, number):
+    """Totals plus the parts of one expert or group: at its index of a leaf [E or J, …], or to all of a shared leaf."""
 
     def add(total, part):
         part = part.astype(total.dtype)
-        return total.at[expert].add(part) if total.ndim == 3 else total + part
+        return total.at[number].add(part) if total.ndim == 3 else total + part
 
     return where_trained(add, totals, parts)
 

@@ -1,5 +1,6 @@
 """Weights of a group of SwiGLU experts in the compute dtype, and the master weights that they are cast from."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
+from moe_reduce.models import deltas
 from moe_reduce.models.weights import Product, Weight, cast, grouped_matmul, is_quantised, read, weight
 
 Masters = tuple[jax.Array, ...]  # master weights: gate, up and down as they are trained; () for frozen experts
@@ -40,17 +42,38 @@ class Experts(NamedTuple):
         return {name: one.delta for name, one in self._asdict().items() if one.delta is not None}
 
     @property
+    def entries(self) -> int:
+        """Number of entries of the bank of adapters, Z; 0 without a bank."""
+        return max(map(deltas.entries, self.deltas.values()), default=0)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups, J = E·Z: of rows with the same expert and the same entry of a bank; E without a bank."""
+        return self.number * max(self.entries, 1)
+
+    @property
     def layout(self) -> str:
         """Layout of the operands of products."""
         return self.gate.layout
 
     def with_values(self, values: tuple[Any, ...]) -> "Experts":
         """The same experts and deltas with other values."""
-        return Experts(*(_replaced(one, value) for one, value in zip(self, values, strict=True)))
+        return Experts(*(dataclasses.replace(one, value=value) for one, value in zip(self, values, strict=True)))
 
+    def group_rows(self, experts_BTA: jax.Array) -> tuple["Experts", jax.Array]:
+        """(experts without the entries of a bank's batch rows, group of each assignment, expert · Z + entry).
 
-def _replaced(one: Weight, value: Any) -> Weight:
-    return Weight(value, one.delta, one.input_axes, one.layout, one.exact)
+        Without a bank, the group is the expert.
+        """
+        entry_B = next((delta[deltas.ENTRY] for delta in self.deltas.values() if deltas.ENTRY in delta), None)
+        if entry_B is None:
+            return self, experts_BTA
+        bare = (
+            one if one.delta is None else dataclasses.replace(one, delta=deltas.without_entry(one.delta))
+            for one in self
+        )
+        entry_BTA = jnp.broadcast_to(entry_B[:, None, None], experts_BTA.shape)
+        return Experts(*bare), experts_BTA * self.entries + entry_BTA
 
 
 class ExpertPool(nn.Module):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe_reduce.core.config import ExecutionConfig, MoEConfig
-from moe_reduce.models.deltas import Delta
+from moe_reduce.models.deltas import Delta, entries
 from moe_reduce.models.mesh import BATCH_AXES, on_one_device
 from moe_reduce.models.moe.assignments import Result
 from moe_reduce.models.moe.dispatch import DISPATCHES, Assigned
@@ -48,7 +48,8 @@ def mixture_of_experts(
     if execution.dispatch == "capacity":
         real_S = None if real_BT is None else real_BT.reshape(-1)
         called_BTA = only_real(routing.experts_SA, real_S, experts.number).reshape(shape)
-    rows = Assigned(x_BTD, called_BTA, weights_BTA)
+    experts, groups_BTA = experts.group_rows(called_BTA)
+    rows = Assigned(x_BTD, groups_BTA, weights_BTA)
     y_BTD, masters, dropped, norm_BTA, maximum_BTA = apply_experts(rows, experts, masters, execution)
     if real_BT is not None:
         dropped = dropped * real_BT.size / jnp.maximum(jnp.sum(real_BT, dtype=jnp.float32), 1)
@@ -63,7 +64,7 @@ def apply_experts(rows: Assigned, experts: Experts, masters: Masters, execution:
     and their width F along `tensor`, over which outputs are summed. Norms and maxima are exact only if `tensor` has
     size 1: else they are those of partial outputs.
     """
-    assignments = rows.experts_SA.size
+    assignments = rows.groups_SA.size
     if on_one_device():
         result = _flattened(DISPATCHES[execution.dispatch], rows, experts, masters, execution)
         return result.y_SD, result.masters, result.dropped / assignments, result.norm_SA, result.maximum_SA
@@ -97,15 +98,15 @@ def _specs(experts: Experts) -> Any:
 
 
 def _delta_specs(name: str, delta: Delta) -> Any:
-    """Partition specs of an adapter's leaves: split by expert, and by width F as their matrix is."""
-    hidden_side = "in" if name == "down" else "out"
+    """Partition specs of an adapter's or a bank's leaves: split by expert, and by width F as their matrix is."""
+    hidden_side, per_expert = "in" if name == "down" else "out", 4 if entries(delta) else 3
 
     def spec(path: Any, leaf: jax.Array) -> PartitionSpec:
         keys = [part.key for part in path]
         axes: list[str | None] = [None] * leaf.ndim
         if keys[-1] == "matrix" and keys[0] == hidden_side:
             axes[-2 if name == "down" else -1] = "tensor"
-        if leaf.ndim == 3:
+        if leaf.ndim == per_expert:
             axes[0] = "expert"
         return PartitionSpec(*axes)
 
@@ -126,20 +127,20 @@ def some_experts(
 ) -> Result:
     """Partial sum over frozen experts, numbered from `first_expert`. share: their fraction of all experts.
 
-    rows: with batch and time as leading axes.
+    rows: with batch and time as leading axes. The experts have no bank of adapters.
     """
-    here_BTA = rows.experts_SA - first_expert
+    here_BTA = rows.groups_SA - first_expert
     here_BTA = jnp.where((here_BTA >= 0) & (here_BTA < experts.number), here_BTA, experts.number)
 
     def dispatch(rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig) -> Result:
         return DISPATCHES[execution.dispatch](rows, experts, masters, execution, share)
 
-    return _flattened(dispatch, rows._replace(experts_SA=here_BTA), experts, (), execution)
+    return _flattened(dispatch, rows._replace(groups_SA=here_BTA), experts, (), execution)
 
 
 def _flattened(run: Run, rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig) -> Result:
     """Run a dispatch or exchange on rows [B·T, …]; its Result has the axes B and T again."""
     flat = Assigned(*(array.reshape(-1, array.shape[-1]) for array in rows))
     result = run(flat, experts, masters, execution)
-    norm_BTA, maximum_BTA = (size.reshape(rows.experts_SA.shape) for size in (result.norm_SA, result.maximum_SA))
+    norm_BTA, maximum_BTA = (size.reshape(rows.groups_SA.shape) for size in (result.norm_SA, result.maximum_SA))
     return Result(result.y_SD.reshape(rows.x_SD.shape), result.masters, result.dropped, norm_BTA, maximum_BTA)
