@@ -37,7 +37,7 @@ def check_names(files: Tensors, config: ModelConfig) -> None:
     family = of_config(config)
     tied = config.tied_embeddings and config.embedding_factor is None
     if tied and family.input_table not in files.entries and family.output_table in files.entries:
-        files.rename(family.output_table, family.input_table)
+        files.entries[family.input_table] = files.entries.pop(family.output_table)
     parts = [part for leaf in leaves(config) for part in quantised.stored_leaves(leaf, files.entries)]
     expected = {name: part.stored_shape for part in parts for name in part.names()}
     for name, shape in expected.items():

@@ -134,10 +134,6 @@ class TensorFiles:
             if tensor not in self.entries or self.entries[tensor].file.name != name:
                 raise UserError(f"{index} places tensor {tensor} in {name}, which does not hold it: fetch it again")
 
-    def rename(self, old: str, new: str) -> None:
-        """Give a tensor another name in `entries`; the files stay as they are."""
-        self.entries[new] = self.entries.pop(old)
-
     def read(self, name: str) -> np.ndarray:
         """A read-only memory-mapped view of the tensor; bytes are read from disk when they are used."""
         entry = self.entries[name]
