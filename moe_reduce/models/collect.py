@@ -7,7 +7,7 @@ import jax
 
 
 def sow(module: nn.Module, collection: str, values: dict[str, jax.Array]) -> None:
-    """Add values to a variable collection by name, without linen's tuple of repeated calls."""
+    """Sow values by name: each is stored as it is, without the tuple in which linen collects repeated calls."""
     last: Any = {"reduce_fn": lambda _, new: new, "init_fn": dict}
     for name, value in values.items():
         module.sow(collection, name, value, **last)

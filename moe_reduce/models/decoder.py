@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 def attention_half(block: nn.Module, x_BTD, positions_BT, segments_BT) -> tuple[jax.Array, jax.Array]:
-    """Attention half of a block, in the block's scope: (x after attention, normed input of the second half)."""
+    """Run the attention half in the module scope of `block`: (x after attention, normed input of the second half)."""
     config, execution = block.config, block.execution  # type: ignore[attr-defined]
     normed_BTD = residual_norm(config, "attention_norm")(x_BTD)
     attended_BTD = x_BTD + Attention(config, execution, name="attention")(normed_BTD, positions_BT, segments_BT)
@@ -76,7 +76,7 @@ def attention_half(block: nn.Module, x_BTD, positions_BT, segments_BT) -> tuple[
 def expert_half(
     block: Any, normed_BTD: jax.Array, masters: Masters, shared: Shared, real_BT: jax.Array | None
 ) -> tuple[jax.Array, Masters]:
-    """Expert half of a block, in the block's scope: (output of the experts, master weights for the next block)."""
+    """Run the expert half in the module scope of `block`: (experts' output, master weights for the next block)."""
     config, execution = block.config, block.execution
     if shared.experts is None:
         experts, used_masters = ExpertPool(config, execution, name="experts")()

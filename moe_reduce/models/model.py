@@ -62,8 +62,8 @@ class Model:
             assignments  expert, weight, and norm and maximum of the expert's output, [N, B, T, A]
             hidden       block_input, router_input, block_output, [N, B, T, D]
             keys_values  keys and values of the batch's tokens, as models/cache.py stores them
-        cache: keys and values of earlier tokens; a row's first position is their number. Segments may share them, each
-            with positions that continue from there.
+        cache: keys and values of earlier tokens. A row that has p of them starts at position p; if it has several
+            segments, each continues these tokens and starts at p.
         """
         variable = variables(self.params, batch.get("adapter"))
         if cache is not None:

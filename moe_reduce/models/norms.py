@@ -40,6 +40,6 @@ class LayerNorm(nn.Module):
 
 
 def residual_norm(config: ModelConfig, name: str) -> RMSNorm | LayerNorm:
-    """The norm of the residual stream, as a submodule of the module that calls."""
+    """A norm of the residual stream, as a submodule called `name` of the calling module."""
     kind = RMSNorm if config.norm == "rms" else LayerNorm
     return kind(config, name=name)

@@ -25,7 +25,7 @@ from moe_reduce.models.deltas import ADAPTER, BANK
 Records = Mapping[str, "Parameter"]
 MeshAxis = str | tuple[str, ...] | None
 FSDP = ("fsdp", "expert")  # for all parameters but experts, the mesh's expert axis is a second fsdp axis
-GAIN = "/magnitude"  # end of the path of DoRA's magnitudes: gains, so without decay, unlike other adapter leaves
+GAIN = "/magnitude"  # path suffix of DoRA's magnitudes, which are not decayed, unlike other adapter leaves
 ROUTER_BIAS = "layers/router_bias"  # path of the selection biases, which load balancing updates without a gradient
 
 
@@ -35,9 +35,9 @@ class Parameter:
 
     path: keys below `params`, joined by "/". axes: one letter for each axis of `shape`. init: linen initialiser of one
     layer's values. component: name in counts and in `components=`. decays: whether AdamW decays it. precision:
-    `compute` is cast to the compute dtype where it is used; `float32` is used in fp32; `float32_stored` is also kept in
-    fp32 on disk once it has trained. mesh_axes: mesh axis for each axis. inputs, outputs: axes that a product contracts
-    and produces; both empty unless the parameter is a matrix.
+    `compute` is cast to the compute dtype where it is used; `float32` is used in fp32; `float32_stored` is used in
+    fp32, and runs also hold and save it in fp32. mesh_axes: mesh axis for each axis. inputs, outputs: axes that a
+    product contracts and produces; both empty unless the parameter is a matrix.
     """
 
     path: str
@@ -78,7 +78,7 @@ class Parameter:
 
     @property
     def is_matrix(self) -> bool:
-        """True if rows are multiplied by it in a matrix product."""
+        """True if the parameter is the matrix of a matrix product."""
         return bool(self.inputs)
 
     @property
@@ -111,7 +111,7 @@ def record_in_module(config: ModelConfig, scope: tuple[str, ...], name: str) -> 
     """Record of parameter `name` of the linen module at `scope`; ValueError if the model has none."""
     record = find_in_module(config, scope, name)
     if record is None:
-        raise ValueError(f"the model has no parameter {name} in the module {'/'.join(scope) or 'by itself'}")
+        raise ValueError(f"the model has no parameter {name} in the module {'/'.join(scope) or '(root)'}")
     return record
 
 
@@ -119,8 +119,8 @@ def record_in_module(config: ModelConfig, scope: tuple[str, ...], name: str) -> 
 def find_in_module(config: ModelConfig, scope: tuple[str, ...], name: str) -> Parameter | None:
     """Record of parameter `name` of the linen module at `scope`, or None.
 
-    The scope of an unstacked layer begins with `layers_0`, `layers_1`, …; that of a module applied outside a Decoder,
-    as layer-wise code does, is only the end of its path.
+    The scope of an unstacked layer begins with `layers_0`, `layers_1`, …. Layer-wise code applies a block's modules
+    outside a Decoder, where their scope lacks the leading keys, so a path may also match by its end.
     """
     path = re.sub(r"^layers_\d+/", "layers/", "/".join((*scope, name)))
     known = by_path(config)
@@ -217,7 +217,7 @@ def bias_of(config: ModelConfig, matrix: Parameter) -> Parameter | None:
 
 
 def ffn_norm_scale(config: ModelConfig) -> Parameter:
-    """Record of the scale of the norm in front of the feed-forward block, or of router and experts."""
+    """Record of the scale of the norm before the feed-forward block, or in an MoE before the router and experts."""
     return by_path(config)["layers/mlp_norm/scale"]
 
 
@@ -227,7 +227,7 @@ def normal_init(std: float) -> nn.initializers.Initializer:
 
 
 def residual_std(config: ModelConfig) -> float:
-    """Initial standard deviation of matrices that write to the residual stream: init_std / √(2N writes), as GPT-2."""
+    """Initial std of matrices that write to the residual stream: init_std / √(2N) for 2N writes, as GPT-2."""
     return config.init_std / (2 * config.layers) ** 0.5
 
 
@@ -267,7 +267,7 @@ def _embeddings(config: ModelConfig) -> list[Parameter]:
     if config.embedding_factor is None:
         found = [_matrix(config, "embedding/table", "VD", "D V", table)]
     else:
-        # with this std of W, U·W has entries of standard deviation init_std, and x·Wᵀ is about as long as x
+        # with this std of the projection W, factor·W has entries of std init_std, and ‖x·Wᵀ‖ is about ‖x‖
         std = config.embedding_factor**-0.5
         found = [
             _matrix(config, "embedding/factor", "VK", "K V", (("tensor", *FSDP), None)),

@@ -43,7 +43,7 @@ def row_major(x: jax.Array) -> jax.Array:
     """x, stored in memory in row-major order.
 
     XLA then cannot swap the operands of a product, fold a transposition away or recompute x at each use. If the mesh in
-    context splits an axis automatically, x is returned unchanged: else the partitioner would gather x on every device.
+    context has an axis that is not manual, x is returned unchanged, since XLA would gather it on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)

@@ -15,7 +15,7 @@ def factorise_embedding(model: Model, inner: int) -> Model:
 
     The product is the best approximation of rank K, exact when K reaches the table's rank. The projection preserves
     lengths on average, as it does at initialisation (ALBERT, arXiv:1909.11942). The SVD runs in fp32; both factors get
-    the dtype of the table. Raises UserError for an untied or factorised model, or an unfit K.
+    the dtype of the table. Raises UserError for an untied or factorised model, or a K out of range.
     """
     config = model.config
     if not config.tied_embeddings:

@@ -53,14 +53,14 @@ class Directory:
         return next(leaf for leaf in leaves(self.config) if leaf.path == path)
 
     def view(self, leaf: Leaf, index: tuple[int, ...] = ()) -> np.ndarray:
-        """View of one tensor on disk; its axes are those that follow the parameter's stacked axes."""
+        """View of one tensor on disk, with the axes of the parameter that are not spread over several tensors."""
         return leaf.from_stored(self.files.read(leaf.name(index)))
 
 
 def open_directory(path: Path) -> Directory:
     """Open a model directory and check its headers.
 
-    Raises UserError when a tensor is missing, unknown, of the wrong shape, or no floating-point weight.
+    Raises UserError when a tensor is missing or unknown, or has a wrong shape or a dtype that weights cannot have.
     """
     config, raw = read_config(path)
     files = open_tensors(path, config)
@@ -84,7 +84,7 @@ def prune_files(directory: Directory, kept: KeptExperts, step: Step) -> Contents
     """
     config = pruned(directory, kept).config
     items = _pooled_items if _uneven(directory, kept) else _smaller_items
-    # config.json names the dtype of the first parameter, the embedding, unless it is quantised
+    # config.json states the dtype of the first parameter that is not quantised, which is usually the embedding
     first = next(leaf for leaf in leaves(directory.config) if leaf.path not in directory.quantised)
     dtype = str(directory.files.entries[first.names()[0]].dtype)
     chain = (*directory.chain, step)
@@ -202,15 +202,15 @@ def exclusive_layers(directory: Directory) -> np.ndarray | None:
     """Return, for each expert of a pool, the only layer whose bias lets it choose that expert, [E].
 
     None if some expert is open to several layers or to none, and for a model without a pool. Experts have exclusive
-    layers after an uneven pruning or a lossless start, until the bias is annealed. A start with a smaller bias counts
-    too where no input can make a layer choose another layer's expert.
+    layers after an uneven pruning or a lossless start, until the bias is annealed. A smaller bias suffices if it is
+    still too large for any input to make a layer choose another layer's expert.
     """
     if directory.moe.placement == "layer" or not directory.moe.selection_bias:
         return None
     bias = directory.layout("router_bias")
     bias_NE = np.stack([directory.view(bias, (layer,)).astype(np.float32) for layer in range(directory.config.layers)])
     reach_NE = _largest_logits(directory)
-    # a layer never chooses an expert that stays behind A others, whatever its input
+    # a layer never chooses an expert whose largest biased logit is below the smallest ones of A others
     least_N1 = np.sort(bias_NE - reach_NE, axis=1)[:, -directory.moe.active, None]
     selectable_NE = (bias_NE > -LOSSLESS_BIAS / 2) & (bias_NE + reach_NE >= least_N1)
     return np.argmax(selectable_NE, axis=0) if np.all(np.sum(selectable_NE, axis=0) == 1) else None

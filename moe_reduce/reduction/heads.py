@@ -33,5 +33,5 @@ def _group_means(heads: jax.Array, count: int) -> jax.Array:
     """[…, G, C] -> […, count, C]."""
     groups = heads.astype(jnp.float32).reshape(*heads.shape[:-2], count, -1, heads.shape[-1])
     first = groups[..., :1, :]
-    # first head plus the mean difference from it: equal heads give exactly that head, in any number
+    # first head plus the mean difference from it, so that any number of equal heads gives exactly that head
     return (first + jnp.mean(groups - first, axis=-2, keepdims=True))[..., 0, :].astype(heads.dtype)

@@ -35,9 +35,8 @@ ATTENTION_HALF = ("attention", "norm", "bias")  # components of a layer other th
 def collect(directory: Directory, batches: Sequence[Batch], execution: ExecutionConfig) -> Sums:
     """Collect the same sums as scores.collect, with the attention and a few experts of one layer in memory at a time.
 
-    The hidden states of all batches stay in memory as well: 4 bytes · D · 3 for each token. Raises UserError for a
-    shared pool, whose experts every layer needs, for a factorised embedding, for quantised weights, and without a
-    batch.
+    For each token, three hidden states of D values of 4 bytes stay in memory too. Raises UserError for a shared pool,
+    whose experts every layer needs, for a factorised embedding, for quantised weights, and without a batch.
     """
     config = directory.config
     if directory.moe.placement == "shared":

@@ -16,9 +16,10 @@ from moe_reduce.reduction.transform import Leaves, transform
 def prune_neurons(model: Model, keep: int) -> Model:
     """Keep the `keep` neurons of largest ‖gate_f‖·‖up_f‖·‖down_f‖ in each layer, or in each expert.
 
-    That product times ‖x‖² bounds what neuron f can add, since |silu(z)| <= |z|; a GELU block has no gate, and the
-    bound is the product times ‖x‖. A bias counts as the weight of an input that is always 1. Norms are in fp32. The
-    kept neurons stay in their order, so that keeping all is the identity. Raises UserError when `keep` is not in 1..F.
+    In SwiGLU, that product times ‖x‖² bounds what neuron f can add, since |silu(z)| <= |z|. A GELU block has no gate:
+    there the product lacks ‖gate_f‖, and the bound is the product times ‖x‖. A bias counts as the weight of an input
+    that is always 1. Norms are in fp32. The kept neurons stay in their order, so that keeping all is the identity.
+    Raises UserError when `keep` is not in 1..F.
     """
     width = _width(model.config)
     if not 1 <= keep <= width:

@@ -4,8 +4,8 @@ This is our own derivation. Expert e of layer l becomes expert l·E + e of the p
 other layer it is foreign. The pool's router G is the concatenation of the layers' routers. Each layer has a selection
 bias over the pool, 0 on its home experts and -c on foreign ones. With softmax scores renormalised over the chosen
 experts, and c above any difference of logits, the pooled model computes the original logits. With sigmoid scores each
-layer subtracts an offset t from the logits: for z far below t, σ(z - t) ≈ e^(z - t), so that normalised gates approach
-the softmax gates with a relative error of about e^(max z - t). Training then lowers c towards 0.
+layer subtracts an offset t from its logits z: if z is far below t, σ(z - t) ≈ e^(z - t), so that renormalised combine
+weights equal those of softmax up to a relative error of about e^(max z - t). Training then lowers c towards 0.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from moe_reduce.models.parameters import Parameter, only_record, parameters
 from moe_reduce.reduction.canonical import canonical, check_per_layer, expert_matrices
 from moe_reduce.reduction.transform import Leaves, expert_count, moe_of, transform
 
-# c of the lossless start: above any difference of logits, yet in fp32 (logit - c) keeps steps of 0.001
+# c of the lossless start: above any difference of logits, but small enough that logit - c has steps of 0.001 in fp32
 LOSSLESS_BIAS = 1e4
 POOLED = ("experts", "router", "router_bias", "score_offset")  # components whose parameters the pool replaces
 
@@ -32,13 +32,12 @@ POOLED = ("experts", "router", "router_bias", "score_offset")  # components whos
 def pool(model: Model, options: PoolStage, seed: int = 0) -> Model:
     """Move all experts into one pool; attention and norms stay in their layers.
 
-    options.start: `lossless` (concatenated routers, foreign experts biased by -bias), `concat` (the same
-    without a bias) or `random` (a new router, no bias). options.router: one for all layers, or one for each.
-    options.bias: c in units of the logits; None is large enough to be exact. options.offset: t of sigmoid scores, the
-    same in each layer. options.canonical: first bring the model into canonical form. seed: seeds a random router and
-    the random inputs of the canonical form. Raises UserError when the model has no per-layer experts, when its combine
-    weights are not renormalised over the chosen experts, which no pool can reproduce, or when the options contradict
-    each other.
+    options.start: `lossless` (concatenated routers, a bias of -c on foreign experts), `concat` (the same without a
+    bias) or `random` (a new router, no bias). options.router: one for all layers, or one for each. options.bias: c in
+    units of the logits; None means LOSSLESS_BIAS, which is exact. options.offset: t of sigmoid scores, the same in each
+    layer. options.canonical: first bring the model into canonical form. seed: seeds a random router and the random
+    inputs of the canonical form. Raises UserError when the model has no per-layer experts, when its combine weights are
+    not renormalised over the chosen experts, which no pool can reproduce, or when the options contradict each other.
     """
     check_options(options)
     _check_poolable(model.config)
@@ -73,7 +72,7 @@ def _pooled(config: ModelConfig, options: PoolStage) -> ModelConfig:
 
 
 def _concatenated(router_NDE: jax.Array, pooled: Parameter) -> jax.Array:
-    """Routers side by side in layer order, [D, P], or the same once for each layer, [N, D, P]."""
+    """Routers side by side in layer order, [D, P]; with a router for each layer, N copies of it, [N, D, P]."""
     layers, width, experts = router_NDE.shape
     router_DP = jnp.moveaxis(router_NDE, 0, 1).reshape(width, layers * experts)
     return jnp.broadcast_to(router_DP[None], pooled.shape) if pooled.stacked else router_DP
@@ -90,7 +89,7 @@ def _selection_bias(config: ModelConfig, leaves: Leaves, strength: float) -> jax
 
 
 def home_experts(sizes: Sequence[int]) -> np.ndarray:
-    """Mask of the home experts of each layer of a pool, [N, P]: layer n is the home of the next sizes[n] experts."""
+    """Mask of the home experts of each layer of a pool, [N, P]; the pool holds sizes[0] of layer 0 first, and so on."""
     layers = np.arange(len(sizes))
     return layers[:, None] == np.repeat(layers, sizes)[None]
 

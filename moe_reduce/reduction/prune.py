@@ -51,7 +51,7 @@ def check_kept(config: ModelConfig, kept: KeptExperts) -> None:
 
 
 def _keep(value: Value, record: Parameter, kept: KeptExperts) -> Value:
-    """Take the kept experts of a parameter; several rows apply one by one to the layers on its first axis."""
+    """Take the kept experts of a parameter; if there are several rows, row n is for layer n on the first axis."""
 
     def take(axes: tuple[int, ...], part: jax.Array) -> jax.Array:
         axis = axes.index(record.axes.index("E"))

@@ -30,10 +30,10 @@ TINY = np.float32(1e-30)  # divisor for a layer whose total is 0
 
 @dataclass(frozen=True)
 class Sums:
-    """Statistics of one pass, summed by layer call and expert: arrays [N, E].
+    """Statistics of one pass, summed over tokens for each layer and expert: arrays [N, E].
 
-    Each batch is summed in fp32, and batches are added in float64. Additions of batches are exact as long as no batch
-    adds less than 2^-29 of an expert's total, so a corpus may be split into passes in any way. Scores are rounded to
+    Each batch is summed in fp32, and batches are added in float64. Adding a batch is exact unless it adds less than
+    2^-29 of an expert's total, so sums do not depend on how batches are divided among passes. Scores are rounded to
     fp32.
     """
 
@@ -48,7 +48,7 @@ class Sums:
         return Sums(self.tokens + other.tokens, **both)
 
     def pooled(self) -> "Sums":
-        """Combine all layer calls of a shared pool, [1, E]."""
+        """Combine the statistics of all layers that call a shared pool, [1, E]."""
         rows = {name: combining(name).reduce(getattr(self, name), axis=0, keepdims=True) for name in STATISTICS}
         return Sums(self.tokens, **rows)
 
@@ -82,7 +82,7 @@ def sums_of(assignments: dict[str, jax.Array], weights_BT: jax.Array, experts: i
 
 
 def collect(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> Sums:
-    """Stream batches through the model, on a mesh if one is given; no assignment is dropped, whatever the dispatch.
+    """Stream batches through the model, on a mesh if one is given; a dropless dispatch replaces `capacity`.
 
     Raises UserError when the model has no experts, when the mesh splits their outputs, when there is no batch, or when
     outputs are not finite.
@@ -134,10 +134,9 @@ def _share_of_layer(total: np.ndarray) -> np.ndarray:
 # sums -> scores [N, E], over the tokens routed to an expert unless a comment says otherwise
 FORMULAS: dict[str, Callable[[Sums], np.ndarray]] = {
     "reap": lambda sums: _mean(sums.weighted_norm, sums),  # mean of g·‖f‖₂
-    "reap_total": lambda sums: sums.weighted_norm / np.float32(sums.tokens),  # mean over ALL tokens: usage counts
-    "reap_share": lambda sums: _share_of_layer(
-        sums.weighted_norm
-    ),  # share of its layer's sum; in a pool, the largest (ours)
+    "reap_total": lambda sums: sums.weighted_norm / np.float32(sums.tokens),  # mean over ALL tokens, so usage matters
+    # share of its layer's sum; in a pool, the largest share in any layer (our own criterion)
+    "reap_share": lambda sums: _share_of_layer(sums.weighted_norm),
     "frequency": lambda sums: sums.counts,  # number of tokens
     "ean_mean": lambda sums: _mean(sums.norm, sums),  # mean of ‖f‖₂
     "ean_sum": lambda sums: sums.norm,  # sum of ‖f‖₂
@@ -190,7 +189,7 @@ def scores(moe: MoEConfig, sums: Sums, criteria: Iterable[str], seed: int = 0) -
     by_name = {name: criterion(name, rows, seed) for name in criteria}
     if shared and "reap_share" in by_name:
         # Outputs grow with depth, so that a sum over layers undervalues the experts that early layers need. Models that
-        # are not trained again lose less if experts are chosen by the largest share; recovered ones, by the sum.
+        # are not retrained lose less if experts are chosen by the largest share; retrained models lose less by the sum.
         by_name["reap_share"] = np.max(criterion("reap_share", sums), axis=0, keepdims=True)
     return Scores(sums.tokens, rows.counts, by_name, sums.counts if shared else None)
 
@@ -215,7 +214,7 @@ def write_arrays(sums: Sums, file: Path) -> None:
 
 
 def read(file: Path) -> Scores:
-    """Read a file that `write` wrote; raises UserError when it is no such file, or its numbers are damaged."""
+    """Read a file that `write` wrote; raises UserError when it has another format or damaged numbers."""
     try:
         content = json_files.parse(file.read_bytes(), file, "make it with moe-reduce score")
         by_name = {name: np.asarray(values, np.float32) for name, values in content["scores"].items()}

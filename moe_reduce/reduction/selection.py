@@ -45,9 +45,9 @@ def keep_overall(
     """Keep the `keep` best experts in one ranking over all rows, and at least `floor` in each layer.
 
     Scores are first divided by the mean of their layer, because layers differ in the scale of their outputs. protected
-    experts stay. exclusive_layer_E: the layer that alone can choose each expert of a pool; None for a per-layer model,
-    and for a pool whose experts are open to several layers. Raises UserError when floor or protection leave too little
-    room.
+    experts stay. exclusive_layer_E: for each expert of a pool, the only layer that can choose it; None for a per-layer
+    model, and for a pool whose experts are open to several layers. Raises UserError when floor or protection leave too
+    little room.
     """
     rows, experts = scores_NE.shape
     _check_keep(keep, rows * experts)
@@ -64,7 +64,7 @@ def keep_overall(
     first |= {row * experts + index for row, index in protected}
     if len(first) > keep:
         raise UserError(
-            f"{len(first)} experts are protected or under the floor, but only {keep} are to be kept: keep more"
+            f"{len(first)} experts are protected or kept by the floor, but only {keep} are to be kept: keep more"
         )
     others = [int(place) for place in order if int(place) not in first]
     chosen = [divmod(place, experts) for place in (*first, *others[: keep - len(first)])]
@@ -72,7 +72,7 @@ def keep_overall(
 
 
 def _best(values: np.ndarray) -> np.ndarray:
-    """Indices of the highest values first."""
+    """Indices in descending order of their values; ties keep the lower index first."""
     return np.argsort(-values, kind="stable")
 
 

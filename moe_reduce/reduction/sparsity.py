@@ -1,7 +1,7 @@
-"""Sparse weights: the smallest of each matrix are set to zero, or the two smallest of each four inputs (2:4).
+"""Sparse weights: set the smallest weights of each matrix to zero, or two of each four consecutive inputs (2:4).
 
-Both prune each attention, feed-forward and expert matrix separately, but no embeddings, norms, routers or biases.
-I and O are the inputs and outputs of a matrix, and M counts the matrices that are stacked in one parameter.
+Both treat each attention, feed-forward and expert matrix separately and leave embeddings, norms, routers and biases
+as they are. I and O are the inputs and outputs of a matrix.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ PRUNED = ("attention", "feed_forward", "experts")  # components whose matrices a
 def prune_magnitude(model: Model, share: float) -> Model:
     """Set the ⌊share · n⌋ smallest |w| of each matrix of n weights to zero; among equals, the first.
 
-    Weights that are zero already count. Raises UserError unless 0 <= share < 1.
+    Weights that are already zero are counted among them. Raises UserError unless 0 <= share < 1.
     """
     if not 0 <= share < 1:
         raise UserError(f"share={share} must be at least 0 and below 1: it is the share of the weights set to zero")

@@ -56,7 +56,7 @@ def _apply(function: Callable[[Leaves], Leaves], leaves: Leaves) -> Leaves:
 
 
 def abstract_model(config: ModelConfig, dtype: Any = jnp.float32, chain: tuple[Step, ...] = ()) -> Model:
-    """Return a model of abstract leaves of this dtype, fp32 where a parameter is always stored in fp32."""
+    """Return a model with abstract leaves of this dtype, or of fp32 for parameters that runs always keep in fp32."""
     return Model(config, stored_params(config, dtype), ExecutionConfig(), chain=chain)
 
 
@@ -68,7 +68,7 @@ def moe_of(config: ModelConfig) -> MoEConfig:
 
 
 def expert_rows(config: ModelConfig) -> int:
-    """Number of rows in which experts are numbered: the layers, or 1 for a shared pool."""
+    """Number of rows in the (row, index) numbers of experts: one for each layer, or 1 for a shared pool."""
     return 1 if moe_of(config).placement == "shared" else config.layers
 
 

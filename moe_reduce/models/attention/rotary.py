@@ -22,7 +22,7 @@ def angles(positions_BT: jax.Array, width: int, theta: float, stored: bool = Fal
 
 
 def rotate(x_BTHC: jax.Array, by: Angles) -> jax.Array:
-    """x with its first channels, as many as `by` has angles for, rotated in fp32; the rest is unchanged (GPT-NeoX)."""
+    """x with the first channels rotated in fp32, as many as `by` covers; the others stay unchanged (GPT-NeoX)."""
     sine, cosine = by
     width = 2 * sine.shape[-1]
     if width < x_BTHC.shape[-1]:

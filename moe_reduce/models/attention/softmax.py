@@ -19,7 +19,8 @@ MASKED = -1e30
 def attention(q_BTHC, k_BTGC, v_BTGC, visibility: Visibility, layout: str = "plain", tiles: int = 1) -> jax.Array:
     """Softmax attention of a row's tokens to one another, [B, T, H, C]; query head h reads key/value head h·G/H.
 
-    tiles: maximum number of query tiles. A tile reads only keys that it sees: causal, 4 tiles form 5/8 of the products.
+    tiles: maximum number of query tiles. A tile reads only the keys that it sees; with a causal mask, 4 tiles compute
+    5/8 of all products.
     """
     batch, time, heads, width = q_BTHC.shape
     groups = k_BTGC.shape[2]
@@ -28,7 +29,7 @@ def attention(q_BTHC, k_BTGC, v_BTGC, visibility: Visibility, layout: str = "pla
     allowed_B1TT = visibility.within_rows(time)
     mixed = []
     for start, end in _tiles(time, tiles):
-        # rows of one product are the R query heads of a group at all positions, so no key or value is repeated
+        # one product takes the R query heads of a group at all positions as rows, so keys and values are not repeated
         q_BGQC = q_BGRTC[:, :, :, start:end].reshape(batch, groups, -1, width)
         first, last = visibility.key_range(start, end)
         allowed_B1QS = allowed_B1TT[:, :, start:end, first:last]

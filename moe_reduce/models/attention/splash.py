@@ -18,7 +18,7 @@ from moe_reduce.models.attention.visibility import Visibility
 from moe_reduce.models.mesh import BATCH_AXES, on_one_device
 
 LANES = 128  # width of a TPU's registers; the last axis in memory is padded to a multiple of it
-# positions in a tile: a sequence is padded to a multiple of the smallest, and takes the largest that then divides it
+# positions in a tile: sequences are padded to a multiple of the smallest, then use the largest that divides them
 TILES = (512, 256, LANES)
 
 
@@ -44,8 +44,8 @@ def _attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, visibility: Visibility, inte
     padded = time + -time % TILES[-1]
     tile = next(tile for tile in TILES if padded % tile == 0)
     sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    # If LANES does not divide the head width, positions are the last axis. At 64 channels this halves memory, and both
-    # halves of a head, which the rotary embedding combines, fill whole registers.
+    # If the head width is not a multiple of LANES, positions become the last axis in memory. At width 64 this saves
+    # the padding to 128, and each half of a head, which the rotary embedding combines, fills whole registers.
     last = kernels.QKVLayout.SEQ_MINOR if width % LANES else kernels.QKVLayout.HEAD_DIM_MINOR
     layouts = ("q_layout", "k_layout", "v_layout")
     attend = kernels.make_splash_mha_single_device(

@@ -1,4 +1,4 @@
-"""The rule for which keys a query sees, stated once: every attention kernel and the count of FLOPs ask it here."""
+"""The rule that decides which keys a query sees; every attention kernel and the FLOP count take it from here."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Visibility:
     """Causal attention within segments: a query sees its own position and the earlier positions of its segment.
 
-    Each method gives the rule in the form that one computation takes. Another rule, such as a sliding window, is a
-    field of ModelConfig and a change of these methods; no caller changes.
+    Each method gives the rule in the form that one computation takes. To add a rule, such as a sliding window, add a
+    field to ModelConfig and change these methods; callers stay as they are.
 
     segments_BT: index of each token's document within its row; None if each row is one document.
     """
@@ -33,15 +33,15 @@ class Visibility:
         return seen_11TT if same_B1TT is None else seen_11TT & same_B1TT
 
     def key_range(self, start: int, end: int) -> tuple[int, int]:
-        """Smallest range of keys that holds every key which the queries start to end - 1 of a row see."""
+        """Smallest range (first, last + 1) of keys that includes all keys seen by a row's queries start to end - 1."""
         del start
         return 0, end
 
     def with_cache(self, positions_BT: jax.Array, entries: int) -> jax.Array:
         """Mask of T new tokens attending to P cache entries, then to one another, [B, 1, 1, query T, key P + T].
 
-        positions_BT: consecutive in each segment. Entry p holds position p if the row's new tokens start after p. A
-        cache holds one document in each row, which the tokens of all segments continue.
+        positions_BT: consecutive in each segment. Cache entry p is visible if p comes before the row's first new
+        position. A row's cache holds one document, and each segment of new tokens continues it.
         """
         shape = (*positions_BT.shape, entries)
         old_BTP = jnp.broadcast_to(jnp.arange(entries)[None, None] < positions_BT[:, :1, None], shape)
@@ -62,7 +62,7 @@ class Visibility:
         return splash_attention_mask.CausalMask((time, time))
 
     def keys_per_token(self, sequence_length: int) -> float:
-        """Keys that a token sees on average over the sequence, summed over layers and query heads."""
+        """Mean number of keys that a token of a sequence sees, summed over layers and query heads."""
         return self.config.layers * self.config.query_heads * (sequence_length + 1) / 2
 
     def _same_segment(self) -> jax.Array | None:

@@ -45,7 +45,7 @@ def route(
     """The top A experts of each token, and their combine weights.
 
     bias_E affects which experts are chosen, never their weights (arXiv:2408.15664). It is added to the logits, not the
-    scores, so that its scale is the same for both score functions; both grow with the logits, so the order is the same.
+    scores, so that its scale suits both score functions. Scores grow with logits, so they would give the same ranking.
     real_S: False for padding, which would dominate the statistics of short texts; None counts every token.
     """
     ranking_SE = (
