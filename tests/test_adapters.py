@@ -15,7 +15,7 @@ from moe_reduce.adapters.budget import within_budget
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, ExecutionConfig, ModelConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.models import deltas
+from moe_reduce.models import deltas, products
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import abstract_params
 
@@ -171,7 +171,7 @@ def test_merged_is_active_in_float64(method):
         )
         x = jnp.asarray(np.random.default_rng(0).standard_normal((20, target.in_features)))
         w = jnp.asarray(np.random.default_rng(1).standard_normal((target.in_features, target.out_features)))
-        active = deltas.adapted(x, x @ w, lambda: w, delta, "plain")
+        active = deltas.adapted(x, x @ w, lambda: w, delta, products.product)
         merged = x @ (w + merging.dense_delta(target, delta, jnp.float64).T)
         assert active.dtype == jnp.float64
         np.testing.assert_allclose(active, merged, rtol=1e-6, atol=1e-6)
