@@ -260,7 +260,11 @@ def test_uuids_are_memorised(tmp_path, capsys):
     measured = json.loads((tmp_path / "run/summary.json").read_text())["measured"]
     assert measured["recall_train"] > 0.9
     assert measured["recall_validation"] < 0.5
-    assert "recall_train" in capsys.readouterr().out
+    assert measured["exact_match_train"] > 0.4
+    assert measured["exact_match_validation"] == 0
+    shown = capsys.readouterr().out
+    assert "recall_train" in shown
+    assert "exact_match_train" in shown
     short = ["--config.train.steps=1", "--config.mesh.data=2", "--config.recall_pairs=1"]
     assert _adapt(file, tmp_path / "mesh", *more, *short) == 0
     for source, part in (("uuid-pairs:many", "give a number of pairs"), ("uuid-pairs:4", "set data.sequence_length=")):

@@ -66,9 +66,8 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         task = adapt_task(run, config, tokens)
         job = Job(task, config, start.params, run.execution, run.data, run.train, flops_per_token=flops)
         params, figures = fit(job, mesh, tokens, workdir)
-        for split in ("recall_train", "recall_validation"):
-            if split in figures["measured"]:
-                print(f"{split}: {figures['measured'][split]:.1%}", flush=True)
+        for figure, share in figures["measured"].items():
+            print(f"{figure}: {share:.1%}", flush=True)
         figures["test"] = None if test is None else _measured(start.with_params(params), test, mesh)
         trained = base.with_params(_as_stored(sharding.to_host(mesh, params), start.params))
         return _finish(run, workdir, name, trained, tokens, figures)
