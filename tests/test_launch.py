@@ -202,6 +202,20 @@ def test_benchmark_runs(tmp_path):
 @pytest.mark.slow
 def test_adapters_benchmark_runs(tmp_path):
     script = [sys.executable, ROOT / "launch" / "bench_adapters.py", "--tiny", f"--out={tmp_path}"]
+def test_the_mixtures_of_equal_architecture_have_equal_parameters(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    import bench_train
+    import torch
+    import transformers
+
+    (run,) = config_file.read(str(ROOT / "configs/shared_moe_50m.py"), ["--config.model.layers=2"]).values()
+    model = bench_train.with_own_experts(run.model)
+    with torch.device("meta"):
+        peer = transformers.AutoModelForCausalLM.from_config(bench_train.peer_config(model))
+    assert parameter_count(model) == sum(leaf.numel() for leaf in peer.parameters())
+    assert parameter_count(run.model) < parameter_count(model), "the shared pool is smaller than its peer"
+
+
     subprocess.run(script, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert all(len(row) == len(summary["columns"]) for row in summary["rows"])
@@ -212,6 +226,9 @@ def test_adapters_benchmark_runs(tmp_path):
 def test_tables_of_benchmarks_are_whole(tmp_path, name):
     script = [sys.executable, ROOT / "launch" / f"bench_{name}.py", "--tiny", f"--out={tmp_path}"]
     subprocess.run(script, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert all(len(row) == len(summary["columns"]) for row in summary["rows"])
+    assert len(summary["steps"]) == 6
+    assert summary["steps"][4]["our_parameters"] > summary["steps"][2]["our_parameters"], "a pool in each layer"
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["rows"]
     assert all(len(row) == len(summary["columns"]) for row in summary["rows"])
