@@ -14,9 +14,11 @@ import moe_reduce
 from moe_reduce.__main__ import main
 from moe_reduce.adapters import adapter_directory
 from moe_reduce.core import trees
-from moe_reduce.core.config import ExecutionConfig
+from moe_reduce.core.config import DataConfig, ExecutionConfig, TrainConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.completions import uuid_pairs
 from moe_reduce.models.decoder import init_params
+from moe_reduce.data.prepare import prepare
 from moe_reduce.models.model import Model
 from moe_reduce.runs import equivalence
 from moe_reduce.storage.manifest import verify
@@ -234,6 +236,29 @@ def test_a_budget_decides_the_size(finished, tmp_path, capsys):
     text = (finished / "config.py").read_text().replace("sketch_width=4, ", "")
     (tmp_path / "config.py").write_text(text)
     assert _adapt(tmp_path / "config.py", tmp_path / "run", *more) == 0
+def test_epochs_decide_the_steps(finished, tmp_path, capsys):
+    more = ["--config.train.steps=0", "--config.train.epochs=0.01", "--config.adapter.layers=top:1"]
+    assert _adapt(finished / "config.py", tmp_path / "run", *more) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    (source,) = re.findall(r"source='([^']+)'", (finished / "config.py").read_text())
+    sequences = prepare(DataConfig(source=source, sequence_length=32, validation_fraction=0.25), 384)[0].rows(
+        "train", 32
+    )
+    assert summary["steps"] == math.ceil(0.01 * sequences / 8)
+    assert json.loads((tmp_path / "run/config.json").read_text())["train"]["epochs"] == 0.01
+    assert _adapt(finished / "config.py", tmp_path / "run", *more) == 0
+    assert "is done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.0, 13), (0.5, 7), (3.0, 38)])
+def test_epochs_round_up_to_steps(epochs, steps):
+    schedule = TrainConfig(epochs=epochs, batch_size=8, warmup_steps=2)
+    schedule.check()
+    assert schedule.over(100) == TrainConfig(steps=steps, batch_size=8, warmup_steps=2)
+    with pytest.raises(UserError, match=r"train\.warmup_steps \(2\) must be below train\.epochs"):
+        schedule.over(4)
+
+
     total = json.loads((tmp_path / "run/summary.json").read_text())
     width = int((0.02 * total["parameters"] / 5) ** 0.5)
     assert total["trained_parameters"] == 5 * width**2
@@ -293,6 +318,7 @@ def test_uuids_are_memorised(tmp_path, capsys):
 )
 def test_mistakes_are_one_line(tmp_path, capsys, override, part):
     assert _adapt(write(tmp_path), tmp_path / "run", override) == 2
+        ("--config.train.epochs=2", "train.steps (20) and train.epochs (2.0) both say how long to train"),
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("moe-reduce adapt: ")
     assert part in line

@@ -21,6 +21,7 @@ from moe_reduce.core.provenance import Input, Step
 from moe_reduce.data.batches import validation_batches
 from moe_reduce.data.completions import Completions
 from moe_reduce.data.prepare import prepare
+from moe_reduce.data.pieces import TRAIN
 from moe_reduce.data.shards import TokenSource
 from moe_reduce.families import read_config
 from moe_reduce.inference.evaluate import measure
@@ -60,11 +61,12 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     tokens, _ = prepare(run.data, config.vocab_size)
     test = _test_batches(run, config, mesh)  # before hours of training
     with writing(workdir):
+    schedule = run.train.over(tokens.rows(TRAIN, run.data.sequence_length))
         base = load(run.model, None if run.dtype == "stored" else run.dtype, run.execution, shardings)
         start = base if run.adapter is None else adapters.activate(base, adapters.init(run.adapter, base))
         flops = None if run.adapter else train_flops_per_token(config, run.data.sequence_length)
         task = adapt_task(run, config, tokens)
-        job = Job(task, config, start.params, run.execution, run.data, run.train, flops_per_token=flops)
+        job = Job(task, config, start.params, run.execution, run.data, schedule, flops_per_token=flops)
         params, figures = fit(job, mesh, tokens, workdir)
         for figure, share in figures["measured"].items():
             print(f"{figure}: {share:.1%}", flush=True)
