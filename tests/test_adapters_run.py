@@ -96,6 +96,10 @@ def test_what_a_run_leaves(finished):
     assert report["perplexity"]["merged"] == pytest.approx(report["perplexity"]["active"], rel=1e-5)
     assert report["perplexity"]["merged"] < 0.999 * report["perplexity"]["base"]
     log = json.loads((work / equivalence.MERGE_LOG).read_text())
+    sizes, needed = report["parameter_bytes"], report["peak_memory_bytes"]
+    assert sizes["merged"] == sizes["base"] == 4 * summary["parameters"]
+    assert sizes["active"] > sizes["merged"], "the adapter lies beside the base"
+    assert all(needed[name] > sizes[name] for name in ("base", "active", "merged"))
     assert set(log["merged"]) == {"model.safetensors"}
     assert (work / "loss.png").is_file()
 
