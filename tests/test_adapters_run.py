@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 
@@ -17,8 +18,8 @@ from moe_reduce.core import trees
 from moe_reduce.core.config import DataConfig, ExecutionConfig, TrainConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.data.completions import uuid_pairs
-from moe_reduce.models.decoder import init_params
 from moe_reduce.data.prepare import prepare
+from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.runs import equivalence
 from moe_reduce.storage.manifest import verify
@@ -95,11 +96,11 @@ def test_what_a_run_leaves(finished):
     assert 0 < report["largest_logit_difference"] < 1e-4 * report["largest_logit"]
     assert report["perplexity"]["merged"] == pytest.approx(report["perplexity"]["active"], rel=1e-5)
     assert report["perplexity"]["merged"] < 0.999 * report["perplexity"]["base"]
-    log = json.loads((work / equivalence.MERGE_LOG).read_text())
     sizes, needed = report["parameter_bytes"], report["peak_memory_bytes"]
     assert sizes["merged"] == sizes["base"] == 4 * summary["parameters"]
     assert sizes["active"] > sizes["merged"], "the adapter lies beside the base"
     assert all(needed[name] > sizes[name] for name in ("base", "active", "merged"))
+    log = json.loads((work / equivalence.MERGE_LOG).read_text())
     assert set(log["merged"]) == {"model.safetensors"}
     assert (work / "loss.png").is_file()
 
@@ -235,11 +236,6 @@ def test_another_text_is_measured_at_the_end(finished, tmp_path, capsys):
     assert not (tmp_path / "refused/checkpoints").exists()
 
 
-def test_a_budget_decides_the_size(finished, tmp_path, capsys):
-    more = ["--config.budget=0.02", "--config.train.steps=1"]
-    text = (finished / "config.py").read_text().replace("sketch_width=4, ", "")
-    (tmp_path / "config.py").write_text(text)
-    assert _adapt(tmp_path / "config.py", tmp_path / "run", *more) == 0
 def test_epochs_decide_the_steps(finished, tmp_path, capsys):
     more = ["--config.train.steps=0", "--config.train.epochs=0.01", "--config.adapter.layers=top:1"]
     assert _adapt(finished / "config.py", tmp_path / "run", *more) == 0
@@ -263,6 +259,11 @@ def test_epochs_round_up_to_steps(epochs, steps):
         schedule.over(4)
 
 
+def test_a_budget_decides_the_size(finished, tmp_path, capsys):
+    more = ["--config.budget=0.02", "--config.train.steps=1"]
+    text = (finished / "config.py").read_text().replace("sketch_width=4, ", "")
+    (tmp_path / "config.py").write_text(text)
+    assert _adapt(tmp_path / "config.py", tmp_path / "run", *more) == 0
     total = json.loads((tmp_path / "run/summary.json").read_text())
     width = int((0.02 * total["parameters"] / 5) ** 0.5)
     assert total["trained_parameters"] == 5 * width**2
@@ -317,12 +318,12 @@ def test_uuids_are_memorised(tmp_path, capsys):
         ("--config.budget=-1.0", "budget must be positive"),
         ("--config.data.completion_field=answer", "holds token ids"),
         ("--config.train.steps=0", "train.steps must be positive"),
+        ("--config.train.epochs=2", "train.steps (20) and train.epochs (2.0) both say how long to train"),
         ("--config.balance.bias_rate=0.1", "balance.bias_rate is for train"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, override, part):
     assert _adapt(write(tmp_path), tmp_path / "run", override) == 2
-        ("--config.train.epochs=2", "train.steps (20) and train.epochs (2.0) both say how long to train"),
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("moe-reduce adapt: ")
     assert part in line

@@ -14,14 +14,15 @@ from moe_reduce.adapters import adapter_directory, merging
 from moe_reduce.adapters.adapter import Adapter
 from moe_reduce.adapters.budget import within_budget
 from moe_reduce.adapters.checks import check_new, check_split
+from moe_reduce.adapters.dropout import while_training
 from moe_reduce.core import outputs, trees
 from moe_reduce.core.config import AdaptConfig, AdapterConfig, ModelConfig, to_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input, Step
 from moe_reduce.data.batches import validation_batches
 from moe_reduce.data.completions import Completions
-from moe_reduce.data.prepare import prepare
 from moe_reduce.data.pieces import TRAIN
+from moe_reduce.data.prepare import prepare
 from moe_reduce.data.shards import TokenSource
 from moe_reduce.families import read_config
 from moe_reduce.inference.evaluate import measure
@@ -60,8 +61,8 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         return done
     tokens, _ = prepare(run.data, config.vocab_size)
     test = _test_batches(run, config, mesh)  # before hours of training
-    with writing(workdir):
     schedule = run.train.over(tokens.rows(TRAIN, run.data.sequence_length))
+    with writing(workdir):
         base = load(run.model, None if run.dtype == "stored" else run.dtype, run.execution, shardings)
         start = base if run.adapter is None else adapters.activate(base, adapters.init(run.adapter, base))
         flops = None if run.adapter else train_flops_per_token(config, run.data.sequence_length)
@@ -81,6 +82,7 @@ def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None
     skeleton = Model(config, {}, execution)
 
     def loss(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        params = while_training(run.adapter, params, batch)
         _, penalty, metrics = predict(skeleton.with_params(params), run.balance, batch)
         return metrics["loss"] + penalty, metrics
 
