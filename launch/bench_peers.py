@@ -1,7 +1,7 @@
 """Speed against peer libraries in scoring experts, preparing text and training an adapter: ratios of medians.
 
-- scoring: REAP on a random Qwen3-MoE, against hooks on transformers' model that recompute each expert's outputs on its
-  own tokens only (the best that a plain torch implementation can do).
+- scoring: REAP on a random Qwen3-MoE, against hooks of our own on transformers' model that recompute each
+  expert's outputs on its own tokens only. They are not REAP's code, which runs every expert on every token.
 - data: text to rows of tokens on disk, against datasets.map with the same tokenizer and number of processes.
 - adapter: a training step of LoRA r=8 on queries and values of the dense model of experiment 1, against PEFT.
 
@@ -102,7 +102,8 @@ def scoring(tiny: bool, repeats: int) -> list[str]:
         seconds, said = compare(sides, repeats)
     np.testing.assert_allclose(said["ours"], said["peer"], rtol=2e-3)
     shape = f"{rows * length:,} tokens, {sizes['num_hidden_layers']} layers of {sizes['num_experts']} experts, fp32"
-    return _row("REAP scores, beside hooks in torch", shape, rows * length, "tokens/s", seconds)
+    what = "REAP scores, beside our own hooks in torch (not REAP's code)"
+    return _row(what, shape, rows * length, "tokens/s", seconds)
 
 
 def _corpus(directory: Path, megabytes: float) -> Path:

@@ -28,6 +28,7 @@ from moe_reduce.core.config import ExecutionConfig, ModelConfig, RunConfig
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.moe import dispatch
 from moe_reduce.models.moe.experts import Experts, cast_experts
+from moe_reduce.models.parameters import parameter_count
 from moe_reduce.models.weights import Weight
 from moe_reduce.planning.flops import train_flops_per_token
 from moe_reduce.training import optimizer, steps
@@ -102,6 +103,18 @@ def peer_config(model: ModelConfig) -> Any:
     )  # fmt: skip
 
 
+def same(model: ModelConfig) -> ModelConfig:
+    """The model of the configuration."""
+    return model
+
+
+def with_own_experts(model: ModelConfig) -> ModelConfig:
+    """The architecture of the shared MoE's peer, Qwen3-MoE: experts and a router in each layer, a whole embedding."""
+    assert model.moe is not None
+    moe = dataclasses.replace(model.moe, placement="layer", router="layer")
+    return dataclasses.replace(model, moe=moe, embedding_factor=None, qk_norm=True)
+
+
 def compare_steps(name: str, run: RunConfig, batch: int, length: int, repeats: int) -> dict[str, Any]:
     """Compares our training step with transformers'."""
     tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (batch, length + 1)).astype(np.int32)
@@ -112,6 +125,7 @@ def compare_steps(name: str, run: RunConfig, batch: int, length: int, repeats: i
     return {
         "name": name,
         "shape": f"{batch} × {length} tokens, {precision}, AdamW",
+        "our_parameters": parameter_count(run.model),
         "our_tokens_per_second": batch * length / result["ours"],
         "peer_tokens_per_second": batch * length / result["peer"],
         "ratio": result["peer"] / result["ours"],
@@ -172,7 +186,7 @@ def table(rows: list[dict[str, Any]], layer: dict[str, Any]) -> list[list[str]]:
             row["name"], row["shape"], f"{row['our_tokens_per_second']:.0f} tokens/s",
             f"{row['peer_tokens_per_second']:.0f} tokens/s", f"{row['ratio']:.2f}×", aim,
         ]
-        for row, aim in zip(rows, ("≥ 1.4×", "≥ 1.4×", "≥ 1.7×", "≥ 1.7×"), strict=True)
+        for row, aim in zip(rows, ("≥ 1.4×", "≥ 1.4×", "≥ 1.7×", "≥ 1.7×", "", ""), strict=True)
     ]  # fmt: skip
     for part in ("forward", "forward_backward"):
         share = layer[f"{part}_share_of_peak"]
@@ -195,15 +209,20 @@ def main() -> None:
         train = dataclasses.replace(run.train, warmup_steps=0)  # as the peer; it shows that the step learns
         return dataclasses.replace(run, train=train, execution=run.execution.resolve("cpu"))
 
-    peers = {
-        "dense_llama_125m.py": "dense LLaMA 137.8M vs transformers LlamaForCausalLM",
-        "shared_moe_50m.py": "shared MoE 49.6M vs transformers Qwen3MoeForCausalLM",
-    }
+    pairs = (
+        ("dense_llama_125m.py", same, "dense LLaMA 137.8M vs transformers LlamaForCausalLM"),
+        ("shared_moe_50m.py", same, "shared MoE 49.6M (one pool) vs transformers Qwen3MoeForCausalLM 362.1M (12 pools, "
+         "whole embedding)"),
+        ("shared_moe_50m.py", with_own_experts, "per-layer MoE 362.1M vs transformers Qwen3MoeForCausalLM, the same "
+         "architecture"),
+    )  # fmt: skip
     rows = []
-    for file, name in peers.items():
+    for file, change, name in pairs:
         for dtype in ("float32", "bfloat16"):
             print(name, dtype, flush=True)
-            rows.append(compare_steps(name, read(file, dtype), batch, length, given.repeats))
+            run = read(file, dtype)
+            run = dataclasses.replace(run, model=change(run.model))
+            rows.append(compare_steps(name, run, batch, length, given.repeats))
     shared = read("shared_moe_50m.py", "float32")
     layer = moe_layer(shared.model, 64 if given.tiny else 2048, 2 * given.repeats)
     versions = {name: metadata.version(name) for name in ("jax", "torch", "transformers")}

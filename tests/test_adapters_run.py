@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 
@@ -14,8 +15,10 @@ import moe_reduce
 from moe_reduce.__main__ import main
 from moe_reduce.adapters import adapter_directory
 from moe_reduce.core import trees
-from moe_reduce.core.config import ExecutionConfig
+from moe_reduce.core.config import DataConfig, ExecutionConfig, TrainConfig
+from moe_reduce.core.errors import UserError
 from moe_reduce.data.completions import uuid_pairs
+from moe_reduce.data.prepare import prepare
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.runs import equivalence
@@ -93,6 +96,10 @@ def test_what_a_run_leaves(finished):
     assert 0 < report["largest_logit_difference"] < 1e-4 * report["largest_logit"]
     assert report["perplexity"]["merged"] == pytest.approx(report["perplexity"]["active"], rel=1e-5)
     assert report["perplexity"]["merged"] < 0.999 * report["perplexity"]["base"]
+    sizes, needed = report["parameter_bytes"], report["peak_memory_bytes"]
+    assert sizes["merged"] == sizes["base"] == 4 * summary["parameters"]
+    assert sizes["active"] > sizes["merged"], "the adapter lies beside the base"
+    assert all(needed[name] > sizes[name] for name in ("base", "active", "merged"))
     log = json.loads((work / equivalence.MERGE_LOG).read_text())
     assert set(log["merged"]) == {"model.safetensors"}
     assert (work / "loss.png").is_file()
@@ -229,6 +236,29 @@ def test_another_text_is_measured_at_the_end(finished, tmp_path, capsys):
     assert not (tmp_path / "refused/checkpoints").exists()
 
 
+def test_epochs_decide_the_steps(finished, tmp_path, capsys):
+    more = ["--config.train.steps=0", "--config.train.epochs=0.01", "--config.adapter.layers=top:1"]
+    assert _adapt(finished / "config.py", tmp_path / "run", *more) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    (source,) = re.findall(r"source='([^']+)'", (finished / "config.py").read_text())
+    sequences = prepare(DataConfig(source=source, sequence_length=32, validation_fraction=0.25), 384)[0].rows(
+        "train", 32
+    )
+    assert summary["steps"] == math.ceil(0.01 * sequences / 8)
+    assert json.loads((tmp_path / "run/config.json").read_text())["train"]["epochs"] == 0.01
+    assert _adapt(finished / "config.py", tmp_path / "run", *more) == 0
+    assert "is done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.0, 13), (0.5, 7), (3.0, 38)])
+def test_epochs_round_up_to_steps(epochs, steps):
+    schedule = TrainConfig(epochs=epochs, batch_size=8, warmup_steps=2)
+    schedule.check()
+    assert schedule.over(100) == TrainConfig(steps=steps, batch_size=8, warmup_steps=2)
+    with pytest.raises(UserError, match=r"train\.warmup_steps \(2\) must be below train\.epochs"):
+        schedule.over(4)
+
+
 def test_a_budget_decides_the_size(finished, tmp_path, capsys):
     more = ["--config.budget=0.02", "--config.train.steps=1"]
     text = (finished / "config.py").read_text().replace("sketch_width=4, ", "")
@@ -260,7 +290,11 @@ def test_uuids_are_memorised(tmp_path, capsys):
     measured = json.loads((tmp_path / "run/summary.json").read_text())["measured"]
     assert measured["recall_train"] > 0.9
     assert measured["recall_validation"] < 0.5
-    assert "recall_train" in capsys.readouterr().out
+    assert measured["exact_match_train"] > 0.4
+    assert measured["exact_match_validation"] == 0
+    shown = capsys.readouterr().out
+    assert "recall_train" in shown
+    assert "exact_match_train" in shown
     short = ["--config.train.steps=1", "--config.mesh.data=2", "--config.recall_pairs=1"]
     assert _adapt(file, tmp_path / "mesh", *more, *short) == 0
     for source, part in (("uuid-pairs:many", "give a number of pairs"), ("uuid-pairs:4", "set data.sequence_length=")):
@@ -284,6 +318,7 @@ def test_uuids_are_memorised(tmp_path, capsys):
         ("--config.budget=-1.0", "budget must be positive"),
         ("--config.data.completion_field=answer", "holds token ids"),
         ("--config.train.steps=0", "train.steps must be positive"),
+        ("--config.train.epochs=2", "train.steps (20) and train.epochs (2.0) both say how long to train"),
         ("--config.balance.bias_rate=0.1", "balance.bias_rate is for train"),
     ],
 )

@@ -302,6 +302,8 @@ def test_experts_take_no_part_of_gpt_neox(name: str, value: object):
 
 
 def test_unreadable_directories(tmp_path: Path):
+    with pytest.raises(UserError, match="hf download Qwen/Qwen3-8B fetches the model"):
+        read_config(Path("Qwen/Qwen3-8B"))
     with pytest.raises(UserError, match="not a directory"):
         read_config(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no config\.json"):

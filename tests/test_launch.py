@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from moe_reduce.__main__ import main
-from moe_reduce.adapters.adapter import abstract
+from moe_reduce.adapters.adapter import abstract, trained_parameters
 from moe_reduce.adapters.budget import within_budget
 from moe_reduce.commands import config_file
 from moe_reduce.core import trees
-from moe_reduce.core.config import AdaptConfig, RunConfig, any_from_dict
+from moe_reduce.core.config import AdaptConfig, ModelConfig, RunConfig, any_from_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.stages import TuneStage
 from moe_reduce.models.parameters import abstract_params, by_path, parameter_count
@@ -29,7 +29,7 @@ from moe_reduce.training import optimizer
 cached_abstract_params = functools.cache(abstract_params)  # variants share many architectures
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("[!_]*.py"))
-FOR_ANY_MODEL = ("adapt", "reduce")
+FOR_ANY_MODEL = ("adapt", "adapt_profiles", "reduce")
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
@@ -70,6 +70,22 @@ def _trained(model):
     named = model.parent.name if (ROOT / f"configs/{model.parent.name}.py").exists() else "small_qwen3_moe"
     (trained,) = config_file.read(named, []).values()
     return trained
+
+
+def test_profiles_of_adapters():
+    """Sketch widths k and matrices of the three sizes, and what they train on the shape of Pythia-160M."""
+    runs = config_file.read("adapt_profiles", ["--config.model=any"], any_from_dict)
+    assert list(runs) == ["balanced", "light", "quality"]
+    pythia = ModelConfig(
+        vocab_size=50_304, layers=12, width=768, query_heads=12, key_value_heads=12, head_width=64,
+        feed_forward_width=2048,
+    )  # fmt: skip
+    ranges = {"light": (128, 256, 3), "balanced": (256, 512, 6), "quality": (512, 1024, 7)}
+    for name, (least, most, matrices) in ranges.items():
+        adapter = runs[name].adapter
+        assert least <= adapter.sketch_width <= most
+        assert (adapter.method, adapter.layers, runs[name].budget) == ("skema", "all", None)
+        assert trained_parameters(adapter, pythia) == 12 * matrices * adapter.sketch_width**2
 
 
 @pytest.mark.parametrize("order", ["prune,recover", "pool,anneal,prune,recover"])
@@ -186,6 +202,20 @@ def test_tables_of_documents_are_the_generated_ones(document):
     assert main(["report", f"--document={results / document}.md", f"--results={results}", "--check"]) == 0
 
 
+def test_the_mixtures_of_equal_architecture_have_equal_parameters(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    import bench_train
+    import torch
+    import transformers
+
+    (run,) = config_file.read(str(ROOT / "configs/shared_moe_50m.py"), ["--config.model.layers=2"]).values()
+    model = bench_train.with_own_experts(run.model)
+    with torch.device("meta"):
+        peer = transformers.AutoModelForCausalLM.from_config(bench_train.peer_config(model))
+    assert parameter_count(model) == sum(leaf.numel() for leaf in peer.parameters())
+    assert parameter_count(run.model) < parameter_count(model), "the shared pool is smaller than its peer"
+
+
 @pytest.mark.slow
 def test_benchmark_runs(tmp_path):
     subprocess.run(
@@ -196,6 +226,9 @@ def test_benchmark_runs(tmp_path):
     )
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert all(row["ratio"] > 0 for row in summary["steps"])
+    assert all(len(row) == len(summary["columns"]) for row in summary["rows"])
+    assert len(summary["steps"]) == 6
+    assert summary["steps"][4]["our_parameters"] > summary["steps"][2]["our_parameters"], "a pool in each layer"
     assert 0 < summary["layer"]["forward_share_of_peak"] < 1.2
 
 

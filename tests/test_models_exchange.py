@@ -37,8 +37,8 @@ def compute(execution, x_BTD, chosen_BTA, weights_BTA, matrices):
 
     def loss(x_BTD, weights_BTA, matrices):
         rows = Assigned(x_BTD, chosen_BTA, weights_BTA)
-        y_BTD, _, dropped, norm_BTA, maximum_BTA = apply_experts(rows, *experts_of(matrices), execution)
-        return jnp.sum(jnp.square(y_BTD)), (y_BTD, dropped, norm_BTA, maximum_BTA)
+        y_BTD, _, dropped, sizes = apply_experts(rows, *experts_of(matrices), execution)
+        return jnp.sum(jnp.square(y_BTD)), (y_BTD, dropped, *sizes)
 
     (_, outputs), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x_BTD, weights_BTA, matrices)
     return outputs, gradients
@@ -126,8 +126,8 @@ def test_assignments_to_no_expert_get_nothing(way):
     with jax.set_mesh(sharding.make_mesh(MeshConfig(**MESHES["two"]))):
         outputs, gradients = jax.jit(partial(compute, execution))(x_BTD, chosen_BTA, weights_BTA, matrices)
     expected = compute(ExecutionConfig(dispatch="reference"), x_BTD, chosen_BTA, weights_BTA, matrices)
-    y_BTD, _, norm_BTA, maximum_BTA = outputs
-    for padded in (y_BTD, norm_BTA, maximum_BTA):
+    y_BTD, _, *sizes = outputs
+    for padded in (y_BTD, *sizes):
         assert not np.any(padded[:, -2:])
         assert np.all(np.any(padded[:, :-2], axis=-1))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), (outputs, gradients), expected)

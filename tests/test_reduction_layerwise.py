@@ -44,7 +44,7 @@ def test_equals_the_whole_model(model, tmp_path, monkeypatch, chunk_bytes):
     whole = scores.collect(model, batches)
     assert found.tokens == whole.tokens
     np.testing.assert_array_equal(found.counts, whole.counts)
-    for name in ("weighted_norm", "norm", "maximum"):
+    for name in ("weight", "weighted_norm", "norm", "maximum", "largest"):
         np.testing.assert_allclose(getattr(found, name), getattr(whole, name), rtol=1e-5, err_msg=name)
 
 

@@ -343,7 +343,7 @@ def test_protection_of_a_pool_ends_with_the_first_layers(tmp_path, monkeypatch):
     maximum = np.ones((4, 256), np.float32)
     maximum[:, 64 + 7], maximum[:, 3 * 64 + 5] = 50.0, 90.0
     worth = np.where(maximum > 1, np.float32(0), np.float32(1))
-    found = scores.Sums(1, np.ones((4, 256), np.float32), worth, worth, maximum)
+    found = scores.Sums(1, np.ones((4, 256), np.float32), worth, worth, worth, maximum, maximum)
     monkeypatch.setattr(scores, "collect", lambda *_: found)
     monkeypatch.setattr(scoring, "calibration", lambda *_: None)
     (run,) = config_file.read(str(write(tmp_path)), [], reduce_from_dict).values()

@@ -31,11 +31,11 @@ def _batches(model, count=3):
 
 
 def _reference(model, batches):
-    """(count, Σ g‖f‖, Σ ‖f‖, max |f|) by layer and expert, in float64 from the router's inputs, token by token."""
+    """(count, Σ g, Σ g‖f‖, Σ ‖f‖, max |f|, max(f, 0)) by layer and expert, in float64, token by token."""
     moe = model.config.moe
     flat = {path: np.asarray(leaf, np.float64) for path, leaf in trees.flatten(model.params).items()}
     layers = model.config.layers
-    found = np.zeros((4, layers, moe.experts))
+    found = np.zeros((6, layers, moe.experts))
     for batch in batches:
         hidden = model.apply({"tokens": batch["tokens"]}, collect=("hidden",)).collected["hidden"]
         inputs = np.asarray(hidden["router_input"], np.float64)[:, :3].reshape(layers, 48, -1)
@@ -51,8 +51,10 @@ def _reference(model, batches):
                     hidden = x @ gate
                     f = (hidden / (1 + np.exp(-hidden)) * (x @ up)) @ down
                     norm = np.sqrt(np.sum(f**2))
-                    found[:3, layer, e] += (1, shares[e] / total * norm, norm)
-                    found[3, layer, e] = max(found[3, layer, e], np.abs(f).max())
+                    weight = shares[e] / total
+                    found[:4, layer, e] += (1, weight, weight * norm, norm)
+                    found[4, layer, e] = max(found[4, layer, e], np.abs(f).max())
+                    found[5, layer, e] = max(found[5, layer, e], f.max())
     return found
 
 
@@ -61,7 +63,7 @@ def test_every_criterion_equals_the_reference(tiny_layer_moe, normalize):
     model = _model(tiny_layer_moe, experts=96, normalize=normalize)
     batches = _batches(model)
     sums = scores.collect(model, batches)
-    count, weighted, norm, maximum = _reference(model, batches)
+    count, weight, weighted, norm, maximum, largest = _reference(model, batches)
     tokens = 3 * 3 * 16
     assert sums.tokens == tokens
     np.testing.assert_array_equal(sums.counts, count)
@@ -70,7 +72,8 @@ def test_every_criterion_equals_the_reference(tiny_layer_moe, normalize):
         wanted = {
             "reap": np.nan_to_num(weighted / count), "reap_total": weighted / tokens, "frequency": count,
             "ean_mean": np.nan_to_num(norm / count), "ean_sum": norm, "weighted_ean_sum": weighted,
-            "max_activation": maximum, "reap_share": weighted / weighted.sum(axis=1, keepdims=True),
+            "weighted_expert_frequency_sum": weight, "max_activation": maximum, "max_activations": largest,
+            "reap_share": weighted / weighted.sum(axis=1, keepdims=True),
         }  # fmt: skip
     for name, values in wanted.items():
         np.testing.assert_allclose(scores.criterion(name, sums), values, rtol=1e-5, atol=0, err_msg=name)
@@ -86,7 +89,7 @@ def test_two_passes_agree_bit_for_bit_and_parts_add_up_in_any_order(tiny_layer_m
     once, again = scores.collect(model, batches), scores.collect(model, batches)
     first, rest = scores.collect(model, batches[:1]), scores.collect(model, batches[1:])
     start, last = scores.collect(model, batches[:3]), scores.collect(model, batches[3:])
-    for name in ("counts", "weighted_norm", "norm", "maximum"):
+    for name in scores.STATISTICS:
         for other in (again, first + rest, last + start):
             np.testing.assert_array_equal(getattr(once, name), getattr(other, name))
 
@@ -96,7 +99,7 @@ def test_a_run_that_drops_tokens_is_scored_without_dropping(tiny_layer_moe):
     dropping = dataclasses.replace(model.execution, dispatch="capacity", capacity_factor=0.5)
     batches = _batches(model)
     exact, found = (scores.collect(each, batches) for each in (model, dataclasses.replace(model, execution=dropping)))
-    for name in ("counts", "weighted_norm", "norm", "maximum"):
+    for name in scores.STATISTICS:
         np.testing.assert_array_equal(getattr(found, name), getattr(exact, name))
 
 

@@ -9,13 +9,14 @@ import pytest
 
 from moe_reduce.__main__ import main
 from moe_reduce.core.config import ExecutionConfig, GenerateConfig, ModelConfig, MoEConfig
-from moe_reduce.core.devices import BITS, DEVICES, GIB, device
+from moe_reduce.core.devices import BITS, DEVICES, GIB, device, quantity
 from moe_reduce.core.errors import UserError
 from moe_reduce.inference import generate as generation
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import counts_by_component
-from moe_reduce.planning import serving
+from moe_reduce.planning import formats, serving
+from moe_reduce.planning.flops import forward_flops_per_token
 from moe_reduce.planning.serving import Serving
 
 QWEN3_8B = ModelConfig(
@@ -142,3 +143,83 @@ def test_an_unknown_card_is_refused(capsys):
     assert "known: rtx4090" in capsys.readouterr().err
     with pytest.raises(UserError):
         device("abacus")
+
+
+@pytest.mark.parametrize(
+    ("kind", "gigabytes"),
+    [
+        ("float32", 28), ("bfloat16", 14), ("int8", 7), ("int4", 3.5), ("ternary", 1.4),
+        ("Q4_0", 7 * 18 / 32), ("Q4_K_M", 7 * 4.89 / 8),
+    ],
+)  # fmt: skip
+def test_table_of_seven_billion(monkeypatch, kind, gigabytes):
+    monkeypatch.setattr(formats, "parameter_count", lambda _: 7 * 10**9)
+    assert formats.formats(QWEN3_8B)["weight_bytes"][kind] / 1e9 == pytest.approx(gigabytes, abs=0.02)
+
+
+def test_table_of_caches():
+    found = formats.formats(QWEN3_8B)["cache_bytes"]
+    gibibytes = {context: [size / GIB for size in by_bits.values()] for context, by_bits in found.items()}
+    assert gibibytes[32_768] == [4.5, 2.25, 1.125]
+    assert gibibytes[131_072] == [18, 9, 4.5]
+    assert found[1_000_000][16] / 1e9 == pytest.approx(147.5, abs=0.05)
+    assert formats.formats(QWEN3_30B)["cache_bytes"][131_072][16] / GIB == 12.0
+
+
+def test_the_command_prints_the_table(capsys):
+    arguments = ["plan", "--config=configs/dense_llama_125m.py", "--table"]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    kinds = [line.split()[0] for line in lines[2:11]]
+    assert kinds == ["float32", "bfloat16", "int8", "Q4_K_M", "Q4_0", "mxfp4", "nf4", "int4", "ternary"]
+    assert main([*arguments, "--json"]) == 0
+    (table,) = json.loads(capsys.readouterr().out).values()
+    size = table["weight_bytes"]["float32"]
+    assert size == 4 * table["parameters"]
+    assert lines[2].split() == ["float32", "32", f"{size / 1e9:.2f}", f"{size / GIB:.2f}"]
+    assert main([*arguments, "--context=5"]) == 2
+    assert "--context does nothing with --table" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "amount"),
+    [("16GB", "B", 16e9), ("16GiB", "B", 16 * GIB), ("448GB/s", "B/s", 448e9), ("0.5 TFLOP/s", "FLOP/s", 5e11)],
+)
+def test_amounts_with_units(text, unit, amount):
+    assert quantity("--memory", text, unit) == amount
+
+
+@pytest.mark.parametrize("text", ["16", "16Gb", "0GB", "-1GB", "16GB/s", "GB", "1.2.3GB", "nanGB", ""])
+def test_amounts_without_a_unit_are_refused(text):
+    with pytest.raises(UserError, match=r"--memory=.*such as 16GB"):
+        quantity("--memory", text, "B")
+
+
+def test_plan_of_a_described_card(capsys):
+    arguments = ["plan", "--config=configs/dense_llama_125m.py", "--json"]
+    card = ["--memory=24GiB", "--bandwidth=1.008TB/s", "--flops=165TFLOP/s"]
+    described, named = [], []
+    for found, options in ((described, card), (named, ["--device=rtx4090"])):
+        assert main([*arguments, *options]) == 0
+        found += json.loads(capsys.readouterr().out).values()
+    same = ("fits", "device_memory_bytes", "decode_bound_tokens_per_second", "prompt_bound_tokens_per_second")
+    assert [described[0][key] for key in same] == [named[0][key] for key in same]
+
+
+def test_prompts_are_bound_by_the_peak():
+    found = serving.prompt_bound(Serving(QWEN3_8B, 1024), device("h100"))
+    assert found == pytest.approx(989e12 / forward_flops_per_token(QWEN3_8B, 1024))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--memory=16GB"], "--memory does nothing without both --memory and --bandwidth"),
+        (["--device=h100", "--memory=16GB"], "--memory does nothing with --device"),
+        (["--memory=16", "--bandwidth=448GB/s"], "--memory=16 is no amount"),
+        (["--flops=1TFLOP/s"], "--flops does nothing without both --memory and --bandwidth"),
+    ],
+)
+def test_half_a_card_is_refused(capsys, options, message):
+    assert main(["plan", "--config=configs/dense_llama_125m.py", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -20,7 +20,7 @@ from moe_reduce.adapters.peft_modules import CONFIG_FILE, WEIGHTS_FILE
 from moe_reduce.adapters.targets import targets_of
 from moe_reduce.core import json_files, outputs, trees
 from moe_reduce.core.config import AdapterConfig, ModelConfig, to_dict
-from moe_reduce.core.config_dict import build
+from moe_reduce.core.config_dict import build, completed
 from moe_reduce.core.disk import write_json
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input
@@ -75,7 +75,7 @@ def load(directory: Path, model: ModelConfig, base: Input | None) -> Adapter:
             f"{directory} is an adapter of {content['base']['path']}, and {base.path} is another model (its hash "
             "differs): give the base of this adapter"
         )
-    config = build(AdapterConfig, content["config"], "config")
+    config = build(AdapterConfig, completed(AdapterConfig, content["config"]), "config")
     check(config, model)
     files = TensorFiles(directory, WEIGHTS)
     leaves = _remade_projections(config, model) | {name: files.read(name).copy() for name in files.entries}

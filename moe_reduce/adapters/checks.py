@@ -5,6 +5,7 @@ import math
 from moe_reduce.adapters import projections
 from moe_reduce.adapters.leaves import rank, sketch_width
 from moe_reduce.adapters.targets import targets_of
+from moe_reduce.core.checks import in_range
 from moe_reduce.core.config import AdapterConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 
@@ -16,6 +17,8 @@ def check(config: AdapterConfig, model: ModelConfig) -> None:
     targets = targets_of(config, model)
     if config.method == "dora" and any(target.experts for target in targets):
         raise UserError("dora supports single matrices only, and these targets are experts: choose lora or skema")
+    if config.dropout and any(target.experts for target in targets):
+        raise UserError("adapter.dropout supports single matrices only, and these targets are experts: set it to 0")
     if config.method != "skema":
         rank(config)
         return
@@ -58,5 +61,6 @@ def _check_numbers(config: AdapterConfig) -> None:
         value = getattr(config, name)
         if value is not None and not least <= value < math.inf:
             raise UserError(f"adapter.{name} must be at least {least}, got {value}")
+    in_range("adapter", config, "dropout", 0.0, 1.0)
     if config.alpha is not None and not 0 < config.alpha < math.inf:
         raise UserError(f"adapter.alpha must be positive, got {config.alpha}")

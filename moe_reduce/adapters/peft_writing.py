@@ -86,7 +86,7 @@ def _config(config: AdapterConfig, ranks: dict[str, int], scales: dict[str, floa
         "target_modules": f"({'|'.join(re.escape(module) for module in modules)})",
         "use_rslora": config.method == "rslora",
         "use_dora": config.method == "dora",
-        "lora_dropout": 0.0,
+        "lora_dropout": config.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -7,11 +7,12 @@ from typing import Any
 
 from moe_reduce.commands import config_file, model_arguments, run_arguments
 from moe_reduce.core.config import AdaptConfig, ModelConfig, ReduceConfig, RunConfig, any_from_dict
-from moe_reduce.core.devices import BITS, CACHE_BITS, device
+from moe_reduce.core.devices import BITS, CACHE_BITS, Device, device, quantity
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.parameters import counts_by_component, parameter_count
 
 SERVING_DEFAULTS = {"context": 1024, "batch": 1, "dtype": "bfloat16", "cache_dtype": "bfloat16"}
+CARD = ("memory", "bandwidth", "flops")  # arguments that describe a device without a name
 Runs = dict[str, RunConfig | ReduceConfig | AdaptConfig]
 
 
@@ -26,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dtype", choices=tuple(CACHE_BITS), help=f"dtype of the KV cache {shown['cache_dtype']}"
     )
+    _add_device(parser)
     parser.add_argument(
-        "--device", metavar="NAME", help="check whether the model fits this device: rtx5090, h100, v4, ..."
+        "--table", action="store_true", help="print the bytes in every number format, and of the cache by context"
     )
     parser.add_argument(
         "--topology", metavar="NAME", help="plan a training step instead: compiled for TPUs (v4:2x2x4), or estimated "
@@ -38,6 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stage", action="append", metavar="NAME", help="with --topology, plan this stage of a reduction only"
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", metavar="NAME", help="check whether the model fits this device: rtx5090, h100, v4, ..."
+    )
+    parser.add_argument("--memory", metavar="SIZE", help="memory of a device without a name, such as 16GB")
+    parser.add_argument("--bandwidth", metavar="RATE", help="its memory bandwidth, such as 448GB/s")
+    parser.add_argument(
+        "--flops", metavar="RATE", help="its dense bf16 peak, such as 93TFLOP/s; bounds reading prompts"
+    )
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
@@ -53,9 +66,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
         models = {}
         for name, described in named.items():
             models |= _models(name, described)
-    plans = {name: plan(model, arguments.context) | _serving(model, arguments) for name, model in models.items()}
     from moe_reduce.reports import plan_table
 
+    if arguments.table:
+        from moe_reduce.planning.formats import formats
+
+        tables = {name: formats(model) for name, model in models.items()}
+        return model_arguments.show(tables, as_json=True) if arguments.json else plan_table.format_table(tables)
+    plans = {name: plan(model, arguments.context) | _serving(model, arguments) for name, model in models.items()}
     return _shown(plans, plan_table.serving_table, arguments.json)
 
 
@@ -64,11 +82,14 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if bool(arguments.config) == bool(arguments.model):
         raise UserError("give either --config=FILE or --model=DIR")
     model_arguments.check_positive(arguments, "context", "batch")
-    if arguments.device:
-        device(arguments.device)
+    _card(arguments)
     if arguments.topology:
-        model_arguments.check_unused(arguments, "with --topology", *SERVING_DEFAULTS, "device")
+        model_arguments.check_unused(arguments, "with --topology", *SERVING_DEFAULTS, "device", *CARD)
+        if arguments.table:
+            raise UserError("--table does nothing with --topology: leave it out")
     else:
+        if arguments.table:
+            model_arguments.check_unused(arguments, "with --table", *SERVING_DEFAULTS, "device", *CARD)
         model_arguments.check_unused(arguments, "without --topology", "stage")
         model_arguments.fill(arguments, SERVING_DEFAULTS)
     if arguments.model:
@@ -76,6 +97,20 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> None:
         if arguments.topology:
             raise UserError("--topology plans a run: give --config, not --model")
         model_arguments.check_unused(arguments, "with --model", "variant")
+
+
+def _card(arguments: argparse.Namespace) -> Device | None:
+    """The device to check, by name or described; None without one. Raises UserError for half a description."""
+    if arguments.device:
+        model_arguments.check_unused(arguments, "with --device", *CARD)
+        return device(arguments.device)
+    if arguments.memory is None or arguments.bandwidth is None:
+        model_arguments.check_unused(arguments, "without both --memory and --bandwidth", *CARD)
+        return None
+    memory = quantity("--memory", arguments.memory, "B")
+    bandwidth = quantity("--bandwidth", arguments.bandwidth, "B/s")
+    flops = 0.0 if arguments.flops is None else quantity("--flops", arguments.flops, "FLOP/s")
+    return Device(f"{arguments.memory} at {arguments.bandwidth}", round(memory), bandwidth, flops)
 
 
 def _steps(runs: Runs, arguments: argparse.Namespace) -> str:
@@ -103,9 +138,9 @@ def _serving(model: ModelConfig, arguments: argparse.Namespace) -> dict[str, Any
         "serving_bytes": serving.needs(wanted) | {"total": total},
         "bytes_read_per_step": serving.bytes_read(wanted),
     }
-    if arguments.device is None:
+    card = _card(arguments)
+    if card is None:
         return found
-    card = device(arguments.device)
     found |= {
         "device": card.name,
         "device_memory_bytes": card.memory,
@@ -113,6 +148,8 @@ def _serving(model: ModelConfig, arguments: argparse.Namespace) -> dict[str, Any
         "share_of_memory": round(total / card.memory, 4),
         "decode_bound_tokens_per_second": round(serving.decode_bound(wanted, card), 1),
     }
+    if card.flops:
+        found["prompt_bound_tokens_per_second"] = round(serving.prompt_bound(wanted, card), 1)
     if total > card.memory:
         changes = serving.remedies(wanted, card.memory)
         found["would_fit_with"] = {what: f"{serving.total(one):,} bytes" for what, one in changes} or "nothing"

@@ -34,6 +34,9 @@ def plan(
 
 
 def _jobs(run: RunConfig | ReduceConfig | AdaptConfig, stages: list[str] | None) -> Iterator[tuple[str, Job]]:
+    if run.train.epochs is not None:  # the text is not read, and what a step needs does not depend on their number
+        train = dataclasses.replace(run.train, steps=run.train.warmup_steps + 1, epochs=None)
+        run = dataclasses.replace(run, train=train)
     if isinstance(run, RunConfig):
         yield "", pretraining(run)
         return

@@ -22,6 +22,7 @@ class AdapterConfig:
     rank: int | None = None  # r of lora, rslora and dora
     sketch_width: int | None = None  # k of skema
     alpha: float | None = None  # None: the alpha that makes the scale 1
+    dropout: float = 0.0  # share of the adapter's inputs that are set to 0 while it trains; not on experts
     projection: Literal["orthonormal", "gaussian", "srht"] = "orthonormal"  # skema
     core: Literal["full", "low_rank"] = "full"  # skema: M, or M = A·B through core_rank
     core_rank: int | None = None

@@ -1,5 +1,6 @@
 """Accelerators (memory, bandwidth and peak, from the makers' data sheets) and the sizes of number formats."""
 
+import re
 from dataclasses import dataclass
 
 from moe_reduce.core.errors import UserError
@@ -16,6 +17,11 @@ BITS = {
     "nf4": 4.127,  # blocks of 64 whose scales are quantised themselves (QLoRA, arXiv:2305.14314)
     "int4": 4.0,
     "ternary": 1.58,
+}
+# bits per weight of files of llama.cpp, which only the table of formats knows
+GGUF_BITS = {
+    "Q4_K_M": 4.89,  # 4.5 and 6.56 bits, mixed by tensor: llama.cpp's figure for Llama 3.1 8B; others differ by 0.1
+    "Q4_0": 4.5,  # blocks of 32 with a 16-bit scale
 }
 CACHE_BITS = {name: BITS[name] for name in ("float32", "bfloat16", "int8", "int4")}
 
@@ -55,3 +61,18 @@ def device(name: str) -> Device:
     if name not in DEVICES:
         raise UserError(f"device {name!r} is unknown; known: {', '.join(DEVICES)}")
     return DEVICES[name]
+
+
+PREFIXES = {prefix: 1000**power for power, prefix in enumerate(("", "k", "M", "G", "T", "P"))}
+PREFIXES |= {f"{prefix}i": 1024**power for power, prefix in enumerate("KMGTP", 1)}
+
+
+def quantity(option: str, text: str, unit: str) -> float:
+    """Read a positive amount such as 16GB, 448GB/s or 0.2PFLOP/s, in `unit` (B, B/s or FLOP/s) without a prefix.
+
+    Raises UserError that names the option for anything else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+) ?([kMGTP]?|[KMGTP]i)" + re.escape(unit), text)
+    if found is None or float(found[1]) == 0:
+        raise UserError(f"{option}={text} is no amount: give a positive number with its unit, such as 16G{unit}")
+    return float(found[1]) * PREFIXES[found[2]]

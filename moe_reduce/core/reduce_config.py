@@ -35,6 +35,8 @@ class ReduceConfig:
             raise UserError("stages is empty: nothing would be done to the model")
         self.mesh.check()
         self.train.check_constants()
+        if self.train.epochs is not None:
+            raise UserError("train.epochs is for train and adapt: in reduce set the steps of each stage")
         if self.architecture is not None:
             self.architecture.check()
         self.execution.check()

@@ -1,5 +1,7 @@
 """Mesh, balancing and optimisation, and the configuration of a pretraining run."""
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -66,7 +68,8 @@ class BalanceConfig:
 class TrainConfig:
     """Optimisation (AdamW, linear warm-up, cosine decay) and the intervals of logs, evaluations and checkpoints."""
 
-    steps: int = REQUIRED_INT
+    steps: int = REQUIRED_INT  # or epochs
+    epochs: float | None = None  # passes over the training text, in place of steps
     batch_size: int = REQUIRED_INT  # sequences a step, over all devices
     accumulation: int = 1  # micro-batches a step
     learning_rate: float = 3e-4
@@ -108,7 +111,12 @@ class TrainConfig:
 
     def check_schedule(self, path: str) -> None:
         """Raise UserError when steps and learning rates contradict each other. path: the name of their group."""
-        positive(path, self, "steps", "learning_rate")
+        positive(path, self, "learning_rate", *(["steps"] if self.epochs is None else ["epochs"]))
+        if self.epochs is not None and self.steps:
+            raise UserError(
+                f"{path}.steps ({self.steps}) and {path}.epochs ({self.epochs}) both say how long to train: choose one "
+                f"({path}.steps=0 leaves it to epochs)"
+            )
         for name in ("final_learning_rate", "warmup_steps"):
             in_range(path, self, name, 0.0, float("inf"))
         if self.final_learning_rate > self.learning_rate:
@@ -116,8 +124,23 @@ class TrainConfig:
                 f"{path}.final_learning_rate ({self.final_learning_rate}) must not exceed {path}.learning_rate "
                 f"({self.learning_rate}), from which it decays: set both"
             )
-        if self.warmup_steps >= self.steps:
+        if self.epochs is None and self.warmup_steps >= self.steps:
             raise UserError(f"{path}.warmup_steps ({self.warmup_steps}) must be below {path}.steps ({self.steps})")
+
+    def over(self, sequences: int) -> "TrainConfig":
+        """The same schedule in steps, with an epoch of so many sequences; the last step may begin a further epoch.
+
+        Raises UserError when the warm-up takes all of it.
+        """
+        if self.epochs is None:
+            return self
+        steps = math.ceil(self.epochs * sequences / self.batch_size)
+        if self.warmup_steps >= steps:
+            raise UserError(
+                f"train.warmup_steps ({self.warmup_steps}) must be below train.epochs ({self.epochs}), which here are "
+                f"{steps} steps: lower the one or raise the other"
+            )
+        return dataclasses.replace(self, steps=steps, epochs=None)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 CONFIG_FILE = "config.json"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # OWNER/NAME
 MODEL_TYPE = "model_type"  # key of config.json that names the family
 # Our own is last: it represents every config, and is asked after all others.
 FAMILIES: tuple[Family, ...] = (
@@ -110,6 +111,11 @@ def _read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 def _read_directory(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     file = directory / CONFIG_FILE
+    if not directory.exists() and HUB_NAME.fullmatch(str(directory)):
+        raise UserError(
+            f"{directory} is not a directory: give a model directory; if this is a name on the Hugging Face hub, "
+            f"hf download {directory} fetches the model and prints its directory"
+        )
     if not directory.is_dir():
         raise UserError(
             f"{directory} is not a directory: give a model directory, with {CONFIG_FILE} and safetensors, or a "

@@ -15,10 +15,11 @@ from moe_reduce.models.model import Model
 
 
 def recall(model: Model, data: Completions, pairs: int) -> dict[str, float]:
-    """Measure {recall_train, recall_validation}: share of a completion's characters that greedy decoding gets right.
+    """Measure recall_SPLIT and exact_match_SPLIT of greedy decoding, for the splits train and validation.
 
-    Characters are compared position by position. pairs: uses at most so many of each split. Nothing trains on the
-    validation split: with random values, its recall is the control.
+    Recall is the share of a completion's characters that are right, compared position by position; exact match the
+    share of completions that are right as a whole; text after the end of a completion does not count. pairs: uses at
+    most so many of each split. Nothing trains on the validation split: with random values, its recall is the control.
     """
     found = {}
     model = ready(model)
@@ -32,6 +33,7 @@ def recall(model: Model, data: Completions, pairs: int) -> dict[str, float]:
         completed = generate(model, [*prompts, *prompts[-1:] * padding], settings)[: len(prompts)]
         shares = [_share_right(data.tokenizer, *row) for row in zip(prompts, completed, wanted, strict=True)]
         found[f"recall_{split}"] = float(np.mean(shares))
+        found[f"exact_match_{split}"] = float(np.mean([share == 1 for share in shares]))
     return found
 
 

@@ -8,6 +8,7 @@ With I inputs, O outputs and k inner dimensions:
     out    {"matrix" [k, O]}, or {"signs" [Op], "rows" int32 [k]}
     scale  scalar
     magnitude [O], and present, a scalar that is 0 in layers without the adapter and else 1: DoRA only
+    dropout   {"key" uint32 [2], "share" scalar}: while training, what to set to 0 in x (adapters/dropout.py)
 
 Then ΔW = scale · outᵀ · core · inᵀ, [O, I], and y = x·(W + ΔW)ᵀ. LoRA (arXiv:2106.09685) has in = Aᵀ and out = Bᵀ;
 SkeMA has fixed in and out and trains the core; DoRA (arXiv:2402.09353) rescales the rows of W + ΔW to `magnitude`.
@@ -111,6 +112,7 @@ def added(x: jax.Array, delta: Delta, outputs: int, multiply: Multiply) -> jax.A
     """
     assert "magnitude" not in delta, "DoRA rescales the outputs of single matrices, not of experts"
     inward, outward = delta["in"], delta["out"]
+    x = _dropped(x, delta["dropout"]) if "dropout" in delta else x
     z = multiply(x, inward["matrix"]) if "matrix" in inward else srht(x, inward["signs"], inward["rows"])
     if "core" in delta:
         z = multiply(z, jnp.swapaxes(delta["core"], -1, -2))
@@ -121,6 +123,13 @@ def added(x: jax.Array, delta: Delta, outputs: int, multiply: Multiply) -> jax.A
     else:
         y = srht_transposed(z, outward["signs"], outward["rows"], outputs)
     return y * jnp.broadcast_to(delta["scale"], y.shape).astype(y.dtype)
+
+
+def _dropped(x: jax.Array, dropout: Mapping[str, jax.Array]) -> jax.Array:
+    """x with a random share of its elements set to 0, and the others scaled so that the mean stays."""
+    kept = 1.0 - dropout["share"]
+    mask = jax.random.bernoulli(jax.random.wrap_key_data(dropout["key"]), kept, x.shape)
+    return jnp.where(mask, x * jnp.broadcast_to(1.0 / kept, x.shape).astype(x.dtype), jnp.zeros_like(x))
 
 
 def adapted(

@@ -59,7 +59,7 @@ class Model:
         and only if a bank of adapters is active, `adapter` int32 [B] (the bank's entry of each row).
         collect: names among COLLECT. Each is stacked over layers, [N, …]:
             routing      counts_E, probability_E, z and dropped of each layer's router call
-            assignments  expert, weight, and norm and maximum of the expert's output, [N, B, T, A]
+            assignments  expert, weight, and norm, maximum and largest of the expert's output, [N, B, T, A]
             hidden       block_input, router_input, block_output, [N, B, T, D]
             keys_values  keys and values of the batch's tokens, as models/cache.py stores them
         cache: keys and values of earlier tokens. A row that has p of them starts at position p; if it has several

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.devices import BITS, CACHE_BITS, Device
 from moe_reduce.models.parameters import counts_by_component, parameters
+from moe_reduce.planning.flops import forward_flops_per_token
 
 CONTEXT_STEP = 256  # tokens; shorter contexts are multiples of this
 
@@ -73,6 +74,11 @@ def weights_read(serving: Serving) -> dict[str, int]:
 def decode_bound(serving: Serving, device: Device) -> float:
     """Upper bound of tokens per second over all sequences: batch · bandwidth / bytes read in a step."""
     return serving.batch * device.bandwidth / bytes_read(serving)
+
+
+def prompt_bound(serving: Serving, device: Device) -> float:
+    """Upper bound of prompt tokens per second: bf16 peak / FLOPs of a token, for prompts that fill the context."""
+    return device.flops / forward_flops_per_token(serving.model, serving.context)
 
 
 def total(serving: Serving) -> int:

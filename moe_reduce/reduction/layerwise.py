@@ -82,9 +82,9 @@ def _layer(directory: Directory, layer: int, states: list, weights: list, execut
             chunk_outputs = _experts(execution, moe.experts, rows, experts, jnp.int32(first))
             outputs[batch] = chunk_outputs if outputs[batch] is None else _add(outputs[batch], chunk_outputs)
     new_states, totals = [], None
-    for (x_BTD, _, *routed), (y_BTD, *sizes), weights_BT in zip(attended, outputs, weights, strict=True):
+    for (x_BTD, _, *routed), (y_BTD, sizes), weights_BT in zip(attended, outputs, weights, strict=True):
         new_states.append(x_BTD + (y_BTD * gain_D[None, None]).astype(x_BTD.dtype))
-        assignments = dict(zip(("expert", "weight", "norm", "maximum"), (*routed, *sizes), strict=True))
+        assignments = dict(zip(("expert", "weight"), routed, strict=True)) | sizes._asdict()
         sums = fetched(_sums(assignments, weights_BT, moe.experts))
         totals = sums if totals is None else {name: combining(name)(totals[name], sums[name]) for name in sums}
     return new_states, totals
@@ -107,16 +107,16 @@ def _attend(config: ModelConfig, execution: ExecutionConfig, half, router, x_BTD
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _experts(execution: ExecutionConfig, layer_experts: int, rows: Assigned, experts: Experts, first):
-    """Run a chunk of a layer's experts: their summed output, and norm and maximum of each assignment."""
+    """Run a chunk of a layer's experts: their summed output, and the sizes of each assignment's."""
     fraction = experts.number / layer_experts
     experts, _ = cast_experts(experts, rows.x_SD.dtype, trained=False)
     result = some_experts(rows, experts, execution, first, fraction)
-    return result.y_SD, result.norm_SA, result.maximum_SA
+    return result.y_SD, result.sizes
 
 
 @jax.jit
 def _add(left, right):
-    return left[0] + right[0], left[1] + right[1], jnp.maximum(left[2], right[2])
+    return jax.tree.map(jnp.add, left, right)  # an assignment's sizes are 0 in all chunks but its expert's
 
 
 def _read(directory: Directory, leaf: Leaf, layer: int) -> jax.Array:

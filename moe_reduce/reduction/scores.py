@@ -39,9 +39,11 @@ class Sums:
 
     tokens: int
     counts: np.ndarray
+    weight: np.ndarray  # Σ g
     weighted_norm: np.ndarray  # Σ g·‖f‖₂
     norm: np.ndarray  # Σ ‖f‖₂
     maximum: np.ndarray  # max |f|
+    largest: np.ndarray  # max f, at least 0
 
     def __add__(self, other: "Sums") -> "Sums":
         both = {name: combining(name)(getattr(self, name), getattr(other, name)) for name in STATISTICS}
@@ -58,13 +60,13 @@ STATISTICS = tuple(field.name for field in dataclasses.fields(Sums) if field.nam
 
 def combining(statistic: str) -> np.ufunc:
     """Return the ufunc that combines two values of a statistic: maximum for maxima, add for all others."""
-    return np.maximum if statistic == "maximum" else np.add
+    return np.maximum if statistic in ("maximum", "largest") else np.add
 
 
 def sums_of(assignments: dict[str, jax.Array], weights_BT: jax.Array, experts: int) -> dict[str, jax.Array]:
     """Sum the statistics of one layer call by expert, [E] each. Tokens of weight 0 do not count.
 
-    assignments: expert, weight, norm and maximum of each assignment, [B, T, A], as Model.apply collects them.
+    assignments: expert, weight, norm, maximum and largest of each assignment, [B, T, A], as Model.apply collects them.
     """
     counted_BTA = (weights_BT > 0)[:, :, None].astype(jnp.float32)
     index = assignments["expert"].reshape(-1)
@@ -73,11 +75,16 @@ def sums_of(assignments: dict[str, jax.Array], weights_BT: jax.Array, experts: i
     def total(values_BTA: jax.Array) -> jax.Array:
         return jnp.zeros(experts, jnp.float32).at[index].add(values_BTA.reshape(-1))
 
+    def highest(values_BTA: jax.Array) -> jax.Array:
+        return jnp.zeros(experts, jnp.float32).at[index].max((values_BTA * counted_BTA).reshape(-1))
+
     return {
         "counts": total(jnp.broadcast_to(counted_BTA, norm_BTA.shape)),
+        "weight": total(assignments["weight"] * counted_BTA),
         "weighted_norm": total(assignments["weight"] * norm_BTA),
         "norm": total(norm_BTA),
-        "maximum": jnp.zeros(experts, jnp.float32).at[index].max((assignments["maximum"] * counted_BTA).reshape(-1)),
+        "maximum": highest(assignments["maximum"]),
+        "largest": highest(assignments["largest"]),
     }
 
 
@@ -138,10 +145,12 @@ FORMULAS: dict[str, Callable[[Sums], np.ndarray]] = {
     # share of its layer's sum; in a pool, the largest share in any layer (our own criterion)
     "reap_share": lambda sums: _share_of_layer(sums.weighted_norm),
     "frequency": lambda sums: sums.counts,  # number of tokens
+    "weighted_expert_frequency_sum": lambda sums: sums.weight,  # sum of g
     "ean_mean": lambda sums: _mean(sums.norm, sums),  # mean of ‖f‖₂
     "ean_sum": lambda sums: sums.norm,  # sum of ‖f‖₂
     "weighted_ean_sum": lambda sums: sums.weighted_norm,  # sum of g·‖f‖₂
     "max_activation": lambda sums: sums.maximum,  # largest |f|
+    "max_activations": lambda sums: sums.largest,  # largest f, at least 0, as REAP's code has it
 }
 CRITERIA = (*FORMULAS, "random")  # random: for comparison
 

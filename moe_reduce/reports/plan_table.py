@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moe_reduce.core.devices import GB, GIB
 from moe_reduce.reports import tables
 
 Plans = Mapping[str, dict[str, Any]]
@@ -55,6 +56,29 @@ def step_table(plans: Plans) -> str:
     first = next(iter(plans.values()))
     on = f"on {first['devices']} device(s) of {first['topology']} with {size(first['memory_bytes'])} each"
     return "\n".join([tables.aligned(rows), on, *notes])
+
+
+def format_table(plans: Plans) -> str:
+    """Aligned text: for each model, format × size of the weights, and context × size of the cache (GB and GiB)."""
+    return "\n\n".join(_formats(name, plan) for name, plan in plans.items())
+
+
+def _formats(name: str, plan: dict[str, Any]) -> str:
+    weights = [["weights", "bits a weight", "GB", "GiB"]]
+    for kind, count in plan["weight_bytes"].items():
+        weights.append([kind, f"{plan['bits_per_weight'][kind]:g}", *_gigabytes(count)])
+    contexts = plan["cache_bytes"]
+    widths = next(iter(contexts.values()))
+    cache = [["cache of one sequence", *(f"{bits} bits, {unit}" for bits in widths for unit in ("GB", "GiB"))]]
+    for context, by_bits in contexts.items():
+        cells = [cell for count in by_bits.values() for cell in _gigabytes(count)]
+        cache.append([f"{context:,} tokens", *cells])
+    heading = f"{name}: {plan['parameters']:,} parameters"
+    return "\n".join([heading, tables.aligned(weights), tables.aligned(cache)])
+
+
+def _gigabytes(count: int) -> list[str]:
+    return [f"{count / GB:,.2f}", f"{count / GIB:,.2f}"]
 
 
 def size(count: float) -> str:

@@ -14,12 +14,14 @@ from moe_reduce.adapters import adapter_directory, merging
 from moe_reduce.adapters.adapter import Adapter
 from moe_reduce.adapters.budget import within_budget
 from moe_reduce.adapters.checks import check_new, check_split
+from moe_reduce.adapters.dropout import while_training
 from moe_reduce.core import outputs, trees
 from moe_reduce.core.config import AdaptConfig, AdapterConfig, ModelConfig, to_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input, Step
 from moe_reduce.data.batches import validation_batches
 from moe_reduce.data.completions import Completions
+from moe_reduce.data.pieces import TRAIN
 from moe_reduce.data.prepare import prepare
 from moe_reduce.data.shards import TokenSource
 from moe_reduce.families import read_config
@@ -59,16 +61,16 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         return done
     tokens, _ = prepare(run.data, config.vocab_size)
     test = _test_batches(run, config, mesh)  # before hours of training
+    schedule = run.train.over(tokens.rows(TRAIN, run.data.sequence_length))
     with writing(workdir):
         base = load(run.model, None if run.dtype == "stored" else run.dtype, run.execution, shardings)
         start = base if run.adapter is None else adapters.activate(base, adapters.init(run.adapter, base))
         flops = None if run.adapter else train_flops_per_token(config, run.data.sequence_length)
         task = adapt_task(run, config, tokens)
-        job = Job(task, config, start.params, run.execution, run.data, run.train, flops_per_token=flops)
+        job = Job(task, config, start.params, run.execution, run.data, schedule, flops_per_token=flops)
         params, figures = fit(job, mesh, tokens, workdir)
-        for split in ("recall_train", "recall_validation"):
-            if split in figures["measured"]:
-                print(f"{split}: {figures['measured'][split]:.1%}", flush=True)
+        for figure, share in figures["measured"].items():
+            print(f"{figure}: {share:.1%}", flush=True)
         figures["test"] = None if test is None else _measured(start.with_params(params), test, mesh)
         trained = base.with_params(_as_stored(sharding.to_host(mesh, params), start.params))
         return _finish(run, workdir, name, trained, tokens, figures)
@@ -80,6 +82,7 @@ def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None
     skeleton = Model(config, {}, execution)
 
     def loss(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        params = while_training(run.adapter, params, batch)
         _, penalty, metrics = predict(skeleton.with_params(params), run.balance, batch)
         return metrics["loss"] + penalty, metrics
 

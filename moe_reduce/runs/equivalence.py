@@ -30,7 +30,7 @@ REPEATS = 5  # timed runs; the latency is their median
 
 
 def equivalence(base: Model, adapter: Adapter, merged: Model, batches: Sequence[Any]) -> dict[str, Any]:
-    """Compare the merged model with the active adapter on a fixed sample: logits, perplexity and latency.
+    """Compare the merged model with the active adapter on a fixed sample: logits, perplexity, memory and latency.
 
     merged: in its saved dtype, which decides the tolerance. All models compute in fp32, so that every
     difference comes from the parameters.
@@ -52,6 +52,8 @@ def equivalence(base: Model, adapter: Adapter, merged: Model, batches: Sequence[
         "tolerance": TOLERANCES[dtype],
         "tolerance_is": "of a logit's difference, relative to the largest logit",
         "perplexity": {name: measure(model, batches)["perplexity"] for name, model in models.items()},
+        "parameter_bytes": {name: _bytes(model) for name, model in models.items()},
+        "peak_memory_bytes": {name: _peak_memory(model, tokens_BT) for name, model in models.items()},
         "latency_seconds": {name: _latency(model, tokens_BT) for name, model in models.items()},
     }
     return report | {"equivalent": report["largest_logit_difference"] <= report["tolerance"] * largest}
@@ -69,6 +71,20 @@ def check(report: dict[str, Any]) -> None:
             f"and {report['dtype']} allows {report['tolerance']} × the largest logit, {report['largest_logit']:.2e}: "
             "keep the base in float32"
         )
+
+
+def _bytes(model: Model) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+
+
+def _peak_memory(model: Model, tokens_BT: Any) -> int:
+    """Bytes that the compiled forward pass needs at once: parameters, temporaries and logits."""
+
+    def forward(params: Any, tokens_BT: Any) -> jax.Array:
+        return model.with_params(params).apply({"tokens": tokens_BT}).logits_BTV
+
+    needs: Any = jax.jit(forward).lower(model.params, tokens_BT).compile().memory_analysis()
+    return int(needs.argument_size_in_bytes + needs.temp_size_in_bytes + needs.output_size_in_bytes)
 
 
 def _latency(model: Callable[[Any], jax.Array], tokens_BT: Any) -> float:

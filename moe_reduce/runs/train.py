@@ -9,6 +9,7 @@ import jax
 
 from moe_reduce.core.config import RunConfig, to_dict
 from moe_reduce.core.provenance import Input, Step
+from moe_reduce.data.pieces import TRAIN
 from moe_reduce.data.prepare import prepare
 from moe_reduce.families import of_config
 from moe_reduce.models.decoder import init_params
@@ -35,7 +36,8 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     if done is not None:
         return done
     tokens, _ = prepare(run.data, run.model.vocab_size)
-    job = pretraining(run)
+    rows = tokens.rows(TRAIN, run.data.sequence_length)
+    job = pretraining(dataclasses.replace(run, train=run.train.over(rows)))
     with writing(workdir):
         params, figures = fit(job, mesh, tokens, workdir)
         summary = {"name": name, **describe(run.model), "seed": run.train.seed, **figures, **machine()}

@@ -114,7 +114,14 @@ def _longest_suffix(names: list[str], known: Mapping[str, Any]) -> str | None:
 
 
 def train_step(task: Task, train: TrainConfig, tx: optax.GradientTransformation, state: State, frozen, batch: Batch):
-    """Take one optimiser step over a batch in `train.accumulation` micro-batches; return (state, metrics)."""
+    """Take one optimiser step over a batch in `train.accumulation` micro-batches; return (state, metrics).
+
+    The task's loss also gets `draws`, uint32 [B]: numbers that no other row of this or another step has, for randomness
+    that a resumed run repeats.
+    """
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    draws_B = state.step.astype(jnp.uint32) * jnp.uint32(rows) + jnp.arange(rows, dtype=jnp.uint32)
+    batch = {**batch, "draws": draws_B}
     (_, metrics), gradients = _gradients(task, train.accumulation, state.params, frozen, batch)
     updates, optimizer_state = tx.update(gradients, state.optimizer, state.params)
     params: Any = task.after_step(optax.apply_updates(state.params, updates), metrics)  # type: ignore[arg-type]

@@ -13,14 +13,28 @@ from moe_reduce.models.moe.experts import Masters
 from moe_reduce.models.products import accumulation_dtype
 
 
+class Sizes(NamedTuple):
+    """Sizes of each assignment's output f, fp32 [S, A]; 0 where no expert ran."""
+
+    norm: jax.Array  # ‖f(x)‖₂
+    maximum: jax.Array  # max |f(x)|
+    largest: jax.Array  # max f(x), with its sign
+
+
+def sizes_of(outputs: jax.Array) -> Sizes:
+    """Sizes of outputs [..., D], each [...]."""
+    found = outputs.astype(jnp.float32)
+    norm = jnp.sqrt(jnp.sum(jnp.square(found), axis=-1))
+    return Sizes(norm, jnp.max(jnp.abs(found), axis=-1), jnp.max(found, axis=-1))
+
+
 class Result(NamedTuple):
-    """Result of one call of the experts. Norms and maxima are for scoring; XLA removes them if nothing uses them."""
+    """Result of one call of the experts. Sizes are for scoring; XLA removes them if nothing uses them."""
 
     y_SD: jax.Array
     masters: Masters  # for the next call, so that their gradient adds up
     dropped: jax.Array  # scalar: number of assignments beyond the capacity of their expert; 0 if dropless
-    norm_SA: jax.Array  # ‖f(x)‖₂ of each assignment, fp32; 0 where no expert ran
-    maximum_SA: jax.Array  # max |f(x)| of each assignment, fp32; 0 where no expert ran
+    sizes: Sizes
 
 
 class Order(NamedTuple):
@@ -111,11 +125,10 @@ combine_rows.defvjp(_combine_forward, _combine_backward)
 
 def combined(y_MD: jax.Array, weights_SA: jax.Array, order: Order, masters: Masters, dropped: Any = 0.0) -> Result:
     """The Result of expert outputs in sorted order."""
-    y_float = jax.lax.stop_gradient(y_MD).astype(jnp.float32)
+    sizes = sizes_of(jax.lax.stop_gradient(y_MD))
     return Result(
         combine_rows(y_MD, weights_SA, order),
         masters,
         jnp.asarray(dropped, jnp.float32),
-        jnp.sqrt(jnp.sum(jnp.square(y_float), axis=-1))[order.rank_SA],
-        jnp.max(jnp.abs(y_float), axis=-1)[order.rank_SA],
+        Sizes(*(size_M[order.rank_SA] for size_M in sizes)),
     )

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_reduce.models.moe.assignments import Order
+from moe_reduce.models.moe.assignments import Order, Sizes, sizes_of
 from moe_reduce.models.moe.gradients import Trained, as_leaves, instantiate_zeros, primal_values, where_trained
 from moe_reduce.models.products import accumulation_dtype
 
@@ -33,9 +33,9 @@ def chunk_rows(assignments: int, share: float) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def in_chunks(compute: Compute, rows: int, x_SD, weights_SA, order: Order, parameters):
-    """(y_SD = Σ_a weight · output over this device's experts, norms and maxima of their outputs, fp32 [S, A]).
+    """(y_SD = Σ_a weight · output over this device's experts, Sizes of their outputs).
 
-    Norms and maxima are for scoring: no gradient flows through them.
+    Sizes are for scoring: no gradient flows through them.
 
     Args:
         compute: returns the experts' outputs for a chunk's rows.
@@ -81,23 +81,22 @@ def _forward(compute: Compute, rows: int, x_SD, weights_SA, order: Order, parame
     weights_M = weights_SA.reshape(-1)
 
     def body(chunk: Chunk, carry):
-        y_SD, norm_M, maximum_M = carry
+        y_SD, sizes = carry
         out_RD = compute(_taken(x_SD, chunk.token_R), chunk.counts_J, parameters)
-        float_RD = out_RD.astype(jnp.float32)
         weighted_RD = out_RD * _taken(weights_M, chunk.assignment_R)[:, None].astype(out_RD.dtype)
         # empty rows have indices out of range, so whatever they hold is dropped
         return (
             y_SD.at[chunk.token_R].add(weighted_RD.astype(y_SD.dtype), mode="drop"),
-            norm_M.at[chunk.assignment_R].set(jnp.linalg.norm(float_RD, axis=-1), mode="drop"),
-            maximum_M.at[chunk.assignment_R].set(jnp.max(jnp.abs(float_RD), axis=-1), mode="drop"),
+            jax.tree.map(
+                lambda size_M, size_R: size_M.at[chunk.assignment_R].set(size_R, mode="drop"), sizes, sizes_of(out_RD)
+            ),
         )
 
     empty_M = jnp.zeros(weights_M.shape, jnp.float32)
-    nothing = (jnp.zeros(x_SD.shape, accumulation_dtype(x_SD.dtype)), empty_M, empty_M)
-    y_SD, norm_M, maximum_M = _for_each_chunk(rows, weights_SA.shape, order, body, nothing)
-    shape = weights_SA.shape
-    results = (y_SD.astype(x_SD.dtype), norm_M.reshape(shape), maximum_M.reshape(shape))
-    return results, (x_SD, weights_SA, order, parameters)
+    nothing = (jnp.zeros(x_SD.shape, accumulation_dtype(x_SD.dtype)), Sizes(empty_M, empty_M, empty_M))
+    y_SD, sizes = _for_each_chunk(rows, weights_SA.shape, order, body, nothing)
+    sizes = Sizes(*(size_M.reshape(weights_SA.shape) for size_M in sizes))
+    return (y_SD.astype(x_SD.dtype), sizes), (x_SD, weights_SA, order, parameters)
 
 
 def _marked_forward(compute: Compute, rows: int, *marked):

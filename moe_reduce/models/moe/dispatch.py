@@ -18,7 +18,7 @@ from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models import products
 from moe_reduce.models.deltas import of_groups
 from moe_reduce.models.moe import chunks, expert_loop
-from moe_reduce.models.moe.assignments import Order, Result, combined, gather_rows, sort_by_group
+from moe_reduce.models.moe.assignments import Order, Result, combined, gather_rows, sizes_of, sort_by_group
 from moe_reduce.models.moe.experts import Experts, Masters, swiglu, with_master_gradients
 from moe_reduce.models.weights import Product, dequantised
 
@@ -67,8 +67,8 @@ def dispatch_ragged(
         return _sorted(rows, order, experts, masters, _ragged_product(order.counts_J), share)
     experts, masters = with_master_gradients(experts, masters)
     found: Any = chunks.in_chunks(_ragged_chunk, size, rows.x_SD, rows.weights_SA, order, experts)
-    y_SD, norm_SA, maximum_SA = found
-    return Result(y_SD, masters, jnp.zeros(()), norm_SA, maximum_SA)
+    y_SD, sizes = found
+    return Result(y_SD, masters, jnp.zeros(()), sizes)
 
 
 def _ragged_chunk(rows_RD: jax.Array, counts_J: jax.Array, experts: Experts) -> jax.Array:
@@ -199,8 +199,7 @@ def dispatch_reference(
     chosen_SAE = jax.nn.one_hot(groups_SA // entries, count, dtype=x_SD.dtype)
     y_SAD = jnp.einsum("SAE,ESD->SAD", chosen_SAE, y_ESD)
     y_SD = jnp.einsum("SA,SAD->SD", weights_SA.astype(x_SD.dtype), y_SAD)
-    norm_SA = jnp.linalg.norm(y_SAD.astype(jnp.float32), axis=-1)
-    return Result(y_SD, masters, jnp.zeros(()), norm_SA, jnp.max(jnp.abs(y_SAD.astype(jnp.float32)), axis=-1))
+    return Result(y_SD, masters, jnp.zeros(()), sizes_of(y_SAD))
 
 
 DISPATCHES: dict[str, Dispatch] = {

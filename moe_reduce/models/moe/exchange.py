@@ -47,9 +47,9 @@ def _gather(rows: Assigned, experts: Experts, masters: Masters, execution: Execu
     gathered = Assigned(every(rows.x_SD), here_SA, every(rows.weights_SA))
     result = DISPATCHES[execution.dispatch](gathered, experts, masters, execution, share)
     total = partial(jax.lax.psum_scatter, axis_name=AXIS, scatter_dimension=0, tiled=True)
-    sizes = (jax.lax.stop_gradient(size) for size in (result.norm_SA, result.maximum_SA))
-    # an assignment's expert is on one device; on the others its norm and maximum are 0
-    return Result(total(result.y_SD), result.masters, result.dropped, *(total(size) for size in sizes))
+    # an assignment's expert is on one device; on the others its sizes are 0
+    sizes = jax.tree.map(total, jax.lax.stop_gradient(result.sizes))
+    return Result(total(result.y_SD), result.masters, result.dropped, sizes)
 
 
 def _all_to_all(rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig) -> Result:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from moe_reduce.core.config import ExecutionConfig, MoEConfig
 from moe_reduce.models.deltas import Delta, entries
 from moe_reduce.models.mesh import BATCH_AXES, on_one_device
-from moe_reduce.models.moe.assignments import Result
+from moe_reduce.models.moe.assignments import Result, Sizes
 from moe_reduce.models.moe.dispatch import DISPATCHES, Assigned
 from moe_reduce.models.moe.exchange import exchange
 from moe_reduce.models.moe.experts import Experts, Masters, cast_experts, with_master_gradients
@@ -39,7 +39,7 @@ def mixture_of_experts(
     """(y_BTD = Σ weight · expert(x) over the chosen experts, masters for the next call, statistics, assignments).
 
     statistics, of real tokens: counts_E (assignments), probability_E (mean), z, dropped (share of assignments, 0 if
-    dropless). assignments, each [B, T, A]: expert, weight, and norm and largest magnitude (`maximum`) of the expert's
+    dropless). assignments, each [B, T, A]: expert, weight, and the Sizes (norm, maximum, largest) of the expert's
     output before it is weighted. Padding takes no place in an expert's capacity.
     """
     shape = (*x_BTD.shape[:2], routing.experts_SA.shape[1])
@@ -50,34 +50,34 @@ def mixture_of_experts(
         called_BTA = only_real(routing.experts_SA, real_S, experts.number).reshape(shape)
     experts, groups_BTA = experts.group_rows(called_BTA)
     rows = Assigned(x_BTD, groups_BTA, weights_BTA)
-    y_BTD, masters, dropped, norm_BTA, maximum_BTA = apply_experts(rows, experts, masters, execution)
+    y_BTD, masters, dropped, sizes = apply_experts(rows, experts, masters, execution)
     if real_BT is not None:
         dropped = dropped * real_BT.size / jnp.maximum(jnp.sum(real_BT, dtype=jnp.float32), 1)
-    assignments = {"expert": chosen_BTA, "weight": weights_BTA, "norm": norm_BTA, "maximum": maximum_BTA}
+    assignments = {"expert": chosen_BTA, "weight": weights_BTA} | sizes._asdict()
     return y_BTD, masters, routing.statistics() | {"dropped": dropped}, assignments
 
 
 def apply_experts(rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig):
-    """(y_BTD, masters for the next call, share of assignments dropped, norm_BTA and maximum_BTA of the outputs).
+    """(y_BTD, masters for the next call, share of assignments dropped, Sizes of the outputs [B, T, A]).
 
     rows: with batch and time as leading axes. On a mesh, tokens are split along the batch axes, experts along `expert`
-    and their width F along `tensor`, over which outputs are summed. Norms and maxima are exact only if `tensor` has
-    size 1: else they are those of partial outputs.
+    and their width F along `tensor`, over which outputs are summed. Sizes are exact only if `tensor` has size 1:
+    else they are those of partial outputs.
     """
     assignments = rows.groups_SA.size
     if on_one_device():
         result = _flattened(DISPATCHES[execution.dispatch], rows, experts, masters, execution)
-        return result.y_SD, result.masters, result.dropped / assignments, result.norm_SA, result.maximum_SA
+        return result.y_SD, result.masters, result.dropped / assignments, result.sizes
     tokens = PartitionSpec(BATCH_AXES)
     experts, masters = with_master_gradients(experts, masters)
     body = jax.shard_map(
         partial(_sharded, execution=execution),
         in_specs=(tokens, _specs(experts)),
-        out_specs=(tokens, PartitionSpec(), tokens, tokens),
+        out_specs=(tokens, PartitionSpec(), tokens),
         check_vma=False,
     )
-    y_BTD, dropped, norm_BTA, maximum_BTA = body(rows, experts)
-    return y_BTD, masters, dropped / assignments, norm_BTA, maximum_BTA
+    y_BTD, dropped, sizes = body(rows, experts)
+    return y_BTD, masters, dropped / assignments, sizes
 
 
 def _specs(experts: Experts) -> Any:
@@ -118,8 +118,9 @@ def _sharded(rows: Assigned, experts: Experts, execution: ExecutionConfig):
     result = _flattened(exchange, rows, experts, masters, execution)
     y_BTD = jax.lax.psum(result.y_SD, "tensor")
     dropped = jax.lax.psum(result.dropped, BATCH_AXES)
-    norm_BTA = jax.lax.psum(jax.lax.stop_gradient(result.norm_SA), "tensor")
-    return y_BTD, dropped, norm_BTA, jax.lax.pmax(jax.lax.stop_gradient(result.maximum_SA), "tensor")
+    norm, *maxima = jax.lax.stop_gradient(result.sizes)
+    maxima = (jax.lax.pmax(size, "tensor") for size in maxima)
+    return y_BTD, dropped, Sizes(jax.lax.psum(norm, "tensor"), *maxima)
 
 
 def some_experts(
@@ -142,5 +143,5 @@ def _flattened(run: Run, rows: Assigned, experts: Experts, masters: Masters, exe
     """Run a dispatch or exchange on rows [B·T, …]; its Result has the axes B and T again."""
     flat = Assigned(*(array.reshape(-1, array.shape[-1]) for array in rows))
     result = run(flat, experts, masters, execution)
-    norm_BTA, maximum_BTA = (size.reshape(rows.groups_SA.shape) for size in (result.norm_SA, result.maximum_SA))
-    return Result(result.y_SD.reshape(rows.x_SD.shape), result.masters, result.dropped, norm_BTA, maximum_BTA)
+    sizes = Sizes(*(size.reshape(rows.groups_SA.shape) for size in result.sizes))
+    return Result(result.y_SD.reshape(rows.x_SD.shape), result.masters, result.dropped, sizes)

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 
 from moe_reduce.adapters import adapter as adapters
+from moe_reduce.adapters.dropout import while_training
 from moe_reduce.core.config import BalanceConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.stages import TuneStage
@@ -42,8 +43,9 @@ def recovery_task(
     execution = dataclasses.replace(student.execution, expert_gradients="experts" in stage.components.split(","))
     student = dataclasses.replace(student, execution=execution)
     evaluate, objective = evaluator(student), objective_of(stage)
+    task_loss = partial(objective.loss, student, Model(teacher, {}, execution), stage, balance)
     return Task(
-        loss=partial(objective.loss, student, Model(teacher, {}, execution), stage, balance),
+        loss=lambda params, batch: task_loss(while_training(stage.adapter, params, batch), batch),
         evaluate=lambda params, batch: evaluate(split_teacher(params)[0], batch),
         records=_records(student.config, teacher, stage),
         trainable=partial(trains, stage, student.config),
