@@ -33,6 +33,8 @@ COMMANDS = {
 }
 
 
+RESUMED = {"train", "reduce", "adapt"}  # go on where an earlier call was interrupted
+INTERRUPTED = 130  # exit status by convention: 128 + SIGINT
 COMPILES_NOTHING = {"inspect", "report"}
 MEMORY = "free some, raise its limit (ulimit -v), or lower the batch size"
 PURPOSE = "Make a language model smaller, and show what it cost."
@@ -61,9 +63,9 @@ class Version(argparse.Action):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command. Returns the exit status: 0 done, 2 a user's mistake, 1 another process of the run was lost.
+    """Runs a command. Returns the exit status: 0 done, 2 a user's mistake, 1 a lost process, 130 interrupted.
 
-    Mistakes and lost processes are one line on stderr.
+    Mistakes, lost processes and interrupts are one line on stderr.
     """
     arguments = sys.argv[1:] if argv is None else argv
     wanted = arguments[0] if arguments and arguments[0] in COMMANDS else None
@@ -79,6 +81,10 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, PeerLost):
             os._exit(error.status)  # Python and JAX would wait at exit for the lost process
         return error.status
+    except KeyboardInterrupt:
+        remedy = "run the same command again to go on" if wanted in RESUMED else "run the same command again"
+        print(f"moe-reduce{f' {wanted}' if wanted else ''}: interrupted: {remedy}", file=sys.stderr, flush=True)
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of stdout, such as head, has seen enough
         sys.stdout = None
     except Exception as error:

@@ -191,7 +191,24 @@ def test_rows_that_do_not_fit_are_refused(tmp_path):
         rows_at(path, good.astype(np.float32))
     with pytest.raises(UserError, match=r"document_mask"):
         rows_at(path, good, document_mask=True)
-    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"int32 \[4, 1\]"):
+        rows_at(path, good[:, :1])
+    with pytest.raises(UserError, match=r"int32 \[4, 8, 1\]"):
+        rows_at(path, good[:, :, None])
+    np.savez(path.with_suffix(".npz"), good)
+    path.with_suffix(".npz").rename(path)
+    with pytest.raises(UserError, match=r"ids.npy is an archive of arrays"):
+        TokenRows(DataConfig(source=str(path), sequence_length=LENGTH), 100)
+    np.save(path, np.array([[None]]), allow_pickle=True)
+    with pytest.raises(UserError, match=r"cannot read .*ids.npy"):
+        TokenRows(DataConfig(source=str(path), sequence_length=LENGTH), 100)
+    np.save(path, good)
+    whole = path.read_bytes()
+    for end in (0, 5, 9, 60, len(whole) - 10):
+        path.write_bytes(whole[:end])
+        with pytest.raises(UserError, match=r"cannot read .*ids.npy"):
+            TokenRows(DataConfig(source=str(path), sequence_length=LENGTH), 100)
+    path.write_bytes(whole.replace(b"(4, 8)", b"(4, 9" + b"9" * 20, 1))
     with pytest.raises(UserError, match=r"cannot read .*ids.npy"):
         TokenRows(DataConfig(source=str(path), sequence_length=LENGTH), 100)
     with pytest.raises(UserError, match=r"cannot read .*absent.npy"):

@@ -134,6 +134,55 @@ def test_text_of_its_own_validates(config, tmp_path):
             dataclasses.replace(own, **changes).check()
 
 
+def test_validation_text_inside_the_training_text_is_not_trained_on(config, tmp_path, caplog):
+    (tmp_path / "all").mkdir()
+    long = "a line that both have\n" * 9000  # longer than a piece
+    kept = ["public text", long + "and its own end\n", "secret text "]
+    held_out = ["secret text", long, "", "another secret"]
+    for name, found in (("kept.jsonl", kept), ("held.jsonl", held_out)):
+        (tmp_path / "all" / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in found))
+    (tmp_path / "all/held.txt").write_text(long)
+    own = dataclasses.replace(
+        config, source=str(tmp_path / "all"), validation_source=str(tmp_path / "all/held.jsonl"), text_field="text"
+    )
+    for _ in range(2):  # made, then found
+        caplog.clear()
+        store, tokenizer = prepare(own, VOCABULARY)
+        assert "4 documents of data.source are left out of training" in caplog.text
+    found = []
+    for split in (TRAIN, VALIDATION):
+        ids = store.window(split, 0, store.length(split))
+        rows = np.split(ids, np.flatnonzero(ids == store.end_of_text) + 1)[:-1]
+        found.append([tokenizer.decode(row[:-1].tolist()) for row in rows])
+    assert found == [kept, [text for text in held_out if text]]
+
+
+DAMAGED_MANIFESTS = {
+    "a number as text": {"tokens": "7"},
+    "less than nothing": {"end_of_text": -1},
+    "another type of ids": {"dtype": "<f8"},
+    "an unknown type": {"dtype": "nothing"},
+    "shards that are none": {"splits": {"train": [7], "validation": []}},
+    "a shard elsewhere": {"splits": {"train": [{"file": "../x.bin", "tokens": 1}], "validation": []}},
+    "half a document": {"documents": 1.5},
+    "an end beyond the vocabulary": {"end_of_text": 10**9},
+    "an unknown key": {"more": 1},
+}
+
+
+def test_manifests_of_earlier_versions_are_read_and_damaged_ones_refused_by_name(config):
+    store, _ = prepare(config, VOCABULARY)
+    manifest = store.directory / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for name, damage in DAMAGED_MANIFESTS.items():
+        manifest.write_text(json.dumps(content | damage))
+        message = refusal(config)
+        assert str(manifest) in message, name
+        assert "delete" in message, name
+    manifest.write_text(json.dumps({key: value for key, value in content.items() if key != "left_out"}))
+    assert prepare(config, VOCABULARY)[0].manifest.left_out == 0
+
+
 def test_the_second_call_finds_the_tokens_and_any_change_does_not(config, monkeypatch, caplog):
     first, _ = prepare(config, VOCABULARY)
 

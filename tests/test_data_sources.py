@@ -49,6 +49,52 @@ def test_every_kind_of_file_gives_its_documents_unchanged(tmp_path):
     assert read(str(tmp_path / "a.parquet"), text_field="body") == TEXTS
 
 
+MARKED = {"utf-8-sig": "utf-8-sig", "utf-16": "utf-16", "utf-32": "utf-32"} | {
+    f"{name}, marked": name for name in ("utf-16-be", "utf-16-le")
+}
+
+
+@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstandard.compress])
+def test_a_byte_order_mark_decides_the_encoding_and_is_no_text(tmp_path, name, compress):
+    mark = "\ufeff" if name.endswith("marked") else ""
+    suffix = {bytes: "", gzip.compress: ".gz", zstandard.compress: ".zst"}[compress]
+    rows = mark + jsonl(TEXTS).decode()
+    assert read(write(tmp_path / f"a.jsonl{suffix}", compress(rows.encode(MARKED[name])))) == TEXTS
+    if suffix != ".zst":
+        assert read(write(tmp_path / f"a.txt{suffix}", compress((mark + TEXTS[1]).encode(MARKED[name])))) == [TEXTS[1]]
+
+
+def test_files_that_were_joined_with_their_marks_are_read(tmp_path):
+    rows = jsonl(TEXTS[:1]).decode()
+    assert read(write(tmp_path / "a.jsonl", rows.encode("utf-8-sig") * 2)) == TEXTS[:1] * 2
+
+
+SKIPPABLE = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"  # a frame of zstd that holds no text
+
+
+def test_all_frames_and_members_are_read(tmp_path):
+    half, rest = jsonl(TEXTS)[:20], jsonl(TEXTS)[20:]
+    frames = SKIPPABLE + zstandard.compress(half) + SKIPPABLE + zstandard.compress(b"") + zstandard.compress(rest)
+    assert read(write(tmp_path / "a.jsonl.zst", frames + SKIPPABLE)) == TEXTS
+    assert read(write(tmp_path / "a.jsonl.gz", gzip.compress(half) + gzip.compress(rest) + bytes(512))) == TEXTS
+
+
+def test_a_long_window_is_read(tmp_path):
+    settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+    writer = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    assert read(write(tmp_path / "a.jsonl.zst", writer.compress(jsonl(TEXTS)) + writer.flush())) == TEXTS
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_a_compressed_file_cut_at_any_byte_is_refused(tmp_path, suffix, compress):
+    whole = compress(jsonl(TEXTS)) + compress(jsonl(TEXTS))
+    ends = {0, len(compress(jsonl(TEXTS)))}  # a cut between two members leaves a whole file
+    for end in sorted(set(range(len(whole))) - ends | {0}):
+        path = write(tmp_path / f"a.jsonl{suffix}", whole[:end])
+        assert path in refusal(path), end
+
+
 def test_globs_lists_and_directories_are_read_in_order_each_file_once(tmp_path):
     for name in ("b", "a"):
         write(tmp_path / f"{name}.txt", name.encode())
@@ -147,6 +193,9 @@ def test_a_missing_field_names_file_line_and_fields(tmp_path):
         ("plain.jsonl.gz", jsonl(TEXTS)),
         ("cut.jsonl", jsonl(TEXTS)[:-5]),
         ("list.jsonl", b"[1, 2]\n"),
+        ("deep.jsonl", b"[" * 100_000 + b"\n"),
+        ("digits.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n"),
+        ("half.txt", "two".encode("utf-16")[:-1]),
         ("cut.jsonl.zst", zstandard.compress(jsonl(["text " * 50_000] * 2))[:-20]),
         ("plain.jsonl.zst", jsonl(TEXTS)),
         ("not.parquet", b"PAR1 not really"),

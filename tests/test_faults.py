@@ -267,16 +267,38 @@ def test_disk_full_for_real(tmp_path):
     assert not (tmp_path / "run/summary.json").exists()
 
 
-def test_damaged_checkpoint_is_named(refused, tmp_path):
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(refused, tmp_path, capsys):
     arguments = ["--config.train.steps=4", "--config.train.checkpoint_every=2"]
-    file = tmp_path / "config.py"
-    assert main(["train", f"--config={file}", f"--workdir={tmp_path / 'run'}", *arguments]) == 0
+    train_it = ["train", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]
+    assert main([*train_it, *arguments]) == 0
     (tmp_path / "run/summary.json").unlink()
-    damaged = tmp_path / "run/checkpoints/4/state"
-    for path in damaged.rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    refused(arguments, "checkpoints/4", "delete it")
+    expected = (tmp_path / "run/model/model.safetensors").read_bytes()
+    damages = {
+        "cut short": lambda step: [cut(path) for path in step.rglob("*") if path.is_file()],
+        "empty": lambda step: [shutil.rmtree(path) if path.is_dir() else path.unlink() for path in step.iterdir()],
+        "without data": lambda step: shutil.rmtree(step / "data"),
+        "other data": lambda step: (step / "data/metadata").write_text("[]"),
+    }
+    for damage in damages.values():
+        shutil.rmtree(tmp_path / "run/model")
+        damage(tmp_path / "run/checkpoints/4")
+        capsys.readouterr()
+        assert main([*train_it, *arguments]) == 0
+        said = capsys.readouterr().out.splitlines()
+        warning, resumed = [line for line in said if line.startswith(("warning", "resuming"))]
+        assert warning.startswith(f"warning: checkpoint {tmp_path / 'run/checkpoints/4'} is damaged (")
+        assert warning.endswith("going on from step 2")
+        assert resumed.endswith("after step 2 of 4")
+        assert (tmp_path / "run/damaged-checkpoints/4").is_dir()
+        assert (tmp_path / "run/model/model.safetensors").read_bytes() == expected
+        (tmp_path / "run/summary.json").unlink()
+    for step in (2, 4):
+        damages["cut short"](tmp_path / f"run/checkpoints/{step}")
+    refused(arguments, "checkpoints/4 is damaged", "no earlier one can be read", "choose another workdir")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def one_line(arguments, capsys):

@@ -58,7 +58,7 @@ def test_score_writes_json_arrays_and_pictures(directory, capsys):
     assert lines[lines.index("reap") + 1].startswith(f"  highest: layer {layer} expert {expert} ({values.max():.4g}), ")
     names = ("scores.npz", "scores-histogram.png", "scores-map.png", "scores.json")
     assert lines[-2:] == [f"files: {', '.join(str(file.with_name(name)) for name in names)}", str(file)]
-    assert (content["tokens"], np.asarray(content["counts"]).sum()) == (12 * 15, 3 * 2 * 12 * 15)
+    assert (content["tokens"], np.asarray(content["counts"]).sum()) == (12 * 16, 3 * 2 * 12 * 16)
     assert set(content["scores"]) == set(scores.CRITERIA)
     arrays = np.load(file.with_suffix(".npz"))
     np.testing.assert_array_equal(arrays["counts"], content["counts"])

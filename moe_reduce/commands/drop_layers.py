@@ -60,7 +60,8 @@ def _least_influential(arguments: argparse.Namespace, model: "Model") -> dict[st
 
     if not 1 <= arguments.count < model.config.layers:
         raise UserError(f"--count={arguments.count} must be at least 1 and below the {model.config.layers} layers")
-    influence_N = block_influence(model, model_arguments.batches(arguments, model.config.vocab_size))
+    batches = model_arguments.batches(arguments, model.config.vocab_size, every_token=True)
+    influence_N = block_influence(model, batches)
     layers = sorted(np.argsort(influence_N, kind="stable")[: arguments.count].tolist())
     influence = {f"layer {layer}": round(value, 6) for layer, value in enumerate(influence_N.tolist())}
     print(model_arguments.show({"block_influence": influence, "dropped": layers}, as_json=False))

@@ -65,9 +65,10 @@ def _measured_text(arguments: argparse.Namespace, tokens: int) -> str:
     """Names in one line the text that was measured, and says why the validation loss of a run differs."""
     if content(arguments.data) == "token_ids":
         return f"measured on: all {tokens:,} targets of {arguments.data}"
+    length = model_arguments.sequence_length(arguments)
     part = "all of" if arguments.max_batches is None else f"the first {arguments.max_batches} batches of"
     return (
-        f"measured on: {part} {arguments.data}, {tokens:,} tokens in sequences of {arguments.sequence_length} (the "
+        f"measured on: {part} {arguments.data}, {tokens:,} tokens in sequences of {length} (the "
         "validation loss of a run is measured on the held-out part of its text only, and so differs)"
     )
 

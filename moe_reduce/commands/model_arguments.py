@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from moe_reduce.models.model import Model
 
 INPUTS = ("model", "baseline", "adapter", "scores", "data", "tokenizer", "task_path", "runs")  # arguments that are read
-CORPUS_DEFAULTS = {"sequence_length": 256, "cache": "runs/tokens", "text_field": "text"}
+DEFAULT_LENGTH = 256
+CORPUS_DEFAULTS = {"cache": "runs/tokens", "text_field": "text"}
 
 
 def add_out(
@@ -78,8 +79,9 @@ def add_corpus(parser: argparse.ArgumentParser, required: bool, purpose: str) ->
         "--text-field", default=field, help=f"field of jsonl and parquet rows that holds the text (default: {field})"
     )
     parser.add_argument("--tokenizer", help="tokenizer.model, tokenizer.json or a directory (default: the model's own)")
-    length, cache = CORPUS_DEFAULTS["sequence_length"], CORPUS_DEFAULTS["cache"]
-    parser.add_argument("--sequence-length", type=int, default=length, help=f"tokens in a sequence (default: {length})")
+    cache = CORPUS_DEFAULTS["cache"]
+    shown = f"tokens in a sequence (default: {DEFAULT_LENGTH}; token ids have the length of their file)"
+    parser.add_argument("--sequence-length", type=int, help=shown)
     parser.add_argument("--batch-size", type=int, default=16, help="sequences in a batch (default: 16)")
     parser.add_argument("--max-batches", type=int, help="stop after this many batches (default: the whole corpus)")
     parser.add_argument("--cache", default=cache, help=f"directory of cached tokens (default: {cache})")
@@ -100,12 +102,22 @@ def data_config(arguments: argparse.Namespace) -> "DataConfig":
         source=arguments.data,
         text_field=arguments.text_field,
         tokenizer=arguments.tokenizer or str(arguments.model),
-        sequence_length=arguments.sequence_length,
+        sequence_length=sequence_length(arguments),
         validation_fraction=0.0,
         cache=arguments.cache,
     )
     data.check()
     return data
+
+
+def sequence_length(arguments: argparse.Namespace) -> int:
+    """Tokens in a sequence: as given, else the length of the rows of token ids, else the default."""
+    if arguments.sequence_length is not None:
+        return arguments.sequence_length
+    from moe_reduce.core.data_config import content
+    from moe_reduce.data.rows import row_length
+
+    return row_length(arguments.data) if content(arguments.data) == "token_ids" else DEFAULT_LENGTH
 
 
 def execution(arguments: argparse.Namespace) -> "ExecutionConfig":
@@ -159,16 +171,20 @@ def tensor_mesh(arguments: argparse.Namespace, *models: Path) -> "Mesh | None":
     return sharding.make_mesh(wanted)
 
 
-def batches(arguments: argparse.Namespace, vocab_size: int) -> Iterator[Any]:
-    """Yields the batches of --data, at most --max-batches, with a progress bar."""
+def batches(arguments: argparse.Namespace, vocab_size: int, every_token: bool = False) -> Iterator[Any]:
+    """Yields the batches of --data, at most --max-batches, with a progress bar.
+
+    every_token: count tokens rather than targets, as data/rows.py says.
+    """
     from tqdm import tqdm
 
     from moe_reduce.data.batches import WholeSplit
     from moe_reduce.data.prepare import prepare
+    from moe_reduce.data.rows import every_token as counting_all
 
     data = data_config(arguments)
     tokens, _ = prepare(data, vocab_size)
-    found = WholeSplit(tokens, data, arguments.batch_size)
+    found = WholeSplit(counting_all(tokens) if every_token else tokens, data, arguments.batch_size)
     count = len(found) if arguments.max_batches is None else min(arguments.max_batches, len(found))
     for index in tqdm(range(count), unit="batch", disable=not sys.stderr.isatty()):
         yield found[index]
@@ -176,8 +192,8 @@ def batches(arguments: argparse.Namespace, vocab_size: int) -> Iterator[Any]:
 
 def measured_on(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings, apart from the model, that a loss on --data depends on."""
-    names = ("data", "text_field", "tokenizer", "sequence_length", "batch_size", "max_batches", "compute_dtype")
-    return {name: getattr(arguments, name) for name in names}
+    names = ("data", "text_field", "tokenizer", "batch_size", "max_batches", "compute_dtype")
+    return {name: getattr(arguments, name) for name in names} | {"sequence_length": sequence_length(arguments)}
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:

@@ -1,17 +1,17 @@
 """Steps shared by the commands that run a configuration in a workdir: train, reduce and adapt."""
 
 import argparse
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from moe_reduce.commands import config_file
-from moe_reduce.core.disk import read_json, write_json
+from moe_reduce.core import disk
 from moe_reduce.core.errors import UserError
 
 T = TypeVar("T")
+DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # raised by a summary that was changed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +63,15 @@ def run_each(
             run_one(run, workdir / name, name)
     if jax.process_index() == 0:
         files = {name: workdir / name / SUMMARY for name in described}
-        done = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-        show(done, workdir)
+        done = {name: disk.read_json(file) for name, file in files.items() if file.exists()}
+        try:
+            show(done, workdir)
+        except DAMAGED as error:
+            raise UserError(
+                f"{SUMMARY} of {workdir} lacks what a run writes ({error!r}): remove it and run the same command again"
+            ) from error
         if "" not in runs:
-            write_json(workdir / SUMMARY, {"runs": list(done.values())})
+            disk.write_json(workdir / SUMMARY, {"runs": list(done.values())})
     return workdir / SUMMARY
 
 
@@ -78,7 +83,7 @@ def _check_workdir(workdir: Path) -> None:
 def _check_variants_fit(workdir: Path) -> None:
     """Raises UserError for the workdir of a single run, whose summary that of several variants would replace."""
     summary = workdir / "summary.json"
-    if (workdir / "config.json").exists() or (summary.is_file() and "runs" not in read_json(summary)):
+    if (workdir / "config.json").exists() or (summary.is_file() and "runs" not in disk.read_json(summary)):
         raise UserError(f"--workdir={workdir} belongs to a single run, not to several variants: choose another workdir")
 
 

@@ -93,7 +93,8 @@ def _whole(arguments: argparse.Namespace) -> "tuple[Sums, MoEConfig]":
 
     model = model_arguments.load_model(arguments)
     moe = moe_of(model.config)
-    return scores.collect(model, model_arguments.batches(arguments, model.config.vocab_size)), moe
+    batches = model_arguments.batches(arguments, model.config.vocab_size, every_token=True)
+    return scores.collect(model, batches), moe
 
 
 def _layer_wise(arguments: argparse.Namespace) -> "tuple[Sums, MoEConfig]":
@@ -101,5 +102,5 @@ def _layer_wise(arguments: argparse.Namespace) -> "tuple[Sums, MoEConfig]":
 
     directory = files.open_directory(arguments.model)
     moe = directory.moe
-    batches = list(model_arguments.batches(arguments, directory.config.vocab_size))
+    batches = list(model_arguments.batches(arguments, directory.config.vocab_size, every_token=True))
     return layerwise.collect(directory, batches, model_arguments.execution(arguments)), moe

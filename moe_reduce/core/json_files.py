@@ -28,6 +28,23 @@ def read_object(file: Path, remedy: str = "fetch it again") -> dict[str, Any]:
     return raw
 
 
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Read one JSON object a line, without a last line that a kill cut short; [] where there is no file.
+
+    UserError names the line for any other damage.
+    """
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    found = []
+    for number, line in enumerate(lines, start=1):
+        raw = parse(line, f"{file}:{number}", "restore the file, or remove that line")
+        if not isinstance(raw, dict):
+            raise UserError(f"{file}:{number} holds no JSON object: restore the file, or remove that line")
+        found.append(raw)
+    return found
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:

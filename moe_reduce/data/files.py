@@ -3,22 +3,22 @@
 Tokenizing processes import this module: keep it free of JAX.
 """
 
-import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import zstandard
 
 from moe_reduce.core.errors import UserError
+from moe_reduce.data.text_files import MARK, open_text
 
 READ_CHARACTERS = 1 << 16
 PARQUET_ROWS = 256
-UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError, pyarrow.ArrowInvalid)
+UNREADABLE = (OSError, EOFError, UnicodeError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException, MemoryError)
 
 
 def read_documents(path: Path, text_field: str) -> Iterator[Iterable[str]]:
@@ -74,21 +74,13 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"cannot read {path} ({reason}): is it cut short, or not what its name says?")
 
 
-def _open(path: Path) -> TextIO:
-    if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    if path.name.lower().endswith(".zst"):
-        return zstandard.open(path, "rt", encoding="utf-8", newline="")
-    return open(path, encoding="utf-8", newline="")
-
-
 def _read_text(path: Path, text_field: str) -> Iterator[Iterable[str]]:
     del text_field
     yield _text_fragments(path)
 
 
 def _text_fragments(path: Path) -> Iterator[str]:
-    with _open(path) as file:
+    with open_text(path) as file:
         try:
             while fragment := file.read(READ_CHARACTERS):
                 yield fragment
@@ -97,8 +89,9 @@ def _text_fragments(path: Path) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[Iterable[str]]:
-    with _open(path) as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, start=1):
+            line = line.removeprefix(MARK)  # files that were joined may each have one
             if line.strip():
                 yield (text_of(_parse_line(line, f"{path}:{number}"), text_field, f"{path}:{number}"),)
 
@@ -106,7 +99,7 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Iterable[str]]:
 def _parse_line(line: str, location: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{location} is not JSON ({error}): is the file cut short?") from error
     if not isinstance(row, dict):
         raise UserError(f"{location} holds {type(row).__name__}, not an object with a text field")

@@ -5,6 +5,7 @@ some text for validation. Tokenizing processes import this module: keep it free 
 """
 
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -80,6 +81,59 @@ def split_pieces(documents: Iterable[Iterable[str]], validation_fraction: float)
         yield from _hold_out(list(tail), round(seen_characters * validation_fraction))
     else:
         yield from tail
+
+
+class HeldOut:
+    """Contents of documents, by hash, to leave the same documents out of another text.
+
+    left_out: number of documents left out so far.
+    """
+
+    def __init__(self, documents: Iterable[Iterable[str]]):
+        """Reads all documents, one fragment at a time."""
+        self.left_out = 0
+        self._starts: set[bytes] = set()
+        self._whole: set[bytes] = set()
+        for fragments in documents:
+            start, rest = _start(fragments)
+            whole = _digest(start)
+            self._starts.add(_digest(start[:PIECE_CHARACTERS]).digest())
+            for fragment in rest:
+                whole.update(_bytes(fragment))
+            self._whole.add(whole.digest())
+
+    def without(self, documents: Iterable[Iterable[str]]) -> Iterator[Iterable[str]]:
+        """Yield the documents that are not among these.
+
+        A document is held in memory as a whole only if it starts like one of these.
+        """
+        for fragments in documents:
+            start, rest = _start(fragments)
+            if start and _digest(start[:PIECE_CHARACTERS]).digest() in self._starts:
+                start, rest = start + "".join(rest), iter(())
+                if _digest(start).digest() in self._whole:
+                    self.left_out += 1
+                    continue
+            yield itertools.chain((start,), rest)
+
+
+def _start(fragments: Iterable[str]) -> tuple[str, Iterator[str]]:
+    """Split fragments into a text of at least PIECE_CHARACTERS, if there are as many, and the fragments after it."""
+    rest, start, length = iter(fragments), [], 0
+    for fragment in rest:
+        start.append(fragment)
+        length += len(fragment)
+        if length >= PIECE_CHARACTERS:
+            break
+    return "".join(start), rest
+
+
+def _digest(text: str) -> "hashlib.blake2b":
+    return hashlib.blake2b(_bytes(text), digest_size=16)
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")
 
 
 def hash_fraction(name: str) -> float:

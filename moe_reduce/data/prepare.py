@@ -22,7 +22,7 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.data import shards, sources
 from moe_reduce.data.completions import Completions
 from moe_reduce.data.library_tokenizer import LibraryTokenizer
-from moe_reduce.data.pieces import SPLITS, TRAIN, VALIDATION, Piece, pieces, split_pieces
+from moe_reduce.data.pieces import SPLITS, TRAIN, VALIDATION, HeldOut, Piece, pieces, split_pieces
 from moe_reduce.data.rows import TokenRows
 from moe_reduce.data.shards import Manifest, ShardWriter, TokenSource, TokenStore
 from moe_reduce.data.tokenizer_training import train_tokenizer
@@ -32,7 +32,7 @@ from moe_reduce.data.tokenizing import tokenize
 TRAIN_A_TOKENIZER = "train"
 SAMPLED_CHARACTERS = 1 << 13  # size of the pieces that a tokenizer's training sample is made of
 REMEDY = "free space there, or set data.cache to another place"
-VERSION = 2  # of the rules by which text becomes tokens here
+VERSION = 3  # of the rules by which text becomes tokens here
 LIBRARIES = ("sentencepiece", "tokenizers", "transformers")  # whose versions may change the tokens
 SCANNED_CHARACTERS = 1_000_000_000  # limit of the text scanned for that sample; a hub data set may be endless
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def prepare(config: DataConfig, vocab_size: int) -> tuple[TokenSource, Tokenizer
     given = None if config.tokenizer == TRAIN_A_TOKENIZER else _given_tokenizer(config.tokenizer, vocab_size)
     corpus = sources.corpus_hash(config)
     if config.validation_source is not None:
-        corpus += sources.corpus_hash(_held_out(config))
+        corpus += sources.corpus_hash(_validation(config))
     directory = _cache_directory(config, corpus, _tokenizer_key(given, vocab_size))
     if not directory.exists():
         _make(config, vocab_size, given, corpus, directory)
@@ -105,6 +105,11 @@ def _open(directory: Path, given: Tokenizer | None) -> tuple[TokenStore, Tokeniz
         raise UserError(f"the tokenizer in {directory} is not the one of its tokens; delete {directory} and run again")
     lengths = f"{store.length(TRAIN):,} training and {store.length(VALIDATION):,} validation tokens"
     logger.info("%s in %s", lengths, directory)
+    if store.manifest.left_out:
+        logger.warning(
+            "%d documents of data.source are left out of training, because data.validation_source holds them too",
+            store.manifest.left_out,
+        )
     return store, tokenizer
 
 
@@ -127,7 +132,7 @@ def _make(config: DataConfig, vocab_size: int, given: Tokenizer | None, corpus: 
 
 
 def _trained_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
-    cut = pieces(sources.document_fragments(config), SAMPLED_CHARACTERS)
+    cut = pieces(_held_out(config).without(sources.document_fragments(config)), SAMPLED_CHARACTERS)
     with _progress("sampling text") as bar:
         return train_tokenizer(_scanned((piece.text for piece in cut), bar), vocab_size)
 
@@ -151,7 +156,7 @@ def _write_tokens(
         writers = {split: ShardWriter(places[0], split, dtype) for split in SPLITS}
         for writer in writers.values():
             stack.callback(_close_quietly, writer)
-        documents, bytes_of_text = _append_documents(config, vocab_size, tokenizer, writers, places[1])
+        documents, bytes_of_text, left_out = _append_documents(config, vocab_size, tokenizer, writers, places[1])
         with _writing(places[1]):
             splits = {split: writer.close() for split, writer in writers.items()}
     return Manifest(
@@ -165,17 +170,20 @@ def _write_tokens(
         tokens=sum(shard.tokens for entries in splits.values() for shard in entries),
         bytes_of_text=bytes_of_text,
         splits=splits,
+        left_out=left_out,
     )
 
 
 def _append_documents(
     config: DataConfig, vocab_size: int, tokenizer: Tokenizer, writers: dict[str, ShardWriter], directory: Path
-) -> tuple[int, int]:
-    """Tokenize the corpus into the writers; return the numbers of documents and of bytes of text (UTF-8).
+) -> tuple[int, int, int]:
+    """Tokenize the corpus into the writers; return the numbers of documents, of bytes of text (UTF-8) and left out.
 
-    Every split that holds a part of a document gets its end of text.
+    Every split that holds a part of a document gets its end of text. Left out are training documents that the separate
+    validation text holds as well.
     """
-    found = _divided(config)
+    held_out = _held_out(config)
+    found = _divided(config, held_out)
     documents = bytes_of_text = 0
     splits: set[str] = set()  # that hold a part of the present document
     with _progress("tokenizing") as bar:
@@ -194,19 +202,24 @@ def _append_documents(
             bar.update(size / 1e6)
     if not documents:
         raise UserError(f"{config.source!r} holds no text: give files that are not empty")
-    return documents, bytes_of_text
+    return documents, bytes_of_text, held_out.left_out
 
 
-def _divided(config: DataConfig) -> Iterator[Piece]:
+def _divided(config: DataConfig, held_out: HeldOut) -> Iterator[Piece]:
     """Cut the corpus into pieces and assign each to training or validation."""
-    fragments = sources.document_fragments(config)
+    fragments = held_out.without(sources.document_fragments(config))
     if config.validation_source is None:
         return split_pieces(fragments, config.validation_fraction)
-    held_out = pieces(sources.document_fragments(_held_out(config)))
-    return itertools.chain(pieces(fragments), (dataclasses.replace(piece, split=VALIDATION) for piece in held_out))
+    validation = pieces(sources.document_fragments(_validation(config)))
+    return itertools.chain(pieces(fragments), (dataclasses.replace(piece, split=VALIDATION) for piece in validation))
 
 
-def _held_out(config: DataConfig) -> DataConfig:
+def _held_out(config: DataConfig) -> HeldOut:
+    """Read the documents of the separate validation text, if there is one; training leaves them out."""
+    return HeldOut(() if config.validation_source is None else sources.document_fragments(_validation(config)))
+
+
+def _validation(config: DataConfig) -> DataConfig:
     assert config.validation_source is not None
     return dataclasses.replace(config, source=config.validation_source)
 

@@ -7,7 +7,7 @@ The manifest is written last. `prepare` writes to a temporary directory and rena
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -31,7 +31,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Origin and number of the tokens of a corpus; the id `end_of_text` follows each document."""
+    """Origin and number of the tokens of a corpus; the id `end_of_text` follows each document.
+
+    left_out: documents of the training text that the validation text holds as well.
+    """
 
     format_version: int
     tokenizer_hash: str
@@ -43,6 +46,7 @@ class Manifest:
     tokens: int
     bytes_of_text: int
     splits: dict[str, list[Shard]]
+    left_out: int = 0
 
     def save(self, directory: Path) -> None:
         """Write manifest.json."""
@@ -182,10 +186,25 @@ def _read_manifest(directory: Path) -> Manifest:
         listed = raw.pop("splits")
         splits = {split: [Shard(**shard) for shard in listed[split]] for split in SPLITS}
         manifest = Manifest(splits=splits, **raw)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        _check_types(manifest)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is missing or damaged ({error!r}); delete {directory} and run again") from error
     if manifest.format_version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format {manifest.format_version}, this version reads {FORMAT_VERSION}; delete {directory}"
         )
     return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raise ValueError unless every number is one that a corpus can have, and every file lies in the directory."""
+    shards = [shard for split in manifest.splits.values() for shard in split]
+    numbers = [getattr(manifest, field.name) for field in fields(Manifest) if field.type is int]
+    if not all(type(number) is int and number >= 0 for number in [*numbers, *(shard.tokens for shard in shards)]):
+        raise ValueError("a number is no count")
+    if any(shard.file != Path(shard.file).name for shard in shards):
+        raise ValueError("a shard is no file of this directory")
+    if manifest.dtype not in ("<u2", "<u4"):
+        raise ValueError(f"dtype {manifest.dtype!r} is unknown")
+    if sum(shard.tokens for shard in shards) != manifest.tokens or manifest.end_of_text >= manifest.vocab_size:
+        raise ValueError("its numbers contradict each other")

@@ -1,10 +1,10 @@
 """Fill the marked tables of a document from results, so that no number in a table is typed by hand."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from moe_reduce.core.disk import read_json
 from moe_reduce.core.errors import UserError
 from moe_reduce.reports import tables
 from moe_reduce.reports.finished_runs import SUMMARY
@@ -33,7 +33,7 @@ def _result(directory: Path) -> dict[str, Any]:
     file = directory / SUMMARY
     if not file.is_file():
         raise UserError(f"{directory} has no {SUMMARY}: make it with moe-reduce report --runs")
-    return json.loads(file.read_text())
+    return read_json(file)
 
 
 def _markdown(result: dict[str, Any]) -> str:

@@ -21,6 +21,18 @@ def collect(sources: Iterable[Path], title: str, command: str, out: Path) -> Non
     result, so that runs from several days and machines can be combined. If two sources hold the same model and seed,
     the later source wins.
     """
+    sources = list(sources)
+    try:
+        content = _content(sources, title, out)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
+        named = ", ".join(map(str, sources))
+        raise UserError(
+            f"a summary or curve of {named} lacks what a finished run writes ({error!r}): restore it, or run it again"
+        ) from error
+    write_json(out / SUMMARY, {"title": title, "command": command} | content)
+
+
+def _content(sources: list[Path], title: str, out: Path) -> dict[str, Any]:
     found = {(one.name, one.summary["seed"]): one for source in sources for one in _finished_runs(source)}
     groups: Groups = {}
     # the baseline, if there is one, comes first: gaps are measured to it
@@ -30,8 +42,7 @@ def collect(sources: Iterable[Path], title: str, command: str, out: Path) -> Non
     if len(kinds) > 1:
         raise UserError(f"--runs mixes runs of {' and of '.join(sorted(kinds))}: collect them separately")
     collectors = {"reduce": reduction_results, "adapt": adaptation_results, "train": training_results}
-    content = collectors[kinds.pop()].result(groups, title, out)
-    write_json(out / SUMMARY, {"title": title, "command": command} | content)
+    return collectors[kinds.pop()].result(groups, title, out)
 
 
 def _kind(summary: Summary) -> str:

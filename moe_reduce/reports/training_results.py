@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_reduce.core import json_files
 from moe_reduce.core.disk import write_text
 from moe_reduce.core.errors import UserError
 from moe_reduce.reports import training_pictures
@@ -69,7 +70,7 @@ def _curve(one: FinishedRun) -> dict[str, Any]:
     """Validation loss against tokens, and FLOPs per token, which convert tokens to FLOPs."""
     run = one.summary
     if (one.source / CURVES).is_file():  # an earlier result has no metrics.jsonl
-        kept = [json.loads(line) for line in (one.source / CURVES).read_text().splitlines()]
+        kept = json_files.read_lines(one.source / CURVES)
         return next(curve for curve in kept if (curve["name"], curve["seed"]) == (one.name, run["seed"]))
     lines = [line for line in read_metrics(one.source / "metrics.jsonl") if line["split"] == "validation"]
     lines = lines[:: max(1, len(lines) // POINTS)]

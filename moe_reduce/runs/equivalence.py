@@ -2,6 +2,8 @@
 
 import dataclasses
 import datetime
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -97,10 +99,19 @@ def _latency(model: Callable[[Any], jax.Array], tokens_BT: Any) -> float:
     return float(np.median(seconds))
 
 
+def _digest(report: dict[str, Any]) -> str:
+    """SHA-256 of a report as compact JSON with sorted keys, without its latencies, which no second merge repeats."""
+    repeatable = {name: value for name, value in report.items() if name != "latency_seconds"}
+    return hashlib.sha256(json.dumps(repeatable, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def write_reports(
     directory: Path, files: Mapping[str, str], base: Input, adapter: Adapter, report: dict[str, Any]
 ) -> None:
-    """Write merge.json and equivalence.json. files: SHA-256 of the merged model's files, by name."""
+    """Write merge.json and equivalence.json. files: SHA-256 of the merged model's files, by name.
+
+    merge.json holds the hash of everything in the report but the latencies.
+    """
     write_json(directory / EQUIVALENCE, report)
     write_json(
         directory / MERGE_LOG,
@@ -112,7 +123,7 @@ def write_reports(
             "base": {"path": base.path, "sha256": base.sha256},
             "adapter": merging.digest(adapter),
             "merged": {name: digest for name, digest in files.items() if name.endswith(".safetensors")},
-            "equivalence": manifest.sha256_of_file(directory / EQUIVALENCE),
+            "equivalence": _digest(report),
             "versions": manifest.versions(),
             "commit": manifest.commit(),
         },

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 import jax
 
-from moe_reduce.core import config_dict, disk
+from moe_reduce.core import disk
 from moe_reduce.core.config import ModelConfig, ReduceConfig, to_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
@@ -25,7 +24,18 @@ from moe_reduce.models.model import Model
 from moe_reduce.reduction.transform import expert_count
 from moe_reduce.reports import reduction_picture
 from moe_reduce.runs.stages import RunContext, configurations, run_stage
-from moe_reduce.runs.workdir import SUMMARY, alone, begin, describe, describe_data, finish, finished, machine, writing
+from moe_reduce.runs.workdir import (
+    SUMMARY,
+    alone,
+    begin,
+    describe,
+    describe_data,
+    finish,
+    finished,
+    machine,
+    read_run_config,
+    writing,
+)
 from moe_reduce.storage import manifest
 from moe_reduce.storage.model_directory import load
 from moe_reduce.training import sharding, steps
@@ -200,8 +210,7 @@ def _take_over(run: ReduceConfig, workdir: Path, number: int) -> None:
         done = config.parent / directory.name
         if directory.exists() or not (done / SUMMARY).is_file():
             continue
-        other = config_dict.completed(ReduceConfig, json.loads(config.read_text()))
-        if _beginning(other, number) == beginning and _made_from(done, source):
+        if _beginning_of_file(config, number) == beginning and _made_from(done, source):
             print(f"-- {directory.name} is that of {config.parent}: linked, not run again", flush=True)
             with disk.temporary_beside(directory) as unfinished:
                 # finished files are only ever replaced, never changed in place, so that links are safe
@@ -221,6 +230,14 @@ def _beginning(run: dict[str, Any], number: int) -> Any:
     order = run["order"].split(",")[:number] if "order" in run else None
     rest = {key: value for key, value in run.items() if key not in ("order", "stages")}
     return rest, order, [run["stages"][name] for name in order] if order and "stages" in run else None
+
+
+def _beginning_of_file(config: Path, number: int) -> Any:
+    """Return `_beginning` of another workdir; None where its config.json describes no reduction."""
+    try:
+        return _beginning(read_run_config(config, ReduceConfig), number)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _link_result(run: ReduceConfig, workdir: Path) -> None:

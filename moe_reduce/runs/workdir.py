@@ -115,7 +115,7 @@ def finished(workdir: Path) -> dict[str, Any] | None:
         done = bool(multihost_utils.broadcast_one_to_all(np.asarray(done)))
     if not done:
         return None
-    return json.loads(file.read_text()) if file.exists() else {}
+    return disk.read_json(file) if file.exists() else {}
 
 
 def claim(workdir: Path, run: Any) -> None:
@@ -132,9 +132,7 @@ def claim(workdir: Path, run: Any) -> None:
         foreign = [] if file.exists() else [name for name in RESULTS if os.path.lexists(workdir / name)]
         if foreign:
             raise UserError(f"--workdir={workdir} holds {foreign[0]}, which no run wrote there: choose another workdir")
-        found = config_dict.completed(type(run), json.loads(file.read_text())) if file.exists() else wanted
-        if not isinstance(found, dict):
-            raise ValueError(f"{file} holds no configuration")
+        found = read_run_config(file, type(run)) if file.exists() else wanted
         difference = _first_difference(found, wanted)
         began = any(child.is_dir() for child in workdir.iterdir()) or set(found) != set(wanted)
         if difference and began:
@@ -146,6 +144,20 @@ def claim(workdir: Path, run: Any) -> None:
             disk.write_json(file, wanted)
     except (OSError, ValueError) as error:
         raise UserError(f"--workdir={workdir} cannot be used ({error}): choose another one") from error
+
+
+def read_run_config(file: Path, kind: type) -> dict[str, Any]:
+    """Read the config.json of a workdir, completed by keys that an older version did not write.
+
+    kind: the dataclass that describes such a run. Raises ValueError when the file holds no configuration.
+    """
+    try:
+        found = config_dict.completed(kind, json.loads(file.read_text()))
+    except (RecursionError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{file} holds no configuration: {error!r}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no configuration")
+    return found
 
 
 def _first_difference(found: Any, wanted: Any, path: str = "") -> str:

@@ -64,12 +64,25 @@ def _line(error: Exception) -> str:
 
 
 def _to_stablehlo(traced: Traced) -> Exported:
-    exported = jax.export.export(jax.jit(traced.function), platforms=PLATFORMS)(traced.tokens)
+    with _without_locations():
+        exported = jax.export.export(jax.jit(traced.function), platforms=PLATFORMS)(traced.tokens)
     details = {
         "platforms": list(exported.platforms),
         "calling_convention_version": exported.calling_convention_version,
     }
     return Exported(bytes(exported.serialize()), details)
+
+
+@contextlib.contextmanager
+def _without_locations() -> Iterator[None]:
+    """Leave the paths and lines of source code out of what is lowered: they differ from machine to machine."""
+    config: Any = jax.config  # whose flags are unknown to the type checker
+    limit = config.jax_traceback_in_locations_limit
+    config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        config.update("jax_traceback_in_locations_limit", limit)
 
 
 def _run_stablehlo(file: Path, tokens_BT: np.ndarray) -> np.ndarray:

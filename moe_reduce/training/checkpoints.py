@@ -1,7 +1,9 @@
 """Asynchronous Orbax checkpoints of everything that a run needs to resume: training state and data position."""
 
 import logging
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from moe_reduce.core import disk
 from moe_reduce.core.config import TrainConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.training.steps import State
+
+ASIDE = "damaged-checkpoints"  # directory beside the checkpoints for those that cannot be read
 
 
 class Checkpoints:
@@ -23,6 +28,50 @@ class Checkpoints:
             max_to_keep=train.checkpoints_kept, enable_async_checkpointing=True, create=True
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def resume(self, abstract: State, set_position: Callable[[int, dict[str, Any]], None]) -> tuple[State, int] | None:
+        """Restore the newest checkpoint that can be read, as (state, step); None where there is none.
+
+        `abstract` gives the shapes and the present mesh's shardings; set_position is called with the step and the data
+        position, and raises anything but a UserError for a damaged one. Newer checkpoints that are damaged are moved to
+        damaged-checkpoints/, with a warning. UserError when none can be read, and for any damage in a run of several
+        processes, which must all restore the same step.
+        """
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state, position = self._restore(step, abstract)
+                set_position(step, position)
+            except UserError:
+                raise
+            except Exception as error:  # TensorStore raises exceptions of every type, and of none in particular
+                damaged[step] = f"checkpoint {self._directory / str(step)} is damaged ({_reason(error)})"
+                if jax.process_count() > 1:
+                    raise UserError(f"{damaged[step]}: delete it to go on from the one before") from error
+                continue
+            for number, reason in damaged.items():
+                self._set_aside(number)
+                print(f"warning: {reason}: moved to {ASIDE}/, going on from step {step}", flush=True)
+            return state, step
+        if damaged:
+            reason = next(iter(damaged.values()))
+            raise UserError(f"{reason}, and no earlier one can be read: restore it, or choose another workdir")
+        return None
+
+    def _restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=arguments)
+        return State(*restored["state"]), dict(restored["data"])
+
+    def _set_aside(self, step: int) -> None:
+        place = self._directory.with_name(ASIDE)
+        with disk.writing(place, "free some space or fix its permissions"):
+            place.mkdir(exist_ok=True)
+            target = place / str(step)
+            if target.exists():  # from an earlier damage at the same step
+                shutil.rmtree(target)
+            (self._directory / str(step)).rename(target)
+        self._manager.reload()
 
     def latest(self) -> int | None:
         """Number of steps done at the newest complete checkpoint; None where there is none."""
@@ -37,18 +86,6 @@ class Checkpoints:
             self._manager.save(step, args=arguments)
         except (OSError, ValueError) as error:
             raise self._unwritable(error) from error
-
-    def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
-        """Restore state and data position of `step`; `abstract` gives the shapes and the present mesh's shardings."""
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        try:
-            restored = self._manager.restore(step, args=arguments)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"checkpoint {self._directory / str(step)} cannot be read ({_reason(error)}): delete it to "
-                "go on from the one before"
-            ) from error
-        return State(*restored["state"]), restored["data"]
 
     def wait(self) -> None:
         """Block until every started save is on disk."""

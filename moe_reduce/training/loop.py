@@ -25,7 +25,7 @@ from moe_reduce.training.task import Batch, Params, Task, join
 from moe_reduce.training.throughput import Peak
 from moe_reduce.training.validation import added, summarize
 
-CORPUS = "corpus"  # key of a checkpoint's data position
+CORPUS, NEXT = "corpus", "next_index"  # keys of a checkpoint's data position: ours, and grain's number of batches read
 # the norms show a divergence that the loss shows a step later, or never
 MUST_BE_FINITE = ("loss", "gradient_norm", "parameter_norm")
 HostBatch = dict[str, np.ndarray]
@@ -125,19 +125,24 @@ class Fit:
                 self.checkpoints.close()
 
     def _restore_or_start(self) -> tuple[State, int]:
-        latest = self.checkpoints.latest()
-        if latest is None:
+        resumed = self.checkpoints.resume(self._abstract, self._set_position)
+        if resumed is None:
             return self._initial_state(), 0
-        state, position = self.checkpoints.restore(latest, self._abstract)
+        state, step = resumed
+        if jax.process_index() == 0:
+            print(f"resuming {self.workdir} after step {step} of {self.train.steps}", flush=True)
+        return state, step
+
+    def _set_position(self, step: int, position: dict[str, Any]) -> None:
+        """Go on with the batch after a step; UserError for another corpus, other exceptions for a damaged position."""
         if position.pop(CORPUS, self.feed.corpus) != self.feed.corpus:
             raise UserError(
                 f"data.source, or its tokenizer, is not what {self.workdir} began with: restore it, or choose another "
                 "workdir"
             )
+        if position[NEXT] != step:
+            raise ValueError(f"its data position is {position[NEXT]}")
         self.feed.batches.set_state(position)
-        if jax.process_index() == 0:
-            print(f"resuming {self.workdir} after step {latest} of {self.train.steps}", flush=True)
-        return state, latest
 
     def _compile(self, state: State) -> float:
         """Compile the training step ahead of time, so that its seconds are known and do not count as training."""

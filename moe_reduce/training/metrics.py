@@ -7,7 +7,9 @@ from typing import Any, Protocol
 
 import tensorboardX
 
+from moe_reduce.core import json_files
 from moe_reduce.core.disk import write_text
+from moe_reduce.core.errors import UserError
 
 Metrics = dict[str, float | None]
 TIMING = ("tokens_per_second", "mfu")  # fields that differ between two identical runs
@@ -82,11 +84,12 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of a metrics file; skip a line that a kill cut short."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Read the lines of a metrics file, without a last line that a kill cut short; UserError for other damage."""
+    lines = json_files.read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        if type(line.get("step")) is not int:
+            raise UserError(f"{path}:{number} has no step: restore the file, or remove that line")
+    return lines
 
 
 class Stopwatch:

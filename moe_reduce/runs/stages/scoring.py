@@ -10,6 +10,7 @@ from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import originals
 from moe_reduce.data.batches import train_batches
+from moe_reduce.data.rows import every_token
 from moe_reduce.models.model import Model
 from moe_reduce.reduction import scores, selection
 from moe_reduce.reduction.selection import KeptExperts
@@ -35,9 +36,9 @@ def score_experts(model: Model, criterion: str, batches: int, seed: int, context
 
 
 def calibration(batches: int, seed: int, context: RunContext) -> Iterator[Any]:
-    """Yield the first batches of the stage's text on the mesh."""
+    """Yield the first batches of the stage's text on the mesh, in which every token counts, with a target or not."""
     run, shard = context.run, sharding.process_shard(context.mesh)
-    text = train_batches(context.tokens, run.data, run.train.batch_size, seed, *shard)
+    text = train_batches(every_token(context.tokens), run.data, run.train.batch_size, seed, *shard)
     return (sharding.put_batch(context.mesh, batch) for batch in itertools.islice(text, batches))
 
 
