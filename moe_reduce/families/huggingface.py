@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_reduce.core.config import ModelConfig, MoEConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.families.family import Family
+from moe_reduce.families.family import CARRIED, Family
 from moe_reduce.families.key import Key
 from moe_reduce.families.neutral_keys import NEUTRAL
 
@@ -160,7 +160,7 @@ class HuggingFaceFamily(Family):
     def known_keys(self) -> Set[str]:
         """Keys that are read, checked, or known to change nothing."""
         read = {key.name for key in self.keys.values()} | {*self.rope, *self.aliases, *ROPE_GROUPS, "layer_types"}
-        return read | set(self.accepted) | NEUTRAL | self.neutral
+        return read | set(self.accepted) | set(CARRIED) | NEUTRAL | self.neutral
 
     def _check_rope(self, key: str, rope: Any) -> None:
         if not isinstance(rope, dict):
