@@ -30,7 +30,7 @@ setup(
         "ml-collections>=1.1",
         "grain>=0.2.12",
         "tokenizers>=0.22",
-        "transformers>=5.0",  # reads the tokenizers of other people's models; needs no torch for that
+        "transformers>=5.24",  # reads the tokenizers of other people's models; needs no torch for that
         "safetensors>=0.6",
         "gguf>=0.18",
         "tqdm>=4.66",
