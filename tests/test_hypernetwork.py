@@ -17,6 +17,7 @@ from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, ExecutionConfig, ModelConfig, TrainConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.hypernetwork_config import HypernetworkConfig
+from moe_reduce.models.deltas import BANK
 from moe_reduce.models.model import Model
 from moe_reduce.storage import manifest
 from moe_reduce.training import sharding, steps
@@ -113,14 +114,24 @@ def test_one_call_writes_what_single_calls_write(head):
     assert not all(np.array_equal(x, y) for x, y in zip(different, jax.tree.leaves(together[1].tree), strict=True))
 
 
-def test_a_bank_holds_the_written_adapters():
-    hypernetwork = disturbed(hypernetworks.init(CONFIGS["L"], model_of("dense"), WIDTH))
-    written = jax.jit(lambda given: hypernetworks.bank(hypernetwork, hypernetworks.emit(hypernetwork, given)))
-    bank = trees.flatten(written(embeddings(3)))
-    for entry, adapter in enumerate(hypernetworks.written(hypernetwork, embeddings(3))):
-        for path, leaf in trees.flatten(adapter.tree).items():
-            found = bank[path][:, entry] if path.endswith("matrix") else bank[path]
-            np.testing.assert_allclose(found, leaf, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(("head", "kind"), [("L", "dense"), ("S", "layer"), ("core", "shared")])
+def test_each_row_of_a_batch_runs_with_its_own_description(head, kind):
+    model = model_of(kind)
+    hypernetwork = disturbed(hypernetworks.init(with_targets(head, "q,o@1,mlp"), model, WIDTH))
+    entries = np.array([2, 0, 2], np.int32)
+    tokens = np.random.default_rng(1).integers(0, 61, (3, 8))
+
+    @jax.jit
+    def batched(given):
+        bank = hypernetworks.bank(hypernetwork, hypernetworks.emit(hypernetwork, given))
+        adapted = model.with_params(model.params | {BANK: bank})
+        return adapted.apply({"tokens": jnp.asarray(tokens), "adapter": jnp.asarray(entries)}).logits_BTV
+
+    adapters_written = hypernetworks.written(hypernetwork, embeddings(3))
+    for row, logits in enumerate(batched(embeddings(3))):
+        alone = adapters.activate(model, adapters_written[entries[row]])(tokens[row][None])[0]
+        np.testing.assert_allclose(logits, alone, atol=1e-3, rtol=1e-3)
+        assert np.abs(alone - model(tokens[row][None])[0]).max() > 0.1
 
 
 def test_gradients_reach_the_trunk_as_those_of_a_free_adapter():
