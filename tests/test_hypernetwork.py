@@ -3,9 +3,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_runs import MODELS, assert_close, initial_params
+from training_runs import MODELS, ONE_DEVICE, assert_close, initial_params
 
 import moe_reduce
 from moe_reduce.adapters import adapter as adapters
@@ -13,11 +14,14 @@ from moe_reduce.adapters import adapter_directory, merging
 from moe_reduce.adapters.adapter import Adapter
 from moe_reduce.adapters.hypernetwork import hypernetwork as hypernetworks
 from moe_reduce.core import trees
-from moe_reduce.core.config import AdapterConfig, ExecutionConfig, ModelConfig
+from moe_reduce.core.config import AdapterConfig, ExecutionConfig, ModelConfig, TrainConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.hypernetwork_config import HypernetworkConfig
+from moe_reduce.models.deltas import BANK
 from moe_reduce.models.model import Model
 from moe_reduce.storage import manifest
+from moe_reduce.training import sharding, steps
+from moe_reduce.training.task import Task
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
@@ -110,14 +114,24 @@ def test_one_call_writes_what_single_calls_write(head):
     assert not all(np.array_equal(x, y) for x, y in zip(different, jax.tree.leaves(together[1].tree), strict=True))
 
 
-def test_a_bank_holds_the_written_adapters():
-    hypernetwork = disturbed(hypernetworks.init(CONFIGS["L"], model_of("dense"), WIDTH))
-    written = jax.jit(lambda given: hypernetworks.bank(hypernetwork, hypernetworks.emit(hypernetwork, given)))
-    bank = trees.flatten(written(embeddings(3)))
-    for entry, adapter in enumerate(hypernetworks.written(hypernetwork, embeddings(3))):
-        for path, leaf in trees.flatten(adapter.tree).items():
-            found = bank[path][:, entry] if path.endswith("matrix") else bank[path]
-            np.testing.assert_allclose(found, leaf, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(("head", "kind"), [("L", "dense"), ("S", "layer"), ("core", "shared")])
+def test_each_row_of_a_batch_runs_with_its_own_description(head, kind):
+    model = model_of(kind)
+    hypernetwork = disturbed(hypernetworks.init(with_targets(head, "q,o@1,mlp"), model, WIDTH))
+    entries = np.array([2, 0, 2], np.int32)
+    tokens = np.random.default_rng(1).integers(0, 61, (3, 8))
+
+    @jax.jit
+    def batched(given):
+        bank = hypernetworks.bank(hypernetwork, hypernetworks.emit(hypernetwork, given))
+        adapted = model.with_params(model.params | {BANK: bank})
+        return adapted.apply({"tokens": jnp.asarray(tokens), "adapter": jnp.asarray(entries)}).logits_BTV
+
+    adapters_written = hypernetworks.written(hypernetwork, embeddings(3))
+    for row, logits in enumerate(batched(embeddings(3))):
+        alone = adapters.activate(model, adapters_written[entries[row]])(tokens[row][None])[0]
+        np.testing.assert_allclose(logits, alone, atol=1e-3, rtol=1e-3)
+        assert np.abs(alone - model(tokens[row][None])[0]).max() > 0.1
 
 
 def test_gradients_reach_the_trunk_as_those_of_a_free_adapter():
@@ -223,3 +237,31 @@ def test_an_embedding_of_another_width_is_refused():
     hypernetwork = hypernetworks.abstract(CONFIGS["L"], MODELS["dense"], WIDTH)
     with pytest.raises(UserError, match=f"reads embeddings of width {WIDTH} .*, and these have 5"):
         hypernetworks.written(hypernetwork, np.zeros((1, 5)))
+
+
+def test_the_training_steps_of_the_loop_reconstruct_a_library():
+    new = hypernetworks.init(CONFIGS["S"], model_of("dense"), WIDTH)
+    library = hypernetworks.written(disturbed(new), embeddings(4))
+    scored = hypernetworks.z_scored(new, library)
+    targets = hypernetworks.z_scores(scored, library)
+    raw = dataclasses.replace(scored, statistics=None)  # emits z-scores
+
+    def loss(params, batch):
+        found = hypernetworks.emit(raw.with_params(params[hypernetworks.HYPERNETWORK]), batch["embeddings"])
+        errors = [jnp.mean(jnp.abs(found[path] - targets[path])) for path in targets]
+        return sum(errors) / len(errors), {"loss": sum(errors) / len(errors)}
+
+    records = hypernetworks.records(new)
+    task = Task(loss=loss, evaluate=lambda *_: {}, records=records)
+    params = {hypernetworks.HYPERNETWORK: scored.params}
+    train = TrainConfig(steps=40, batch_size=4, learning_rate=3e-3, weight_decay=0.0, beta2=0.999)
+    mesh = sharding.make_mesh(ONE_DEVICE)
+    program = steps.program(task, train, mesh, params)
+    state = jax.jit(program.new_state, out_shardings=program.shardings)(params)
+    errors = []
+    for _ in range(train.steps):
+        state, metrics = program.step(state, {}, {"embeddings": jnp.asarray(embeddings(4))})
+        errors.append(float(metrics["loss"]))
+    assert errors[-1] < 0.5 * errors[0]
+    decays = {path.split("/")[-1] for path, record in records.items() if record.decays}
+    assert decays == {"kernel"}

@@ -127,6 +127,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path):
     refused("config.json", config | {"position_embedding_type": "relative_key"}, "'relative_key' is not supported")
     refused("config.json", config | {"hidden_act": "relu"}, "hidden_act='relu' is not supported")
     refused("modules.json", modules[:1], "names no pooling")
+    refused("modules.json", {"type": "Pooling"}, r"modules\.json does not list modules")
     refused("modules.json", [*modules, {"type": "x.Dense", "path": "3"}], "a module Dense is not supported")
     refused("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling by max is not supported: cls or mean")
     (path / "tokenizer.json").unlink()

@@ -106,6 +106,12 @@ def test_damaged_tasks_are_refused(tmp_path):
     ):
         refused(part, read, tmp_path / name, {name: content(1, **changes)})
     refused("holds list, not an object", read, tmp_path / "list", {"task5": []})
+    write(tmp_path / "text", {})
+    (tmp_path / "text" / "task7.json").write_text("{")
+    refused(r"task7\.json is not JSON", tasks.read_tasks, tmp_path / "text")
+    write(tmp_path / "yaml", {"task8": content(1)})
+    (tmp_path / "yaml" / "task8.descriptions.yaml").write_text("a: [")
+    refused(r"task8\.descriptions\.yaml is not YAML", tasks.read_tasks, tmp_path / "yaml")
     (tmp_path / "task6.json.gz").write_bytes(b"no gzip")
     refused(r"task6\.json\.gz cannot be read", tasks.read_tasks, tmp_path)
     refused("holds no task task9", tasks.read_tasks, tmp_path, ["task9"])

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_reduce.core.disk import read_json
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.json_files import read_object
 from moe_reduce.storage.tensors import TensorFiles
 
 ARCHITECTURE = "BertModel"
@@ -33,12 +33,12 @@ class Bert:
 
 def readable(directory: Path) -> bool:
     """True if the directory describes a BertModel."""
-    return ARCHITECTURE in (read_json(directory / "config.json").get("architectures") or ())
+    return ARCHITECTURE in (read_object(directory / "config.json").get("architectures") or ())
 
 
 def read(directory: Path) -> tuple[Bert, Weights]:
     """Sizes and fp32 weights. Raises UserError for a kind of BERT that this module does not compute."""
-    raw = read_json(directory / "config.json")
+    raw = read_object(directory / "config.json")
     for key, value in SUPPORTED.items():
         if raw.get(key, value) != value:
             raise UserError(f"{directory / 'config.json'}: {key}={raw[key]!r} is not supported: choose {value!r}")

@@ -20,9 +20,10 @@ from moe_reduce.adapters.hypernetwork.hypernetwork import Hypernetwork, Statisti
 from moe_reduce.adapters.leaves import is_projection
 from moe_reduce.core import config_dict, trees
 from moe_reduce.core.config import ExecutionConfig, model_from_dict, to_dict
-from moe_reduce.core.disk import publish, read_json, temporary_beside, write_json
+from moe_reduce.core.disk import publish, temporary_beside, write_json
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.hypernetwork_config import HypernetworkConfig
+from moe_reduce.core.json_files import read_object
 from moe_reduce.core.provenance import Input
 from moe_reduce.models.model import Model
 from moe_reduce.storage import manifest
@@ -95,7 +96,7 @@ def load(directory: Path, base: Input | None = None) -> Trained:
     """
     for problem in manifest.verify(directory):
         raise UserError(f"{problem}: give the directory of a hypernetwork, or fetch it again")
-    content = read_json(directory / CONFIG)
+    content = read_object(directory / CONFIG)
     try:
         found = Input(content["base"]["path"], content["base"]["sha256"])
         config = config_dict.build(HypernetworkConfig, content["hypernetwork"], "hypernetwork")

@@ -106,7 +106,10 @@ def emit(hypernetwork: Hypernetwork, embeddings_ZW: jax.Array, dropout_key: jax.
 
 
 def bank(hypernetwork: Hypernetwork, emitted: Emitted) -> dict[str, Any]:
-    """Tree of a bank of Z adapters: emitted leaves have Z in front of their last two axes, and the fixed ones no Z."""
+    """Tree of a bank of Z adapters (models/deltas.py), of which batch["adapter"] gives each row its entry.
+
+    Emitted leaves have Z in front of their last two axes; the fixed ones, which all entries share, have none.
+    """
     return trees.unflatten(dict(hypernetwork.fixed) | {path: jnp.moveaxis(x, 0, -3) for path, x in emitted.items()})
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from moe_reduce.adapters.hypernetwork import bert
-from moe_reduce.core.disk import read_json
+from moe_reduce.core import json_files
 from moe_reduce.core.errors import UserError
 from moe_reduce.storage import manifest
 
@@ -105,12 +105,10 @@ def _fetched(name: str) -> Path:
 def _shape(directory: Path) -> Shape:
     if not (directory / "modules.json").is_file():
         raise UserError(f"{directory} has no modules.json: give a sentence-transformers directory")
-    modules: Any = read_json(directory / "modules.json")
     pooling, normalised = None, False
-    for module in modules[1:]:
-        kind = module["type"].rsplit(".", 1)[-1]
+    for kind, folder in _modules(directory / "modules.json")[1:]:
         if kind == "Pooling":
-            pooling = _pooling(directory / module["path"] / "config.json")
+            pooling = _pooling(folder / "config.json")
         elif kind == "Normalize":
             normalised = True
         else:
@@ -118,11 +116,22 @@ def _shape(directory: Path) -> Shape:
     if pooling is None:
         raise UserError(f"{directory / 'modules.json'} names no pooling: choose another encoder")
     settings = directory / "sentence_bert_config.json"
-    return Shape(pooling, normalised, read_json(settings).get("max_seq_length") if settings.is_file() else None)
+    return Shape(
+        pooling, normalised, json_files.read_object(settings).get("max_seq_length") if settings.is_file() else None
+    )
+
+
+def _modules(file: Path) -> list[tuple[str, Path]]:
+    """(kind, folder) of every module, in order."""
+    raw = json_files.parse(file.read_bytes(), file)
+    try:
+        return [(module["type"].rsplit(".", 1)[-1], file.parent / module["path"]) for module in raw]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} does not list modules ({error!r}): fetch it again") from None
 
 
 def _pooling(file: Path) -> str:
-    chosen = [key.removeprefix("pooling_mode_") for key, value in read_json(file).items() if value is True]
+    chosen = [key.removeprefix("pooling_mode_") for key, value in json_files.read_object(file).items() if value is True]
     chosen = [key.removesuffix("_token").removesuffix("_tokens") for key in chosen if key != "include_prompt"]
     if len(chosen) != 1 or chosen[0] not in POOLINGS:
         raise UserError(
@@ -142,10 +151,10 @@ def _transformer(directory: Path) -> tuple[States, int, int | None, list[Path]]:
 
         return run, sizes.width, sizes.positions, sorted(directory.glob("model*.safetensors"))
     if onnx is not None:
-        width = int(read_json(directory / "config.json")["hidden_size"])
-        positions = read_json(directory / "config.json").get("max_position_embeddings")
+        width = int(json_files.read_object(directory / "config.json")["hidden_size"])
+        positions = json_files.read_object(directory / "config.json").get("max_position_embeddings")
         return _onnx(onnx), width, positions, [onnx]
-    kind = ", ".join(read_json(directory / "config.json").get("architectures") or ["no architecture"])
+    kind = ", ".join(json_files.read_object(directory / "config.json").get("architectures") or ["no architecture"])
     raise UserError(
         f"{directory} holds {kind}, which is read from an ONNX file only, and has no {ONNX_FILES[0]}: export it, or "
         f"choose an encoder with the architecture {bert.ARCHITECTURE}"

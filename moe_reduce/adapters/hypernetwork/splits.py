@@ -8,8 +8,9 @@ from typing import Any
 
 from moe_reduce.adapters.hypernetwork.leaks import Leak, leaks
 from moe_reduce.adapters.hypernetwork.tasks import DescribedTask
-from moe_reduce.core.disk import read_json, write_json
+from moe_reduce.core.disk import write_json
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.json_files import read_object
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def check(splits: Splits, tasks: Sequence[DescribedTask]) -> None:
 
 def read(file: Path, tasks: Sequence[DescribedTask]) -> Splits:
     """Splits of a JSON file, as `given`."""
-    return given(tasks, read_json(file))
+    return given(tasks, read_object(file))
 
 
 def write(splits: Splits, file: Path) -> None:

@@ -8,18 +8,20 @@ JSON file {name: [wording, ...]}.
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moe_reduce.core import json_files
 from moe_reduce.core.errors import UserError
 
 MOST_DESCRIPTIONS = 128  # of one task (arXiv:2506.06105)
 PROMPT = "Input: {}\nOutput:"  # of an instance, without the description, which the adapter has read
 SUFFIXES = (".json", ".json.gz")
 WORDINGS = (".descriptions.json", ".descriptions.json.gz", ".descriptions.yaml", ".descriptions.yaml.gz")
-UNREADABLE = (OSError, EOFError, UnicodeDecodeError, ValueError)
+UNREADABLE = (OSError, EOFError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -146,21 +148,21 @@ def _name(file: Path) -> str:
 def _object(file: Path) -> dict[str, Any]:
     try:
         data = gzip.decompress(file.read_bytes()) if file.name.endswith(".gz") else file.read_bytes()
-        content = _yaml(data) if ".yaml" in file.name else json.loads(data)
     except UNREADABLE as error:
         raise UserError(f"{file} cannot be read ({str(error) or type(error).__name__}): fetch it again") from None
+    content = _yaml(data, file) if ".yaml" in file.name else json_files.parse(data, file)
     if not isinstance(content, dict):
         raise UserError(f"{file} holds {type(content).__name__}, not an object: fetch it again")
     return content
 
 
-def _yaml(data: bytes) -> Any:
+def _yaml(data: bytes, file: Path) -> Any:
     import yaml  # only for wordings in this format
 
     try:
         return yaml.safe_load(data)
     except yaml.YAMLError as error:
-        raise ValueError(error) from None
+        raise UserError(f"{file} is not YAML ({error}): fetch it again") from None
 
 
 def _texts(value: Any) -> tuple[str, ...]:
