@@ -39,7 +39,8 @@ MIXED = {
 }
 
 
-def trained_adapters(methods: str, model: Model, words: str = "attention,mlp") -> list[adapters.Adapter]:
+def trained_adapters(methods: str, model: Model) -> list[adapters.Adapter]:
+    words = "attention,mlp" if model.config.moe is None else "attention,mlp,router"
     configs = [dataclasses.replace(config, targets=words) for config in MIXED[methods]]
     if methods == "all":
         configs[2] = dataclasses.replace(configs[2], targets="q,up", sketch_width=4)
