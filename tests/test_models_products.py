@@ -132,3 +132,21 @@ def test_a_bf16_pool_adds_up_its_gradient_in_fp32(dispatch):
     for part, whole in zip(one, many, strict=True):
         assert whole.dtype == jnp.float32
         np.testing.assert_allclose(whole, part * calls, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(("multiply", "dtype"), [(products.product, "float32"), (products.exact, "bfloat16")])
+def test_leading_axes_batch_a_product(multiply, dtype):
+    x_BSI = jax.random.normal(jax.random.key(0), (3, 5, 8)).astype(dtype)
+    matrix_BIO, dy_BSO = (
+        jax.random.normal(jax.random.key(1), (3, 8, 4)),
+        jax.random.normal(jax.random.key(2), (3, 5, 4)),
+    )
+
+    def both(x, matrix, dy):
+        y, vjp = jax.vjp(multiply, x, matrix)
+        return y, *vjp(dy.astype(y.dtype))
+
+    together = both(x_BSI, matrix_BIO, dy_BSO)
+    for row in range(3):
+        for found, wanted in zip(together, both(x_BSI[row], matrix_BIO[row], dy_BSO[row]), strict=True):
+            np.testing.assert_allclose(found[row].astype("float32"), wanted.astype("float32"), rtol=1e-5, atol=1e-6)
