@@ -16,6 +16,7 @@ from moe_reduce.core.config import AdaptConfig, AdapterConfig, ModelConfig, Redu
 PACKAGE = Path(__file__).resolve().parent.parent / "moe_reduce"
 RAISES = {"UserError", "PeerLost", "writing"}  # calls whose strings a user reads
 FLAG = re.compile(r"--[a-z][a-z0-9-]*")
+OTHER_PROGRAMS = re.compile(r"(?:pip install|llama-gguf-split) --[a-z-]+")  # their flags are not ours
 RUNS = (RunConfig, ReduceConfig, AdaptConfig)
 GROUPS = "model|train|data|mesh|execution|balance|adapter"
 KEY = re.compile(rf"(?<![\w/.])(?:{GROUPS})(?:\.[a-z_]+)+(?![\w/(])")
@@ -74,7 +75,11 @@ MESSAGES, FLAGS, KEYS = messages(), flags(), keys()
 def wrong_remedies(found: list[tuple[str, str]]) -> list[str]:
     wrong = []
     for place, text in found:
-        wrong += [f"{place}: no command has {flag}" for flag in FLAG.findall(text) if flag not in FLAGS]
+        wrong += [
+            f"{place}: no command has {flag}"
+            for flag in FLAG.findall(OTHER_PROGRAMS.sub("", text))
+            if flag not in FLAGS
+        ]
         keys_named = KEY.findall(FILES.sub("", text))
         wrong += [f"{place}: no configuration has {key}" for key in keys_named if key.rstrip(".") not in KEYS]
         wrong += [f"{place}: dtype= is no option of a command"] * bool(LOAD_ARGUMENT.search(text))
