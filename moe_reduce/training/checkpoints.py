@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from moe_reduce.core import disk
+from moe_reduce.core import disk, memory
 from moe_reduce.core.config import TrainConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.training.steps import State
@@ -45,6 +45,8 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # TensorStore raises exceptions of every type, and of none in particular
+                if memory.is_exhausted(error):
+                    raise
                 damaged[step] = f"checkpoint {self._directory / str(step)} is damaged ({_reason(error)})"
                 if jax.process_count() > 1:
                     raise UserError(f"{damaged[step]}: delete it to go on from the one before") from error
