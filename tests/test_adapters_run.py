@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import resource
 import shutil
 
 import jax
@@ -103,6 +104,40 @@ def test_what_a_run_leaves(finished):
     log = json.loads((work / equivalence.MERGE_LOG).read_text())
     assert set(log["merged"]) == {"model.safetensors"}
     assert (work / "loss.png").is_file()
+
+
+@pytest.mark.parametrize("limit", [300, 1500, 4000, 20_000])  # bytes a file: too few for ever more of the result
+def test_a_full_disk_at_the_end_is_one_line_and_the_next_attempt_goes_on(finished, tmp_path, capsys, limit):
+    work = tmp_path / "run"
+    shutil.copytree(finished / "run", work)
+    expected = (work / "model/model.safetensors").read_bytes()
+    shutil.rmtree(work / "model")
+    shutil.rmtree(work / "adapter")
+    (work / "summary.json").unlink()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        assert _adapt(finished / "config.py", work) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "File too large" in line
+    assert str(work) in line
+    assert "free some space" in line
+    assert _adapt(finished / "config.py", work) == 0
+    assert (work / "model/model.safetensors").read_bytes() == expected
+
+
+def test_merging_again_gives_the_same_log(finished, tmp_path):
+    arguments = ["merge", f"--model={finished / 'base'}", f"--adapter={finished / 'run/adapter'}"]
+    logs = []
+    for name in ("one", "other"):
+        assert main([*arguments, f"--out={tmp_path / name}"]) == 0
+        logs.append(json.loads((tmp_path / name / equivalence.MERGE_LOG).read_text()))
+        assert logs[-1].pop("date")
+    assert logs[0] == logs[1]
+    reports = [json.loads((tmp_path / name / equivalence.EQUIVALENCE).read_text()) for name in ("one", "other")]
+    assert reports[0]["latency_seconds"] != reports[1]["latency_seconds"]
 
 
 def test_merge_gives_what_adapt_gave(finished, tmp_path, capsys):

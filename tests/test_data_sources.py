@@ -93,6 +93,9 @@ def test_a_compressed_file_cut_at_any_byte_is_refused(tmp_path, suffix, compress
     for end in sorted(set(range(len(whole))) - ends | {0}):
         path = write(tmp_path / f"a.jsonl{suffix}", whole[:end])
         assert path in refusal(path), end
+    if suffix == ".gz":
+        path = write(tmp_path / "a.txt.gz", whole[:-1])
+        assert path in refusal(path)
 
 
 def test_globs_lists_and_directories_are_read_in_order_each_file_once(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,17 @@ def test_what_export_json_says(dense, capsys, caplog):
     assert captured.out.splitlines()[-1] == str(out)
     assert captured.err == ""
     assert not [record for record in caplog.records if record.name.startswith(("jax2onnx", "onnx", "root"))]
+
+
+def test_a_file_is_the_same_wherever_it_is_made(dense):
+    again = dense.parent / "again/deeper/model"
+    shutil.copytree(dense, again)
+    first, second = [
+        (exported(model, "--format=stablehlo") / "model.stablehlo").read_bytes() for model in (dense, again)
+    ]
+    assert first == second
+    assert b".py" not in first
+    assert str(Path(moe_reduce.__file__).parent).encode() not in first
 
 
 def test_fixed_sizes_are_the_only_ones(dense):

@@ -52,7 +52,7 @@ def run_each(
     import jax
 
     _join_processes(arguments)
-    from moe_reduce.runs.workdir import SUMMARY
+    from moe_reduce.runs.workdir import SUMMARY, writing
     from moe_reduce.training import checkpoints, processes
 
     checkpoints.quiet_failures()
@@ -64,15 +64,22 @@ def run_each(
     if jax.process_index() == 0:
         files = {name: workdir / name / SUMMARY for name in described}
         done = {name: disk.read_json(file) for name, file in files.items() if file.exists()}
-        try:
-            show(done, workdir)
-        except DAMAGED as error:
-            raise UserError(
-                f"{SUMMARY} of {workdir} lacks what a run writes ({error!r}): remove it and run the same command again"
-            ) from error
-        if "" not in runs:
-            disk.write_json(workdir / SUMMARY, {"runs": list(done.values())})
+        with writing(workdir):
+            _show(show, done, workdir)
+            if "" not in runs:
+                disk.write_json(workdir / SUMMARY, {"runs": list(done.values())})
     return workdir / SUMMARY
+
+
+def _show(
+    show: Callable[[dict[str, dict[str, Any]], Path], None], done: dict[str, dict[str, Any]], workdir: Path
+) -> None:
+    try:
+        show(done, workdir)
+    except DAMAGED as error:
+        raise UserError(
+            f"summary.json of {workdir} lacks what a run writes ({error!r}): remove it and run the same command again"
+        ) from error
 
 
 def _check_workdir(workdir: Path) -> None:

@@ -3,7 +3,7 @@
 Modules, in the order in which text flows through them:
 
     sources/            documents of data.source, one module per kind: python-stdlib, local files or hub:OWNER/NAME
-    files               readers of txt, jsonl and parquet, compressed or not
+    files               readers of txt, jsonl and parquet (text_files: decompressed and decoded)
     pieces              documents cut into bounded pieces, each assigned to training or validation
     tokenizers          one protocol for all, and the choice of a reader: library_reader for directories (transformers;
                         library_tokenizer, splitting), gguf_tokenizer for GGUF files, sentencepiece_tokenizer for what

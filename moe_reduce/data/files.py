@@ -80,12 +80,12 @@ def _read_text(path: Path, text_field: str) -> Iterator[Iterable[str]]:
 
 
 def _text_fragments(path: Path) -> Iterator[str]:
-    with open_text(path) as file:
-        try:
+    try:
+        with open_text(path) as file:
             while fragment := file.read(READ_CHARACTERS):
                 yield fragment
-        except UNREADABLE as error:  # fragments are read after read_documents has yielded them
-            raise _unreadable(path, error) from error
+    except UNREADABLE as error:  # fragments are read after read_documents has yielded them
+        raise _unreadable(path, error) from error
 
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[Iterable[str]]:

@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 import threading
 import types
@@ -117,6 +118,7 @@ def bare_main() -> Iterator[None]:
 def _start(tokenizer: Tokenizer) -> None:
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent ends this one
     _tokenizer = tokenizer
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -231,9 +231,15 @@ def read(file: Path) -> Scores:
         by_layer = np.asarray(content["counts_by_layer"], np.float32) if "counts_by_layer" in content else None
         tokens = int(content["tokens"])
         model = Input(**content["model"]) if "model" in content else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{file} holds no scores ({error!r}): make it with moe-reduce score") from None
     for name, values in by_name.items():
         if values.shape != counts.shape or counts.ndim != 2 or not np.all(np.isfinite(values)):
             raise UserError(f"{file}: scores of {name} are not finite numbers of shape {counts.shape}: make it again")
+    for rows in (counts, counts if by_layer is None else by_layer):
+        whole = rows.ndim == 2 and rows.shape[1:] == counts.shape[1:] and np.all((rows >= 0) & (rows < np.inf))
+        if not whole or tokens < 0:
+            raise UserError(f"{file}: counts and tokens must be numbers of at least 0, by expert: make it again")
+    if model is not None and not (isinstance(model.path, str) and isinstance(model.sha256, str)):
+        raise UserError(f"{file}: model must be a path and a hash: make it again")
     return Scores(tokens, counts, by_name, by_layer, model)

@@ -43,7 +43,7 @@ def entries(workdirs: Sequence[Path]) -> list[Entry]:
 
     Raises UserError when a run is not finished, two models have the same name, or validation texts differ.
     """
-    found = [entry for workdir in workdirs for entry in _workdir_entries(workdir)]
+    found = [entry for workdir in workdirs for entry in _checked_entries(workdir)]
     names = [entry.name for entry in found]
     for name in names:
         if names.count(name) > 1:
@@ -51,6 +51,25 @@ def entries(workdirs: Sequence[Path]) -> list[Entry]:
     texts = {entry.summary["data"]["fingerprint"] for entry in found if "data" in entry.summary}
     if len(texts) > 1:
         raise UserError("--runs were validated on different texts, so their losses do not compare: leave one out")
+    return found
+
+
+def _checked_entries(workdir: Path) -> list[Entry]:
+    """Entries with a name and every number that a row shows; UserError for a summary that was damaged."""
+    try:
+        found = _workdir_entries(workdir)
+        for entry in found:
+            summary, validation = entry.summary, entry.summary["validation"]
+            numbers = [summary["parameters"], summary["bytes"], validation["loss"], validation["accuracy"]]
+            texts = [entry.name, *([summary["data"]["fingerprint"]] if "data" in summary else [])]
+            if not all(type(number) in (int, float) for number in numbers):
+                raise ValueError(f"numbers are {numbers}")
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"names are {texts}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{workdir / SUMMARY} lacks what a finished run writes ({error!r}): restore it, or run it again"
+        ) from error
     return found
 
 
@@ -104,7 +123,7 @@ def _row(entry: Entry, whole: float, speed: float | None) -> list[str]:
         f"{summary['bytes'] / 1e6:.2f} MB",
         f"{validation['loss']:.3f}",
         f"{validation['accuracy']:.1%}",
-        f"{validation['accuracy'] / whole:.1%}",
+        f"{validation['accuracy'] / whole:.1%}" if whole else "-",
         "-" if speed is None else f"{speed:,.0f}",
     ]
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from moe_reduce.core import disk
+from moe_reduce.core import disk, memory
 from moe_reduce.core.config import TrainConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.training.steps import State
@@ -40,11 +40,13 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                state, position = self._restore(step, abstract)
+                state, position = self.restore(step, abstract)
                 set_position(step, position)
             except UserError:
                 raise
             except Exception as error:  # TensorStore raises exceptions of every type, and of none in particular
+                if memory.is_exhausted(error):
+                    raise
                 damaged[step] = f"checkpoint {self._directory / str(step)} is damaged ({_reason(error)})"
                 if jax.process_count() > 1:
                     raise UserError(f"{damaged[step]}: delete it to go on from the one before") from error
@@ -58,7 +60,8 @@ class Checkpoints:
             raise UserError(f"{reason}, and no earlier one can be read: restore it, or choose another workdir")
         return None
 
-    def _restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+    def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+        """Restore state and data position of `step`; raises any exception for a damaged checkpoint."""
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=arguments)
         return State(*restored["state"]), dict(restored["data"])
@@ -84,19 +87,22 @@ class Checkpoints:
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(copy), data=ocp.args.JsonSave(data_position))
         try:
             self._manager.save(step, args=arguments)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # as in resume
             raise self._unwritable(error) from error
 
     def wait(self) -> None:
         """Block until every started save is on disk."""
         try:
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # as in resume
             raise self._unwritable(error) from error
 
     def close(self) -> None:
         """Wait for saves and end the background threads."""
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:  # as in resume
+            raise self._unwritable(error) from error
 
     def _unwritable(self, error: Exception) -> UserError:
         return UserError(
