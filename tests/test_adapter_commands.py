@@ -143,7 +143,7 @@ def test_mistakes_are_one_line(place, given, line, capsys, monkeypatch):
 
 
 def test_an_adapter_of_another_base_is_one_line(place, capsys):
-    for adapter, line in (("lora", "is another model (its hash differs)"), ("peft", "adapter leaf")):
+    for adapter, line in (("lora", "is another model (its hash differs)"), ("peft", "give the adapter of this base")):
         config = dataclasses.replace(MODELS["dense"], vocab_size=400, feed_forward_width=24, width=24)
         other = place / f"other-{adapter}"
         moe_reduce.save(Model(config, initial_params(config), ExecutionConfig().resolve("cpu")), other)

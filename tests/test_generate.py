@@ -170,7 +170,7 @@ def test_two_devices_make_the_text_of_one_and_gather_no_weight(kind, platform, c
     if compute_dtype == "float32":  # else sums in another order may change a choice
         assert found == generate(model, PROMPTS, settings)
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(prepared.params)} == {2}
-    request = generation._request(prepared, PROMPTS, settings)
+    request = generation._request(prepared, PROMPTS, settings, None)
     program, choice = request.program, request.choice
     generation._prefill.clear_cache()
     generation._decode.clear_cache()
@@ -190,7 +190,7 @@ def test_two_devices_make_the_text_of_one_and_gather_no_weight(kind, platform, c
 def test_rows_keep_apart_within_the_mesh_of_a_training_run():
     """As recall asks in the middle of training: each device holds the cache of its own rows."""
     model, settings = ready(model_of("dense")), GenerateConfig(max_tokens=4)
-    request = generation._request(model, [[1, 2]] * 4, settings)
+    request = generation._request(model, [[1, 2]] * 4, settings, None)
     with jax.set_mesh(make_mesh(MeshConfig(data=4))):
         inputs = (request.tokens_BT, request.lengths_B)
         state, _ = generation._prefill(request.program, request.slots, model.params, *inputs, request.choice)

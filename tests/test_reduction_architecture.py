@@ -437,10 +437,8 @@ def test_command_measures_the_loss(directory, capsys):
 def test_command_drops_the_least_influential(directory, capsys):
     assert main(command(directory, "drop-layers", "--count=2", "--max-batches=1", *data(directory))) == 0
     model = moe_reduce.load(directory / "model")
-    ids = np.load(directory / "tokens.npy")[:4]
-    counted = np.ones(ids.shape, bool)
-    counted[:, -1] = False
-    influence = block_influence(model, [batch_of(ids, counted)])
+    ids = np.load(directory / "tokens.npy")[:4]  # every token counts
+    influence = block_influence(model, [batch_of(ids, np.ones(ids.shape, bool))])
     dropped = sorted(np.argsort(influence)[:2].tolist())
     after = moe_reduce.load(directory / "out")
     assert after.chain[0].arguments["layers"] == dropped
@@ -472,10 +470,13 @@ def test_command_overwrites_only_when_told(directory, capsys):
     assert "--overwrite" in capsys.readouterr().err
     assert main([*command(directory, "prune-neurons", "--keep=8"), "--overwrite"]) == 0
     assert moe_reduce.load(directory / "out").config.feed_forward_width == 8
-    # a chain grows, also where a model replaces itself
-    again = ["group-heads", f"--model={directory / 'out'}", f"--out={directory / 'out'}", "--key-value-heads=1"]
-    assert main([*again, "--overwrite"]) == 0
-    assert [step.command for step in moe_reduce.load(directory / "out").chain] == ["prune-neurons", "group-heads"]
+    # an input is never replaced; a chain grows
+    again = ["group-heads", f"--model={directory / 'out'}", "--key-value-heads=1", "--overwrite"]
+    capsys.readouterr()
+    assert main([*again, f"--out={directory / 'out'}"]) == 2
+    assert "which this command reads" in capsys.readouterr().err
+    assert main([*again, f"--out={directory / 'grouped'}"]) == 0
+    assert [step.command for step in moe_reduce.load(directory / "grouped").chain] == ["prune-neurons", "group-heads"]
 
 
 @pytest.mark.parametrize(

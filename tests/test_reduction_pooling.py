@@ -120,7 +120,7 @@ def test_what_cannot_be_pooled(model, tiny_dense, tiny_shared):
         ({"bias": -1.0}, "bias=-1.0"),
         ({"bias": float("nan")}, "bias=nan"),
         ({"bias": float("inf")}, "bias=inf"),
-        ({"bias": 4.0, "start": "random"}, "lossless start"),
+        ({"bias": 4.0, "start": "random"}, "start=lossless"),
         ({"offset": 8.0}, "sigmoid scores"),
         ({"offset": float("nan"), "score_function": "sigmoid"}, "offset=nan"),
     ],

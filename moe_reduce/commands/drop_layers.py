@@ -27,12 +27,20 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
         raise UserError(
             f"--count={arguments.count} needs text to measure Block Influence on: give --data, or name --layers"
         )
+    if arguments.count is not None:
+        _check_count(arguments)
     model = transforming.read(arguments, overrides)
     from moe_reduce.reduction.layers import drop_layers
 
     settings = {"layers": arguments.layers} if arguments.count is None else _least_influential(arguments, model)
     dropped = settings["layers"]
     return transforming.write(arguments, model, drop_layers(model, dropped), settings, _kept_experts(model, dropped))
+
+
+def _check_count(arguments: argparse.Namespace) -> None:
+    layers = model_arguments.directory_config(arguments.model).layers
+    if not 1 <= arguments.count < layers:
+        raise UserError(f"--count={arguments.count} must be at least 1 and below the {layers} layers")
 
 
 def _numbers(text: str) -> list[int]:
@@ -58,8 +66,6 @@ def _least_influential(arguments: argparse.Namespace, model: "Model") -> dict[st
 
     from moe_reduce.reduction.layers import block_influence
 
-    if not 1 <= arguments.count < model.config.layers:
-        raise UserError(f"--count={arguments.count} must be at least 1 and below the {model.config.layers} layers")
     batches = model_arguments.batches(arguments, model.config.vocab_size, every_token=True)
     influence_N = block_influence(model, batches)
     layers = sorted(np.argsort(influence_N, kind="stable")[: arguments.count].tolist())

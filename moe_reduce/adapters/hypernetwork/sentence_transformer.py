@@ -166,7 +166,7 @@ def _onnx(file: Path) -> States:
         import onnxruntime
     except ModuleNotFoundError:
         raise UserError(
-            f"{file} needs onnxruntime: pip install 'moe_reduce[hypernetwork]', or choose an encoder with the "
+            f"{file} needs onnxruntime: pip install -e '.[hypernetwork]', or choose an encoder with the "
             f"architecture {bert.ARCHITECTURE}"
         ) from None
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])

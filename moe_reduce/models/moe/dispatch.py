@@ -187,16 +187,17 @@ def dispatch_reference(
     experts, masters = with_master_gradients(experts, masters)
     x_SD, groups_SA, weights_SA = rows
     count, entries = experts.number, experts.groups // experts.number
-    entry_SZ = jax.nn.one_hot(groups_SA[:, 0] % entries, entries, dtype=x_SD.dtype)
+    experts_SA = groups_SA if entries == 1 else groups_SA // entries  # ONNX export knows no division of these
 
     def product(rows_ESI: jax.Array, matrices: jax.Array) -> jax.Array:
         if matrices.shape[0] == count:
             return _each_expert(rows_ESI, matrices)
         matrices_EZIO = matrices.reshape(count, entries, *matrices.shape[1:]).astype(rows_ESI.dtype)
+        entry_SZ = jax.nn.one_hot(groups_SA[:, 0] % entries, entries, dtype=rows_ESI.dtype)
         return jnp.einsum("ESI,SZ,EZIO->ESO", rows_ESI, entry_SZ, matrices_EZIO)
 
     y_ESD = swiglu(jnp.broadcast_to(x_SD[None], (count, *x_SD.shape)), experts, product)
-    chosen_SAE = jax.nn.one_hot(groups_SA // entries, count, dtype=x_SD.dtype)
+    chosen_SAE = jax.nn.one_hot(experts_SA, count, dtype=x_SD.dtype)
     y_SAD = jnp.einsum("SAE,ESD->SAD", chosen_SAE, y_ESD)
     y_SD = jnp.einsum("SA,SAD->SD", weights_SA.astype(x_SD.dtype), y_SAD)
     return Result(y_SD, masters, jnp.zeros(()), sizes_of(y_SAD))
