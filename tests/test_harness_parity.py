@@ -30,7 +30,7 @@ WORDS = text(documents=30, seed=1).replace(".", "").split()
 CHOICE_METRICS = [{"metric": "acc"}, {"metric": "acc_norm"}]
 
 
-@pytest.fixture(scope="module", params=["begins", "plain"])
+@pytest.fixture(scope="module", params=[pytest.param("begins", marks=pytest.mark.slow), "plain"])
 def directory(tmp_path_factory, request):
     """A tiny random Llama of transformers, with a tokenizer that puts a blank, and `begins` <s>, before each text."""
     place = tmp_path_factory.mktemp(request.param)

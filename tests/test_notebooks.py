@@ -10,10 +10,13 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MINUTES = ("2_reduce_a_mixture", "3_skema_and_lora")  # these train for more than three minutes
 OF_TESTS = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # of tests/conftest.py: eight devices, slow code
 
 
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", [pytest.param(file, id=file.stem, marks=[pytest.mark.slow] * (file.stem in MINUTES)) for file in NOTEBOOKS]
+)
 def test_notebook_runs_and_ends_in_a_picture(file, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")  # by which a notebook finds the project's root
     notebook = nbformat.read(file, as_version=4)
