@@ -179,8 +179,7 @@ def test_two_devices_make_the_text_of_one_and_gather_no_weight(kind, platform, c
         generate(prepared, PROMPTS, settings)
     assert [event for event in events if "backend_compile" in event] == []
     with generation.on_mesh(prepared):
-        inputs = (request.tokens_BT, request.lengths_B)
-        state, _ = generation._prefill(program, request.slots, prepared.params, *inputs, choice)
+        state, _ = generation._prefill(program, request.slots, prepared.params, request.prompts, choice)
         text = generation._decode.lower(program, prepared.params, state, choice, jnp.int32(1)).compile().as_text()
     moved = collectives(text)
     assert moved["all-reduce"]["bytes"] > 0
@@ -192,8 +191,7 @@ def test_rows_keep_apart_within_the_mesh_of_a_training_run():
     model, settings = ready(model_of("dense")), GenerateConfig(max_tokens=4)
     request = generation._request(model, [[1, 2]] * 4, settings, None)
     with jax.set_mesh(make_mesh(MeshConfig(data=4))):
-        inputs = (request.tokens_BT, request.lengths_B)
-        state, _ = generation._prefill(request.program, request.slots, model.params, *inputs, request.choice)
+        state, _ = generation._prefill(request.program, request.slots, model.params, request.prompts, request.choice)
     for leaf in jax.tree.leaves(state.cache):
         assert leaf.sharding.shard_shape(leaf.shape)[0] == 1
 
