@@ -244,8 +244,8 @@ def test_tiles_of_any_size(block_rows):
 def test_tiles_are_no_larger_than_what_an_expert_gets():
     assert expert_loop.tile_rows(64, rows=16_384, groups=16) == 64
     assert expert_loop.tile_rows(64, rows=16_384, groups=6144) == 4
-    assert expert_loop.tile_rows(64, rows=8, experts=128) == 1
-    assert expert_loop.tile_rows(3, rows=100, experts=2) == 3
+    assert expert_loop.tile_rows(64, rows=8, groups=128) == 1
+    assert expert_loop.tile_rows(3, rows=100, groups=2) == 3
 
 
 def test_capacity_reports_what_it_drops():
