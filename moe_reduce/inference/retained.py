@@ -8,9 +8,8 @@ import numpy as np
 DRAWS = 2000
 INTERVAL = (2.5, 97.5)  # percentiles: a 95 % interval
 
-Figures = Callable[
-    [np.ndarray], tuple[float, float]
-]  # of the model and the baseline, on the questions with these indices
+# (question indices) -> figures of the model and of the baseline
+Figures = Callable[[np.ndarray], tuple[float, float]]
 Aggregate = Callable[[list[Any]], float]
 Relation = Callable[[float, float], float]
 

@@ -187,7 +187,8 @@ def dispatch_reference(
     experts, masters = with_master_gradients(experts, masters)
     x_SD, groups_SA, weights_SA = rows
     count, entries = experts.number, experts.groups // experts.number
-    experts_SA = groups_SA if entries == 1 else groups_SA // entries  # ONNX export knows no division of these
+    # without a bank there is nothing to divide, and the ONNX converter fails on integer division at dynamic sizes
+    experts_SA = groups_SA if entries == 1 else groups_SA // entries
 
     def product(rows_ESI: jax.Array, matrices: jax.Array) -> jax.Array:
         if matrices.shape[0] == count:
