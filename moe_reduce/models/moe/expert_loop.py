@@ -79,7 +79,7 @@ def _for_each_tile(counts_J, smallest: int, body, matrices, carry):
     rows. XLA copies carried buffers around a conditional and updates them in place in a loop. For that reason a chain
     of loops chooses the size, not a `switch`, and empty groups are removed from the list, not skipped by a `cond`.
     """
-    groups_per_expert = counts_J.shape[0] // matrices[0].shape[0]
+    groups_per_expert = jnp.int32(counts_J.shape[0] // matrices[0].shape[0])
     starts_J = jnp.cumsum(counts_J) - counts_J
     (used_J,) = jnp.nonzero(counts_J > 0, size=counts_J.shape[0], fill_value=0)
     matrices = jax.tree.map(_bits, matrices)
@@ -87,7 +87,7 @@ def _for_each_tile(counts_J, smallest: int, body, matrices, carry):
 
     def visit(index, carry):
         group = used_J[index]
-        mine = jax.tree.map(lambda bits: _values(bits[group // groups_per_expert]), matrices)
+        mine = jax.tree.map(lambda bits: _values(bits[lax.div(group, groups_per_expert)]), matrices)
         state = (jnp.int32(0), carry)
         for smaller, size in reversed(list(itertools.pairwise(sizes))):
 
@@ -158,7 +158,7 @@ def _backward(settings: Settings, saved, cotangents):
     dy_MD, dmasters = jax.tree.map(instantiate_zeros, cotangents)
     rows, dtype = dy_MD.shape[0], dy_MD.dtype
     dy_MD = jnp.pad(dy_MD, ((0, smallest * TILE_MULTIPLES[-1]), (0, 0)))
-    groups_per_expert = counts_J.shape[0] // matrices[0].shape[0]
+    groups_per_expert = jnp.int32(counts_J.shape[0] // matrices[0].shape[0])
     bits = jax.tree.map(_bits, group_deltas)
 
     def body(carry, group, mine, size, start, left):
@@ -183,7 +183,7 @@ def _backward(settings: Settings, saved, cotangents):
         dx = _update(dx, dx_here, start)
         if dmasters:
             here = (dot(x, dgate, 0, 0, layout), dot(x, dup, 0, 0, layout), dot(activation * up, dy, 0, 0, layout))
-            dmasters = _add(dmasters, here, group // groups_per_expert)
+            dmasters = _add(dmasters, here, lax.div(group, groups_per_expert))
         return dx, dmasters, dgroup_deltas
 
     start: Any = (_padded(rows, x_MD.shape[1], smallest, dtype), tuple(dmasters), trained.totals(group_deltas))
