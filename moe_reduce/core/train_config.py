@@ -66,7 +66,7 @@ class BalanceConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation (AdamW, linear warm-up, cosine decay) and the intervals of logs, evaluations and checkpoints."""
+    """Optimisation (AdamW, linear warm-up, then decay) and the intervals of logs, evaluations and checkpoints."""
 
     steps: int = REQUIRED_INT  # or epochs
     epochs: float | None = None  # passes over the training text, in place of steps
@@ -75,6 +75,7 @@ class TrainConfig:
     learning_rate: float = 3e-4
     final_learning_rate: float = 3e-5
     warmup_steps: int = 0
+    decay: Literal["cosine", "linear"] = "cosine"  # from learning_rate to final_learning_rate, after the warm-up
     expert_learning_rate_scale: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.95

@@ -132,7 +132,8 @@ class Decoder(nn.Module):
 
     `segments` (document index within the row) keeps attention inside a document; `positions` restart at 0 in each
     document. `real_BT` is True for tokens counted in router statistics. `last` [B] selects one position of each row:
-    logits are then [B, 1, V]. With a cache among the variables, the tokens continue it at `positions`.
+    logits are then [B, 1, V]. `noise` [B, T, D] is added to the embedded tokens. With a cache among the variables, the
+    tokens continue it at `positions`.
 
     stacked: True runs a scan over layers with stacked parameters; False a Python loop over parameters from `unstacked`.
     """
@@ -149,10 +150,13 @@ class Decoder(nn.Module):
         positions: jax.Array | None = None,
         last: jax.Array | None = None,
         real_BT: jax.Array | None = None,
+        noise: jax.Array | None = None,
     ) -> jax.Array:
         config = self.config
         embedding = Embedding(config, self.execution, name="embedding")
         x_BTD = shard_batch(embedding.encode(tokens_BT))
+        if noise is not None:
+            x_BTD = x_BTD + noise.astype(x_BTD.dtype)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :], tokens_BT.shape)
         shared, masters = self._shared()

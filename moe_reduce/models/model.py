@@ -55,8 +55,9 @@ class Model:
 
         batch: `tokens` int32 [B, T]; optional `segments` [B, T] (new tokens attend within a segment), `positions`
         [B, T], `weights` [B, T] (tokens after a row's last weight above 0 are padding, excluded from router
-        statistics), `last` [B] (one position of each row: logits are then [B, 1, V], of that position only), and, if
-        and only if a bank of adapters is active, `adapter` int32 [B] (the bank's entry of each row).
+        statistics), `last` [B] (one position of each row: logits are then [B, 1, V], of that position only), `noise`
+        [B, T, D] (added to the embedded tokens), and, if and only if a bank of adapters is active, `adapter` int32 [B]
+        (the bank's entry of each row).
         collect: names among COLLECT. Each is stacked over layers, [N, …]:
             routing      counts_E, probability_E, z and dropped of each layer's router call
             assignments  expert, weight, and norm, maximum and largest of the expert's output, [N, B, T, A]
@@ -69,7 +70,7 @@ class Model:
         if cache is not None:
             variable |= {CACHE: cache}
         decoder = Decoder(self.config, self.execution, STACK in self.params)
-        inputs: Any = {name: batch.get(name) for name in ("segments", "positions", "last")}
+        inputs: Any = {name: batch.get(name) for name in ("segments", "positions", "last", "noise")}
         run = functools.partial(decoder.apply, variable, batch["tokens"], real_BT=_real(batch), **inputs)
         if not collect:
             logits_BTV: Any = run()

@@ -36,6 +36,11 @@ class Job:
 
 def fit(job: Job, mesh: Mesh, tokens: TokenSource, workdir: Path) -> tuple[Params, dict[str, Any]]:
     """Train, or resume an earlier call in the same workdir; return (all leaves of the model, figures of a summary)."""
+    return fit_batches(job, mesh, feed(job, mesh, tokens), workdir)
+
+
+def fit_batches(job: Job, mesh: Mesh, batches: Feed, workdir: Path) -> tuple[Params, dict[str, Any]]:
+    """Train, as `fit`, on batches that the caller makes."""
     started = time.time()
     trained, frozen = (job.initial, {}) if callable(job.initial) else partition(job.initial, job.task.trainable)
     if not callable(trained):  # copies, because the loop donates the buffers of its state
@@ -44,7 +49,7 @@ def fit(job: Job, mesh: Mesh, tokens: TokenSource, workdir: Path) -> tuple[Param
     highest = peak(list(mesh.devices.flat), job.execution.compute_dtype)
     speed = Speed(tokens_per_step, job.flops_per_token, highest)
     problem = Problem(job.task, trained, join(frozen, job.frozen), job.train)
-    outcome = Fit(problem, feed(job, mesh, tokens), mesh, workdir, speed).run()
+    outcome = Fit(problem, batches, mesh, workdir, speed).run()
     figures = _figures(job, outcome, speed) | {"seconds": time.time() - started}
     return join(outcome.params, frozen), figures
 

@@ -78,6 +78,17 @@ def _likelihood_backward(saved, dnll_BT):
 negative_log_likelihood.defvjp(_likelihood_forward, _likelihood_backward)
 
 
+def smoothed(nll_BT: jax.Array, logits_BTV: jax.Array, share: float) -> jax.Array:
+    """Cross-entropy with label smoothing (arXiv:1512.00567), nats [B, T]: `share` of the target is spread evenly.
+
+    nll_BT: negative log likelihood of the targets under these logits.
+    """
+    if share == 0:
+        return nll_BT
+    even_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.mean(logits_BTV, axis=-1)
+    return (1.0 - share) * nll_BT + share * even_BT
+
+
 def token_losses(logits_BTV: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(negative log likelihood, 1 if the target is the most probable token, else 0), each [B, T] fp32."""
     nll_BT = negative_log_likelihood(logits_BTV, batch["targets"])

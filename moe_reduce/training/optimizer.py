@@ -1,4 +1,4 @@
-"""AdamW with a warm-up cosine schedule and gradient clipping."""
+"""AdamW with a warm-up, a decaying learning rate and gradient clipping."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -26,15 +26,20 @@ def _mixing(function: F) -> F:
 
 
 def learning_rate(train: TrainConfig) -> optax.Schedule:
-    """Learning rate after `count` steps: linear from 0 to the peak, then a cosine down to the final rate."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if train.warmup_steps else train.learning_rate,
-        peak_value=train.learning_rate,
-        warmup_steps=train.warmup_steps,
-        decay_steps=train.steps,
-        end_value=train.final_learning_rate,
-    )
-    return _mixing(schedule)
+    """Learning rate after `count` steps: linear from 0 to the peak, then a cosine or a line down to the final rate."""
+    if train.decay == "cosine":
+        return _mixing(
+            optax.warmup_cosine_decay_schedule(
+                init_value=0.0 if train.warmup_steps else train.learning_rate,
+                peak_value=train.learning_rate,
+                warmup_steps=train.warmup_steps,
+                decay_steps=train.steps,
+                end_value=train.final_learning_rate,
+            )
+        )
+    rising = optax.linear_schedule(0.0, train.learning_rate, train.warmup_steps)
+    falling = optax.linear_schedule(train.learning_rate, train.final_learning_rate, train.steps - train.warmup_steps)
+    return _mixing(optax.join_schedules([rising, falling], [train.warmup_steps]))
 
 
 def decay_mask(params: trees.Tree, records: Records) -> dict[str, Any]:
