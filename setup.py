@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 EXPORT = ["flatbuffers>=25.0", "jax2onnx>=0.17", "onnx>=1.20", "onnxruntime>=1.24"]
 CHAT = ["jinja2>=3.1.6"]
-EVALUATE = ["lm-eval>=0.4.9"]
+EVALUATE = ["lm-eval>=0.4.9", "rouge-score>=0.1.2"]
 HYPERNETWORK = ["huggingface-hub>=0.30", "onnxruntime>=1.24", "pyyaml>=6.0"]
 MONITOR = ["psutil>=5.9"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10"]

@@ -13,9 +13,11 @@ COMMANDS = {
     "train": "pretrain a model, or several side by side",
     "reduce": "shrink a mixture of experts stage by stage: pool, score, prune, recover",
     "adapt": "train an adapter or a whole model on a text or on completions, then merge it",
+    "text-to-lora": "train adapters of tasks, or a hypernetwork that writes an adapter from a description",
     "merge": "merge an adapter into its base model",
     "generate": "continue a prompt",
     "evaluate": "measure loss and accuracy on a corpus, or on tasks of the EleutherAI harness",
+    "evaluate-tasks": "compare prompts, adapters and hypernetworks on described tasks",
     "monitor": "record CPU, memory and GPU load while models answer",
     "inspect": "describe a model directory and its history",
     "plan": "count parameters, bytes and FLOPs without loading a weight, and tell whether a device has room",
@@ -33,7 +35,7 @@ COMMANDS = {
 }
 
 
-RESUMED = {"train", "reduce", "adapt"}  # go on where an earlier call was interrupted
+RESUMED = {"train", "reduce", "adapt", "text-to-lora"}  # go on where an earlier call was interrupted
 INTERRUPTED = 130  # exit status by convention: 128 + SIGINT
 COMPILES_NOTHING = {"inspect", "report"}
 MEMORY = "free some, raise its limit (ulimit -v), or lower the batch size"

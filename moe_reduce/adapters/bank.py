@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_reduce.adapters import projections
-from moe_reduce.adapters.adapter import Adapter, check_fits
+from moe_reduce.adapters.adapter import Adapter, check_fits, trained
 from moe_reduce.adapters.merging import delta_of
 from moe_reduce.adapters.targets import Target, targets_of
 from moe_reduce.core import trees
@@ -56,6 +56,20 @@ def stack(adapters: Sequence[Adapter | None], model: ModelConfig) -> dict[str, A
         f"{path}/{name}": jnp.asarray(leaf) for path, found in places.items() for name, leaf in _stacked(found).items()
     }
     return trees.unflatten(flat)
+
+
+def stack_alike(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """The tree of a bank to train, from adapters of one configuration.
+
+    Trained leaves are stacked as they are; all others are those of the first adapter, which the entries share.
+    """
+    flat = [trees.flatten(adapter.tree) for adapter in adapters]
+    return trees.unflatten(
+        {
+            path: jnp.stack([leaves[path] for leaves in flat], axis=-3) if trained(adapters[0].config, path) else leaf
+            for path, leaf in flat[0].items()
+        }
+    )
 
 
 def entry(tree: Mapping[str, Any], number: int) -> dict[str, Any]:

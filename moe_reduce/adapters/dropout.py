@@ -19,8 +19,13 @@ def while_training(config: AdapterConfig | None, params: Mapping[str, Any], batc
     """
     if config is None or config.dropout == 0:
         return dict(params)
-    key = jax.random.fold_in(jax.random.key(config.seed), batch["draws"][0])
+    key = key_of_step(config.seed, batch)
     return dict(params) | {ADAPTER: _with_keys(params[ADAPTER], config.dropout, key, ADAPTER)}
+
+
+def key_of_step(seed: int, batch: Mapping[str, Any]) -> jax.Array:
+    """Random key of a training step or micro-batch, from its first draw and a seed."""
+    return jax.random.fold_in(jax.random.key(seed), batch["draws"][0])
 
 
 def _with_keys(tree: Mapping[str, Any], share: float, key: jax.Array, path: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_reduce.commands import adapter_arguments, model_arguments
+from moe_reduce.commands import adapter_arguments, hypernetwork_arguments, model_arguments
 from moe_reduce.core.config import GenerateConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", required=True, action="append", help="text to continue; may be repeated, which makes one batch"
     )
     adapter_arguments.add_adapter(parser, each="--prompt")
+    hypernetwork_arguments.add_hypernetwork(parser, each="--prompt")
     parser.add_argument(
         "--chat", action="store_true", help="treat prompts as user messages, in the model's chat template"
     )
@@ -75,8 +76,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
 
     _settings(arguments, ()).check()
     model_arguments.check_utf8("--prompt", *arguments.prompt)
-    adapters = adapter_arguments.one_for_each(arguments.adapter, len(arguments.prompt), "--prompt")
-    adapter_arguments.check_adapters(adapters)
+    adapters = _adapters(arguments)
     config = model_arguments.directory_config(arguments.model)
     tokenizer, prompts = _prompts(arguments)
     rows = [Continuation(tokenizer, prompt, arguments.stop) for prompt in prompts]
@@ -92,11 +92,30 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     _print(model, rows, settings, entries)
     if len(rows) == 1:
         return ""
-    names = adapters if entries else [None] * len(rows)
+    titled = arguments.task or adapters
+    names = adapter_arguments.one_for_each(titled, len(rows), "--prompt") if entries else [None] * len(rows)
     titles = (
         prompt if name is None else f"{prompt} [{name}]" for prompt, name in zip(arguments.prompt, names, strict=True)
     )
     return "\n".join(f"== {title}\n{row.text}" for title, row in zip(titles, rows, strict=True))
+
+
+def _adapters(arguments: argparse.Namespace) -> list[str]:
+    """The adapter of each prompt, given by --adapter, or written for --task."""
+    hypernetwork_arguments.check(arguments)
+    if not arguments.task:
+        adapters = adapter_arguments.one_for_each(arguments.adapter, len(arguments.prompt), "--prompt")
+        adapter_arguments.check_adapters(adapters)
+        return adapters
+    if arguments.adapter:
+        raise UserError("--adapter and --task both give an adapter: choose one")
+    if len(arguments.task) not in (1, len(arguments.prompt)):
+        raise UserError(
+            f"there are {len(arguments.task)} --task and {len(arguments.prompt)} --prompt: give one task for all, or "
+            "one for each"
+        )
+    written = [str(directory) for directory in hypernetwork_arguments.written(arguments, arguments.model)]
+    return adapter_arguments.one_for_each(written, len(arguments.prompt), "--prompt")
 
 
 def _check(prompts: list[list[int]], config: ModelConfig, max_tokens: int) -> None:

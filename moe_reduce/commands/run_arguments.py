@@ -14,10 +14,14 @@ T = TypeVar("T")
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # raised by a summary that was changed
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --config, --workdir, --variant, and the arguments of a run on several hosts."""
-    config_file.add_arguments(parser)
-    parser.add_argument("--workdir", required=True, type=Path, help="directory of the run; the same command resumes it")
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Adds --config, --workdir, --variant, and the arguments of a run on several hosts.
+
+    required: False for a command that also works without a configuration.
+    """
+    config_file.add_arguments(parser, required)
+    shown = "directory of the run; the same command resumes it"
+    parser.add_argument("--workdir", required=required, type=Path, help=shown)
     parser.add_argument("--variant", action="append", metavar="NAME", help="run this variant only; may be repeated")
     parser.add_argument(
         "--distributed", action="store_true", help="run on several hosts, found through TPU metadata or SLURM"

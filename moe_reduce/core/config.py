@@ -1,8 +1,8 @@
 """Configurations: the dataclasses of every kind of run, their defaults, and the reader of ConfigDicts.
 
-A file in configs/ starts from `base()`, `reduce_base()` or `adapt_base()`, which hold every key with its default, and
-sets what differs. `parse` turns the result into dataclasses. An unknown, missing or ill-typed key raises a UserError
-that names it.
+A file in configs/ starts from `base()`, `reduce_base()`, `adapt_base()` or `text_to_lora_base()`, which hold every key
+with its default, and sets what differs. `parse` turns the result into dataclasses. An unknown, missing or ill-typed key
+raises a UserError that names it.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from moe_reduce.core.generate_config import GenerateConfig
 from moe_reduce.core.model_config import ModelConfig, MoEConfig
 from moe_reduce.core.reduce_config import ReduceConfig
 from moe_reduce.core.stages import STAGES
+from moe_reduce.core.text_to_lora_config import TextToLoraConfig
 from moe_reduce.core.train_config import BalanceConfig, MeshConfig, RunConfig, TrainConfig
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "ModelConfig",
     "ReduceConfig",
     "RunConfig",
+    "TextToLoraConfig",
     "TrainConfig",
     "adapt_base",
     "adapt_from_dict",
@@ -48,6 +50,8 @@ __all__ = [
     "reduce_from_dict",
     "run_from_dict",
     "stage",
+    "text_to_lora_base",
+    "text_to_lora_from_dict",
     "to_dict",
 ]
 
@@ -70,6 +74,11 @@ def reduce_base() -> ml_collections.ConfigDict:
 def adapt_base() -> ml_collections.ConfigDict:
     """Defaults of `adapt`, every key."""
     return _with_variants(AdaptConfig())
+
+
+def text_to_lora_base() -> ml_collections.ConfigDict:
+    """Defaults of `text-to-lora`, every key."""
+    return _with_variants(TextToLoraConfig())
 
 
 def moe_base() -> ml_collections.ConfigDict:
@@ -136,8 +145,17 @@ def adapt_from_dict(raw: dict[str, Any]) -> AdaptConfig:
     return run
 
 
+def text_to_lora_from_dict(raw: dict[str, Any]) -> TextToLoraConfig:
+    """Read and check a TextToLoraConfig from nested plain values."""
+    run = config_dict.build(TextToLoraConfig, raw, "")
+    run.check()
+    return run
+
+
 def any_from_dict(raw: dict[str, Any]) -> RunConfig | ReduceConfig | AdaptConfig:
-    """Read any kind of run, which its keys tell apart."""
+    """Read a run of `train`, `reduce` or `adapt`, which its keys tell apart."""
+    if "hypernetwork" in raw:
+        raise UserError("hypernetwork belongs to text-to-lora: give a configuration of train, reduce or adapt")
     if "adapter" in raw:
         return adapt_from_dict(raw)
     return reduce_from_dict(raw) if "stages" in raw else run_from_dict(raw)

@@ -45,8 +45,13 @@ def evaluate(
     batches = WholeSplit(tokens, data, batch_size)
     total_batches = len(batches) if max_batches is None else min(max_batches, len(batches))
     bar = tqdm(_first(batches, total_batches), total=total_batches, unit="batch", disable=not sys.stderr.isatty())
+    return row_sums(model, bar, mesh)
+
+
+def row_sums(model: Model, batches: Iterable[Any], mesh: Mesh | None = None) -> RowSums:
+    """Sums of every row of some batches (data/batches.py). UserError if the losses are not finite."""
     step = _step(model.config, model.execution, mesh)
-    batch_sums = [jax.device_get(step(model.params, batch)) for batch in bar]
+    batch_sums = [jax.device_get(step(model.params, batch)) for batch in batches]
     sums = RowSums(*(np.concatenate(values) for values in zip(*batch_sums, strict=True)))
     if not np.all(np.isfinite(sums.nll)):
         raise UserError(

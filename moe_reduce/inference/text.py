@@ -83,11 +83,16 @@ def stream(
 
 
 def complete(
-    model: Model, tokenizer: Tokenizer, prompts: Sequence[str], settings: GenerateConfig, stop: Sequence[str]
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    settings: GenerateConfig,
+    stop: Sequence[str],
+    entries: Sequence[int] | None = None,
 ) -> list[str]:
-    """Continue each prompt up to a stop string, an end of text or `max_tokens`."""
+    """Continue each prompt up to a stop string, an end of text or `max_tokens`. entries: as in `generate`."""
     rows = [Continuation(tokenizer, tokenizer.encode_prompt(prompt), stop) for prompt in prompts]
-    for _ in stream(model, rows, settings):
+    for _ in stream(model, rows, settings, entries=entries):
         pass
     return [row.text for row in rows]
 

@@ -27,7 +27,7 @@ SUMMARY = "summary.json"
 # checkpoints are restored onto any mesh, and the same steps are trained however often they are logged and saved.
 MAY_CHANGE = (
     "mesh", "train.log_every", "train.evaluate_every", "train.checkpoint_every", "train.checkpoints_kept",
-    "data.workers", "data.cache",
+    "data.workers", "data.cache", "tasks.cache",
 )  # fmt: skip
 LOCK = ".lock"
 # written by runs: a directory that holds one of them but no config.json belongs to something else

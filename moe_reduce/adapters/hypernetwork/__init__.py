@@ -4,8 +4,10 @@
     network        the Flax module: embedding of a description, layer and module -> values of the adapter's leaves
     hypernetwork   config, base and parameters as one value; a bank of adapters, or one Adapter, from embeddings
     encoders       text encoders behind one protocol, and a cache of their embeddings
+    conditioning   embeddings by which a hypernetwork knows a task: of its descriptions, of its number, or both
     bert           a reader of BERT encoders in safetensors
     tasks          tasks in the format of Super-NaturalInstructions (arXiv:2204.07705), as prompts and completions
+    rows           instances as token rows, and batches in which tasks take turns
     splits, leaks  training, validation and unseen tasks, without a data set or instances in common
     directory      a trained hypernetwork on disk, and the adapters that it wrote
 

@@ -6,6 +6,7 @@ trained the hypernetwork. Fixed leaves are not stored: `load` makes them again a
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from moe_reduce.adapters.hypernetwork import hypernetwork as hypernetworks
 from moe_reduce.adapters.hypernetwork.encoders import Encoder, check_texts
 from moe_reduce.adapters.hypernetwork.hypernetwork import Hypernetwork, Statistics
 from moe_reduce.adapters.leaves import is_projection
-from moe_reduce.core import config_dict, trees
+from moe_reduce.core import config_dict, outputs, trees
 from moe_reduce.core.config import ExecutionConfig, model_from_dict, to_dict
 from moe_reduce.core.disk import publish, temporary_beside, write_json
 from moe_reduce.core.errors import UserError
@@ -30,6 +31,7 @@ from moe_reduce.storage import manifest
 from moe_reduce.storage.tensors import TensorFiles, write_file
 
 CONFIG, WEIGHTS = "config.json", "hypernetwork.safetensors"
+KIND = outputs.json_kind("a hypernetwork", CONFIG, ("hypernetwork", "base", "encoder", "tasks"))
 PARAMS, MEAN, DEVIATION = "params", "mean", "deviation"
 
 
@@ -44,10 +46,14 @@ class Trained:
 
     def check_encoder(self, encoder: Encoder) -> None:
         """Raise UserError for another encoder than the one it was trained with."""
-        hypernetworks.check_width(self.hypernetwork, encoder.width)
-        if encoder.hash != self.encoder["sha256"]:
+        self.check_encoding(encoder_entry(encoder))
+
+    def check_encoding(self, entry: Mapping[str, Any]) -> None:
+        """Raise UserError unless `entry` has the width and hash of the embeddings that trained the hypernetwork."""
+        hypernetworks.check_width(self.hypernetwork, entry["width"])
+        if entry["sha256"] != self.encoder["sha256"]:
             raise UserError(
-                f"encoder {encoder.name} has other files than {self.encoder['name']}, with which the hypernetwork was "
+                f"encoder {entry['name']} has other files than {self.encoder['name']}, with which the hypernetwork was "
                 "trained: give that one"
             )
 
@@ -104,7 +110,9 @@ def load(directory: Path, base: Input | None = None) -> Trained:
         encoder, tasks, hashed = content["encoder"], tuple(content["tasks"]), content["projections"]
         width = int(encoder["width"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{directory / CONFIG} does not describe a hypernetwork ({error!r}): fetch it again") from None
+        raise UserError(
+            f"{directory / CONFIG} does not describe a hypernetwork ({error!r}): give one that text-to-lora wrote"
+        ) from None
     if base is not None and base.sha256 != found.sha256:
         raise UserError(
             f"{directory} is a hypernetwork for {found.path}, and {base.path} is another model (its hash differs): "

@@ -49,6 +49,10 @@ class OneHot:
         self.width = len(self._numbers)
         self.hash = hashlib.sha256("\n".join(self._numbers).encode()).hexdigest()
 
+    def __contains__(self, name: str) -> bool:
+        """True for the name of a known task."""
+        return name in self._numbers
+
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors, fp32 [n, W]. Raises UserError for a name that is not among the known tasks."""
         unknown = [text for text in texts if text not in self._numbers]

@@ -30,6 +30,7 @@ from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Parameter, Records, abstract_params
 
 HYPERNETWORK = "hypernetwork"  # key beside a base's parameters
+FROZEN = "hypernetwork_frozen"  # key of the fixed leaves and the statistics
 SMALLEST_DEVIATION = 1e-8  # values that are equal in all adapters have z-scores of zero
 
 
@@ -144,7 +145,7 @@ def z_scored(hypernetwork: Hypernetwork, library: Sequence[Adapter]) -> Hypernet
 
     Heads start at zero: at the mean of the library. Raises UserError for a library of another configuration.
     """
-    leaves = [_emitted_of(hypernetwork, adapter) for adapter in library]
+    leaves = [emitted_of(hypernetwork, adapter) for adapter in library]
     if len(leaves) < 2:
         raise UserError(f"z-scores need a library of at least 2 adapters, got {len(leaves)}: give more")
     stacked = {path: jnp.stack([found[path] for found in leaves]) for path in leaves[0]}
@@ -154,26 +155,32 @@ def z_scored(hypernetwork: Hypernetwork, library: Sequence[Adapter]) -> Hypernet
     return dataclasses.replace(hypernetwork, params=hypernetwork.params | heads, statistics=Statistics(mean, deviation))
 
 
-def z_scores(hypernetwork: Hypernetwork, library: Sequence[Adapter]) -> Emitted:
-    """Z-scores of a library's adapters, as heads should emit them: the targets of reconstruction, [Z, ...] by path."""
+def frozen(hypernetwork: Hypernetwork) -> dict[str, Any]:
+    """Tree of what stays fixed beside the parameters, below FROZEN; `with_leaves` reads it."""
     statistics = hypernetwork.statistics
-    assert statistics is not None
-    leaves = [_emitted_of(hypernetwork, adapter) for adapter in library]
-    return {
-        path: (jnp.stack([found[path] for found in leaves]) - statistics.mean[path][None])
-        / statistics.deviation[path][None]
-        for path in leaves[0]
-    }
+    found = {} if statistics is None else {"mean": statistics.mean, "deviation": statistics.deviation}
+    parts = {"fixed": dict(hypernetwork.fixed), **found}
+    return {FROZEN: {name: trees.unflatten(leaves) for name, leaves in parts.items()}}
+
+
+def with_leaves(hypernetwork: Hypernetwork, params: Mapping[str, Any]) -> Hypernetwork:
+    """The hypernetwork with the leaves that a training loop holds below HYPERNETWORK and FROZEN."""
+    parts = {name: trees.flatten(tree) for name, tree in params[FROZEN].items()}
+    statistics = Statistics(parts["mean"], parts["deviation"]) if "mean" in parts else None
+    return dataclasses.replace(hypernetwork, params=params[HYPERNETWORK], fixed=parts["fixed"], statistics=statistics)
 
 
 def records(hypernetwork: Hypernetwork) -> Records:
-    """Records of the parameters, below HYPERNETWORK. Replicated on every device; matrices decay."""
-    found = {}
-    for path, leaf in trees.flatten(hypernetwork.params).items():
-        below = f"{HYPERNETWORK}/{path}"
-        found[below] = Parameter(
-            path=below,
-            axes="XY"[: len(leaf.shape)],
+    """Records of the leaves below HYPERNETWORK and FROZEN. Replicated on every device; matrices decay."""
+    return replicated({HYPERNETWORK: hypernetwork.params} | frozen(hypernetwork))
+
+
+def replicated(tree: Mapping[str, Any]) -> Records:
+    """Records of fp32 leaves outside a model, such as those of a bank; kernels of Flax's layers decay."""
+    return {
+        path: Parameter(
+            path=path,
+            axes="UVWXYZ"[: len(leaf.shape)],
             shape=tuple(leaf.shape),
             init=jax.nn.initializers.zeros,
             component=HYPERNETWORK,
@@ -181,7 +188,8 @@ def records(hypernetwork: Hypernetwork) -> Records:
             precision="float32",
             mesh_axes=(None,) * len(leaf.shape),
         )
-    return found
+        for path, leaf in trees.flatten(dict(tree)).items()
+    }
 
 
 def _emit(
@@ -204,8 +212,8 @@ def _initial(network: Network, width: int, seed: int) -> dict[str, Any]:
     return variables["params"]
 
 
-def _emitted_of(hypernetwork: Hypernetwork, adapter: Adapter) -> Emitted:
-    """The leaves of an adapter that the hypernetwork emits."""
+def emitted_of(hypernetwork: Hypernetwork, adapter: Adapter) -> Emitted:
+    """The leaves of an adapter that the hypernetwork emits. Raises UserError for one of another configuration."""
     config = adapter.config
     if config.method != "skema":  # the seed of LoRA's start does not matter any more
         config = dataclasses.replace(config, seed=hypernetwork.config.adapter.seed)
