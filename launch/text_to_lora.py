@@ -19,13 +19,17 @@ FIGURES = {"loss": "loss (nats)", "exact_match": "exact match", "rouge_l": "ROUG
 def main() -> int:
     """Returns the exit status of the comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", required=True)
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--runs", nargs="+", required=True, help="variants, HEAD_SEED or multitask_SEED")
     arguments = parser.parse_args()
     figures = arguments.workdir / "unseen.json"
-    words = ["evaluate-tasks", "--model=runs/smollm2", f"--tasks={arguments.tasks}", f"--out={figures}", "--overwrite"]
-    words += [f"--splits={arguments.workdir}/oracles/splits.json", "--sequence-length=128"]
+    words = [
+        "evaluate-tasks",
+        "--model=runs/smollm2",
+        f"--run={arguments.workdir}/oracles",
+        f"--out={figures}",
+        "--overwrite",
+    ]
     words += [f"--average={arguments.workdir}/oracles", f"--oracles={arguments.workdir}/oracles_unseen"]
     for name in arguments.runs:
         place = arguments.workdir / name

@@ -41,4 +41,4 @@ for seed in "${seeds[@]}"; do
   for head in "${heads[@]}"; do learned+=("${head}_$seed"); done
 done
 if stage supervised; then run "${learned[@]}"; fi
-if stage compare; then "$PYTHON" launch/text_to_lora.py --tasks="$tasks" --workdir="$W" --runs "${learned[@]}"; fi
+if stage compare; then "$PYTHON" launch/text_to_lora.py --workdir="$W" --runs "${learned[@]}"; fi

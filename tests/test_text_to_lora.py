@@ -17,7 +17,7 @@ from moe_reduce.adapters import adapter as adapters
 from moe_reduce.adapters import adapter_directory, bank
 from moe_reduce.adapters.adapter import Adapter
 from moe_reduce.adapters.hypernetwork import conditioning, encoders, tasks
-from moe_reduce.adapters.hypernetwork.rows import TaskRows, Turns, encode, training_batches, validation_batches
+from moe_reduce.adapters.hypernetwork.rows import TaskRows, Turns, encode, short, training_batches, validation_batches
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, ExecutionConfig, TrainConfig
 from moe_reduce.data.tokenizer_training import train_tokenizer
@@ -94,6 +94,7 @@ def place(tmp_path_factory):
     moe_reduce.save(Model(config, params, ExecutionConfig(), directory / "tokenizer"), directory / "base")
     splits = {"train": NAMES[:4], "validation": NAMES[4:5], "unseen": NAMES[5:]}
     (directory / "splits.json").write_text(json.dumps(splits))
+    (directory / "swapped.json").write_text(json.dumps({"train": NAMES[1:2], "unseen": NAMES[:1]}))
     keys = {name: str(directory / name) for name in ("base", "tasks", "cache")} | {
         "splits": str(directory / "splits.json")
     }
@@ -172,7 +173,7 @@ def random_rows(draw, number, count=5, length=9):
     ids = draw.integers(0, 61, (count, length + 1)).astype(np.int32)
     weights = (draw.random((count, length)) < 0.6).astype(np.float32)
     weights[:, 0] = 1
-    return TaskRows(f"task{number}", ids[:, :-1], ids[:, 1:], weights, draw.random((2, 3)).astype(np.float32), 0)
+    return TaskRows(f"task{number}", ids[:, :-1], ids[:, 1:], weights, draw.random((2, 3)).astype(np.float32))
 
 
 def trained(task, params, batches, count=4):
@@ -219,13 +220,12 @@ def test_validation_takes_each_task_once_and_fills_up():
     assert found[1]["weights"][2:].sum() == 0
 
 
-def test_long_instances_are_left_out_and_counted(place):
+def test_long_instances_are_left_out(place):
     (task, *_) = tasks.read_tasks(place / "tasks")
     tokenizer = moe_reduce_tokenizer(place)
     lengths = sorted(len(tokenizer.encode_pair(*pair)[0]) for pair in tasks.pairs(task))
-    rows = encode(task, tokenizer, lengths[9], np.zeros((1, 1), np.float32))
+    rows = encode(short(task, tokenizer, lengths[9]), tokenizer, lengths[9], np.zeros((1, 1), np.float32))
     assert len(rows.tokens_XT) == sum(length <= lengths[9] for length in lengths)
-    assert rows.left_out == len(lengths) - len(rows.tokens_XT)
     for x, target in zip(rows.weights_XT, rows.targets_XT, strict=True):
         learned = target[x > 0]
         assert learned[-1] == tokenizer.end_of_text
@@ -266,9 +266,8 @@ def test_one_adapter_learns_all_tasks(place):
 def test_the_comparison_has_every_condition(place, capsys):
     out = place / "figures.json"
     arguments = [
-        "evaluate-tasks", f"--model={place / 'base'}", f"--tasks={place / 'tasks'}",
-        f"--splits={place / 'splits.json'}",
-        f"--out={out}", "--held-out=4", "--examples=2", "--max-tokens=4", "--batch-size=4", "--overwrite",
+        "evaluate-tasks", f"--model={place / 'base'}", f"--run={place / 'oracles'}", f"--out={out}", "--examples=2",
+        "--max-tokens=4", "--batch-size=4", "--overwrite",
         f"--adapter-cache={place / 'cache'}",
     ]  # fmt: skip
     more = [f"--hypernetwork=ours={place / 'learned/hypernetwork'}", f"--average={place / 'oracles'}"]
@@ -365,7 +364,10 @@ def test_what_generate_refuses(place, capsys, words, part):
         (["objective=oracles"], "set train.batch_size=4, or lower tasks.train"),
         (["split=unseen"], "split=unseen is for objective=oracles"),
         (["tasks.train=9"], "there are 4 training tasks"),
-        (["tasks.sequence_length=5"], "every instance is longer than tasks.sequence_length=5"),
+        (
+            ["tasks.sequence_length=5"],
+            "no task has more than tasks.held_out=4 instances of at most",
+        ),
         (["hypernetwork.adapter.method=dora"], "hypernetwork.head=L writes lora or rslora"),
         (["tasks.directory=nowhere"], "nowhere holds no task"),
         (["train.batch_size=6", "rows_per_task=4"], "must be a multiple of rows_per_task"),
@@ -381,11 +383,11 @@ def test_what_a_run_refuses(place, tmp_path, capsys, keys, part):
 
 
 @pytest.mark.usefixtures("runs")
-def test_a_task_of_the_unseen_split_may_not_train(place, tmp_path, capsys):
-    base = ["evaluate-tasks", f"--model={place / 'base'}", f"--tasks={place / 'tasks'}", f"--out={tmp_path / 'f.json'}"]
-    (tmp_path / "splits.json").write_text(json.dumps({"train": NAMES[1:2], "unseen": NAMES[:1]}))
-    words = [f"--splits={tmp_path / 'splits.json'}", f"--hypernetwork={place / 'learned/hypernetwork'}"]
-    assert main([*base, *words, f"--adapter-cache={place / 'cache'}", "--held-out=4", "--max-tokens=0"]) == 2
+def test_a_task_that_trained_is_not_unseen(place, capsys):
+    text_to_lora(place, "swapped", f"tasks.splits={place / 'swapped.json'}", "objective=multitask", "train.steps=2")
+    words = [f"--model={place / 'base'}", f"--run={place / 'swapped'}", f"--out={place / 'swapped_figures.json'}"]
+    words += [f"--hypernetwork={place / 'learned/hypernetwork'}", f"--adapter-cache={place / 'cache'}"]
+    assert main(["evaluate-tasks", *words]) == 2
     assert "task task0 trained this hypernetwork, so it is not unseen" in capsys.readouterr().err
 
 

@@ -19,8 +19,9 @@ SPLITS = ("train", "validation", "unseen")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument("--model", required=True, type=Path, help="the base: a model directory or a .gguf file")
-    parser.add_argument("--tasks", required=True, type=Path, help="directory of tasks (Super-NaturalInstructions)")
-    parser.add_argument("--splits", required=True, type=Path, help="splits.json of a text-to-lora run")
+    parser.add_argument(
+        "--run", required=True, type=Path, help="workdir of a text-to-lora run, which names the tasks and their splits"
+    )
     parser.add_argument("--split", choices=SPLITS, default="unseen", help="tasks to measure (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, help="JSON file of the figures")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
@@ -34,13 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--average", type=Path, help="workdir of an oracles run, whose adapters are averaged")
     parser.add_argument("--examples", type=int, default=3, help="examples of few-shot prompts (default: %(default)s)")
-    parser.add_argument("--held-out", type=int, default=32, help="held-out instances of a task (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="tasks.seed of the runs, which chose the held-out instances"
-    )
-    parser.add_argument(
-        "--sequence-length", type=int, default=256, help="leave out instances with more tokens (default: %(default)s)"
-    )
     parser.add_argument(
         "--max-tokens", type=int, default=32, help="of an answer; 0: losses only (default: %(default)s)"
     )
@@ -57,18 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     """Runs the command; returns a table of the conditions. After each condition --out holds all finished ones."""
     model_arguments.no_overrides(overrides)
-    for name in ("held_out", "sequence_length", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size must be positive, got {arguments.batch_size}")
     from moe_reduce.core import disk, outputs
     from moe_reduce.data.tokenizers import load_tokenizer
     from moe_reduce.inference.described_tasks import Settings, measure
     from moe_reduce.reports import tables, text_to_lora_table
 
     kind = outputs.json_kind("figures of tasks", arguments.out.name, ("split", "conditions"))
-    outputs.check_files(
-        [arguments.out], kind, arguments.overwrite, (arguments.model, arguments.tasks, arguments.splits)
-    )
+    outputs.check_files([arguments.out], kind, arguments.overwrite, (arguments.model, arguments.run))
     tokenizer = load_tokenizer(arguments.model)
     tasks = _tasks(arguments, tokenizer)
     base = model_arguments.load_model(arguments)
@@ -83,28 +74,20 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
 
 
 def _tasks(arguments: argparse.Namespace, tokenizer: Any) -> list["DescribedTask"]:
-    """Held-out instances of the tasks of a split, without those that are too long for training."""
-    import dataclasses
+    """Held-out instances of the tasks of a split, as the run divided them."""
+    from moe_reduce.adapters.hypernetwork.tasks import divided
+    from moe_reduce.core.config import TextToLoraConfig, text_to_lora_from_dict
+    from moe_reduce.runs.text_to_lora import material
+    from moe_reduce.runs.workdir import read_run_config
 
-    from moe_reduce.adapters.hypernetwork import splits
-    from moe_reduce.adapters.hypernetwork.tasks import divided, pairs, read_tasks
-
-    every = read_tasks(arguments.tasks)
-    names = getattr(splits.read(arguments.splits, every), arguments.split)
-    if not names:
-        raise UserError(f"{arguments.splits} has no tasks in the split {arguments.split}: choose another")
-    found = []
-    for task in every:
-        if task.name in names:
-            part = divided(task, arguments.held_out, arguments.seed)[1]
-            lengths = [len(tokenizer.encode_pair(*text)[0]) for text in pairs(part)]
-            kept = zip(part.instances, lengths, strict=True)
-            short = tuple(instance for instance, length in kept if length <= arguments.sequence_length)
-            if short:
-                found.append(dataclasses.replace(part, instances=short))
-    if not found:
-        raise UserError(f"every instance is longer than --sequence-length={arguments.sequence_length}: raise it")
-    return found
+    try:
+        config = text_to_lora_from_dict(read_run_config(arguments.run / "config.json", TextToLoraConfig)).tasks
+    except (OSError, ValueError) as error:
+        raise UserError(f"--run={arguments.run} is no workdir of text-to-lora ({error}): give one") from None
+    chosen = material.read(config, tokenizer).named(arguments.split)
+    if not chosen:
+        raise UserError(f"the run has no tasks in the split {arguments.split}: choose another --split")
+    return [divided(task, config.held_out, config.seed)[1] for task in chosen]
 
 
 def _conditions(arguments: argparse.Namespace, base: "Model", tasks: list["DescribedTask"]) -> list["Condition"]:

@@ -22,8 +22,10 @@ class TasksConfig:
     unseen: int = 16
     seed: int = 0  # of the drawn splits and of the held-out instances
     descriptions: int = 128  # most wordings of a task's description
+    instances: int | None = None  # most instances of a task; None: all
     held_out: int = 32  # instances of each task that never train
-    sequence_length: int = 256  # prompt, completion and end of text; longer instances are left out
+    # tokens of prompt, completion and end of text; longer instances are left out, and tasks with too few short ones
+    sequence_length: int = 256
     cache: str = "runs/embeddings"  # of descriptions
 
     def check(self) -> None:
@@ -33,8 +35,9 @@ class TasksConfig:
         positive("tasks", self, "descriptions", "held_out", "sequence_length")
         for name in ("validation", "unseen", "seed"):
             in_range("tasks", self, name, 0, float("inf"))
-        if self.train is not None:
-            positive("tasks", self, "train")
+        for name in ("train", "instances"):
+            if getattr(self, name) is not None:
+                positive("tasks", self, name)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ A batch is that of data/batches.py, with two more arrays:
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import grain
@@ -31,7 +31,6 @@ class TaskRows:
     targets_XT: np.ndarray  # int32
     weights_XT: np.ndarray  # float32, 1 for targets of the completion and its end of text
     embeddings_KW: np.ndarray  # float32
-    left_out: int  # number of instances that were too long
 
     def example(self, index: int, task: int, description: int) -> Batch:
         """Arrays of one row, without the batch axis."""
@@ -44,28 +43,31 @@ class TaskRows:
         }
 
 
+def short(task: DescribedTask, tokenizer: Tokenizer, sequence_length: int) -> DescribedTask:
+    """The task with those instances whose rows have at most `sequence_length` targets; possibly none."""
+    lengths = [len(_row(*text, tokenizer)[0]) - 1 for text in pairs(task)]
+    kept = zip(task.instances, lengths, strict=True)
+    return replace(task, instances=tuple(one for one, length in kept if length <= sequence_length))
+
+
 def encode(
-    task: DescribedTask, tokenizer: Tokenizer, sequence_length: int, embeddings_KW: np.ndarray,
+    task: DescribedTask,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    embeddings_KW: np.ndarray,
     texts: Sequence[tuple[str, str]] | None = None,
-) -> TaskRows:  # fmt: skip
-    """Rows of a task's instances, of at most `sequence_length` targets; longer ones are left out and counted.
+) -> TaskRows:
+    """Rows of a task's instances, none of which is longer than `sequence_length` targets (see `short`).
 
     texts: (prompt, completion) of each instance; None for prompts without the description, as adapters see them.
-    Raises UserError if no instance is short enough.
     """
-    rows = [_row(prompt, completion, tokenizer) for prompt, completion in texts or pairs(task)]
-    short = [(ids, length) for ids, length in rows if len(ids) <= sequence_length + 1]
-    if not short:
-        raise UserError(
-            f"task {task.name}: every instance is longer than tasks.sequence_length={sequence_length}: raise it, or "
-            "leave the task out"
-        )
-    ids_XT = np.full((len(short), sequence_length + 1), tokenizer.end_of_text, np.int32)
-    weights_XT = np.zeros((len(short), sequence_length), np.float32)
-    for number, (ids, length) in enumerate(short):
+    rows = [_row(*text, tokenizer) for text in texts or pairs(task)]
+    ids_XT = np.full((len(rows), sequence_length + 1), tokenizer.end_of_text, np.int32)
+    weights_XT = np.zeros((len(rows), sequence_length), np.float32)
+    for number, (ids, length) in enumerate(rows):
         ids_XT[number, : len(ids)] = ids
         weights_XT[number, length - 1 : len(ids) - 1] = 1
-    return TaskRows(task.name, ids_XT[:, :-1], ids_XT[:, 1:], weights_XT, embeddings_KW, len(rows) - len(short))
+    return TaskRows(task.name, ids_XT[:, :-1], ids_XT[:, 1:], weights_XT, embeddings_KW)
 
 
 def _row(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[list[int], int]:

@@ -101,6 +101,13 @@ def divided(task: DescribedTask, held_out: int, seed: int = 0) -> tuple[Describe
     return replace(task, instances=tuple(training)), replace(task, instances=tuple(held))
 
 
+def sampled(task: DescribedTask, count: int | None, seed: int = 0) -> DescribedTask:
+    """The task with at most `count` of its instances, chosen by seed; None: all."""
+    if count is None or len(task.instances) <= count:
+        return task
+    return replace(task, instances=tuple(random.Random(f"{seed} {task.name} sample").sample(task.instances, count)))
+
+
 def pairs(task: DescribedTask, description: str = "", examples: int = 0) -> list[tuple[str, str]]:
     """(prompt, completion) of every instance; the completion is its best output.
 

@@ -9,13 +9,13 @@ import numpy as np
 from moe_reduce.adapters.hypernetwork import splits as task_splits
 from moe_reduce.adapters.hypernetwork.conditioning import Conditioning
 from moe_reduce.adapters.hypernetwork.encoders import open_encoder
-from moe_reduce.adapters.hypernetwork.rows import TaskRows, encode
+from moe_reduce.adapters.hypernetwork.rows import TaskRows, encode, short
 from moe_reduce.adapters.hypernetwork.splits import Splits
-from moe_reduce.adapters.hypernetwork.tasks import DescribedTask, divided, read_tasks
+from moe_reduce.adapters.hypernetwork.tasks import DescribedTask, divided, read_tasks, sampled
 from moe_reduce.core.config import TextToLoraConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.text_to_lora_config import TasksConfig
-from moe_reduce.data.tokenizers import load_tokenizer
+from moe_reduce.data.tokenizers import Tokenizer
 
 NOTHING = np.zeros((1, 1), np.float32)  # embedding of tasks whose run reads none
 
@@ -48,10 +48,23 @@ class Material:
         return self.training[0].embeddings_KW.shape[1]
 
 
-def read(config: TasksConfig) -> Tasks:
-    """The tasks of a directory and their splits. Raises UserError for a leak, and for too few tasks."""
+def read(config: TasksConfig, tokenizer: Tokenizer) -> Tasks:
+    """The tasks of a directory, with their short instances, and their splits.
+
+    Prints how many tasks have too few short instances and are left out. Raises UserError for a leak between splits, and
+    for too few tasks.
+    """
     wordings = None if config.wordings is None else Path(config.wordings)
-    tasks = read_tasks(Path(config.directory), wordings=wordings, descriptions=config.descriptions)
+    every = read_tasks(Path(config.directory), wordings=wordings, descriptions=config.descriptions)
+    some = [short(sampled(task, config.instances, config.seed), tokenizer, config.sequence_length) for task in every]
+    tasks = [task for task in some if len(task.instances) > config.held_out]
+    if not tasks:
+        raise UserError(
+            f"no task has more than tasks.held_out={config.held_out} instances of at most tasks.sequence_length="
+            f"{config.sequence_length} tokens: raise the length, or hold out fewer"
+        )
+    if len(tasks) < len(every):
+        print(f"{len(every) - len(tasks)} of {len(every)} tasks have too few short instances and are left out")
     if config.splits is None:
         splits = task_splits.drawn(tasks, config.validation, config.unseen, config.seed)
     else:
@@ -75,27 +88,23 @@ def conditioning(run: TextToLoraConfig, tasks: Tasks) -> Conditioning:
     return Conditioning(encoder, tasks.train if run.conditioning != "text" else ())
 
 
-def material(run: TextToLoraConfig, tasks: Tasks) -> Material:
-    """Rows of a run. Prints how many instances were too long.
+def material(run: TextToLoraConfig, tasks: Tasks, tokenizer: Tokenizer) -> Material:
+    """Rows of a run.
 
-    Oracles validate on held-out instances of their own tasks, a hypernetwork on the validation tasks, and if there are
-    none, or it reconstructs, on held-out instances of its training tasks.
+    What learns from completions of many tasks validates on the validation tasks, if there are any; oracles and
+    reconstructions, on held-out instances of their own tasks.
     """
-    tokenizer = load_tokenizer(run.model)
-    length = run.tasks.sequence_length
-    described = None if run.objective == "oracles" else conditioning(run, tasks)
+    generalises = run.objective in ("supervised", "multitask")
+    described = conditioning(run, tasks) if run.objective in ("supervised", "reconstruction") else None
 
     def rows(chosen: list[DescribedTask], held_out: bool) -> list[TaskRows]:
         parts = [divided(task, run.tasks.held_out, run.tasks.seed)[held_out] for task in chosen]
+        embeddings = [NOTHING if described is None else described.embeddings(part) for part in parts]
         return [
-            encode(part, tokenizer, length, NOTHING if described is None else described.embeddings(part))
-            for part in parts
+            encode(part, tokenizer, run.tasks.sequence_length, embedding)
+            for part, embedding in zip(parts, embeddings, strict=True)
         ]
 
     trained = tasks.named(run.split)
-    others = tasks.named("validation") if run.objective == "supervised" else []
-    training = rows(trained, False)
-    left_out = sum(task.left_out for task in training)
-    if left_out:
-        print(f"{left_out:,} instances are longer than tasks.sequence_length={length} and were left out", flush=True)
-    return Material(training, rows(others or trained, True), {} if described is None else described.entry())
+    others = tasks.named("validation") if generalises else []
+    return Material(rows(trained, False), rows(others or trained, True), {} if described is None else described.entry())

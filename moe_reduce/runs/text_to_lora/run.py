@@ -22,6 +22,7 @@ from moe_reduce.core import disk, outputs
 from moe_reduce.core.config import DataConfig, ModelConfig, TextToLoraConfig, to_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input
+from moe_reduce.data.tokenizers import load_tokenizer
 from moe_reduce.families import read_config
 from moe_reduce.models.deltas import ADAPTER, BANK
 from moe_reduce.models.model import Model
@@ -101,8 +102,9 @@ def text_to_lora(run: TextToLoraConfig, workdir: Path, name: str = "") -> dict[s
     done = begin(workdir, run)
     if done is not None:
         return done
-    tasks = material.read(run.tasks)
-    setup = Setup(run, config, tasks, material.material(run, tasks), workdir)
+    tokenizer = load_tokenizer(run.model)
+    tasks = material.read(run.tasks, tokenizer)
+    setup = Setup(run, config, tasks, material.material(run, tasks, tokenizer), workdir)
     with writing(workdir):
         task_splits.write(dataclasses.replace(tasks.splits, train=tasks.train), workdir / SPLITS)
         problem = PROBLEMS[run.objective](setup)
