@@ -5,13 +5,17 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from moe_reduce.__main__ import main
+from moe_reduce.adapters import adapter_directory
 from moe_reduce.commands import inspect
-from moe_reduce.core import json_files, memory
+from moe_reduce.core import config_dict, json_files, memory
+from moe_reduce.core.config import AdapterConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.data import files
 from moe_reduce.families import read_config
 from moe_reduce.reduction import scores
 from moe_reduce.storage import manifest
@@ -20,7 +24,16 @@ DEEP = "[" * 100_000 + "]" * 100_000
 NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000
 
 
-@pytest.mark.parametrize("text", [DEEP, NESTED, f'{{"model_type": "llama", "vocab_size": {DEEP}}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        DEEP,
+        NESTED,
+        "[" * 120 + "]" * 120,
+        '{"a":' * 900 + "1" + "}" * 900,
+        f'{{"model_type": "llama", "vocab_size": {DEEP}}}',
+    ],
+)
 @pytest.mark.parametrize(
     ("name", "read"),
     [
@@ -28,6 +41,8 @@ NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000
         ("manifest.json", lambda file: manifest.read(file.parent)),
         ("scores.json", scores.read),
         ("any.json", json_files.read_object),
+        ("rows.jsonl", lambda file: [list(text) for text in files.read_documents(file, "text")]),
+        ("adapter.json", lambda file: adapter_directory.described(file.parent)),
     ],
 )
 def test_json_nested_without_end(tmp_path, name, read, text):
@@ -44,6 +59,25 @@ def test_json_that_is_none(tmp_path, content):
     with pytest.raises(UserError, match=r"any\.json .*JSON") as caught:
         json_files.read_object(tmp_path / "any.json", "make it again")
     assert str(caught.value).endswith("make it again")
+
+
+def test_json_of_ordinary_depth_is_read():
+    assert json_files.parse("[" * 60 + "]" * 60, "a.json")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400])
+@pytest.mark.parametrize("key", ["alpha", "dropout", "core_std"])
+def test_numbers_that_are_not_finite(number, key):
+    raw = config_dict.completed(AdapterConfig, json_files.parse(f'{{"{key}": {number}}}', "adapter.json"))
+    with pytest.raises(UserError, match=f"config key adapter.{key} must be"):
+        config_dict.build(AdapterConfig, raw, "adapter")
+
+
+def test_no_json_is_parsed_past_the_one_place_that_limits_it():
+    package = Path(inspect.__file__).parents[1]
+    found = {str(file.relative_to(package)) for file in package.rglob("*.py") if "json.load" in file.read_text()}
+    # the two others read what a library wrote, or has refused already
+    assert found == {"core/json_files.py", "data/splitting.py", "data/library_reader.py"}
 
 
 def test_a_damaged_depth_is_refused_by_the_command(tmp_path, capsys):

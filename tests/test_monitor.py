@@ -261,6 +261,14 @@ def test_cards_are_asked_through_nvidia_smi(monkeypatch, tmp_path):
     assert monitor.peak("gpu_percent") is None
 
 
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_that_is_nested_without_end(address, monkeypatch, status):
+    monkeypatch.setitem(Server.generated, "a:8b", (status, [b"[" * 100_000]))
+    with pytest.raises(UserError) as caught:
+        ollama.generate("a:8b", "prompt", 7, address)
+    assert "\n" not in str(caught.value)
+
+
 def test_no_server_is_one_line(tmp_path, capsys):
     with pytest.raises(UserError, match="no Ollama server answers"):
         ollama.models("http://127.0.0.1:1")

@@ -5,6 +5,7 @@ carries the metadata `kinds`, a mapping from a group's `kind` to its dataclass.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from ml_collections import config_dict
 from moe_reduce.core.errors import UserError
 
 T = TypeVar("T")
+LARGEST = 2**1000  # of an integer that stands for a float: near the largest float
 
 
 def of(value: Any) -> ml_collections.ConfigDict:
@@ -110,10 +112,12 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if value not in typing.get_args(kind):
             raise UserError(f"config key {path} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
         return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int and abs(value) < LARGEST:
         value = float(value)
     if type(value) is not kind:
         raise UserError(f"config key {path} must be {kind.__name__}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config key {path} must be a finite number, got {value!r}")
     return value
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from moe_reduce.core.errors import UserError
 
+DEEPEST = 100  # levels of nesting: far more than any file has, and far fewer than recursive functions can visit
+
 
 def parse(text: str | bytes, name: str | Path, remedy: str = "fetch it again", unique_keys: bool = False) -> Any:
     """Parse JSON. UserError, with the remedy, for invalid JSON, invalid UTF-8 or values that are nested too deeply.
@@ -13,11 +15,30 @@ def parse(text: str | bytes, name: str | Path, remedy: str = "fetch it again", u
     name: the file, for messages. unique_keys: also refuse an object that has a key twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique if unique_keys else None)
+        found = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
+        if _is_deep(found):
+            raise RecursionError
     except RecursionError:
         raise UserError(f"{name} is nested too deeply: {remedy}") from None
     except ValueError as error:  # includes bytes that are not UTF-8
         raise UserError(f"{name} is not JSON ({error}): {remedy}") from None
+    return found
+
+
+def _is_deep(value: Any) -> bool:
+    """Tell whether objects and lists are nested in more than DEEPEST levels."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [
+            child
+            for holder in level
+            if isinstance(holder, dict | list)
+            for child in (holder.values() if isinstance(holder, dict) else holder)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def read_object(file: Path, remedy: str = "fetch it again") -> dict[str, Any]:

@@ -3,7 +3,6 @@
 Tokenizing processes import this module: keep it free of JAX.
 """
 
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
+from moe_reduce.core import json_files
 from moe_reduce.core.errors import UserError
 from moe_reduce.data.text_files import MARK, open_text
 
@@ -97,10 +97,7 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Iterable[str]]:
 
 
 def _parse_line(line: str, location: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{location} is not JSON ({error}): is the file cut short?") from error
+    row = json_files.parse(line, location, "is the file cut short?")
     if not isinstance(row, dict):
         raise UserError(f"{location} holds {type(row).__name__}, not an object with a text field")
     return row

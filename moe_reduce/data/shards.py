@@ -9,10 +9,11 @@ The manifest is written last. `prepare` writes to a temporary directory and rena
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
+from moe_reduce.core import json_files
 from moe_reduce.core.errors import UserError
 from moe_reduce.data.pieces import SPLITS
 
@@ -182,12 +183,12 @@ class TokenStore:
 def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_FILE
     try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        raw = json_files.read_object(path)
         listed = raw.pop("splits")
         splits = {split: [Shard(**shard) for shard in listed[split]] for split in SPLITS}
         manifest = Manifest(splits=splits, **raw)
         _check_types(manifest)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, UserError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is missing or damaged ({error!r}); delete {directory} and run again") from error
     if manifest.format_version != FORMAT_VERSION:
         raise UserError(

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from typing import Any, NamedTuple
 
+from moe_reduce.core import json_files
 from moe_reduce.core.errors import UserError
 
 ADDRESS = "http://127.0.0.1:11434"
@@ -91,13 +92,11 @@ def _ask(address: str, path: str, content: Any = None) -> dict[str, Any]:
     request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            found = json.loads(_body(response))
+            found = json_files.parse(_body(response), f"the answer of {address}{path}", "is it an Ollama server?")
     except urllib.error.HTTPError as error:
         raise _refusal(error, address + path, content) from error
     except TimeoutError as error:
         raise UserError(_too_late(address + path)) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{address}{path} answers with something else than JSON: is it an Ollama server?") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(getattr(error, "reason", None), TimeoutError):  # URLError, of a connection that never opened
             raise UserError(_too_late(address + path)) from error
@@ -127,8 +126,8 @@ def _refusal(error: urllib.error.HTTPError, url: str, content: Any) -> UserError
     """The error that a status of 400 or above stands for."""
     name = content["model"] if content else None
     try:
-        said = json.loads(error.read())["error"]
-    except (OSError, ValueError, TypeError, KeyError):
+        said = json_files.parse(error.read(), url)["error"]
+    except (OSError, UserError, TypeError, KeyError):
         said = error.reason
     said = " ".join(str(said).split())
     if NO_TEXT in said:

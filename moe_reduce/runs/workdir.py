@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_reduce.core import config_dict, disk, locks
+from moe_reduce.core import config_dict, disk, json_files, locks
 from moe_reduce.core.config import DataConfig, ModelConfig, to_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
@@ -152,12 +151,9 @@ def read_run_config(file: Path, kind: type) -> dict[str, Any]:
     kind: the dataclass that describes such a run. Raises ValueError when the file holds no configuration.
     """
     try:
-        found = config_dict.completed(kind, json.loads(file.read_text()))
-    except (RecursionError, TypeError, AttributeError, KeyError) as error:
+        return config_dict.completed(kind, json_files.read_object(file))
+    except (UserError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{file} holds no configuration: {error!r}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds no configuration")
-    return found
 
 
 def _first_difference(found: Any, wanted: Any, path: str = "") -> str:
