@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_reduce.core.disk import restored
 from moe_reduce.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def one_for_each(adapters: Sequence[str], count: int, option: str) -> list[str]:
 def check_adapters(adapters: Iterable[str]) -> None:
     """Raises UserError for the first adapter that is no directory."""
     for adapter in adapters:
-        if adapter != NONE and not Path(adapter).is_dir():
+        if adapter != NONE and not restored(Path(adapter)).is_dir():
             raise UserError(f"--adapter={adapter} is not a directory: give one that adapt or PEFT wrote")
 
 

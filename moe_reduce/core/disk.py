@@ -173,6 +173,22 @@ def recover(target: Path) -> None:
         _discard(aside, target)
 
 
+def restored(target: Path) -> Path:
+    """Return `target`, after giving a directory that a killed process moved aside its name back. For readers.
+
+    UserError with the command to do so where this process may not rename it.
+    """
+    place = target.resolve()
+    if place.exists() or not place.name or not place.parent.is_dir():
+        return target
+    for aside in [_aside(place), *_moved_aside_earlier(place)]:
+        if aside.is_dir():
+            with writing(target, f"a killed --overwrite moved it aside; run mv {aside} {place}"):
+                aside.rename(place)
+            break
+    return target
+
+
 def _moved_aside_earlier(target: Path) -> list[Path]:
     """Directories that earlier versions moved aside, under names with host and process."""
     found = target.parent.glob(f"{glob.escape(f'.{target.name}.')}*.old")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_reduce.core import json_files
+from moe_reduce.core import disk, json_files
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.gguf_file import ARCHITECTURE, SUFFIX, is_gguf, read_gguf
@@ -92,7 +92,7 @@ def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
     A GGUF file has no config.json; its content is then what the file's metadata says in those words.
     """
-    return _read_gguf(path) if is_gguf(path) else _read_directory(path)
+    return _read_gguf(path) if is_gguf(path) else _read_directory(disk.restored(path))
 
 
 def _read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
