@@ -23,7 +23,7 @@ from moe_reduce.data.prepare import prepare
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.runs import equivalence
-from moe_reduce.storage.manifest import verify
+from moe_reduce.storage.manifest import input_of, verify
 from moe_reduce.training import job
 from moe_reduce.training.checkpoints import Checkpoints
 from moe_reduce.training.metrics import read_metrics
@@ -138,6 +138,8 @@ def test_merging_again_gives_the_same_log(finished, tmp_path):
     assert logs[0] == logs[1]
     reports = [json.loads((tmp_path / name / equivalence.EQUIVALENCE).read_text()) for name in ("one", "other")]
     assert reports[0]["latency_seconds"] != reports[1]["latency_seconds"]
+    assert input_of(tmp_path / "one").sha256 == input_of(tmp_path / "other").sha256
+    assert main([*arguments, f"--out={tmp_path / 'one'}", "--overwrite"]) == 0
 
 
 def test_merge_gives_what_adapt_gave(finished, tmp_path, capsys):

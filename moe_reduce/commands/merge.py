@@ -2,12 +2,11 @@
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_reduce.commands import model_arguments
-from moe_reduce.core.errors import UserError
+from moe_reduce.commands import adapter_arguments, model_arguments
 from moe_reduce.core.provenance import Input
 
 SAMPLE = (4, 64)  # sequences and tokens: random ids on which logits are compared without --data
@@ -36,8 +35,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     from moe_reduce.storage.model_directory import KIND, save
 
     model_arguments.check_out(arguments, KIND)
-    if not arguments.adapter.is_dir():
-        raise UserError(f"--adapter={arguments.adapter} is not a directory: give one that adapt or PEFT wrote")
+    adapter_arguments.check_adapters([str(arguments.adapter)])
     base = load(arguments.model)
     base_input = manifest.input_of(arguments.model)
     adapter = adapter_directory.load(arguments.adapter, base.config, base_input)
@@ -49,8 +47,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     step = dataclasses.replace(step, inputs=inputs, quality={"perplexity": report["perplexity"]["merged"]})
     merged = dataclasses.replace(merged, chain=tuple(earlier))
 
-    def reports(directory: Path, files: Mapping[str, str]) -> None:
+    def reports(directory: Path, files: Mapping[str, str]) -> Collection[str]:
         equivalence.write_reports(directory, files, base_input, adapter, report)
+        return equivalence.MERGE_LOG, equivalence.EQUIVALENCE
 
     save(merged, arguments.out, step, overwrite=arguments.overwrite, also=reports)
     shown = {name: report[name] for name in ("largest_logit_difference", "perplexity", "latency_seconds")}

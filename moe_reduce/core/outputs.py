@@ -5,7 +5,6 @@ files belong to it. A directory that holds any other file stays, and so does one
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from moe_reduce.core import disk, file_sets
+from moe_reduce.core import disk, file_sets, json_files
 from moe_reduce.core.errors import UserError
 
 REMEDY = "free some space or choose another path"
@@ -36,14 +35,17 @@ class Kind:
 def json_kind(name: str, marker: str, keys: Collection[str], files: Collection[str] | None = None) -> Kind:
     """Return a kind whose marker is a JSON object with certain keys.
 
-    files: names or patterns of the files beside the marker; None: the marker names them itself, under "files".
+    files: names or patterns of the files beside the marker; None: the marker names them itself, under "files" and
+    "reports".
     """
 
     def found(file: Path) -> Collection[str] | None:
         content = _object(file)
         if not set(keys) <= set(content):
             return None
-        return {marker, *(content.get("files", ()) if files is None else files)}
+        listed = [content[key] for key in ("files", "reports") if isinstance(content.get(key), dict | list)]
+        named = [name for names in listed for name in names if isinstance(name, str)]
+        return {marker, *(named if files is None else files)}
 
     return Kind(name, marker, found)
 
@@ -51,10 +53,9 @@ def json_kind(name: str, marker: str, keys: Collection[str], files: Collection[s
 def _object(file: Path) -> dict[str, Any]:
     """Content of a JSON file; {} if it is not an object in JSON."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return json_files.read_object(file)
+    except (OSError, UserError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def check(target: Path, kind: Kind, overwrite: bool, inputs: Iterable[Path] = ()) -> None:

@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,20 @@ def input_of(directory: Path) -> Input:
     return Input(str(directory), digest.hexdigest())
 
 
-def write(directory: Path, config: ModelConfig, chain: tuple[Step, ...], hashes: Mapping[str, str]) -> None:
-    """Write manifest.json for the files of a directory. hashes: SHA-256 by name, of files already hashed."""
-    names = sorted(file.name for file in directory.iterdir() if file.is_file() and file.name != MANIFEST_FILE)
+def write(
+    directory: Path,
+    config: ModelConfig,
+    chain: tuple[Step, ...],
+    hashes: Mapping[str, str],
+    reports: Collection[str] = (),
+) -> None:
+    """Write manifest.json for the files of a directory. hashes: SHA-256 by name, of files already hashed.
+
+    reports: names of files with dates and times, which are listed without a hash: the manifest of a second run, whose
+    hash names the directory, must be equal.
+    """
+    found = {file.name for file in directory.iterdir() if file.is_file()} - {MANIFEST_FILE}
+    names = sorted(found - {*reports})
     components = counts_by_component(config)
     content = {
         "versions": versions() | {"python": platform.python_version()},
@@ -60,7 +71,7 @@ def write(directory: Path, config: ModelConfig, chain: tuple[Step, ...], hashes:
         "files": {name: hashes[name] if name in hashes else sha256_of_file(directory / name) for name in names},
         "parameters": components | {"total": sum(components.values())},
         "chain": [asdict(step) for step in chain],
-    }
+    } | ({"reports": sorted(reports)} if reports else {})
     (directory / MANIFEST_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

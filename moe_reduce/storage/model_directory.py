@@ -1,7 +1,7 @@
 """Loading and saving model directories; loading GGUF files."""
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ CONVERSION = "convert"  # command of the step that made a model directory of a G
 
 KIND = outputs.json_kind("a model directory", manifest.MANIFEST_FILE, ("chain", "files", "parameters"))
 
-Also = Callable[[Path, Mapping[str, str]], None]
+Also = Callable[[Path, Mapping[str, str]], Collection[str]]
 
 
 def load(
@@ -67,7 +67,8 @@ def save(
     leaves nothing half-made. step: appended to the model's history, which begins with a conversion where the model was
     read from a GGUF file and saved as it is. overwrite: replace a model directory that was written by this function
     (see moe_reduce.core.outputs). shard_bytes: largest size of a weight file. also: writes further files; called with
-    the unfinished directory and the SHA-256 of each weight file by name. A model with quantised weights is saved as one
+    the unfinished directory and the SHA-256 of each weight file by name, it returns the names of files with dates and
+    times, which get no hash. A model with quantised weights is saved as one
     of our own, whatever its family. Raises UserError when the path exists or cannot be written.
     """
     flat = trees.flatten(model.params)
@@ -122,9 +123,8 @@ def _write(contents: Contents, directory: Path, shard_bytes: int, also: Also | N
     (directory / families.CONFIG_FILE).write_text(families.dumps(raw))
     if contents.source is not None:
         _copy_companions(contents.source, directory)
-    if also is not None:
-        also(directory, hashes)
-    manifest.write(directory, contents.config, contents.chain, hashes)
+    reports = () if also is None else also(directory, hashes)
+    manifest.write(directory, contents.config, contents.chain, hashes, reports)
 
 
 def _copy_companions(source: Path, directory: Path) -> None:
