@@ -232,3 +232,13 @@ def test_a_tensor_of_another_architecture_is_named(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(gguf_files.NAMES, "lm_head", "rope_freqs")
     write_llama(tmp_path / "tiny.gguf", tie_word_embeddings=False)
     assert "tensor rope_freqs.weight" in refused(tmp_path / "tiny.gguf")
+
+
+@pytest.mark.parametrize(("count", "part"), [(1 << 60, "has no end"), (1 << 20, "ends within")])
+def test_a_list_without_end_is_refused_at_once(tmp_path: Path, count: int, part: str):
+    file, key = tmp_path / "tiny.gguf", b"tokenizer.ggml.token_type"
+    write_llama(file)
+    content = file.read_bytes()
+    place = content.index(key) + len(key) + 8  # behind the types of the value and of its elements
+    file.write_bytes(content[:place] + count.to_bytes(8, "little") + content[place + 8 :])
+    assert part in refused(file)

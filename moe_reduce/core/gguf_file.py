@@ -17,6 +17,7 @@ SUFFIX = ".gguf"
 ARCHITECTURE = "general.architecture"
 PARTS = "split.count"
 SHOWN = 160  # characters of an error of the library
+LONGEST = 1 << 24  # values of a list in the metadata: vocabularies have less than a million tokens
 
 
 class StoredTensor(NamedTuple):
@@ -73,10 +74,23 @@ def _read(path: Path, modified: int, size: int) -> GgufFile:  # noqa: ARG001  bo
 
 
 def _reader(path: Path) -> Any:
-    from gguf import GGUFReader
+    from gguf import GGUFReader, GGUFValueType
 
     class Reader(GGUFReader):
-        """The library's reader on a plain array: slices of a numpy.memmap cost three times as long and as much."""
+        """The library's reader, which stops at the end of the file, and at a list that no model has.
+
+        It reads from a plain array: slices of a numpy.memmap take three times as long and as much.
+        """
+
+        def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> np.ndarray:
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > self.data.size:
+                raise ValueError(f"it ends within the value at byte {offset}")
+            return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > LONGEST:
+                raise ValueError(f"the list at byte {orig_offs} has no end")
+            return super()._get_field_parts(orig_offs, raw_type)
 
         @property
         def data(self) -> np.ndarray:
