@@ -184,6 +184,10 @@ def test_texts_end_at_the_eos_token_and_documents_at_end_of_text(byte_level):
     tokenizer = load_tokenizer(directory)
     assert tokenizer.decode([tokenizer.end_of_text]) == "<|endoftext|>"
     assert [tokenizer.decode([one]) for one in tokenizer.end_ids] == ["<|endoftext|>", "<|im_end|>"]
+    assert tokenizer.decode([tokenizer.end_of_turn]) == "<|im_end|>"
+    ids = tokenizer.encode("hello<|im_end|> world<|endoftext|>")
+    assert tokenizer.decode(ids) == "hello<|im_end|> world<|endoftext|>"
+    assert tokenizer.decode(ids, special=False) == "hello world"
 
 
 def test_truncation_and_padding_of_a_file_are_left_out(byte_level):

@@ -45,7 +45,8 @@ class LibraryTokenizer:
         ids = {role: vocabulary[token] for role, token in names.special_tokens.items() if token in vocabulary}
         self.begin_of_text: int | None = ids.get("bos_token")
         self.end_of_text: int = names.end_of_text
-        self.end_ids: tuple[int, ...] = tuple(sorted({self.end_of_text, ids.get("eos_token", self.end_of_text)}))
+        self.end_of_turn: int = ids.get("eos_token", self.end_of_text)
+        self.end_ids: tuple[int, ...] = tuple(sorted({self.end_of_text, self.end_of_turn}))
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.base_size: int = backend.get_vocab_size(with_added_tokens=False)
 
@@ -94,8 +95,8 @@ class LibraryTokenizer:
         found = self.encode_batch(given)
         return [ids[len(lead) :] if follows else ids for ids, follows in zip(found, continued, strict=True)]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode([int(identity) for identity in ids], skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], special: bool = True) -> str:
+        return self._backend.decode([int(identity) for identity in ids], skip_special_tokens=not special)
 
     def save(self, directory: Path) -> None:
         self._backend.save(str(directory / JSON_FILE))

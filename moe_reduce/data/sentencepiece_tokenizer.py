@@ -39,6 +39,7 @@ class SentencePieceTokenizer:
         self.base_size: int = self.vocab_size
         self.end_of_text: int = self._processor.eos_id()
         self.begin_of_text: int | None = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
+        self.end_of_turn: int = self.end_of_text
         self.end_ids: tuple[int, ...] = (self.end_of_text,)
         self.hash = hashlib.sha256(b"sentencepiece\0" + model).hexdigest()
 
@@ -76,8 +77,9 @@ class SentencePieceTokenizer:
             for text, follows in zip(texts, continued, strict=True)
         ]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(identity) for identity in ids])
+    def decode(self, ids: Sequence[int], special: bool = True) -> str:
+        # the library has no text for control tokens, and one for the unknown token
+        return self._processor.decode([int(one) for one in ids if special or one != self._unknown])
 
     def save(self, directory: Path) -> None:
         (directory / SENTENCEPIECE_FILE).write_bytes(self._model)

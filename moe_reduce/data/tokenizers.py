@@ -38,6 +38,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def end_of_turn(self) -> int:
+        """Id of the eos_token: ends a text that a model writes; that of end of text where a tokenizer names none."""
+        ...
+
+    @property
     def begin_of_text(self) -> int | None:
         """Id that may start a text; None if the vocabulary has none."""
         ...
@@ -78,8 +83,9 @@ class Tokenizer(Protocol):
         """Encode each text as `encode` does, or where `continued`, as the part of a text that follows a newline."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids, special tokens included."""
+    def decode(self, ids: Sequence[int], special: bool = True) -> str:
+        """Decode ids. special: with special tokens, those that a tokenizer does not take for text, as far as it has a
+        text for them."""
         ...
 
     def save(self, directory: Path) -> None:

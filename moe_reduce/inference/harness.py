@@ -54,11 +54,11 @@ class Harness(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self._tokenizer.end_of_text
+        return self._tokenizer.end_of_turn
 
     @functools.cached_property
     def prefix_token_id(self) -> int:  # type: ignore[override]
-        """Token in front of a text without a context: begin of text, or end of text if the tokenizer has none."""
+        """Token in front of a text without a context: begin of text, or the eos_token if the tokenizer has none."""
         begin = self._tokenizer.begin_of_text
         return self.eot_token_id if begin is None else begin
 
@@ -185,13 +185,21 @@ class Harness(TemplateLM):
             # a shorter row has ended
             if all(len(row) < longest or any(string in self._text(row) for string in stop) for row in rows):
                 break
-        texts = [self._text(row) for row in rows]
-        return [min((text.split(string, 1)[0] for string in stop), key=len, default=text) for text in texts]
+        return [self._answer(row, stop) for row in rows]
 
-    def _text(self, ids: list[int]) -> str:
+    def _answer(self, ids: list[int], stop: list[str]) -> str:
+        """Text up to the first stop string, without special tokens, although a stop string may hold some."""
+        text = self._text(ids, special=False)
+        if any(string not in text and string in self._text(ids) for string in stop):
+            ends = (end for end in range(len(ids)) if any(string in self._text(ids[:end]) for string in stop))
+            text = self._text(ids[: next(ends, len(ids))], special=False)
+        return min((text.split(string, 1)[0] for string in stop), key=len, default=text)
+
+    def _text(self, ids: list[int], special: bool = True) -> str:
         """Text of generated ids alone: what a tokenizer drops at the start of a text, such as a blank, is dropped."""
         known = [token for token in ids if token < self._tokenizer.vocab_size]
-        return self._tokenizer.decode(known)  # the embedding may be padded beyond the tokenizer's vocabulary
+        # the embedding may be padded beyond the tokenizer's vocabulary
+        return self._tokenizer.decode(known, special)
 
 
 def _quiet(named: dict[str, Any]) -> bool:
