@@ -32,6 +32,7 @@ setup(
         "tokenizers>=0.22",
         "transformers>=5.24",  # reads the tokenizers of other people's models; needs no torch for that
         "safetensors>=0.6",
+        "regex>=2025.10",  # expressions of other people's adapters, with a limit on time
         "gguf>=0.18",
         "tqdm>=4.66",
         "matplotlib>=3.9",

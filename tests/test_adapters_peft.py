@@ -1,6 +1,7 @@
 """PEFT's files: what adapter_config.json selects, what its other keys mean, experts and routers, and damage."""
 
 import json
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -13,7 +14,7 @@ from transformers_models import tiny, written
 
 import moe_reduce
 from moe_reduce.adapters import adapter as adapters
-from moe_reduce.adapters import adapter_directory, merging, peft_config
+from moe_reduce.adapters import adapter_directory, expressions, merging, peft_config
 from moe_reduce.adapters.peft_modules import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from moe_reduce.core.config import AdapterConfig
 from moe_reduce.core.errors import UserError
@@ -147,6 +148,9 @@ def test_ranks_and_alphas_by_pattern_are_those_of_peft(tmp_path, base):
         ({"target_modules": ["q_proj", 3]}, ("target_modules must be",)),
         ({"target_modules": "(q_proj"}, ("target_modules", "no regular expression")),
         ({"rank_pattern": {"(": 2}}, ("rank_pattern", "no regular expression")),
+        ({"target_modules": "(" * 20_000 + ")" * 20_000}, ("target_modules", "no regular expression")),
+        ({"target_modules": r"(?R)?.*"}, ("target_modules", "no regular expression")),
+        ({"target_modules": "(a{100}){101}"}, ("target_modules", "repeats too often")),
         ({"alpha_pattern": ["q_proj"]}, ("alpha_pattern must be an object",)),
         ({"alpha_pattern": {"q_proj": "high"}}, ("alpha_pattern", "numbers")),
         ({"layers_to_transform": ["0"]}, ("layers_to_transform",)),
@@ -164,7 +168,9 @@ def test_ranks_and_alphas_by_pattern_are_those_of_peft(tmp_path, base):
         ({"init_lora_weights": "pissa"}, ("init_lora_weights='pissa' is not supported", "changes the base's weights")),
         ({"target_parameters": ["mlp.experts.down_proj"]}, ("target_parameters", "not supported")),
         ({"lora_bias": True}, ("lora_bias", "not supported")),
-        ({"bias": "lora_only"}, ("bias='lora_only'",)),
+        ({"bias": "lora"}, ("bias='lora'", "only 'none', 'all', 'lora_only'")),
+        ({"modules_to_save": "lm_head"}, ("modules_to_save must be a list",)),
+        ({"modules_to_save": ["lm_head"]}, ("no base_model.model.lm_head.weight",)),
     ],
 )
 def test_keys_that_contradict_the_tensors_or_cannot_be_computed(tmp_path, base, change_config, parts):
@@ -172,6 +178,25 @@ def test_keys_that_contradict_the_tensors_or_cannot_be_computed(tmp_path, base, 
     raw = json.loads((directory / CONFIG_FILE).read_text())
     (directory / CONFIG_FILE).write_text(json.dumps(raw | change_config))
     refused(directory, base, *parts)
+
+
+ENDLESS = r"(\w|\w\w|\w\w\w|\.|\w\.|\w\w\.)+[!?]"  # each letter of a name doubles the time
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"target_modules": ENDLESS},
+        {"exclude_modules": ENDLESS},
+        {"rank_pattern": {ENDLESS: 2}},
+        {"layers_to_transform": [0], "layers_pattern": ENDLESS},
+    ],
+)
+def test_expressions_that_take_for_ever_are_refused(tmp_path, base, monkeypatch, keys):
+    monkeypatch.setattr(expressions, "SECONDS", 0.2)
+    start = time.monotonic()
+    refused(put_dense(tmp_path / "adapter", **keys), base, CONFIG_FILE, "takes more than", "list the modules")
+    assert time.monotonic() - start < 20
 
 
 def test_every_key_of_peft_is_in_a_table():

@@ -175,7 +175,8 @@ def test_we_wrote_it_and_peft_computes_it(tmp_path, kind, method):
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"bias": "some"}, "bias='some' is not supported"),
+        ({"modules_to_save": ["score"]}, "which this model does not have: it belongs to a model of another task"),
         ({"peft_type": "IA3"}, "peft_type='IA3' is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),

@@ -12,11 +12,12 @@ layers 1 and 3:
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moe_reduce.adapters.checks import check, check_new
 from moe_reduce.adapters.leaves import leaves_of, trained_names
+from moe_reduce.adapters.replacements import Replacements, applied
 from moe_reduce.adapters.targets import targets_of
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, ExecutionConfig, ModelConfig
@@ -32,6 +33,7 @@ class Adapter:
 
     config: AdapterConfig
     tree: dict[str, Any]  # the content of params["adapter"]
+    replaced: Replacements = field(default_factory=dict)  # parameters of the base that it has its own values of
 
 
 def init(config: AdapterConfig, model: Model) -> Adapter:
@@ -56,7 +58,8 @@ def trained(config: AdapterConfig, path: str) -> bool:
 def count(adapter: Adapter) -> int:
     """Number of trained parameters."""
     flat = trees.flatten(adapter.tree)
-    return sum(math.prod(leaf.shape) for path, leaf in flat.items() if trained(adapter.config, path))
+    trained_leaves = sum(math.prod(leaf.shape) for path, leaf in flat.items() if trained(adapter.config, path))
+    return trained_leaves + sum(value.size for value in adapter.replaced.values())
 
 
 def trained_parameters(config: AdapterConfig, model: ModelConfig) -> int:
@@ -69,7 +72,7 @@ def activate(model: Model, adapter: Adapter) -> Model:
     if ADAPTER in model.params or BANK in model.params:
         raise UserError("this model already has an active adapter: merge or unmerge it first")
     check_fits(adapter, model.config)
-    return dataclasses.replace(model, params=model.params | {ADAPTER: adapter.tree})
+    return dataclasses.replace(model, params=applied(model.params, adapter.replaced) | {ADAPTER: adapter.tree})
 
 
 def check_fits(adapter: Adapter, model: ModelConfig) -> None:

@@ -21,7 +21,7 @@ from moe_reduce.adapters.targets import targets_of
 from moe_reduce.core import json_files, outputs, trees
 from moe_reduce.core.config import AdapterConfig, ModelConfig, to_dict
 from moe_reduce.core.config_dict import build, completed
-from moe_reduce.core.disk import write_json
+from moe_reduce.core.disk import restored, write_json
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input
 from moe_reduce.storage import manifest
@@ -34,6 +34,8 @@ KIND = outputs.json_kind("an adapter", DESCRIPTION, ("base", "config", "digest",
 
 def save(adapter: Adapter, model: ModelConfig, base: Input, directory: Path) -> None:
     """Write the adapter into an existing, empty directory. base: the model directory that the adapter belongs to."""
+    if adapter.replaced:
+        raise UserError("an adapter that replaces whole parameters has no format but PEFT's: keep its own files")
     leaves = {path: np.asarray(leaf) for path, leaf in trees.flatten(adapter.tree).items()}
     projected = _projection_paths(adapter.config, leaves)
     left_out = set() if _stores_projections(adapter.config) else projected
@@ -67,7 +69,7 @@ def load(directory: Path, model: ModelConfig, base: Input | None) -> Adapter:
     checked. Raises UserError for another base, for a file with another hash than in adapter.json, and for projections
     that cannot be reproduced.
     """
-    if not (directory / DESCRIPTION).is_file():
+    if not (restored(directory) / DESCRIPTION).is_file():
         return peft_reading.read(directory, model)
     content = described(directory)
     if base is not None and content["base"]["sha256"] != base.sha256:

@@ -47,6 +47,9 @@ def stack(adapters: Sequence[Adapter | None], model: ModelConfig) -> dict[str, A
         check_fits(adapter, model)
         if adapter.config.method == "dora":
             raise UserError(f"adapter {number} is a DoRA, which cannot run beside others: give it alone, or merge it")
+        if adapter.replaced:
+            (path, _), *_ = adapter.replaced
+            raise UserError(f"adapter {number} replaces {path}, which all rows share: give it alone, or merge it")
         for target in targets_of(adapter.config, model):
             leaves = {name: np.asarray(leaf) for name, leaf in trees.flatten(delta_of(adapter, target)).items()}
             places.setdefault(target.path, [None] * len(adapters))[number] = (target, leaves)

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from moe_reduce.adapters import projections
 from moe_reduce.adapters.adapter import Adapter, check_fits, trained
 from moe_reduce.adapters.leaves import is_abstract
+from moe_reduce.adapters.replacements import applied, named
 from moe_reduce.adapters.targets import Target, targets_of
 from moe_reduce.core import trees
 from moe_reduce.core.config import to_dict
@@ -38,24 +39,28 @@ def merge(model: Model, adapter: Adapter) -> Model:
     before.
     """
     base = unmerge(model) if ADAPTER in model.params else model
+    own = named(adapter.replaced)
     # a copy of the adapter in PEFT's format has another config and thus another digest, but the same leaves
-    hashes = {"adapter": digest(adapter), "change": _digest_of_leaves(adapter.tree)}
+    hashes = {"adapter": digest(adapter), "change": _digest_of_leaves(trees.flatten(adapter.tree) | own)}
     for step in base.chain:
         if step.command == "merge" and any(value and value == step.arguments.get(key) for key, value in hashes.items()):
             raise UserError("this adapter has been merged into this model before: merge it into its base instead")
     check_fits(adapter, base.config)
-    flat = trees.flatten(base.params)
-    merged = {}
+    replaced = applied(base.params, adapter.replaced)
+    flat, merged = trees.flatten(replaced), {}
     for target in targets_of(adapter.config, base.config):
         merged[target.path] = _merged(target, flat[target.path], delta_of(adapter, target))
     total = parameter_count(base.config)
     arguments = hashes | {"config": to_dict(adapter.config), "order": ORDER}
     step = Step("merge", arguments, (), total, total)
-    return dataclasses.replace(base, params=trees.update(base.params, merged), chain=(*base.chain, step))
+    return dataclasses.replace(base, params=trees.update(replaced, merged), chain=(*base.chain, step))
 
 
 def unmerge(model: Model) -> Model:
-    """The base of a model with an active adapter. Raises UserError if none is active: a merge cannot be undone."""
+    """The base of a model with an active adapter. Raises UserError if none is active: a merge cannot be undone.
+
+    Parameters that the adapter replaced (biases and whole matrices in files of PEFT) keep the adapter's values.
+    """
     if ADAPTER not in model.params:
         raise UserError("this model has no active adapter, and a merge cannot be undone: load the base")
     return dataclasses.replace(model, params={key: value for key, value in model.params.items() if key != ADAPTER})
@@ -68,7 +73,7 @@ def digest(adapter: Adapter) -> str | None:
         for path, leaf in trees.flatten(adapter.tree).items()
         if trained(adapter.config, path) or path.endswith("/scale")
     }
-    leaves = _digest_of_leaves(chosen)
+    leaves = _digest_of_leaves(chosen | named(adapter.replaced))
     if leaves is None:
         return None
     config = json.dumps(to_dict(adapter.config), sort_keys=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from moe_reduce.adapters import peft_config
+from moe_reduce.adapters import peft_config, peft_whole
 from moe_reduce.adapters.adapter import Adapter, check_fits
 from moe_reduce.adapters.peft_config import PeftConfig
 from moe_reduce.adapters.peft_modules import (
@@ -36,8 +36,6 @@ PICKLE = "adapter_model.bin"
 UNSUPPORTED = {
     "lora_embedding_A": "a LoRA of the token embedding",
     "lora_embedding_B": "a LoRA of the token embedding",
-    "base_layer.weight": "a whole matrix, trained or resized beside the adapter",
-    "modules_to_save.weight": "a whole matrix, trained beside the adapter",
     "lora_B.bias": "a bias of lora_B",
 }
 Tensors = Mapping[tuple[str, str], np.ndarray]  # by (module, suffix)
@@ -47,7 +45,7 @@ Modules = Mapping[str, Sequence[Submatrix]]
 def read(directory: Path, model: ModelConfig) -> Adapter:
     """Read the adapter in a PEFT directory. Raises UserError, naming the key or tensor, for what is unsupported."""
     config = peft_config.read(directory)
-    tensors = _read_tensors(directory)
+    tensors, whole = _read_tensors(directory)
     modules = modules_of(every_target(model), model)
     _check_modules(config, tensors, model, directory / WEIGHTS_FILE)
     _check_shapes(config, tensors, modules, model)
@@ -59,19 +57,20 @@ def read(directory: Path, model: ModelConfig) -> Adapter:
     for target in targets:
         for name, value in _leaves(config, tensors, target, modules_of([target], model), rank).items():
             leaves[f"{target.path}/{name}"] = jnp.asarray(value)
-    adapter = Adapter(found, trees.unflatten(leaves))
+    adapter = Adapter(found, trees.unflatten(leaves), peft_whole.read(config, whole, model, directory / WEIGHTS_FILE))
     check_fits(adapter, model)
     return adapter
 
 
-def _read_tensors(directory: Path) -> Tensors:
-    """Every tensor of the file in fp32. UserError for one that is not of a LoRA, not a float, empty or not finite."""
+def _read_tensors(directory: Path) -> tuple[Tensors, dict[str, np.ndarray]]:
+    """(tensors of LoRAs, all others by name) in fp32. UserError for one that is no float, empty or not finite."""
     if (directory / PICKLE).is_file() and not (directory / WEIGHTS_FILE).is_file():
         raise UserError(f"{directory} has {PICKLE}, a pickle, which can run code: save it with PEFT as safetensors")
     files = TensorFiles(directory, WEIGHTS_FILE)
     if not files.entries:
         raise UserError(f"{directory / WEIGHTS_FILE} holds no tensor: fetch it again")
-    found = {}
+    found: dict[tuple[str, str], np.ndarray] = {}
+    whole: dict[str, np.ndarray] = {}
     for name, entry in files.entries.items():
         place = _split(name, entry.file)
         check_weight(name, entry)
@@ -80,20 +79,28 @@ def _read_tensors(directory: Path) -> Tensors:
                 f"tensor {name} in {entry.file} is empty (shape {entry.shape}), as when it is saved without gathering "
                 "it from all devices (DeepSpeed ZeRO-3): save it again"
             )
-        found[place] = files.read(name).astype(np.float32)
-        if not np.all(np.isfinite(found[place])):
+        value = files.read(name).astype(np.float32)
+        if not np.all(np.isfinite(value)):
             raise UserError(f"tensor {name} in {entry.file} has values that are not finite: train or fetch it again")
-    return found
+        if place is None:
+            whole[name] = value
+        else:
+            found[place] = value
+    if not found:
+        raise UserError(f"{directory / WEIGHTS_FILE} holds no LoRA: fetch it again, or merge it with PEFT")
+    return found, whole
 
 
-def _split(name: str, file: Path) -> tuple[str, str]:
-    """(module, suffix) of a tensor's name."""
+def _split(name: str, file: Path) -> tuple[str, str] | None:
+    """(module, suffix) of a tensor's name; None for a whole tensor of the model. UserError for any other."""
     for suffix in SUFFIXES:
         if name.startswith(PREFIX) and name.endswith(f".{suffix}"):
             return name.removeprefix(PREFIX).removesuffix(f".{suffix}"), suffix
     for suffix, what in UNSUPPORTED.items():
         if name.endswith(f".{suffix}"):
             raise UserError(f"tensor {name} in {file} is {what}, which is not supported: merge the adapter with PEFT")
+    if name.startswith(PREFIX) and ".lora_" not in name:
+        return None
     raise UserError(f"tensor {name} in {file} is not part of a LoRA: known are {', '.join(SUFFIXES)}")
 
 

@@ -21,7 +21,7 @@ from moe_reduce.adapters.hypernetwork.hypernetwork import Hypernetwork, Statisti
 from moe_reduce.adapters.leaves import is_projection
 from moe_reduce.core import config_dict, outputs, trees
 from moe_reduce.core.config import ExecutionConfig, model_from_dict, to_dict
-from moe_reduce.core.disk import publish, temporary_beside, write_json
+from moe_reduce.core.disk import publish, restored, temporary_beside, write_json
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.hypernetwork_config import HypernetworkConfig
 from moe_reduce.core.json_files import read_object
@@ -100,7 +100,7 @@ def load(directory: Path, base: Input | None = None) -> Trained:
     base: the model that the hypernetwork must belong to; None skips this check. Raises UserError for another base, a
     missing, damaged or changed file, and projections that this machine cannot make again.
     """
-    for problem in manifest.verify(directory):
+    for problem in manifest.verify(restored(directory)):
         raise UserError(f"{problem}: give the directory of a hypernetwork, or fetch it again")
     content = read_object(directory / CONFIG)
     try:
