@@ -214,7 +214,7 @@ def main() -> None:
     """Measure all models and write the result."""
     given = options(__doc__ or "", "harness", 3)
     questions = 4 if given.tiny else 100
-    names = list(SIZES)[: 1 if given.tiny else None]
+    names = list(SIZES)[: 2 if given.tiny else None]
     found = [compared(name, SIZES[name], questions, given.repeats) for name in names]
     publish(
         given.out,

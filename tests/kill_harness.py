@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from moe_reduce.core import disk
+
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 # audit event -> places of the paths among its arguments, and of the directory descriptors that they are relative to
 CHANGES = {
@@ -30,11 +32,8 @@ CHANGES = {
     "os.symlink": ((1, 2),),
     "os.truncate": ((0, None),),
 }
-# what differs between two identical runs: dates, times and speeds, and hashes of files that hold them
-VOLATILE = {
-    "date", "latency_seconds", "equivalence", "equivalence.json", "merge.json", "seconds", "tokens_per_second", "mfu",
-    "compile_seconds", "evaluation_seconds",
-}  # fmt: skip
+# what differs between two identical runs: dates, times and speeds
+VOLATILE = {"date", "latency_seconds", "seconds", "tokens_per_second", "mfu", "compile_seconds", "evaluation_seconds"}
 UNCOMPARED = ("checkpoints", "tensorboard")
 
 
@@ -46,11 +45,14 @@ class Server:
             [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, arguments: list[str], root: Path, kill_before: int = 0) -> dict[str, Any]:
-        """Run moe-reduce; {"status", "changes", "output"}. kill_before: number of the change, 0 for none."""
+    def run(self, arguments: list[str], root: Path, kill_before: int = 0, exchanges: bool = True) -> dict[str, Any]:
+        """Run moe-reduce; {"status", "changes", "output"}.
+
+        kill_before: number of the change, 0 for none. exchanges: False as on a file system that cannot exchange names.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = {"arguments": arguments, "root": str(root), "kill_before": kill_before}
+        request = {"arguments": arguments, "root": str(root), "kill_before": kill_before, "exchanges": exchanges}
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return json.loads(self._process.stdout.readline())
 
@@ -71,6 +73,8 @@ class Case:
     inputs: tuple[str, ...]  # files and directories that it reads
     results: tuple[str, ...]  # files and directories that it writes; the first one says that the result is there
     resumes: bool = False  # the same command goes on, and says that a finished run is done
+    exchanges: bool = True  # the file system can exchange two names
+    reader: tuple[str, ...] = ()  # arguments of a command that reads the result, run before looking at what is left
 
 
 @dataclasses.dataclass
@@ -104,25 +108,28 @@ def examine(server: Server, case: Case, choose: Callable[[int], Iterable[int]], 
     shutil.rmtree(before, ignore_errors=True)
     shutil.copytree(case.root, before, symlinks=True)
     old, inputs = content(case.root, case.results), content(case.root, case.inputs)
-    whole = server.run(case.arguments, case.root)
+    whole = server.run(case.arguments, case.root, exchanges=case.exchanges)
     assert whole["status"] == 0, whole
     new, names = content(case.root, case.results), hidden(case.root)
     for number in choose(whole["changes"]):
         shutil.rmtree(case.root)
         shutil.copytree(before, case.root, symlinks=True)
-        killed = server.run(case.arguments, case.root, number)
+        killed = server.run(case.arguments, case.root, number, case.exchanges)
         if killed["status"] != -signal.SIGKILL:  # threads make the number of changes vary a little
             assert killed["status"] == 0, killed
             continue
         found.kills += 1
         place = f"{case.name}, change {number} of {whole['changes']} ({killed['change']})"
+        read = server.run([*case.reader], case.root, exchanges=case.exchanges) if case.reader else {"status": 0}
         left = content(case.root, case.results)
+        if read["status"] != 0:
+            found.lost.append(f"{place}: {read['output']}")
         if content(case.root, case.inputs) != inputs:
             found.lost.append(place)
         done = case.results[0] in left and left[case.results[0]] == new[case.results[0]]
         if left not in (old, new) and (not case.resumes or done):
             found.half_made.append(place)
-        again = server.run(case.arguments, case.root)
+        again = server.run(case.arguments, case.root, exchanges=case.exchanges)
         refused = again["status"] == 2 and left == new and "exists" in again["output"]
         if again["status"] != 0 and not refused:
             found.failed_reruns.append(f"{place}: {again['output']}")
@@ -191,13 +198,15 @@ def _serve() -> None:
         print(json.dumps(_in_a_fork(**json.loads(line))), file=answers, flush=True)
 
 
-def _in_a_fork(arguments: list[str], root: str, kill_before: int) -> dict[str, Any]:
+def _in_a_fork(arguments: list[str], root: str, kill_before: int, exchanges: bool) -> dict[str, Any]:
     reading, counting = os.pipe()
     with open(f"{root}.log", "w+b") as log:
         process = os.fork()
         if process == 0:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+            if not exchanges:
+                disk._exchange = lambda *_: False
             os._exit(_run(arguments, root, kill_before, counting))
         os.close(counting)
         with os.fdopen(reading) as stream:

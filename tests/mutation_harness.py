@@ -1,7 +1,8 @@
 """Mutations of every file format that is read, each in a forked process with limits: `python mutation_harness.py`.
 
-Prints one JSON object a mutation: subject, file, way, verdict and detail. Verdicts: refused (one line), same (what was
-read is what the valid file gives), different (something else was read), traceback, crash, hang, memory.
+Prints one JSON object a mutation: subject, file, way, places that it changed, verdict and detail. Verdicts: refused
+(one line), same (what was read is what the valid file gives), different (something else was read), traceback, crash,
+hang, memory.
 
 The parent imports everything and computes nothing, because JAX's threads do not survive a fork.
 """
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import mutation_places
 import mutation_subjects
 import mutations
 
@@ -43,6 +45,7 @@ class Result(NamedTuple):
     subject: str
     file: str
     way: str
+    places: list[str]
     seed: int
     verdict: str
     detail: str
@@ -119,12 +122,14 @@ def results(subjects: list[mutation_subjects.Subject], each: int, seed: int) -> 
                 shutil.copytree(valid, work)
                 chance = random.Random(zlib.crc32(f"{subject.name} {seed} {number}".encode()))
                 file = chance.choice(sorted(path for path in work.rglob(subject.files) if path.is_file()))
+                before = file.read_bytes()
                 way = mutations.mutate(file, chance)
+                changed = mutation_places.places(file.name, before, file.read_bytes())
                 verdict, detail = forked(subject, work)
                 if verdict == "read":
                     verdict, detail = ("same" if detail == expected[1] else "different"), ""
                 name = str(file.relative_to(work))
-                yield Result(subject.name, name, way, number, verdict, detail.replace(root, ""))
+                yield Result(subject.name, name, way, changed, number, verdict, detail.replace(root, ""))
             for made in (valid, work):
                 shutil.rmtree(made)
 

@@ -17,13 +17,18 @@ import sentencepiece  # noqa: F401
 import tokenizers
 import transformers  # noqa: F401
 import zstandard
+from gguf import GGMLQuantizationType as Kind
+from gguf_files import write_llama
 
 import moe_reduce
 from moe_reduce.adapters import adapter, adapter_directory
+from moe_reduce.adapters.hypernetwork import directory as hypernetwork_directory
+from moe_reduce.adapters.hypernetwork import hypernetwork
 from moe_reduce.commands import inspect
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, DataConfig, ExecutionConfig, ModelConfig, RunConfig, TrainConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.hypernetwork_config import HypernetworkConfig
 from moe_reduce.core.provenance import Input, Step
 from moe_reduce.data import library_reader, sources  # noqa: F401
 from moe_reduce.data.pieces import SPLITS, TRAIN
@@ -33,6 +38,7 @@ from moe_reduce.data.tokenizer_training import train_tokenizer
 from moe_reduce.data.tokenizers import load_tokenizer
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
+from moe_reduce.quantization.round_to_nearest import quantise_int8
 from moe_reduce.reduction import scores
 from moe_reduce.reports import comparison, results
 from moe_reduce.runs import workdir
@@ -43,6 +49,9 @@ from moe_reduce.training.steps import State
 CONFIG = ModelConfig(
     vocab_size=61, layers=2, width=12, query_heads=2, key_value_heads=1, head_width=6, feed_forward_width=20,
     family="llama",
+)  # fmt: skip
+HYPERNETWORK = HypernetworkConfig(
+    adapter=AdapterConfig(method="lora", rank=2, targets="q,v"), encoder="encoder",
 )  # fmt: skip
 TEXTS = ["One document, naïve.\n", "\tAnother  one 🙂\r\n", "last " * 40]
 ROWS = "".join(json.dumps({"text": text, "n": number}) + "\n" for number, text in enumerate(TEXTS)).encode()
@@ -244,12 +253,48 @@ def _read_checkpoints(directory: Path) -> Any:
     return step, [_array(leaf) for leaf in jax.tree.leaves(state)]
 
 
+def _int8(directory: Path) -> None:
+    model = Model(CONFIG, init_params(CONFIG, jax.random.key(0)), ExecutionConfig())
+    moe_reduce.save(quantise_int8(model), directory)
+
+
+def _gguf(directory: Path, kind: Kind = Kind.F32) -> None:
+    directory.mkdir()
+    write_llama(directory / "m.gguf", kind)
+
+
+def _read_gguf(directory: Path) -> Any:
+    model = moe_reduce.load(directory / "m.gguf")
+    return model.config, _arrays(model.params)
+
+
+def _hypernetwork(directory: Path) -> None:
+    model = Model(CONFIG, init_params(CONFIG, jax.random.key(0)), ExecutionConfig())
+    made = hypernetwork.init(HYPERNETWORK, model, 3)
+    directory.mkdir()
+    encoder = {"name": "encoder", "sha256": "0" * 64, "width": 3}
+    hypernetwork_directory.save(
+        hypernetwork_directory.Trained(made, Input("base", "0" * 64), encoder, ("a",)), directory
+    )
+
+
+def _read_hypernetwork(directory: Path) -> Any:
+    found = hypernetwork_directory.load(directory)
+    made = found.hypernetwork
+    return made.config, made.base, _arrays(made.params), found.base, found.encoder, found.tasks
+
+
 SUBJECTS = (
     Subject("safetensors", _model, "model.safetensors", _read_model),
     Subject("sharded safetensors", lambda directory: _model(directory, 4000), "model-*", _read_model),
     Subject("index", lambda directory: _model(directory, 4000), "*.index.json", _read_model),
     Subject("config.json", _model, "config.json", _read_model),
     Subject("manifest.json", _model, "manifest.json", lambda directory: inspect.describe(directory, verify=True)),
+    Subject("int8", _int8, "model.safetensors", _read_model),
+    Subject("gguf", _gguf, "*", _read_gguf),
+    Subject("gguf, Q8_0", lambda directory: _gguf(directory, Kind.Q8_0), "*", _read_gguf),
+    Subject("tokenizer of gguf", _gguf, "*", lambda directory: _read_tokenizer(directory / "m.gguf")),
+    Subject("hypernetwork", _hypernetwork, "*", _read_hypernetwork),
     Subject("adapter", _adapter, "adapter.*", _read_adapter),
     Subject("adapter of PEFT", _peft, "adapter_*", _read_adapter),
     Subject("tokenizer.model", _sentencepiece, "tokenizer.model", _read_tokenizer),

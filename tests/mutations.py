@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import zstandard
+from mutation_places import gguf_regions
 
-DEEP = 20_000  # levels of nesting, beyond Python's recursion limit
+DEEP = (120, 900, 100_000)  # levels of nesting: two that Python parses, and one beyond its recursion limit
 ODD = [
-    None, True, False, 0, -1, 1, 2, 7, 2**31, 2**62, 10**400, -0.5, 1e308, float("nan"), "", "x", "../x", "a\0b",
-    "y" * 5000, "F32", "0" * 64, [], [0], [[]], ["x", None], {}, {"a": 1}, {"": None},
+    None, True, False, 0, -1, 1, 2, 7, 2**31, 2**62, 10**400, -0.5, 1e308, float("nan"), float("inf"), "", "x", "../x",
+    "a\0b", "y" * 5000, "F32", "0" * 64, [], [0], [[]], ["x", None], {}, {"a": 1}, {"": None},
 ]  # fmt: skip
 FLIPPED = 8  # most bytes that one mutation changes
 
@@ -66,9 +67,9 @@ def _nodes(value: Any, holders: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 def change_json(text: str, chance: random.Random) -> str:
     """Delete or rename a key, or give it another value: of another type, huge, or nested without end."""
     content = json.loads(text)
-    nodes = _nodes(content, [])
+    nodes, levels = _nodes(content, []), chance.choice(DEEP)
     if not nodes:
-        return "[" * DEEP
+        return "[" * levels
     for _ in range(chance.choice((1, 1, 2))):
         holder, key = chance.choice(nodes)
         way = chance.choice(("delete", "rename", "value", "value", "value", "number", "deep"))
@@ -84,7 +85,7 @@ def change_json(text: str, chance: random.Random) -> str:
             holder[key] = "DEEP"
         else:
             holder[key] = chance.choice(ODD)
-    return json.dumps(content).replace('"DEEP"', "[" * DEEP + "]" * DEEP)
+    return json.dumps(content).replace('"DEEP"', "[" * levels + "]" * levels)
 
 
 def _whole_json(data: bytes, chance: random.Random) -> bytes:
@@ -126,11 +127,30 @@ def _array_header(data: bytes, chance: random.Random) -> bytes:
     return data[:10] + header.encode()[: size - 1].ljust(size - 1) + b"\n" + data[10 + size :]
 
 
+def _gguf_part(data: bytes, chance: random.Random) -> bytes:
+    """Overwrite a number or a text of the metadata, or of the table of tensors."""
+    regions = [region for region in gguf_regions(data) if not region[0].startswith("values of")]
+    _, start, stop = chance.choice([region for region in regions if region[2] - region[1] <= 64])
+    size = stop - start
+    number = int.from_bytes(data[start:stop], "little")
+    changed = (
+        0,
+        number + 1,
+        number << 1,
+        number << 20,
+        (1 << 8 * size) - 1,
+        1 << 8 * size - 1,
+        chance.getrandbits(8 * size),
+    )
+    return data[:start] + (chance.choice(changed) % (1 << 8 * size)).to_bytes(size, "little") + data[stop:]
+
+
 STRUCTURES: dict[str, Callable[[bytes, random.Random], bytes]] = {
     ".json": _whole_json,
     ".jsonl": _json_line,
     ".safetensors": _json_header,
     ".npy": _array_header,
+    ".gguf": _gguf_part,
 }
 UNPACK = {".gz": (gzip.decompress, gzip.compress), ".zst": (zstandard.decompress, zstandard.compress)}
 

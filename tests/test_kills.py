@@ -161,6 +161,18 @@ def test_every_kill_of_a_command_on_files(server, case, command, overwrite):
 
 
 @pytest.mark.slow
+def test_every_kill_where_names_cannot_be_exchanged(server, case):
+    """Between two renames nothing has the name; the next command that reads it gives the old result its name back."""
+    found, made = Findings(), case("prune", True)
+    made = dataclasses.replace(
+        made, exchanges=False, reader=("inspect", f"--model={made.root / 'out'}"), name=f"{made.name}, two renames"
+    )
+    examine(server, made, lambda changes: range(1, changes + 1), found)
+    print(f"\n{made.name}: {found}")
+    assert found.faults() == {}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "count"), [("adapt", None), ("train", 25), ("reduce", 25)])
 def test_kills_of_runs(server, case, command, count):
     found = Findings()

@@ -241,7 +241,7 @@ def test_adapters_benchmark_runs(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["peers", "scale"])
+@pytest.mark.parametrize("name", ["peers", "scale", "harness"])
 def test_tables_of_benchmarks_are_whole(tmp_path, name):
     script = [sys.executable, ROOT / "launch" / f"bench_{name}.py", "--tiny", f"--out={tmp_path}"]
     subprocess.run(script, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from mutations import BYTES, STRUCTURES, mutate
 
@@ -84,6 +86,15 @@ def test_mutations_are_the_same_for_a_seed_and_change_the_file(tmp_path, suffix)
         ".safetensors": len(header).to_bytes(8, "little") + header + bytes(4),
         ".npy": b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + b" " * 117 + b"\n" + bytes(128),
     }
+    if suffix == ".gguf":
+        writer = gguf.GGUFWriter(tmp_path / "written", "llama")
+        writer.add_uint32("llama.block_count", 2)
+        writer.add_tensor("one", np.ones((4, 4), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        contents[suffix] = (tmp_path / "written").read_bytes()
     content = contents.get(suffix, header + b"\n")
     ways, changed = set(), 0
     for seed in range(60):
