@@ -28,6 +28,7 @@ COMMANDS = {
     "drop-layers": "drop layers: those named, or those with the least Block Influence",
     "factorise-embedding": "factorise the tied embedding into two thin matrices",
     "sparsify": "zero the smallest weights",
+    "quantize": "store the matrices of a model in fewer bits, from file to file",
     "prune-neurons": "drop the smallest neurons of feed-forward blocks or experts",
     "export": "export a model as StableHLO or ONNX",
     "compare": "set models of finished runs side by side: size, quality, speed, and one prompt continued",

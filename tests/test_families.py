@@ -237,16 +237,16 @@ def test_an_unknown_family_is_refused_by_name(tmp_path: Path):
 
 def test_a_scale_is_laid_out_like_its_matrix():
     for name, path, shape, stored in (
-        ("llama", "layers/attention/query", (3, 4, 6), (24,)),
-        ("olmoe", "layers/experts/down", (3, 5, 24), (24,)),
-        ("gpt_neox", "layers/attention/key", (3, 4, 6), (72,)),
+        ("llama", "layers/attention/query", (3, 1, 4, 6), (24, 1)),
+        ("olmoe", "layers/experts/down", (3, 5, 1, 24), (24, 1)),
+        ("gpt_neox", "layers/attention/key", (3, 1, 4, 6), (72, 1)),
     ):
         leaf = by_path(CONFIGS[name][0])[path]
-        scale = leaf.without(leaf.record.inputs, "_scale")
+        scale = leaf.part("_scale", 1)
         assert (scale.shape, scale.stored_shape, scale.stacked) == (shape, stored, leaf.stacked)
         assert scale.names() == [f"{tensor}_scale" for tensor in leaf.names()]
     rows = np.arange(72).reshape(4, 3, 6)
-    np.testing.assert_array_equal(scale.from_stored(rows.reshape(-1)), rows[:, 1])
+    np.testing.assert_array_equal(scale.from_stored(rows.reshape(-1, 1)), rows[None, :, 1])
 
 
 def test_a_layout_numbers_the_leading_axes_only():

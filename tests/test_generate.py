@@ -20,6 +20,7 @@ from moe_reduce.__main__ import main
 from moe_reduce.adapters import adapter as adapters
 from moe_reduce.core.config import ExecutionConfig, GenerateConfig, MeshConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.generate_config import CacheDtype
 from moe_reduce.data.tokenizer_training import train_tokenizer
 from moe_reduce.data.tokenizers import load_tokenizer
 from moe_reduce.inference import generate as generation
@@ -46,7 +47,7 @@ def model_of(kind: str, platform: str = "cpu", **execution) -> Model:
     )
 
 
-def cached_logits(model: Model, rows_BT: np.ndarray, quantised: bool = False) -> tuple[list[np.ndarray], dict]:
+def cached_logits(model: Model, rows_BT: np.ndarray, dtype: CacheDtype = "auto") -> tuple[list[np.ndarray], dict]:
     """Logits of each row from the last place of its prompt (of LENGTHS) on, token by token; and the cache."""
     found = ready(model)
     program = generation.Program(found.config, found.execution, Sampler(True, None, False), "auto")
@@ -55,7 +56,7 @@ def cached_logits(model: Model, rows_BT: np.ndarray, quantised: bool = False) ->
     @jax.jit
     def prefill(tokens_BT):
         logits_B1V, new = program.run(found.params, {"tokens": tokens_BT, "last": lengths_B - 1})
-        return logits_B1V, cache.of_prompts(new, 16, quantised, STACK in found.params)
+        return logits_B1V, cache.of_prompts(new, 16, dtype, STACK in found.params)
 
     @jax.jit
     def step(held, tokens_B, positions_B):
@@ -112,7 +113,7 @@ def test_prompts_are_read_as_the_platform_does_it(attention, monkeypatch):
 def test_an_int8_cache_is_close(platform):
     model = model_of("dense", platform)
     rows_BT = random_rows(model)
-    logits, held = cached_logits(model, rows_BT, quantised=True)
+    logits, held = cached_logits(model, rows_BT, dtype="int8")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(held)} == {"int8", "float32"}
     for found, expected in zip(logits, whole_logits(model, rows_BT), strict=True):
         difference = np.abs(found - expected).max() / np.abs(expected).max()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from expert_weights import experts_of
+from quantised_values import INT8, int8
 
 from moe_reduce.adapters import adapter as adapters
 from moe_reduce.core import trees
@@ -17,8 +18,8 @@ from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.models.moe.dispatch import DISPATCHES, Assigned
 from moe_reduce.models.moe.experts import cast_experts
-from moe_reduce.models.parameters import abstract_params, by_path, parameters
-from moe_reduce.models.weights import Int8, Weight, dequantised, grouped_matmul, logits, lookup, matmul
+from moe_reduce.models.parameters import abstract_params, parameters
+from moe_reduce.models.weights import Quantised, Weight, dequantised, grouped_matmul, logits, lookup, matmul, quantise
 from moe_reduce.quantization.round_to_nearest import quantise_int8
 
 EXECUTION = ExecutionConfig(platform="cpu", dispatch="blocks", block_rows=4)
@@ -35,11 +36,7 @@ def config(request):
 
 def dense_model(model: Model) -> Model:
     """The dense model that a quantised one stands for."""
-    records = by_path(model.config)
-    leaves = {
-        path: dequantised(leaf, records[path].contracted, jnp.float32)
-        for path, leaf in trees.flatten(model.params).items()
-    }
+    leaves = {path: dequantised(leaf, jnp.float32) for path, leaf in trees.flatten(model.params).items()}
     return model.with_params(trees.unflatten(leaves))
 
 
@@ -55,13 +52,13 @@ def test_int8_is_off_by_at_most_half_a_step(config):
     params = trees.flatten(init_params(config, jax.random.key(0)))
     for record in parameters(config):
         if record.is_matrix:
-            found = Int8.quantise(params[record.path], record)
+            found = quantise(params[record.path], record, INT8)
             kept = [size for axis, size in enumerate(record.shape) if axis not in record.contracted]
-            assert found.scale.shape == tuple(kept), record.path
-            error = np.abs(np.asarray(found.dequantised(record.contracted)) - np.asarray(params[record.path]))
-            steps = np.expand_dims(np.asarray(found.scale), record.contracted)
+            assert jnp.squeeze(found.scales, record.contracted[0]).shape == tuple(kept), record.path
+            error = np.abs(np.asarray(found.dequantised()) - np.asarray(params[record.path]))
+            steps = np.expand_dims(np.squeeze(np.asarray(found.scales), record.contracted[0]), record.contracted)
             assert np.all(error <= 0.5001 * steps), record.path
-            assert np.abs(np.asarray(found.whole)).max() == 127, record.path
+            assert np.abs(np.asarray(found.codes)).max() == 127, record.path
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -70,7 +67,7 @@ def test_products_and_their_gradients_are_those_of_the_dense_matrix(dtype, trans
     layout = "transposed" if dtype == "bfloat16" else "plain"
     x = _normal(0, 5, 7, 16 if transposed else 12, dtype=dtype)
     whole = jnp.round(127 * jax.random.uniform(jax.random.key(1), (12, 16), minval=-1)).astype(jnp.int8)
-    value = Int8(whole, 0.01 * jax.random.uniform(jax.random.key(2), (16,)))
+    value = int8(whole, 0.01 * jax.random.uniform(jax.random.key(2), (16,)))
 
     def total(x, value):
         y = matmul(x, Weight(value, layout=layout), transposed)
@@ -78,7 +75,7 @@ def test_products_and_their_gradients_are_those_of_the_dense_matrix(dtype, trans
         return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
 
     found = jax.grad(lambda x: total(x, value)[0])(x), total(x, value)[1]
-    array = value.dequantised((0,), dtype)
+    array = value.dequantised(dtype)
     wanted = jax.grad(lambda x: total(x, array)[0])(x), total(x, array)[1]
     tolerance = 1e-5 if dtype == "float32" else 6e-2
     for ours, theirs in zip(found, wanted, strict=True):
@@ -88,8 +85,8 @@ def test_products_and_their_gradients_are_those_of_the_dense_matrix(dtype, trans
 
 def test_a_table_is_read_by_row_and_multiplied_by_output():
     whole = jnp.round(127 * jax.random.uniform(jax.random.key(1), (11, 6), minval=-1)).astype(jnp.int8)
-    table = Weight(Int8(whole, jax.random.uniform(jax.random.key(2), (11,))))
-    array = table.value.dequantised((1,))
+    table = Weight(int8(whole, jax.random.uniform(jax.random.key(2), (11,)), outputs_first=True))
+    array = table.value.dequantised()
     tokens = jnp.array([[3, 0], [10, 3]])
     np.testing.assert_allclose(lookup(tokens, table, jnp.float32), array[tokens], rtol=1e-6)
     np.testing.assert_allclose(logits(_normal(0, 2, 2, 6), table), _normal(0, 2, 2, 6) @ array.T, rtol=1e-5, atol=1e-5)
@@ -97,10 +94,10 @@ def test_a_table_is_read_by_row_and_multiplied_by_output():
 
 def test_grouped_products_read_each_experts_matrix():
     whole = jnp.round(127 * jax.random.uniform(jax.random.key(1), (3, 4, 5), minval=-1)).astype(jnp.int8)
-    value = Int8(whole, jax.random.uniform(jax.random.key(2), (3, 5)))
+    value = int8(whole, jax.random.uniform(jax.random.key(2), (3, 5)))
     rows = _normal(0, 3, 2, 4)
     y = grouped_matmul(rows, Weight(value), lambda rows, matrices: jnp.einsum("EXI,EIO->EXO", rows, matrices))
-    np.testing.assert_allclose(y, jnp.einsum("EXI,EIO->EXO", rows, value.dequantised((1,))), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y, jnp.einsum("EXI,EIO->EXO", rows, value.dequantised()), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["blocks", "ragged", "grouped", "capacity"])
@@ -109,8 +106,8 @@ def test_experts_in_int8_are_dispatched_like_dense_ones(name):
     quantised = []
     for seed, shape in enumerate(shapes):
         whole = jnp.round(127 * jax.random.uniform(jax.random.key(seed), shape, minval=-1)).astype(jnp.int8)
-        quantised.append(Int8(whole, 0.01 * jax.random.uniform(jax.random.key(9 + seed), (4, shape[2]))))
-    arrays = [value.dequantised((1,)) for value in quantised]
+        quantised.append(int8(whole, 0.01 * jax.random.uniform(jax.random.key(9 + seed), (4, shape[2]))))
+    arrays = [value.dequantised() for value in quantised]
     rows = Assigned(_normal(5, 20, 8), jax.random.randint(jax.random.key(6), (20, 2), 0, 4), jnp.full((20, 2), 0.5))
     execution = dataclasses.replace(EXECUTION, capacity_factor=4.0)
     experts, masters = experts_of(tuple(quantised))
@@ -127,10 +124,10 @@ def test_experts_in_int8_are_dispatched_like_dense_ones(name):
 
 
 def test_quantised_experts_are_never_cast():
-    value = Int8(jnp.ones((1, 2, 2), jnp.int8), jnp.ones((1, 2)))
+    value = int8(jnp.ones((1, 2, 2), jnp.int8), jnp.ones((1, 2)))
     experts, _ = experts_of((value, value, value), "bfloat16")
     again, _ = cast_experts(experts, jnp.bfloat16, trained=True)
-    assert all(one.value.whole.dtype == jnp.int8 for one in again)
+    assert all(one.value.codes.dtype == jnp.int8 for one in again)
 
 
 def test_an_adapter_is_part_of_an_exact_product_and_refused_on_a_transposed_one():
@@ -148,7 +145,9 @@ def test_an_adapter_is_part_of_an_exact_product_and_refused_on_a_transposed_one(
 def test_a_quantised_model_runs_as_the_model_it_stands_for(config):
     model = Model(config, init_params(config, jax.random.key(0)), EXECUTION)
     small = quantise_int8(model)
-    assert all(not isinstance(leaf, Int8) for leaf in trees.flatten(model.params).values()), "the input is unchanged"
+    assert all(not isinstance(leaf, Quantised) for leaf in trees.flatten(model.params).values()), (
+        "the input is unchanged"
+    )
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, config.vocab_size)
     expected, found = dense_model(small)(tokens), small(tokens)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(expected))))

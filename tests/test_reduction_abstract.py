@@ -15,10 +15,11 @@ from moe_reduce.adapters.merging import merge
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, ExecutionConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.schemes import parse
 from moe_reduce.core.stages import PoolStage
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import only_record, select
-from moe_reduce.models.weights import Int8
+from moe_reduce.models.weights import quantise
 from moe_reduce.reduction.canonical import canonical
 from moe_reduce.reduction.embedding import factorise_embedding
 from moe_reduce.reduction.heads import group_heads
@@ -148,5 +149,5 @@ def test_reductions_that_change_values_refuse_quantised_weights(name):
 def _quantised(model):
     records = [*select(model.config, component="experts"), only_record(model.config, "router")]
     flat = trees.flatten(model.params)
-    flat |= {record.path: Int8.quantise(flat[record.path], record) for record in records}
+    flat |= {record.path: quantise(flat[record.path], record, parse("int8")) for record in records}
     return dataclasses.replace(model, params=trees.unflatten(flat))

@@ -75,8 +75,8 @@ def test_quantised_layers_of_different_sizes(model, tmp_path, capsys):
     for name in ("gate", "up", "down"):
         before, after = quantised.params["layers"]["experts"][name], found.params["experts"][name]
         for number, place in enumerate(places):
-            np.testing.assert_array_equal(after.whole[number], before.whole[place])
-            np.testing.assert_array_equal(after.scale[number], before.scale[place])
+            np.testing.assert_array_equal(after.codes[number], before.codes[place])
+            np.testing.assert_array_equal(after.scales[number], before.scales[place])
     moe_reduce.save(quantise_int8(model, ()), tmp_path / "routers")
     assert "routers" in (line := pruned(tmp_path / "routers", UNEVEN, tmp_path / "no", capsys))
     assert "--scope=layer" in line

@@ -15,7 +15,7 @@ from moe_reduce.core.config import ExecutionConfig, MeshConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
-from moe_reduce.models.weights import Int8
+from moe_reduce.models.weights import Quantised
 from moe_reduce.quantization.round_to_nearest import quantise_int8
 from moe_reduce.storage.tensors import SINGLE_FILE, TensorFiles
 from moe_reduce.training import sharding
@@ -48,7 +48,7 @@ def test_the_same_integers_and_scales_come_back(model: Model, tmp_path: Path):
     loaded = moe_reduce.load(tmp_path / "model")
     assert loaded.config == model.config
     assert_same_weights(loaded.params, model.params)
-    assert any(isinstance(leaf, Int8) for leaf in trees.flatten(loaded.params).values())
+    assert any(isinstance(leaf, Quantised) for leaf in trees.flatten(loaded.params).values())
     raw = json.loads((tmp_path / "model/config.json").read_text())
     assert (raw["model_type"], raw["dtype"]) == ("moe_reduce", "float32")
     half = moe_reduce.load(tmp_path / "model", dtype="bfloat16")
@@ -65,9 +65,9 @@ def test_each_device_reads_its_own_part(model: Model, tmp_path: Path):
     placed = moe_reduce.load(tmp_path / "model", shardings=sharding.model_shardings(mesh, model.config))
     assert_same_weights(placed.params, model.params)
     query = placed.params["layers"]["attention"]["query"]
-    assert {shard.data.shape[2] for shard in query.scale.addressable_shards} == {4}
-    assert {shard.data.shape[1] for shard in query.scale.addressable_shards} == {2}  # half of the heads
-    assert not query.whole.is_fully_replicated
+    assert {shard.data.shape[3] for shard in query.scales.addressable_shards} == {4}
+    assert {shard.data.shape[2] for shard in query.scales.addressable_shards} == {2}  # half of the heads
+    assert not query.codes.is_fully_replicated
 
 
 def test_names_of_the_tensors(dense: Path):

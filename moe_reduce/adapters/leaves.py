@@ -150,8 +150,7 @@ def _constant(value: float) -> Start:
 
 def _row_norms(target: Target, layer: int, shape: Shape, weight: Any) -> jax.Array:
     """‖w_o‖ of every output of a layer's matrix in fp32, [O]."""
-    contracted = tuple(axis - 1 for axis in target.parameter.contracted)
-    w = weights.dequantised(jax.tree.map(lambda leaf: leaf[layer], weight), contracted, jnp.float32)
+    w = weights.dequantised(jax.tree.map(lambda leaf: leaf[layer], weight), jnp.float32)
     w_IO = w.reshape(target.in_features, *shape)
     return jnp.sqrt(jnp.sum(jnp.square(w_IO), axis=0))
 

@@ -118,7 +118,7 @@ def _merged(target: Target, weight: Any, delta: Delta) -> Any:
 
 def _merged_layers(target: Target, weight: Any, delta: Delta) -> jax.Array:
     if weights.is_quantised(weight):
-        weight = weights.dequantised(weight, target.parameter.contracted, jnp.float32)
+        weight = weights.dequantised(weight, jnp.float32)
     if target.layers is None:
         return _merged_layer(target, weight, delta)
     layers = np.asarray(target.layers)

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cache-dtype",
-        choices=("auto", "int8"),
+        choices=("auto", "int8", "fp8", "int4"),
         default=default.cache_dtype,
         help="dtype of cached keys and values; auto: the compute dtype (default: %(default)s)",
     )

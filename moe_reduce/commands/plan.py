@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from moe_reduce.commands import config_file, model_arguments, run_arguments
+from moe_reduce.core import schemes
 from moe_reduce.core.config import AdaptConfig, ModelConfig, ReduceConfig, RunConfig, any_from_dict
-from moe_reduce.core.devices import BITS, CACHE_BITS, Device, device, quantity
+from moe_reduce.core.devices import CACHE_BITS, Device, device, quantity
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.parameters import counts_by_component, parameter_count
 
+FLOATS = ("float32", "bfloat16")  # dtypes of weights that are not quantised
 SERVING_DEFAULTS = {"context": 1024, "batch": 1, "dtype": "bfloat16", "cache_dtype": "bfloat16"}
 CARD = ("memory", "bandwidth", "flops")  # arguments that describe a device without a name
 Runs = dict[str, RunConfig | ReduceConfig | AdaptConfig]
@@ -23,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown = {name: f"(default: {value})" for name, value in SERVING_DEFAULTS.items()}
     parser.add_argument("--context", type=int, help=f"tokens of a sequence {shown['context']}")
     parser.add_argument("--batch", type=int, help=f"sequences answered at once {shown['batch']}")
-    parser.add_argument("--dtype", choices=tuple(BITS), help=f"dtype of the weights at inference {shown['dtype']}")
+    dtypes = (*FLOATS, *schemes.NAMES)
+    parser.add_argument(
+        "--dtype", choices=dtypes, metavar="DTYPE",
+        help=f"dtype of the weights at inference: {', '.join(FLOATS)}, or a scheme of quantize {shown['dtype']}",
+    )  # fmt: skip
     parser.add_argument(
         "--cache-dtype", choices=tuple(CACHE_BITS), help=f"dtype of the KV cache {shown['cache_dtype']}"
     )

@@ -8,7 +8,7 @@ from moe_reduce.core.errors import UserError
 GB = 10**9
 GIB = 2**30
 
-# bits per value, including the scales of a quantised block where the format fixes the block size
+# nominal bits per value, including the scales of a quantised block where the format fixes the block size
 BITS = {
     "float32": 32.0,
     "bfloat16": 16.0,
@@ -23,7 +23,7 @@ GGUF_BITS = {
     "Q4_K_M": 4.89,  # 4.5 and 6.56 bits, mixed by tensor: llama.cpp's figure for Llama 3.1 8B; others differ by 0.1
     "Q4_0": 4.5,  # blocks of 32 with a 16-bit scale
 }
-CACHE_BITS = {name: BITS[name] for name in ("float32", "bfloat16", "int8", "int4")}
+CACHE_BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.0, "fp8": 8.0, "int4": 4.0}  # per value of the cache
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from typing import Literal
 from moe_reduce.core.checks import positive
 from moe_reduce.core.errors import UserError
 
+CacheDtype = Literal["auto", "int8", "fp8", "int4"]
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -18,7 +20,7 @@ class GenerateConfig:
     top_p: float = 1.0  # sample from the most probable tokens that hold this share together (arXiv:1904.09751)
     seed: int = 0
     end_ids: tuple[int, ...] = ()  # tokens that end a text
-    cache_dtype: Literal["auto", "int8"] = "auto"  # auto: execution.compute_dtype
+    cache_dtype: CacheDtype = "auto"  # auto: execution.compute_dtype
 
     def check(self) -> None:
         """Raise UserError at the first number that is out of range."""

@@ -23,13 +23,16 @@ from moe_reduce.families.family import CARRIED, Family
 from moe_reduce.families.layout import Leaf, layouts, to_stored
 
 __all__ = [
-    "CONFIG_FILE", "FAMILIES", "MODEL_TYPE", "Leaf", "by_path", "dumps", "from_hf", "gguf_leaves", "leaves", "named",
-    "of_config", "own_config", "read_config", "to_hf", "to_stored",
+    "CONFIG_FILE", "FAMILIES", "MODEL_TYPE", "QUANTISATION", "QUANTISATION_METHOD", "Leaf", "by_path", "dumps",
+    "from_hf", "gguf_leaves", "leaves", "named", "of_config", "own_config", "read_config", "to_hf", "to_stored",
 ]  # fmt: skip
 
 CONFIG_FILE = "config.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # OWNER/NAME
 MODEL_TYPE = "model_type"  # key of config.json that names the family
+QUANTISATION = "quantization_config"  # key of config.json that says how quantised weights are stored
+QUANTISATION_METHOD = "quant_method"  # key of the layout's name within it
+LAYOUTS = ("moe_reduce", "compressed-tensors")  # of quantised weights that are read (storage/quantised.py)
 # Our own is last: it represents every config, and is asked after all others.
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, gpt_neox.FAMILY, olmoe.FAMILY, own.FAMILY,
@@ -133,7 +136,7 @@ def _read_directory(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
 def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig that the content of a config.json describes; UserError for anything it cannot represent."""
     family = named(raw.get(MODEL_TYPE))
-    config = family.read(raw)
+    config = family.read(_without_layout(raw))
     try:
         config.check()
     except UserError as error:
@@ -143,6 +146,13 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
             raise
         raise UserError(f"{error} ({' and '.join(keys)} in this file)") from None
     return config
+
+
+def _without_layout(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The content of config.json without the layout of quantised weights, if that is one that is read."""
+    stated = raw.get(QUANTISATION)
+    read = isinstance(stated, Mapping) and stated.get(QUANTISATION_METHOD) in LAYOUTS
+    return {key: value for key, value in raw.items() if key != QUANTISATION} if read else raw
 
 
 def to_hf(config: ModelConfig, original: Mapping[str, Any] | None, dtype: str) -> dict[str, Any]:

@@ -131,18 +131,39 @@ class Leaf:
         order_C = np.arange(self._sizes["C"]).reshape(-1, 2).T.reshape(-1)
         return np.take(array, order_C, self._inner_axes.index("C"))
 
-    def without(self, letters: str, suffix: str) -> "Leaf":
-        """Layout of companion tensors, such as scales, that lack the axes `letters` and whose names end in `suffix`."""
-        kept = [place for place, letter in enumerate(self.record.axes) if letter not in letters]
-        record = dataclasses.replace(
-            self.record,
-            axes="".join(self.record.axes[place] for place in kept),
-            shape=tuple(self.shape[place] for place in kept),
-            mesh_axes=tuple(self.record.mesh_axes[place] for place in kept),
-        )
-        groups = ("".join(x for x in group if x not in letters) for group in self.stored_axes)
-        tensor = self.tensor._replace(name=self.tensor.name + suffix, axes=" ".join(filter(None, groups)))
-        return Leaf(record, tensor, self.parts)
+    def part(self, suffix: str, inputs: int, outputs: int | None = None) -> "Leaf":
+        """Layout of tensors that hold a part of a matrix, such as its scales, and whose names end in `suffix`.
+
+        inputs: size of the axis I that replaces the input axes, 0 for none. outputs: the same for the output axes and
+        an axis B; None keeps them.
+        """
+        record, axes = self.record, []
+        replaced = {record.inputs: ("I", inputs)}
+        if outputs is not None:
+            replaced[record.outputs] = ("B", outputs)
+        for letter, size, mesh_axis in zip(record.axes, record.shape, record.mesh_axes, strict=True):
+            group = next((group for group in replaced if letter in group), "")
+            if not group:
+                axes.append((letter, size, mesh_axis))
+            elif letter == group[0] and replaced[group][1]:
+                axes.append((*replaced[group], None))
+        letters, shape, mesh_axes = ("".join(x for x, _, _ in axes), tuple(x for _, x, _ in axes),
+                                     tuple(x for _, _, x in axes))  # fmt: skip
+        matrix = {"inputs": "I", "outputs": record.outputs if outputs is None else "B"}
+        sides = matrix if inputs and outputs != 0 else {"inputs": "", "outputs": ""}
+        part = dataclasses.replace(record, axes=letters, shape=shape, mesh_axes=mesh_axes, **sides)
+        stored = None if self.tensor.axes is None else self._stored_part(letters)
+        return Leaf(part, self.tensor._replace(name=self.tensor.name + suffix, axes=stored), self.parts)
+
+    def _stored_part(self, letters: str) -> str:
+        """Axes on disk of a part with these axes in memory, whose tensor several parameters may share."""
+        groups = []
+        for group in self.stored_axes:
+            digits = "".join(x for x in group if x.isdigit())
+            named = "".join(x for x in group if x in letters)
+            side = "I" if set(self.record.inputs) & set(group) else "B"
+            groups.append(group if named else digits + (side if side in letters else ""))
+        return " ".join(filter(None, groups))
 
 
 def layouts(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Leaf]:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moe_reduce.core import trees
 from moe_reduce.core.config import DISPATCH_BY_PLATFORM, ExecutionConfig, GenerateConfig, ModelConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.generate_config import CacheDtype
 from moe_reduce.inference.lengths import bucket
 from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.models import cache, weights
@@ -43,7 +44,7 @@ class Program(NamedTuple):
     config: ModelConfig
     execution: ExecutionConfig
     sampler: Sampler
-    cache_dtype: Literal["auto", "int8"]
+    cache_dtype: CacheDtype
 
     def run(self, params: Any, batch: dict[str, Any], cache: Any = None) -> tuple[jax.Array, Any]:
         """Logits, and the keys and values of the batch's tokens."""
@@ -235,7 +236,7 @@ def _prefill(program: Program, slots: int, params: Any, prompts: Prompts, choice
     """Read the prompts and make the first token of each: (state, ids_B)."""
     tokens_BT, lengths_B, entries_B = prompts
     logits_B1V, new = program.run(params, {"tokens": tokens_BT, "last": lengths_B - 1, "adapter": entries_B})
-    filled = cache.of_prompts(new, slots, program.cache_dtype == "int8", STACK in params)
+    filled = cache.of_prompts(new, slots, program.cache_dtype, STACK in params)
     ended_B = jnp.zeros(lengths_B.shape, bool)
     state = State(filled, lengths_B, lengths_B - 1, ended_B, jnp.int32(0), entries_B)
     return _constrained(params, *_next(program, state, logits_B1V, choice))

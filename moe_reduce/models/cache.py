@@ -5,9 +5,10 @@ modules read the cache and sow keys and values of new tokens as the collection `
 the cache. Entry p of a row holds its token at position p, so positions alone determine the mask
 (attention/visibility.py). Each layer has, for P entries (with a leading N if layers are stacked):
 
-    keys, values              [B, G, P, C], in the compute dtype or int8. Heads come before entries, so that products
-                              need no transposed copy; G heads, not H (GQA, arXiv:2305.13245)
-    key_scales, value_scales  [B, G, P] fp32, for an int8 cache only: the number that an integer 1 stands for
+    keys, values              [B, G, P, C], in the compute dtype, int8 or fp8 (e4m3). Heads come before entries, so that
+                              products need no transposed copy; G heads, not H (GQA, arXiv:2305.13245). For int4
+                              [B, G, P, C/2] bytes, whose low bits hold the first half of the head, plus 8
+    key_scales, value_scales  [B, G, P] fp32, for a quantised cache only: the number that 1 stands for
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +18,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_reduce.models.weights import LARGEST_INT8
+from moe_reduce.core.errors import UserError
+from moe_reduce.core.generate_config import CacheDtype
+from moe_reduce.models.weights.codes import nearest
+from moe_reduce.models.weights.scales import SYMMETRIC
 
 CACHE = "cache"
 KEYS_VALUES = "keys_values"
@@ -33,12 +37,15 @@ def layer_of(module: nn.Module) -> Layer | None:
     return {name: module.get_variable(CACHE, name) for name in names}
 
 
-def of_prompts(new: Mapping[str, Any], entries: int, quantised: bool, stacked: bool) -> dict[str, Any]:
-    """A cache of `entries` >= T entries that starts with `new`, the keys and values of T tokens."""
+def of_prompts(new: Mapping[str, Any], entries: int, dtype: CacheDtype, stacked: bool) -> dict[str, Any]:
+    """A cache of `entries` >= T entries that starts with `new`, the keys and values of T tokens.
+
+    UserError for int4 and heads of an odd width.
+    """
 
     def filled(layer: Layer) -> dict[str, jax.Array]:
         spare = entries - layer["keys"].shape[1]
-        return {name: _padded(leaf, spare) for name, leaf in _stored(layer, quantised).items()}
+        return {name: _padded(leaf, spare) for name, leaf in _stored(layer, dtype).items()}
 
     return _each_layer(jax.vmap(filled) if stacked else filled, new)
 
@@ -56,7 +63,7 @@ def written(cache: Mapping[str, Any], new: Mapping[str, Any], positions_B: jax.A
 
     def write(layer: Layer, added: Layer) -> dict[str, jax.Array]:
         rows_B = jnp.arange(positions_B.shape[0])
-        stored = _stored(added, SCALES["keys"] in layer)
+        stored = _stored(added, _dtype(layer))
         return {name: _put(leaf, rows_B, positions_B, stored[name][:, :, 0]) for name, leaf in layer.items()}
 
     return _each_layer(jax.vmap(write) if stacked else write, cache, new)
@@ -73,18 +80,38 @@ def _each_layer(function: Callable[..., Any], tree: Mapping[str, Any], *others: 
     return {name: _each_layer(function, tree[name], *(other[name] for other in others)) for name in tree}
 
 
-def _stored(layer: Layer, quantised: bool) -> dict[str, jax.Array]:
+def values(layer: Layer, name: str, dtype: Any) -> jax.Array:
+    """Keys or values [B, G, P, C] in a dtype; those of a quantised cache are still to be multiplied by their scales."""
+    held = layer[name]
+    if held.dtype != jnp.uint8:
+        return held.astype(dtype)
+    return jnp.concatenate([(held & 15).astype(dtype), (held >> 4).astype(dtype)], axis=-1) - jnp.asarray(8, dtype)
+
+
+def _dtype(layer: Layer) -> CacheDtype:
+    if SCALES["keys"] not in layer:
+        return "auto"
+    names: dict[Any, CacheDtype] = {jnp.dtype(jnp.int8): "int8", jnp.dtype(jnp.uint8): "int4"}
+    return names.get(jnp.dtype(layer["keys"].dtype), "fp8")
+
+
+def _stored(layer: Layer, dtype: CacheDtype) -> dict[str, jax.Array]:
     """Keys and values [B, T, G, C] in the form of a cache: [B, G, T, C], with scales if quantised."""
     stored = {name: layer[name].transpose(0, 2, 1, 3) for name in SCALES}
-    if not quantised:
+    if dtype == "auto":
         return stored
     for name, scales in SCALES.items():
-        stored[name], stored[scales] = _quantised(stored[name].astype(jnp.float32))
+        stored[name], stored[scales] = _quantised(stored[name].astype(jnp.float32), dtype)
     return stored
 
 
-def _quantised(x_BGTC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(int8 [B, G, T, C], fp32 scales [B, G, T]): the largest magnitude of each token and head becomes 127."""
-    scales_BGT = jnp.max(jnp.abs(x_BGTC), axis=-1) / LARGEST_INT8
-    whole = jnp.round(x_BGTC / jnp.where(scales_BGT > 0, scales_BGT, 1.0)[..., None])
-    return whole.astype(jnp.int8), scales_BGT
+def _quantised(x_BGTC: jax.Array, dtype: CacheDtype) -> tuple[jax.Array, jax.Array]:
+    """(codes [B, G, T, C], fp32 scales [B, G, T]): each token and head covers its largest magnitude."""
+    scales_BGT = jnp.max(jnp.abs(x_BGTC), axis=-1) / SYMMETRIC[dtype]
+    codes = nearest(x_BGTC / jnp.where(scales_BGT > 0, scales_BGT, 1.0)[..., None], dtype)
+    if dtype != "int4":
+        return codes, scales_BGT
+    if codes.shape[-1] % 2:
+        raise UserError(f"an int4 cache needs heads of an even width, not {codes.shape[-1]}: choose int8")
+    low, high = jnp.split((codes + 8).astype(jnp.uint8), 2, axis=-1)
+    return low | (high << 4), scales_BGT

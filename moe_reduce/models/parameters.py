@@ -82,6 +82,11 @@ class Parameter:
         return bool(self.inputs)
 
     @property
+    def outputs_first(self) -> bool:
+        """True for a matrix whose output axes come before its input axes, such as a token table."""
+        return self.axes.index(self.outputs[0]) < self.axes.index(self.inputs[0])
+
+    @property
     def per_expert(self) -> bool:
         """True if each expert has a matrix of its own; False for the router, whose outputs are the experts."""
         return self.is_matrix and "E" in self.axes and "E" not in self.inputs + self.outputs

@@ -5,17 +5,23 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from moe_reduce.core import schemes
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.devices import BITS, CACHE_BITS, Device
+from moe_reduce.core.errors import UserError
 from moe_reduce.models.parameters import counts_by_component, parameters
 from moe_reduce.planning.flops import forward_flops_per_token
 
+FLOATS = {"float32": 4, "bfloat16": 2}  # bytes of a weight that is not quantised
 CONTEXT_STEP = 256  # tokens; shorter contexts are multiples of this
 
 
 @dataclass(frozen=True)
 class Serving:
-    """An inference workload: `batch` sequences of up to `context` tokens. dtypes: names in BITS and CACHE_BITS."""
+    """An inference workload: `batch` sequences of up to `context` tokens.
+
+    dtype: float32, bfloat16, or the name of a scheme. cache_dtype: a name in CACHE_BITS.
+    """
 
     model: ModelConfig
     context: int
@@ -27,10 +33,29 @@ class Serving:
 def needs(serving: Serving) -> dict[str, int]:
     """Bytes by kind: weights, kv_cache, and activations of a decode step (prompts are assumed to be read in chunks)."""
     return {
-        "weights": weight_bytes(sum(counts_by_component(serving.model).values()), BITS[serving.dtype]),
+        "weights": sum(bytes_by_component(serving.model, serving.dtype).values()),
         "kv_cache": cache_bytes(serving.model, serving.context, serving.batch, CACHE_BITS[serving.cache_dtype]),
         "activations": activation_bytes(serving.model, serving.batch),
     }
+
+
+def bytes_by_component(model: ModelConfig, dtype: str) -> dict[str, int]:
+    """Bytes of the weights of each component, exactly. dtype: float32, bfloat16, or the name of a quantised scheme.
+
+    With a scheme, all matrices but routers are quantised, as `quantize` does; the other weights are bfloat16. UserError
+    for a scheme that does not fit a matrix.
+    """
+    found: dict[str, int] = {}
+    for record in parameters(model):
+        count = math.prod(record.shape)
+        if dtype in FLOATS or not record.is_matrix or record.component == "router":
+            size = count * FLOATS.get(dtype, 2)
+        else:
+            inputs, outputs = record.matrix_shape
+            scheme = schemes.parse(dtype).fitted(inputs, record.path)
+            size = count // (inputs * outputs) * scheme.bytes(inputs, outputs)
+        found[record.component] = found.get(record.component, 0) + size
+    return found
 
 
 def weight_bytes(parameters: int, bits: float) -> int:
@@ -52,7 +77,8 @@ def activation_bytes(model: ModelConfig, batch: int) -> int:
 def bytes_read(serving: Serving) -> int:
     """Bytes that a decode step must read: the weights that its tokens use, and the whole cache."""
     cache = cache_bytes(serving.model, serving.context, serving.batch, CACHE_BITS[serving.cache_dtype])
-    return weight_bytes(sum(weights_read(serving).values()), BITS[serving.dtype]) + cache
+    sizes, counts = bytes_by_component(serving.model, serving.dtype), counts_by_component(serving.model)
+    return sum(sizes[name] * read // counts[name] for name, read in weights_read(serving).items()) + cache
 
 
 def weights_read(serving: Serving) -> dict[str, int]:
@@ -104,7 +130,10 @@ def remedies(serving: Serving, memory: int) -> list[tuple[str, Serving]]:
 
 def _changes(serving: Serving, memory: int) -> Iterator[tuple[str, Serving]]:
     def fits(other: Serving) -> bool:
-        return total(other) <= memory
+        try:
+            return total(other) <= memory
+        except UserError:  # a scheme whose groups do not divide a matrix
+            return False
 
     for key, table in (("dtype", BITS), ("cache_dtype", CACHE_BITS)):
         for name in _lower(table, getattr(serving, key)):
@@ -125,7 +154,8 @@ def _changes(serving: Serving, memory: int) -> Iterator[tuple[str, Serving]]:
 
 
 def _lower(table: dict[str, float], name: str) -> list[str]:
-    return [other for other, bits in table.items() if bits < table[name]]
+    most = table[name] if name in table else schemes.parse(name).bits
+    return [other for other, bits in table.items() if bits < most]
 
 
 def _shorter(serving: Serving, steps: int) -> Serving:

@@ -1,6 +1,6 @@
 """Pruning from file to file: copies the bytes of kept experts, so that the model need not fit into memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,10 +10,11 @@ import numpy as np
 from moe_reduce.core.config import ModelConfig, MoEConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step, originals
+from moe_reduce.core.schemes import Scheme
 from moe_reduce.core.stages import PoolStage
 from moe_reduce.families import Leaf, leaves, read_config
 from moe_reduce.models.model import Model
-from moe_reduce.models.parameters import ffn_norm_scale, only_record
+from moe_reduce.models.parameters import ROUTER_BIAS, ffn_norm_scale, only_record
 from moe_reduce.reduction.pool import LOSSLESS_BIAS, foreign_bias, home_experts, pool
 from moe_reduce.reduction.prune import check_kept, prune
 from moe_reduce.reduction.selection import KeptExperts
@@ -22,6 +23,7 @@ from moe_reduce.storage import manifest, quantised
 from moe_reduce.storage.model_directory import Contents
 from moe_reduce.storage.parameter_tensors import check_names, check_weight, open_tensors, widest
 from moe_reduce.storage.tensors import TensorItem, Tensors
+from moe_reduce.storage.weight_parts import Part
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,12 @@ class Directory:
     @property
     def quantised(self) -> set[str]:
         """Paths of the quantised parameters."""
-        names = self.files.entries
-        return {leaf.path for leaf in leaves(self.config) if quantised.is_stored_quantised(leaf, names)}
+        return {path for path, scheme in self.schemes.items() if scheme is not None}
+
+    @property
+    def schemes(self) -> dict[str, Scheme | None]:
+        """Scheme of each parameter by path; None for arrays."""
+        return {leaf.path: quantised.scheme_of(leaf, self.files) for leaf in leaves(self.config)}
 
     @property
     def moe(self) -> MoEConfig:
@@ -66,12 +72,10 @@ def open_directory(path: Path) -> Directory:
     files = open_tensors(path, config)
     check_names(files, config)
     for leaf in leaves(config):
-        parts = quantised.stored_leaves(leaf, files.entries)
-        if len(parts) > 1:
-            quantised.check_dtypes(files, parts)
-            continue
-        for name in leaf.names():
-            check_weight(name, files.entries[name])
+        for part in quantised.parts_of(leaf, files):
+            part.check_dtypes(files)
+            for name in () if part.dtypes else part.leaf.names():
+                check_weight(name, files.entries[name])
     return Directory(path, config, raw, files, manifest.read_chain(path))
 
 
@@ -88,7 +92,10 @@ def prune_files(directory: Directory, kept: KeptExperts, step: Step) -> Contents
     first = next(leaf for leaf in leaves(directory.config) if leaf.path not in directory.quantised)
     dtype = str(directory.files.entries[first.names()[0]].dtype)
     chain = (*directory.chain, step)
-    return Contents(config, items(directory, config, kept), dtype, directory.path, directory.raw, chain)
+    schemes = {leaf.path: directory.schemes[_source(directory, leaf).path] for leaf in leaves(config)
+               if leaf.path != ROUTER_BIAS}  # fmt: skip
+    stated = quantised.restated(directory.files, schemes)
+    return Contents(config, items(directory, config, kept), dtype, directory.path, directory.raw, chain, stated)
 
 
 def pruned(directory: Directory, kept: KeptExperts) -> Model:
@@ -98,6 +105,8 @@ def pruned(directory: Directory, kept: KeptExperts) -> Model:
         return prune(model, kept)
     if directory.layout("router").path in directory.quantised:
         raise UserError(f"the routers of {directory.path} are quantised and cannot be joined: prune with --scope=layer")
+    if quantised.names_modules(directory.files):
+        raise UserError(f"{directory.path} is quantised by names that a pool lacks: prune with --scope=layer")
     pooled = pool(model, PoolStage(canonical=False))
     for row in kept:
         check_kept(directory.config, (row,) * len(kept))  # each layer by itself
@@ -118,42 +127,55 @@ def _layouts(directory: Directory) -> dict[str, Leaf]:
 def _smaller_items(directory: Directory, config: ModelConfig, kept: KeptExperts) -> Iterator[TensorItem]:
     """Tensors of a model that keeps equally many experts in each row."""
     by_layer = len(kept) > 1
-    for before, leaf in _parts(directory, config):
+    for before, part in _parts(directory, config):
+        leaf = part.leaf
         axis, numbered = leaf.record.expert_axis, len(leaf.stacked)
         for index in np.ndindex(leaf.stacked):
             row = kept[index[0] if by_layer and index else 0]
             old, source = list(index), None
             if axis is not None and axis < numbered:  # each expert has a tensor of its own, which is copied whole
                 old[axis] = row[index[axis]]
-            name = before.name(tuple(old))
+            name, files = before.leaf.name(tuple(old)), directory.files
             if axis is not None and axis >= numbered:
-                source = partial(_taken, directory, (before, leaf), index, axis - numbered, row)
-            files = directory.files
-            yield leaf.name(index), leaf.stored_shape, files.entries[name].dtype, source or files.source(name)
+                source = partial(_taken, files.read, (before, part), name, axis - numbered, row)
+            yield leaf.name(index), part.stored_shape, files.entries[name].dtype, source or files.source(name)
 
 
-def _parts(directory: Directory, config: ModelConfig) -> Iterator[tuple[Leaf, Leaf]]:
-    """Layouts of each array of a parameter, before and after; a quantised one is several arrays."""
+def _parts(directory: Directory, config: ModelConfig) -> Iterator[tuple[Part, Part]]:
+    """Each array of a parameter, before and after; a quantised one is several arrays."""
     before = _layouts(directory)
     for leaf in leaves(config):
-        is_quantised = leaf.path in directory.quantised
-        yield from zip(
-            quantised.layouts(before[leaf.path], is_quantised), quantised.layouts(leaf, is_quantised), strict=True
-        )
+        old, files = before[leaf.path], directory.files
+        scheme = quantised.scheme_of(old, files)
+        if scheme is not None and not old.record.per_expert and old.record.expert_axis is not None:
+            _check_router(old, scheme)
+        yield from zip(quantised.parts_of(old, files), quantised.like(files, old, leaf), strict=True)
+
+
+def _check_router(leaf: Leaf, scheme: Scheme) -> None:
+    """Raise UserError where the columns of a router share scales."""
+    if scheme.shares_outputs or scheme.code == "nf4":
+        raise UserError(f"{leaf.path} is quantised, and its experts share a scale: prune, then quantise")
 
 
 def _taken(
-    directory: Directory, layouts: tuple[Leaf, Leaf], index: tuple[int, ...], axis: int, row: tuple[int, ...]
+    read: Callable[[str], np.ndarray], parts: tuple[Part, Part], name: str, axis: int, row: tuple[int, ...]
 ) -> np.ndarray:
     """Kept slices of one tensor, converted from the old layout to the new one."""
-    before, after = layouts
-    return after.to_stored(np.take(directory.view(before, index), np.asarray(row), axis=axis))
+    before, after = parts
+    return after.to_disk([(after.leaf, np.take(before.from_disk(read(name)), np.asarray(row), axis=axis))])
+
+
+def _source(directory: Directory, leaf: Leaf) -> Leaf:
+    """Layout of the parameter whose values a pruned model's parameter holds."""
+    if leaf.record.component in ("experts", "router"):
+        return directory.layout(leaf.record.component, leaf.record.name)
+    return _layouts(directory)[leaf.path]
 
 
 def _pooled_items(directory: Directory, config: ModelConfig, kept: KeptExperts) -> Iterator[TensorItem]:
     """Tensors of the pool made from layers that keep different numbers of experts."""
     origins = [(layer, index) for layer, row in enumerate(kept) for index in row]
-    before = _layouts(directory)
     for leaf in leaves(config):
         component = leaf.record.component
         if component in ("router", "router_bias"):
@@ -164,15 +186,11 @@ def _pooled_items(directory: Directory, config: ModelConfig, kept: KeptExperts) 
                     dtype, make = np.dtype(np.float32), partial(_bias, directory, kept, index[0])
                 yield leaf.name(index), leaf.stored_shape, dtype, make
             continue
-        old = directory.layout("experts", leaf.record.name) if component == "experts" else before[leaf.path]
-        is_quantised = old.path in directory.quantised
-        for source, target in zip(
-            quantised.layouts(old, is_quantised), quantised.layouts(leaf, is_quantised), strict=True
-        ):
-            for index in np.ndindex(target.stacked):
-                place = origins[index[0]] if component == "experts" else index
-                name, files = source.name(place), directory.files
-                yield target.name(index), target.stored_shape, files.entries[name].dtype, files.source(name)
+        old, files = _source(directory, leaf), directory.files
+        for source, target in zip(quantised.parts_of(old, files), quantised.like(files, old, leaf), strict=True):
+            for index in np.ndindex(target.leaf.stacked):
+                name = source.leaf.name(origins[index[0]] if component == "experts" else index)
+                yield target.leaf.name(index), target.stored_shape, files.entries[name].dtype, files.source(name)
 
 
 def _router(directory: Directory, leaf: Leaf, kept: KeptExperts) -> np.ndarray:

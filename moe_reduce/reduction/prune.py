@@ -53,7 +53,9 @@ def check_kept(config: ModelConfig, kept: KeptExperts) -> None:
 def _keep(value: Value, record: Parameter, kept: KeptExperts) -> Value:
     """Take the kept experts of a parameter; if there are several rows, row n is for layer n on the first axis."""
 
-    def take(axes: tuple[int, ...], part: jax.Array) -> jax.Array:
+    def take(axes: tuple[int | None, ...], part: jax.Array) -> jax.Array:
+        if record.axes.index("E") not in axes:
+            raise UserError(f"{record.path} is quantised, and its experts share a scale: prune, then quantise")
         axis = axes.index(record.axes.index("E"))
         if len(kept) == 1:
             return jnp.take(part, np.asarray(kept[0]), axis=axis)

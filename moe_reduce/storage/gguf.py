@@ -1,5 +1,6 @@
 """Weights of a GGUF file under the names and layouts of a model directory, dequantised when they are read."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class GgufTensors:
 
     def __init__(self, path: Path, config: ModelConfig):
         self.directory = path
+        self.quantisation: Mapping[str, Any] = {}
         self._file = read_gguf(path)
         self._short = _short(self._file)
         pairs = list(zip(families.leaves(config), families.gguf_leaves(config), strict=True))

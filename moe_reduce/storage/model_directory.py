@@ -16,8 +16,8 @@ from moe_reduce.core.provenance import Step
 from moe_reduce.data.tokenizers import load_tokenizer
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import parameter_count
-from moe_reduce.models.weights import is_quantised
-from moe_reduce.storage import manifest
+from moe_reduce.models.weights import Quantised, is_quantised
+from moe_reduce.storage import manifest, native_layout
 from moe_reduce.storage.parameter_tensors import open_tensors, read_params, write_items
 from moe_reduce.storage.tensors import SHARD_BYTES, TensorItem, write_tensors
 
@@ -82,6 +82,9 @@ def save(
         source=model.source,
         hf_config=model.hf_config,
         chain=_chain(model, step),
+        quantisation=native_layout.described(
+            {path: leaf.scheme for path, leaf in flat.items() if isinstance(leaf, Quantised)}
+        ),
     )
     write_directory(contents, path, overwrite, shard_bytes, also)
 
@@ -95,7 +98,10 @@ def _chain(model: Model, step: Step | None) -> tuple[Step, ...]:
 
 @dataclass(frozen=True)
 class Contents:
-    """Content of a model directory to be written; tensors may be copied from other files, one at a time."""
+    """Content of a model directory to be written; tensors may be copied from other files, one at a time.
+
+    quantisation: layout of quantised weights, for config.json; None for the one that needs no statement.
+    """
 
     config: ModelConfig
     items: Iterable[TensorItem]
@@ -103,6 +109,7 @@ class Contents:
     source: Path | None  # directory or GGUF file to copy the tokenizer from
     hf_config: dict[str, Any] | None
     chain: tuple[Step, ...]
+    quantisation: Mapping[str, Any] | None = None
 
 
 def write_directory(
@@ -120,6 +127,9 @@ def write_directory(
 def _write(contents: Contents, directory: Path, shard_bytes: int, also: Also | None) -> None:
     hashes = write_tensors(directory, contents.items, shard_bytes)
     raw = families.to_hf(contents.config, contents.hf_config, contents.dtype)
+    raw.pop(families.QUANTISATION, None)
+    if contents.quantisation is not None:
+        raw[families.QUANTISATION] = contents.quantisation
     (directory / families.CONFIG_FILE).write_text(families.dumps(raw))
     if contents.source is not None:
         _copy_companions(contents.source, directory)

@@ -16,15 +16,20 @@ from moe_reduce.core import memory, trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.gguf_file import is_gguf
-from moe_reduce.families import Leaf, by_path, leaves, of_config, to_stored
+from moe_reduce.families import Leaf, by_path, leaves, of_config
 from moe_reduce.storage import quantised
 from moe_reduce.storage.gguf import GgufTensors
 from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem, Tensors
+from moe_reduce.storage.weight_parts import Part
 
 
 def open_tensors(path: Path, config: ModelConfig) -> Tensors:
     """Open the tensors of a model directory, or of a GGUF file; UserError when they are not whole."""
-    return GgufTensors(path, config) if is_gguf(path) else TensorFiles(path)
+    if is_gguf(path):
+        return GgufTensors(path, config)
+    files = TensorFiles(path)
+    files.quantisation = quantised.stated(path)
+    return files
 
 
 def check_names(files: Tensors, config: ModelConfig) -> None:
@@ -38,8 +43,8 @@ def check_names(files: Tensors, config: ModelConfig) -> None:
     tied = config.tied_embeddings and config.embedding_factor is None
     if tied and family.input_table not in files.entries and family.output_table in files.entries:
         files.entries[family.input_table] = files.entries.pop(family.output_table)
-    parts = [part for leaf in leaves(config) for part in quantised.stored_leaves(leaf, files.entries)]
-    expected = {name: part.stored_shape for part in parts for name in part.names()}
+    parts = [part for leaf in leaves(config) for part in quantised.parts_of(leaf, files)]
+    expected = {name: part.stored_shape for part in parts for name in part.leaf.names()}
     for name, shape in expected.items():
         if name not in files.entries:
             raise UserError(f"{files.directory} has no tensor {name}, which its config.json calls for: fetch it again")
@@ -92,24 +97,27 @@ def _check_room(files: Tensors, config: ModelConfig, dtype: Any) -> None:
 
 
 def _read(files: Tensors, leaf: Leaf, dtype: Any, sharding: Any) -> Any:
-    parts = quantised.stored_leaves(leaf, files.entries)
-    if len(parts) == 1:
-        return _read_array(files, leaf, _dtype(files, leaf, dtype), sharding)
-    quantised.check_dtypes(files, parts)
-    shardings = [quantised.sharding_of(part, leaf, sharding) for part in parts]
-    stored = [files.entries[part.names()[0]].dtype for part in parts]
-    return quantised.weight_of([_read_array(files, *each) for each in zip(parts, stored, shardings, strict=True)])
+    parts, scheme = quantised.parts_of(leaf, files), quantised.scheme_of(leaf, files)
+    found = {}
+    for part in parts:
+        part.check_dtypes(files)
+        if part.key or scheme is None:
+            stored = files.entries[part.leaf.names()[0]].dtype
+            kind = _dtype(files, leaf, dtype) if scheme is None else part.memory or stored
+            found[part.key] = _read_array(files, part, kind, quantised.sharding_of(part, leaf, sharding))
+    return quantised.value_of(leaf, scheme, found)
 
 
-def _read_array(files: Tensors, leaf: Leaf, kind: np.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def _read_array(files: Tensors, part: Part, kind: np.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    shape = part.leaf.shape
     if sharding is None:
-        return jax.device_put(_gather(files, leaf, (slice(None),) * len(leaf.shape), kind))
+        return jax.device_put(_gather(files, part, (slice(None),) * len(shape), kind))
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None, "only arrays of opaque dtypes have no index"
-        return _gather(files, leaf, index, kind)
+        return _gather(files, part, index, kind)
 
-    return jax.make_array_from_callback(leaf.shape, sharding, read)
+    return jax.make_array_from_callback(shape, sharding, read)
 
 
 def _dtype(files: Tensors, leaf: Leaf, dtype: Any) -> np.dtype:
@@ -139,21 +147,22 @@ def check_weight(name: str, entry: Entry) -> None:
         raise UserError(f"tensor {name} in {entry.file} is {entry.dtype}, not a floating-point weight: convert it")
 
 
-def _gather(files: Tensors, leaf: Leaf, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-    """The slice `index` of a parameter, copied from the slices of the tensors that it covers."""
+def _gather(files: Tensors, part: Part, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+    """The slice `index` of an array, copied from the slices of the tensors that it covers."""
+    leaf = part.leaf
     count = len(leaf.stacked)
-    ranges = [range(size)[part] for size, part in zip(leaf.shape, index, strict=True)]
+    ranges = [range(size)[places] for size, places in zip(leaf.shape, index, strict=True)]
     result = np.empty([len(numbers) for numbers in ranges], dtype)
     for position, numbers in enumerate(itertools.product(*ranges[:count])):
         target = np.unravel_index(position, result.shape[:count]) if count else ()
-        result[target] = leaf.from_stored(files.read(leaf.name(numbers)))[tuple(index[count:])]
+        result[target] = part.from_disk(files.read(leaf.name(numbers)))[tuple(index[count:])]
     return result
 
 
 class Piece(NamedTuple):
-    """The part of one tensor that comes from one array: layout, indices of layer and expert, and the whole array."""
+    """The values of one tensor that come from one array: its part, indices of layer and expert, and the whole array."""
 
-    leaf: Leaf
+    part: Part
     numbers: tuple[int, ...]
     array: Any
 
@@ -172,11 +181,11 @@ def write_items(params: Mapping[str, Any], config: ModelConfig) -> Iterator[Tens
     tensors: dict[str, list[Piece]] = {}
     for leaf in leaves(config):
         for part, array in quantised.arrays_of(leaf, flat[leaf.path]):
-            for index in np.ndindex(part.stacked):
-                tensors.setdefault(part.name(index), []).append(Piece(part, index, array))
+            for index in np.ndindex(part.leaf.stacked):
+                tensors.setdefault(part.leaf.name(index), []).append(Piece(part, index, array))
     for name in sorted(tensors, key=_natural):
         pieces = tensors[name]
-        yield name, pieces[0].leaf.stored_shape, _one_dtype(name, pieces), _source(pieces)
+        yield name, pieces[0].part.stored_shape, _one_dtype(name, pieces), _source(pieces)
 
 
 def _check_params(flat: Mapping[str, Any], config: ModelConfig) -> None:
@@ -190,7 +199,7 @@ def _check_params(flat: Mapping[str, Any], config: ModelConfig) -> None:
 
 
 def _one_dtype(name: str, pieces: list[Piece]) -> np.dtype:
-    dtypes = {piece.leaf.path: np.dtype(piece.array.dtype) for piece in pieces}
+    dtypes = {piece.part.leaf.path: piece.part.stored_dtype(piece.array) for piece in pieces}
     if len(set(dtypes.values())) > 1:
         described = ", ".join(f"{path} {dtype}" for path, dtype in dtypes.items())
         raise UserError(f"parameters that share tensor {name} differ in dtype ({described}): convert them to one")
@@ -202,4 +211,4 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 
 def _source(pieces: list[Piece]) -> Callable[[], np.ndarray]:
-    return lambda: to_stored([(piece.leaf, piece.fetch()) for piece in pieces])
+    return lambda: pieces[0].part.to_disk([(piece.part.leaf, piece.fetch()) for piece in pieces])

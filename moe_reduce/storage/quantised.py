@@ -1,70 +1,105 @@
-"""Layout of quantised weights on disk: integers under the name of the weight, and beside them its scales.
+"""Weights on disk: one tensor for an array, and several for a quantised matrix.
 
-An `Int8` is two tensors, NAME (int8) and NAME_scale (fp32, one for each output). Every other weight is one tensor.
+`quantization_config` in config.json says which layout a model directory has: that of compressed-tensors
+(compressed_tensors.py), or ours (native_layout.py) with the scheme of each parameter. Without it, a matrix with scales
+beside it is int8 in our layout, as earlier versions wrote it.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_reduce.core.errors import UserError
-from moe_reduce.families import Leaf
-from moe_reduce.models.weights import Int8
+from moe_reduce.core import json_files
+from moe_reduce.core.schemes import Scheme
+from moe_reduce.families import CONFIG_FILE, QUANTISATION, QUANTISATION_METHOD, Leaf
+from moe_reduce.models.weights import Quantised
+from moe_reduce.models.weights.scales import DoubleScales
+from moe_reduce.storage import compressed_tensors, native_layout
 from moe_reduce.storage.tensors import Tensors
-
-SCALE = "_scale"
-DTYPES = (np.dtype(np.int8), np.dtype(np.float32))  # of the tensors of an Int8
+from moe_reduce.storage.weight_parts import Part
 
 
-def arrays_of(leaf: Leaf, weight: Any) -> list[tuple[Leaf, Any]]:
-    """Arrays that hold a weight, each with its layout."""
-    if isinstance(weight, Int8):
-        return [(leaf, weight.whole), (_scales(leaf), weight.scale)]
-    return [(leaf, weight)]
+def stated(directory: Path) -> dict[str, Any]:
+    """The content of `quantization_config` in config.json; empty without one."""
+    file = directory / CONFIG_FILE
+    return (json_files.read_object(file).get(QUANTISATION) or {}) if file.is_file() else {}
 
 
-def layouts(leaf: Leaf, quantised: bool) -> list[Leaf]:
-    """Layouts of the arrays that hold a weight."""
-    return [leaf, _scales(leaf)] if quantised else [leaf]
+def scheme_of(leaf: Leaf, files: Tensors) -> Scheme | None:
+    """The scheme in which these files hold a weight; None for an array."""
+    return _layout(files).scheme_of(leaf, files)
 
 
-def is_stored_quantised(leaf: Leaf, names: Container[str]) -> bool:
-    """True if files of these tensors hold the weight in quantised form."""
-    return leaf.record.is_matrix and leaf.name((0,) * len(leaf.stacked)) + SCALE in names
+def parts_of(leaf: Leaf, files: Tensors) -> list[Part]:
+    """The arrays that hold a weight in these files."""
+    return like(files, leaf, leaf)
 
 
-def stored_leaves(leaf: Leaf, names: Container[str]) -> list[Leaf]:
-    """Layouts of the arrays that hold a weight in files of these tensors."""
-    return layouts(leaf, is_stored_quantised(leaf, names))
+def like(files: Tensors, stored: Leaf, leaf: Leaf) -> list[Part]:
+    """The arrays of a weight `leaf` in the layout and scheme in which these files hold the weight `stored`."""
+    layout = _layout(files)
+    scheme = layout.scheme_of(stored, files)
+    return [Part("", leaf)] if scheme is None else layout.parts_like(stored, leaf, scheme, files)
 
 
-def weight_of(arrays: Sequence[Any]) -> Any:
-    """The weight that these arrays hold; inverse of `arrays_of`."""
-    return Int8(*arrays) if len(arrays) > 1 else arrays[0]
+def restated(files: Tensors, schemes: Mapping[str, Scheme | None]) -> dict[str, Any] | None:
+    """`quantization_config` of a model that holds parts of these files, from the schemes of its parameters by path."""
+    if names_modules(files):
+        return dict(files.quantisation)
+    return native_layout.described({path: scheme for path, scheme in schemes.items() if scheme is not None})
 
 
-def check_dtypes(files: Tensors, parts: Sequence[Leaf]) -> None:
-    """Raise UserError when the tensors of a quantised weight are of other dtypes than those of an Int8."""
-    for part, dtype in zip(parts, DTYPES, strict=True):
-        for name in part.names():
-            entry = files.entries[name]
-            if entry.dtype != dtype:
-                raise UserError(
-                    f"tensor {name} in {entry.file} is {entry.dtype}, quantised weights need {dtype}: quantise again"
-                )
+def names_modules(files: Tensors) -> bool:
+    """True where the layout names modules of the target program, so that a model of another family cannot have it."""
+    return _layout(files) is compressed_tensors
 
 
-def sharding_of(part: Leaf, leaf: Leaf, sharding: Any) -> Any:
+def _layout(files: Tensors) -> Any:
+    named = files.quantisation.get(QUANTISATION_METHOD)
+    return compressed_tensors if named == compressed_tensors.METHOD else native_layout
+
+
+def arrays_of(leaf: Leaf, value: Any) -> list[tuple[Part, Any]]:
+    """The arrays of a weight in our layout."""
+    if not isinstance(value, Quantised):
+        return [(Part("", leaf), value)]
+    arrays = arrays_by_key(value)
+    return [(part, arrays[part.key]) for part in native_layout.parts(leaf, value.scheme)]
+
+
+def arrays_by_key(value: Quantised) -> dict[str, Any]:
+    """The arrays of a quantised value by the keys of their parts."""
+    held = value.scales
+    found = {"codes": value.codes, "zeros": value.zeros, "scales": held}
+    if isinstance(held, DoubleScales):
+        found |= {"scales": held.codes, "steps": held.steps, "mean": held.mean}
+    return {key: array for key, array in found.items() if array is not None}
+
+
+def value_of(leaf: Leaf, scheme: Scheme | None, arrays: dict[str, Any]) -> Any:
+    """The weight that these arrays, by the keys of their parts, hold; inverse of `arrays_by_key`."""
+    if scheme is None:
+        return arrays[""]
+    record = leaf.record
+    sizes = dict(zip(record.axes, record.shape, strict=True))
+    held = arrays["scales"]
+    if "steps" in arrays:
+        held = DoubleScales(held, arrays["steps"], arrays["mean"])
+    return Quantised(
+        arrays["codes"], held, arrays.get("zeros"), scheme, tuple(sizes[x] for x in record.inputs), len(record.outputs),
+        record.outputs_first,
+    )  # fmt: skip
+
+
+def sharding_of(part: Part, leaf: Leaf, sharding: Any) -> Any:
     """Sharding of one array of a weight, given that of the whole parameter."""
-    if isinstance(sharding, Int8):
-        return sharding.whole if part is leaf else sharding.scale
-    if part is leaf or not isinstance(sharding, NamedSharding):
+    if isinstance(sharding, Quantised):
+        return arrays_by_key(sharding)[part.key]
+    if not part.key or not isinstance(sharding, NamedSharding):
         return sharding
     spec = dict(zip(leaf.record.axes, sharding.spec, strict=False))  # a spec may leave out its last axes
-    return NamedSharding(sharding.mesh, PartitionSpec(*(spec.get(letter) for letter in part.record.axes)))
-
-
-def _scales(leaf: Leaf) -> Leaf:
-    return leaf.without(leaf.record.inputs, SCALE)
+    if part.key == "codes":
+        spec["I"] = spec.get(leaf.record.inputs[0])
+    return NamedSharding(sharding.mesh, PartitionSpec(*(spec.get(letter) for letter in part.leaf.record.axes)))

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,10 +70,14 @@ TensorItem = tuple[str, tuple[int, ...], np.dtype, np.ndarray | Source]  # name,
 
 
 class Tensors(Protocol):
-    """The tensors of a model by name; their data are read on demand. directory: where they are, for messages."""
+    """The tensors of a model by name; their data are read on demand.
+
+    directory: where they are, for messages. quantisation: what config.json says about quantised weights.
+    """
 
     directory: Path
     entries: dict[str, Entry]
+    quantisation: Mapping[str, Any]
 
     def read(self, name: str) -> np.ndarray:
         """Values of the tensor, possibly read-only."""
@@ -99,6 +103,7 @@ class TensorFiles:
 
     def __init__(self, directory: Path, single: str = SINGLE_FILE):
         self.directory = directory
+        self.quantisation: Mapping[str, Any] = {}
         self.entries: dict[str, Entry] = {}
         self._maps: dict[Path, np.memmap] = {}
         file, index = directory / single, directory / INDEX_FILE

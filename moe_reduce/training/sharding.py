@@ -58,8 +58,8 @@ def model_shardings(mesh: Mesh, config: ModelConfig) -> dict[str, Any]:
 
 
 def _sharding(mesh: Mesh, record: Parameter, leaf: Any) -> Any:
-    def place(axes: tuple[int, ...], part: Any) -> NamedSharding:
-        mesh_axes = [record.mesh_axes[axis] for axis in axes]
+    def place(axes: tuple[int | None, ...], part: Any) -> NamedSharding:
+        mesh_axes = [None if axis is None else record.mesh_axes[axis] for axis in axes]
         for size, names in zip(part.shape, mesh_axes, strict=True):
             names = (names,) if isinstance(names, str) else names or ()
             devices = math.prod(mesh.shape[name] for name in names)

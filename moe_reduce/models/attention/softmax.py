@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_reduce.models.attention.visibility import Visibility
-from moe_reduce.models.cache import SCALES, Layer
+from moe_reduce.models.cache import SCALES, Layer, values
 from moe_reduce.models.products import dot
 
 # XLA on CPU runs a batched product on one core, and independent products in parallel. So tiles of queries use more
@@ -92,13 +92,13 @@ def cached_attention(q_BTHC, k_BTGC, v_BTGC, layer: Layer, allowed: jax.Array, l
     q_BGRTC = q_BTHC.reshape(batch, time, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     q_BGQC = q_BGRTC.reshape(batch, groups, -1, width)
     k_BGTC, v_BGTC = k_BTGC.transpose(0, 2, 1, 3), v_BTGC.transpose(0, 2, 1, 3)
-    old_BGQP = _scaled(dot(q_BGQC, layer["keys"].astype(q_BTHC.dtype), 1, 1, layout, batch=2), layer, "keys")
+    old_BGQP = _scaled(dot(q_BGQC, values(layer, "keys", q_BTHC.dtype), 1, 1, layout, batch=2), layer, "keys")
     scores = jnp.concatenate([old_BGQP, dot(q_BGQC, k_BGTC, 1, 1, layout, batch=2)], axis=-1) * width**-0.5
     scores = scores.reshape(batch, groups, -1, time, entries + time)
     shares = jax.nn.softmax(jnp.where(allowed, scores, jnp.float32(MASKED)), axis=-1)
     old_BGQP, new_BGQT = jnp.split(shares.reshape(*q_BGQC.shape[:3], -1), [entries], axis=-1)
     old_BGQP = _scaled(old_BGQP, layer, "values").astype(q_BTHC.dtype)
-    mixed_BGQC = dot(old_BGQP, layer["values"].astype(q_BTHC.dtype), 1, 0, layout, batch=2)
+    mixed_BGQC = dot(old_BGQP, values(layer, "values", q_BTHC.dtype), 1, 0, layout, batch=2)
     mixed_BGQC = mixed_BGQC + dot(new_BGQT.astype(q_BTHC.dtype), v_BGTC, 1, 0, layout, batch=2)
     return mixed_BGQC.astype(q_BTHC.dtype).reshape(batch, heads, time, width).transpose(0, 2, 1, 3)
 

@@ -104,7 +104,7 @@ def dispatch_grouped(
         return _sorted(rows, order, experts, masters, product, share)
     groups = triton_kernels.groups_of(order.counts_J, assignments)
     token_M = order.order_M // rows.groups_SA.shape[1]
-    values = tuple(dequantised(value, (1,), rows.x_SD.dtype) for value in experts.values)
+    values = tuple(dequantised(value, rows.x_SD.dtype) for value in experts.values)
     places = triton_kernels.Places(token_M, order.rank_SA, groups)
     results: Any = triton_kernels.swiglu(rows.x_SD, places, values, masters, interpret)
     y_MD, masters = results
