@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,7 +28,7 @@ def matrix_record(axes: str = "DF", product: str = "D F", **sizes: int) -> Param
     return Parameter("mlp/up", axes, shape, *fixed, inputs, outputs)
 
 
-def normal(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+def normal(shape: tuple[int, ...], seed: int = 0) -> Any:
     """Gaussian weights with a few outliers and one output of zeros."""
     random = np.random.default_rng(seed)
     weights = 0.02 * random.standard_normal(shape).astype(np.float32)
@@ -59,12 +60,12 @@ def test_every_value_becomes_the_nearest_code_point(scheme):
     matrix[:, 2] = 0
     value, found = rounded(matrix, matrix_record(), scheme)
     block = scheme.block(INPUTS, OUTPUTS)
-    scales, zeros = (
-        None if part is None else np.asarray(part, np.float64).repeat(block[0], 0)[:INPUTS].repeat(block[1], 1)
-        for part in value.grid
-    )
-    scales = scales[:, :OUTPUTS]
-    zeros = np.zeros(scales.shape) if zeros is None else zeros[:, :OUTPUTS]
+
+    def spread(part: Any) -> np.ndarray:
+        return np.asarray(part, np.float64).repeat(block[0], 0)[:INPUTS].repeat(block[1], 1)[:, :OUTPUTS]
+
+    scales = spread(value.grid.scales)
+    zeros = np.zeros(scales.shape) if value.grid.zeros is None else spread(value.grid.zeros)
     points = (all_points(scheme)[None, None] - zeros[..., None]) * scales[..., None]
     least = np.abs(points - matrix[..., None]).min(-1)
     error = np.abs(np.asarray(found) - matrix)

@@ -169,7 +169,7 @@ def _read(config: ModelConfig, execution: ExecutionConfig, slots: int, params: A
     # logits of a single position, because none are needed
     batch = {"tokens": tokens_BT, "last": jnp.zeros(tokens_BT.shape[0], jnp.int32)}
     _, collected = Model(config, params, execution).apply(batch, collect=(cache.KEYS_VALUES,))
-    return cache.of_prompts(collected[cache.KEYS_VALUES], slots, False, STACK in params)
+    return cache.of_prompts(collected[cache.KEYS_VALUES], slots, "auto", STACK in params)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.generate_config import CacheDtype
+from moe_reduce.core.schemes import Code
 from moe_reduce.models.weights.codes import nearest
 from moe_reduce.models.weights.scales import SYMMETRIC
 
@@ -105,7 +106,7 @@ def _stored(layer: Layer, dtype: CacheDtype) -> dict[str, jax.Array]:
     return stored
 
 
-def _quantised(x_BGTC: jax.Array, dtype: CacheDtype) -> tuple[jax.Array, jax.Array]:
+def _quantised(x_BGTC: jax.Array, dtype: Code) -> tuple[jax.Array, jax.Array]:
     """(codes [B, G, T, C], fp32 scales [B, G, T]): each token and head covers its largest magnitude."""
     scales_BGT = jnp.max(jnp.abs(x_BGTC), axis=-1) / SYMMETRIC[dtype]
     codes = nearest(x_BGTC / jnp.where(scales_BGT > 0, scales_BGT, 1.0)[..., None], dtype)

@@ -69,8 +69,9 @@ class Report:
 
     def compare(self, component: str, matrix: np.ndarray, value: Quantised) -> None:
         """Count the squared error of one matrix and its squared size."""
-        found = map(float, _squares(matrix, value))
-        self.squares[component] = tuple(map(sum, zip(self.squares.get(component, (0.0, 0.0)), found, strict=True)))
+        error, size = _squares(matrix, value)
+        errors, sizes = self.squares.get(component, (0.0, 0.0))
+        self.squares[component] = (errors + float(error), sizes + float(size))
 
     def errors(self) -> dict[str, float]:
         """Norm of the error of each component's matrices, relative to the norm of the matrices."""

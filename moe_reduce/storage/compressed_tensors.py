@@ -197,6 +197,8 @@ def _check(leaf: Leaf, scheme: Scheme) -> None:
     if leaf.record.outputs_first:
         component = leaf.record.component
         raise UserError(f"{METHOD} opens no quantised token table: add {component}=keep, or choose --format=native")
+    if leaf.parts > 1 and scheme.shares_outputs:
+        raise UserError(f"{METHOD} has one {scheme} for all of {leaf.tensor.name}: choose fp8, or --format=native")
     inputs = leaf.record.matrix_shape[0]
     if scheme.code == "int4" and inputs % WORD:
         raise UserError(f"{METHOD} packs 8 inputs, and {leaf.path} has {inputs}: choose int8, or --format=native")

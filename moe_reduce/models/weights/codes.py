@@ -10,6 +10,8 @@ A value is its code point times a scale. Bytes hold the first of their values in
     ternary  five values in a byte: v = Σ digit · 3^(4 - place), of digits 0, 1, 2 for -1, 0, 1, stored as ⌈v·256/243⌉
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +73,7 @@ def pack(codes: jax.Array, code: Code) -> jax.Array:
     parts = filled.reshape(*codes.shape[:-2], -1, count, codes.shape[-1])
     if count == 2:
         return parts[..., 0, :] | (parts[..., 1, :] << 4)
-    number = sum(parts[..., place, :].astype(jnp.uint16) * 3 ** (DIGITS - 1 - place) for place in range(DIGITS))
+    number: Any = sum(parts[..., place, :].astype(jnp.uint16) * 3 ** (DIGITS - 1 - place) for place in range(DIGITS))
     return ((number * 256 + 242) // 243).astype(jnp.uint8)
 
 
