@@ -41,4 +41,7 @@ for seed in "${seeds[@]}"; do
   for head in "${heads[@]}"; do learned+=("${head}_$seed"); done
 done
 if stage supervised; then run "${learned[@]}"; fi
-if stage compare; then "$PYTHON" launch/text_to_lora.py --workdir="$W" --runs "${learned[@]}"; fi
+if stage compare; then
+  "$PYTHON" launch/text_to_lora.py --workdir="$W" --runs "${learned[@]}"
+  "$PYTHON" launch/text_to_lora_pictures.py --tasks="$tasks" --workdir="$W" --maps "${heads[0]}_${seeds[0]}"
+fi

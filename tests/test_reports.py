@@ -17,6 +17,7 @@ from moe_reduce.reports import (
     reduction_table,
     style,
     tables,
+    text_to_lora_pictures,
     training_pictures,
 )
 from moe_reduce.reports.summaries import entropy, spread
@@ -159,3 +160,13 @@ def test_the_six_panels_and_the_table_of_a_reduction(drawn):
     np.testing.assert_array_equal(reduction_picture.layers_served([[0.5, 0.5], [1.0, 0.0]]), [2, 1])
     rows = [line.split() for line in reduction_table.table({"": {"stages": stages}}).splitlines()]
     assert rows[-1] == ["half", "4", "40", "2.5000", "+0.5000", "50.00%", "0"]
+
+
+def test_maps_of_adapters_and_curves_by_tasks(tmp_path):
+    pytest.importorskip("sklearn")
+    draw = np.random.default_rng(0)
+    values = draw.standard_normal((12, 5)) + np.repeat(np.eye(3, 5) * 9, 4, axis=0)
+    categories = [name for name in ("sorting", "counting", "naming") for _ in range(4)]
+    text_to_lora_pictures.adapter_map(values, categories, [i % 4 == 0 for i in range(12)], tmp_path / "map.png")
+    text_to_lora_pictures.by_tasks({"L": {8: 0.1, 16: 0.2}, "S": {8: 0.3}}, "relative L1", tmp_path / "curve.png")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("map.png", "curve.png"))
