@@ -32,8 +32,10 @@ CHANGES = {
     "os.symlink": ((1, 2),),
     "os.truncate": ((0, None),),
 }
-# what differs between two identical runs: dates, times and speeds
-VOLATILE = {"date", "latency_seconds", "seconds", "tokens_per_second", "mfu", "compile_seconds", "evaluation_seconds"}
+# what differs between two identical runs: dates, times and speeds, and the commit while someone works on this checkout
+VOLATILE = {
+    "date", "latency_seconds", "seconds", "tokens_per_second", "mfu", "compile_seconds", "evaluation_seconds", "commit",
+}  # fmt: skip
 UNCOMPARED = ("checkpoints", "tensorboard")
 
 

@@ -90,9 +90,9 @@ def _gguf(before: bytes, after: bytes) -> Iterator[str]:
         yield "length"
     size = min(len(before), len(after))
     changed = np.flatnonzero(np.frombuffer(before, np.uint8, size) != np.frombuffer(after, np.uint8, size))
-    regions = [*gguf_regions(before)]
-    for offset in changed:
-        yield next((name for name, start, stop in regions if start <= offset < stop), "padding")
+    for name, start, stop in gguf_regions(before):
+        if np.searchsorted(changed, start) < np.searchsorted(changed, stop):
+            yield name
 
 
 def gguf_regions(content: bytes) -> Iterator[tuple[str, int, int]]:

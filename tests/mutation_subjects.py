@@ -292,7 +292,7 @@ SUBJECTS = (
     Subject("manifest.json", _model, "manifest.json", lambda directory: inspect.describe(directory, verify=True)),
     Subject("int8", _int8, "model.safetensors", _read_model),
     Subject("gguf", _gguf, "*", _read_gguf),
-    Subject("gguf, Q8_0", lambda directory: _gguf(directory, Kind.Q8_0), "*", _read_gguf),
+    Subject("gguf Q8_0", lambda directory: _gguf(directory, Kind.Q8_0), "*", _read_gguf),
     Subject("tokenizer of gguf", _gguf, "*", lambda directory: _read_tokenizer(directory / "m.gguf")),
     Subject("hypernetwork", _hypernetwork, "*", _read_hypernetwork),
     Subject("adapter", _adapter, "adapter.*", _read_adapter),
