@@ -234,6 +234,15 @@ def test_a_tensor_of_another_architecture_is_named(tmp_path: Path, monkeypatch: 
     assert "tensor rope_freqs.weight" in refused(tmp_path / "tiny.gguf")
 
 
+def test_inserted_bytes_are_refused_wherever_they_are(tmp_path: Path):
+    file = tmp_path / "tiny.gguf"
+    write_llama(file)
+    content = file.read_bytes()
+    for place in (len(content) // 2, len(content) - 4, len(content)):
+        file.write_bytes(content[:place] + bytes(64) + content[place:])
+        assert "bytes follow its last tensor" in refused(file), place
+
+
 @pytest.mark.parametrize(("count", "part"), [(1 << 60, "has no end"), (1 << 20, "ends within")])
 def test_a_list_without_end_is_refused_at_once(tmp_path: Path, count: int, part: str):
     file, key = tmp_path / "tiny.gguf", b"tokenizer.ggml.token_type"

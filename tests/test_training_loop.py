@@ -212,6 +212,15 @@ def test_half_a_line_of_metrics_is_left_out(tmp_path):
     assert read_metrics(file) == [{"step": 1}, {"step": 2}]
 
 
+@pytest.mark.parametrize("line", ["{}", '{"step": 1.0}', '{"step": true}', '{"step": 1, "split": 2}'])
+def test_damaged_lines_of_metrics_are_named(tmp_path, line):
+    file = tmp_path / "metrics.jsonl"
+    for damaged in (line, '{"step": 1, "split": "train", "loss": "x"}'):
+        file.write_text(f'{{"step": 1, "split": "train", "loss": 2.5}}\n{damaged}\n')
+        with pytest.raises(UserError, match=r"metrics\.jsonl:2 has no"):
+            read_metrics(file)
+
+
 def test_a_run_killed_before_its_result_was_written_only_writes_it(tmp_path):
     run = run_config("dense", token_data(tmp_path), steps=4)
     expected = train(run, tmp_path / "run")

@@ -59,7 +59,7 @@ def read_gguf(path: str | Path) -> GgufFile:
 
 
 @functools.lru_cache(maxsize=2)  # a model and its baseline; a vocabulary takes a second to read
-def _read(path: Path, modified: int, size: int) -> GgufFile:  # noqa: ARG001  both tell when the file has changed
+def _read(path: Path, modified: int, size: int) -> GgufFile:  # noqa: ARG001  tells when the file has changed
     try:
         reader = _reader(path)
         metadata = {name: _value(field) for name, field in reader.fields.items()}
@@ -67,10 +67,19 @@ def _read(path: Path, modified: int, size: int) -> GgufFile:  # noqa: ARG001  bo
             tensor.name: StoredTensor(tensor.tensor_type, tuple(map(int, reversed(tensor.shape))), tensor.data)
             for tensor in reader.tensors
         }
+        _check_end(reader, size)
     except Exception as error:  # the library checks little: a damaged file makes it raise many types
         reason = " ".join(str(error).split())[:SHOWN] or type(error).__name__
         raise UserError(f"{path} is not a whole GGUF file ({reason}): fetch it again") from error
     return GgufFile(path, metadata, tensors)
+
+
+def _check_end(reader: Any, size: int) -> None:
+    """Raise ValueError for bytes behind the last tensor: where some were inserted, tensors hold others' values."""
+    end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=size)
+    padding = -end % int(reader.alignment)
+    if size > end + padding:
+        raise ValueError(f"{size - end} bytes follow its last tensor")
 
 
 def _reader(path: Path) -> Any:

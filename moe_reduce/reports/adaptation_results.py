@@ -63,7 +63,7 @@ def _curve(one: FinishedRun, recalled: bool) -> Curve:
         return one.summary["curve"]
     if not (one.source / "metrics.jsonl").is_file():
         raise UserError(f"{one.source} has no metrics.jsonl: give the workdir of a finished run, or an earlier result")
-    lines = [line for line in read_metrics(one.source / "metrics.jsonl") if line["split"] == "validation"]
+    lines = [line for line in read_metrics(one.source / "metrics.jsonl") if line.get("split") == "validation"]
     return [[line["step"], round(line["recall_train" if recalled else "loss"], 5)] for line in lines]
 
 

@@ -33,7 +33,7 @@ def loss_picture(workdirs: Mapping[str, Path], file: Path) -> None:
 
 
 def _points(lines: list[dict[str, Any]], split: str) -> tuple[list[float], list[float]]:
-    found = [line for line in lines if line["split"] == split]
+    found = [line for line in lines if line.get("split") == split and "loss" in line]
     return [line["step"] for line in found], [line["loss"] for line in found]
 
 

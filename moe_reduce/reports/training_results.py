@@ -72,7 +72,7 @@ def _curve(one: FinishedRun) -> dict[str, Any]:
     if (one.source / CURVES).is_file():  # an earlier result has no metrics.jsonl
         kept = json_files.read_lines(one.source / CURVES)
         return next(curve for curve in kept if (curve["name"], curve["seed"]) == (one.name, run["seed"]))
-    lines = [line for line in read_metrics(one.source / "metrics.jsonl") if line["split"] == "validation"]
+    lines = [line for line in read_metrics(one.source / "metrics.jsonl") if line.get("split") == "validation"]
     lines = lines[:: max(1, len(lines) // POINTS)]
     per_step = run["tokens"] / run["steps"]
     return {

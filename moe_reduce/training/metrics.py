@@ -64,6 +64,7 @@ class TensorBoard:
 
 
 SINKS = (JsonLines, TensorBoard)
+KINDS = {"step": (int,), "split": (str,), "loss": (int, float)}  # of the values that are read again
 
 
 class MetricsLog:
@@ -87,8 +88,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a metrics file, without a last line that a kill cut short; UserError for other damage."""
     lines = json_files.read_lines(path)
     for number, line in enumerate(lines, start=1):
-        if type(line.get("step")) is not int:
-            raise UserError(f"{path}:{number} has no step: restore the file, or remove that line")
+        for key, kind in KINDS.items():
+            if (key in line or key == "step") and type(line.get(key)) not in kind:
+                raise UserError(f"{path}:{number} has no {key}: restore the file, or remove that line")
     return lines
 
 
