@@ -7,6 +7,7 @@ import shlex
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import jax
@@ -153,8 +154,12 @@ def stand_ins(tmp_path_factory):
     (directory / "tokenizer").mkdir()
     tokenizer.save(directory / "tokenizer")
     execution = ExecutionConfig(platform="cpu")
-    dense = replace(MODELS["dense"], vocab_size=VOCABULARY, feed_forward_width=256)
-    for name, config in {"mixture": replace(MODELS["layer"], vocab_size=VOCABULARY), "dense": dense}.items():
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "width": 32, "head_width": 8}
+    dense = replace(MODELS["dense"], **sizes, feed_forward_width=256)
+    moe = MODELS["layer"].moe
+    assert moe is not None
+    mixture = replace(MODELS["layer"], **sizes, moe=replace(moe, width=32))
+    for name, config in {"mixture": mixture, "dense": dense}.items():
         params = init_params(config, jax.random.key(0))
         moe_reduce.save(Model(config, params, execution, source=directory / "tokenizer"), directory / name)
     return directory
