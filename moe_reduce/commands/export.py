@@ -1,4 +1,4 @@
-"""moe-reduce export: write a model as StableHLO or ONNX, after checking its logits against the model's."""
+"""moe-reduce export: write a model as StableHLO, ONNX or GGUF; of the first two, logits are checked first."""
 
 import argparse
 import shlex
@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_reduce.commands import model_arguments
 
+GGUF, GGUF_TYPES = "gguf", ("f16", "q8_0", "q4_0")
 FORMATS = {"stablehlo": ("stablehlo",), "onnx": ("onnx",), "both": ("stablehlo", "onnx")}
 
 
@@ -17,8 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model_arguments.add_out(parser, required=True, what="directory")
     parser.add_argument(
-        "--format", required=True, choices=FORMATS, help="stablehlo for jax.export, onnx for onnxruntime, or both"
-    )
+        "--format", required=True, choices=(*FORMATS, GGUF),
+        help="stablehlo for jax.export, onnx for onnxruntime, or both; gguf for llama.cpp",
+    )  # fmt: skip
+    parser.add_argument("--type", choices=GGUF_TYPES, help=f"type of the matrices in GGUF (default: {GGUF_TYPES[0]})")
     parser.add_argument("--batch-size", type=int, help="fixed number of sequences in a batch (default: any)")
     parser.add_argument("--sequence-length", type=int, help="fixed number of tokens in a sequence (default: any)")
 
@@ -31,6 +34,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     from moe_reduce.storage import export, manifest
 
     model_arguments.check_out(arguments, export.KIND)
+    if arguments.format == GGUF:
+        return _write_gguf(arguments)
+    model_arguments.check_unused(arguments, f"with --format={arguments.format}", "type")
     target, formats = arguments.out.absolute(), FORMATS[arguments.format]
     export.check(model_arguments.directory_config(arguments.model), formats)
     source = manifest.input_of(arguments.model)
@@ -42,8 +48,31 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     return arguments.out
 
 
+def _write_gguf(arguments: argparse.Namespace) -> Path:
+    """Writes model.gguf and export.json."""
+    model_arguments.check_unused(arguments, "with --format=gguf", "batch_size", "sequence_length")
+    model_arguments.fill(arguments, {"type": GGUF_TYPES[0]})
+    from moe_reduce.core import disk, outputs
+    from moe_reduce.storage import export, gguf_writing, manifest
+
+    config, source = model_arguments.directory_config(arguments.model), manifest.input_of(arguments.model)
+    gguf_writing.check(arguments.model, config, arguments.type)
+    with outputs.directory(arguments.out.absolute(), export.KIND, arguments.overwrite) as unfinished:
+        file = unfinished / "model.gguf"
+        gguf_writing.write(arguments.model, config, file, arguments.type)
+        described = {"format": GGUF, "type": arguments.type, "bytes": file.stat().st_size}
+        content: dict[str, Any] = {
+            "command": _command(arguments),
+            "model": {"path": source.path, "sha256": source.sha256},
+            "files": {file.name: described | {"sha256": manifest.sha256_of_file(file)}},
+        }
+        disk.write_json(unfinished / export.EXPORT_FILE, content)
+    print(model_arguments.show({file.name: described}, as_json=False))
+    return arguments.out
+
+
 def _command(arguments: argparse.Namespace) -> str:
-    names = ("model", "out", "format", "batch_size", "sequence_length")
+    names = ("model", "out", "format", "type", "batch_size", "sequence_length")
     given = {name: getattr(arguments, name) for name in names}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
     return shlex.join(["moe-reduce", "export", *options, *(["--overwrite"] if arguments.overwrite else [])])

@@ -52,6 +52,12 @@ class Gguf:
                 self._check(key, value, raw)
         return raw | _token_ids(file.metadata)
 
+    def write(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Metadata of a file, from the keys of a config.json in the spelling of published files."""
+        found = {key.name: values[name] for name, key in self.keys.items() if values.get(name) is not None}
+        found |= {name: values[key] for name, key in self.equal.items()}
+        return {f"{self.architecture}.{name}": value for name, value in found.items()}
+
     def _check(self, key: str, value: Any, raw: Mapping[str, Any]) -> None:
         """Raise UserError for a key of the metadata that says what the decoder does not compute."""
         name = key.removeprefix(f"{self.architecture}.")

@@ -104,6 +104,10 @@ class HuggingFaceFamily(Family):
     def _has_experts(self) -> bool:
         return any(name.startswith(MOE) for name in self.keys)
 
+    def published(self, config: ModelConfig) -> dict[str, Any]:
+        """The keys of a config.json that the fields of a config give, in the spelling of published files."""
+        return self._values(config)
+
     def _values(self, config: ModelConfig) -> dict[str, Any]:
         """Values of the fields under the keys of published files."""
         return {

@@ -120,15 +120,20 @@ class Leaf:
         return self._halves(view) if self.tensor.rotary_pairs else view
 
     def to_stored(self, array: np.ndarray) -> np.ndarray:
-        """Inverse of `from_stored`, for a parameter that does not share its tensors and has rotary halves on disk."""
+        """Inverse of `from_stored`, for a parameter that does not share its tensors."""
         assert self.parts == 1, self.path
-        assert not self.tensor.rotary_pairs, self.path
         axes = self._inner_axes
+        array = self._pairs(array) if self.tensor.rotary_pairs else array
         return array.transpose([axes.index(x) for x in "".join(self.stored_axes)]).reshape(self.stored_shape)
 
     def _halves(self, array: np.ndarray) -> np.ndarray:
         """Reorder the width of each head: the first number of each pair, then the second of each."""
         order_C = np.arange(self._sizes["C"]).reshape(-1, 2).T.reshape(-1)
+        return np.take(array, order_C, self._inner_axes.index("C"))
+
+    def _pairs(self, array: np.ndarray) -> np.ndarray:
+        """Inverse of `_halves`: the two numbers of each pair side by side."""
+        order_C = np.arange(self._sizes["C"]).reshape(2, -1).T.reshape(-1)
         return np.take(array, order_C, self._inner_axes.index("C"))
 
     def part(self, suffix: str, inputs: int, outputs: int | None = None) -> "Leaf":
