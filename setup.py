@@ -10,7 +10,12 @@ MONITOR = ["psutil>=5.9"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10"]
 TOOLS = ["basedpyright>=1.31", "pytest>=8.3", "pytest-xdist>=3.7", "ruff>=0.12"]
 TEST_CORE = [*CHAT, *HYPERNETWORK, *MONITOR, *NOTEBOOKS, *EXPORT, *TOOLS]
-PEERS = [*EVALUATE, "peft>=0.17", "torch==2.13.0"]  # gigabytes: compared with, never built on
+PEERS = [
+    *EVALUATE,
+    "compressed-tensors>=0.15",
+    "peft>=0.17",
+    "torch==2.13.0",
+]  # gigabytes: compared with, never built on
 
 setup(
     name="moe_reduce",

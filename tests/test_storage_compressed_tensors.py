@@ -19,7 +19,10 @@ from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.storage.tensors import TensorFiles
 
-pytest.importorskip("compressed_tensors", reason="needs the package compressed-tensors")
+WHY = "needs the package compressed-tensors"
+library = pytest.importorskip("compressed_tensors.quantization", reason=WHY)
+lifecycle = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward", reason=WHY)
+compressors = pytest.importorskip("compressed_tensors.compressors", reason=WHY)
 torch = pytest.importorskip("torch", reason="needs torch")
 TOKENS_BT = np.arange(16, dtype=np.int32).reshape(2, 8)
 SHARED = ("fp8-tensor", "fp8-block")  # one scale for several outputs
@@ -65,17 +68,14 @@ def test_transformers_opens_what_is_written(directory, tmp_path, name, capsys):
 
 
 def arguments_of(name: str) -> Any:
-    from compressed_tensors.quantization import QuantizationArgs
-
     from moe_reduce.storage.compressed_tensors import _arguments
 
-    return QuantizationArgs(**_arguments(parse(name)))
+    return library.QuantizationArgs(**_arguments(parse(name)))
 
 
 @pytest.mark.parametrize("name", ["int8", "int4-g32", "int4-affine-g64", "int4-channel", "fp8", "fp8-tensor"])
 def test_codes_and_values_are_those_of_the_library(name):
     """Bit for bit, with the same scales, but where a value is half a step from two codes in fp32."""
-    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
     from test_models_schemes import matrix_record, normal, rounded
 
     record = matrix_record(D=256, F=24)
@@ -87,20 +87,18 @@ def test_codes_and_values_are_those_of_the_library(name):
     zeros = None if value.grid.zeros is None else torch.tensor(np.array(value.grid.zeros.T))
     kind = arguments.pytorch_dtype()
     given = torch.tensor(np.ascontiguousarray(matrix.T))
-    codes = quantize(x=given, scale=scale, zero_point=zeros, args=arguments, dtype=kind)
+    codes = lifecycle.quantize(x=given, scale=scale, zero_point=zeros, args=arguments, dtype=kind)
     ours = np.asarray(value.unpacked().astype("float32")).T
     steps = given.double() / scale.double().repeat_interleave(256 // scale.shape[-1], -1)
     ties = np.abs(steps.numpy() % 1 - 0.5) < 1e-6
     np.testing.assert_array_equal(ours[~ties], codes.float().numpy()[~ties])
     assert ties.mean() < 0.01
     mine = torch.tensor(np.array(value.unpacked()).T.copy().view(np.uint8)).view(kind)
-    again = dequantize(x_q=mine, scale=scale, zero_point=zeros, args=arguments)
+    again = lifecycle.dequantize(x_q=mine, scale=scale, zero_point=zeros, args=arguments)
     np.testing.assert_array_equal(np.asarray(found).T, again.numpy())
 
 
 def test_micro_scaled_values_are_those_of_the_library():
-    from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
-    from compressed_tensors.quantization import QuantizationScheme
     from test_models_schemes import matrix_record, normal, rounded
 
     record = matrix_record(D=256, F=24)
@@ -109,15 +107,15 @@ def test_micro_scaled_values_are_those_of_the_library():
         "weight_packed": torch.tensor(np.array(value.codes.T)),
         "weight_scale": torch.tensor(np.array(value.scales.T)),
     }
-    scheme = QuantizationScheme(targets=["Linear"], weights=arguments_of("mxfp4"))
-    again = MXFP4PackedCompressor.decompress(packed, scheme)["weight"]
+    scheme = library.QuantizationScheme(targets=["Linear"], weights=arguments_of("mxfp4"))
+    again = compressors.BaseCompressor.get_value_from_registry("mxfp4-pack-quantized").decompress(packed, scheme)[
+        "weight"
+    ]
     np.testing.assert_array_equal(np.asarray(found).T, again.float().numpy())
 
 
 def test_a_model_of_the_library_is_read(tmp_path, tiny_dense):
     """W8A16 as llm-compressor writes it: pack-quantized with 8 bits, targets by class, and bf16 scales."""
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
     config = wide(tiny_dense)
     model = Model(config, init_params(config, jax.random.key(0)), ExecutionConfig().resolve("cpu"))
     moe_reduce.save(model, tmp_path / "model")
@@ -127,7 +125,7 @@ def test_a_model_of_the_library_is_read(tmp_path, tiny_dense):
     tensors = {name: torch.tensor(files.read(name).copy()) for name in files.entries}
     for name in [name for name, tensor in tensors.items() if tensor.dtype == torch.int8]:
         codes = tensors.pop(name)
-        tensors[f"{name}_packed"] = pack_to_int32(codes, 8)
+        tensors[f"{name}_packed"] = compressors.pack_quantized.helpers.pack_to_int32(codes, 8)
         tensors[f"{name}_shape"] = torch.tensor(codes.shape)
         tensors[f"{name}_scale"] = tensors[f"{name}_scale"].bfloat16()
     from safetensors.torch import save_file

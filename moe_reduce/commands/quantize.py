@@ -10,14 +10,13 @@ from moe_reduce.core import disk, schemes
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
-from moe_reduce.core.schemes import Scheme
+from moe_reduce.core.schemes import KEEP, Scheme
 from moe_reduce.models.parameters import counts_by_component, parameter_count
 
 if TYPE_CHECKING:
     from moe_reduce.quantization.files import Report
 
-KEEP = "keep"  # in place of a scheme
-KEPT = {"native": "router,norm", "compressed-tensors": "router,norm,embedding,unembedding"}
+KEPT = {"native": ("router", "norm"), "compressed-tensors": ("router", "norm", "embedding", "unembedding")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--group-size", type=int, help="inputs that share a scale, for int8 and int4 (int4: 128)")
     parser.add_argument(
-        "--keep", help="components to leave as they are unless --scheme names them (default: router,norm, and for "
+        "--keep", type=lambda text: text.split(","),
+        help="components to leave as they are unless --scheme names them (default: router,norm, and for "
         "compressed-tensors the token tables)",
     )  # fmt: skip
     parser.add_argument("--method", choices=("rtn",), default="rtn", help="rtn: round to nearest (default)")
@@ -76,41 +76,27 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
 
 def _chosen(arguments: argparse.Namespace, config: ModelConfig) -> dict[str, Scheme]:
     """The scheme of each component that is quantised."""
+    from moe_reduce.quantization.choice import choose
+
     known = counts_by_component(config)
-    named: dict[str, str] = {}
-    usual = None
-    for part in filter(None, arguments.scheme.split(",")):
-        component, equals, name = part.rpartition("=")
-        if not equals:
-            usual = name
-        elif component not in known:
-            raise UserError(f"--scheme: the model has no component {component!r}; it has {', '.join(known)}")
-        else:
-            named[component] = name
-    from moe_reduce.quantization.round_to_nearest import every_component
-
-    keep = KEPT[arguments.format] if arguments.keep is None else arguments.keep
-    kept = [name for name in keep.split(",") if name in known or arguments.keep is not None]
-    found = {} if usual is None else every_component(config, _scheme(arguments, usual), kept)
-    for component, name in named.items():
-        if name == KEEP:
-            found.pop(component, None)
-        else:
-            found[component] = _scheme(arguments, name)
-    if not found:
-        raise UserError(f"--scheme={arguments.scheme} quantises nothing: name a scheme, such as int8 or int4-g64")
-    return found
+    keep = [name for name in KEPT[arguments.format] if name in known] if arguments.keep is None else arguments.keep
+    return choose(config, _with_groups(arguments), keep, "--scheme")
 
 
-def _scheme(arguments: argparse.Namespace, name: str) -> Scheme:
+def _with_groups(arguments: argparse.Namespace) -> str:
+    """--scheme with --group-size added to the names of its schemes."""
     if arguments.group_size is None:
-        return schemes.parse(name)
-    if f"{name}-g{arguments.group_size}" not in schemes.NAMES:
-        raise UserError(
-            f"--group-size={arguments.group_size} does not go with {name}: it is for int8 and int4, and one of "
-            f"{', '.join(map(str, schemes.GROUPS))}"
-        )
-    return schemes.parse(f"{name}-g{arguments.group_size}")
+        return arguments.scheme
+    usual, named = schemes.split(arguments.scheme)
+    for name in (usual, *named.values()):
+        if name not in (None, KEEP) and f"{name}-g{arguments.group_size}" not in schemes.NAMES:
+            sizes = ", ".join(map(str, schemes.GROUPS))
+            raise UserError(
+                f"--group-size={arguments.group_size} does not go with {name}: it is for int8 and int4, one of {sizes}"
+            )
+    ending = f"-g{arguments.group_size}"
+    parts = [] if usual is None else [usual + ending]
+    return ",".join(parts + [f"{one}={name if name == KEEP else name + ending}" for one, name in named.items()])
 
 
 def _step(arguments: argparse.Namespace, config: ModelConfig, chosen: Mapping[str, Scheme], report: "Report") -> Step:

@@ -105,6 +105,21 @@ NAMES |= {"int4": Scheme("int4", "group"), "int4-affine": Scheme("int4", "group"
 SCHEMES = tuple(scheme for scheme in NAMES.values() if scheme.group or scheme.scope != "group")  # those of one matrix
 
 
+KEEP = "keep"  # in place of the scheme of a component that stays as it is
+
+
+def split(text: str) -> tuple[str | None, dict[str, str]]:
+    """Names of schemes in a text such as int4,attention=int8,router=keep: (of all components, by component)."""
+    usual, named = None, {}
+    for part in filter(None, text.split(",")):
+        component, equals, name = part.rpartition("=")
+        if equals:
+            named[component] = name
+        else:
+            usual = name
+    return usual, named
+
+
 def parse(name: str) -> Scheme:
     """The scheme of a name, such as int8, int4, int4-affine-g64 or fp8-block; UserError for others."""
     if name not in NAMES:

@@ -5,6 +5,7 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
+from moe_reduce.core import schemes
 from moe_reduce.core.adapt_config import AdapterConfig
 from moe_reduce.core.checks import in_range, positive
 from moe_reduce.core.errors import UserError
@@ -99,5 +100,26 @@ class TuneStage:
             )
 
 
-StageConfig = PoolStage | PruneStage | TuneStage
+@dataclass(frozen=True)
+class QuantizeStage:
+    """Store the matrices in fewer bits, rounded to nearest (quantization/)."""
+
+    kind: Literal["quantize"] = "quantize"
+    scheme: str = "int8"  # such as int4,attention=int8,embedding=keep; see the command quantize
+    keep: str = "router,norm"  # comma separated components that stay unless `scheme` names them
+    clip: Literal["min-max", "percentile", "mse"] = "min-max"  # range that the values of a scale cover
+
+    def check(self, path: str, mesh: MeshConfig, train: TrainConfig) -> None:
+        """Raise UserError for a scheme that is unknown; path: the stage's name in the configuration."""
+        del mesh, train
+        usual, named = schemes.split(self.scheme)
+        for name in (usual, *named.values()):
+            if name not in (None, schemes.KEEP):
+                try:
+                    schemes.parse(name)
+                except UserError as error:
+                    raise UserError(f"{path}.scheme: {error}") from None
+
+
+StageConfig = PoolStage | PruneStage | TuneStage | QuantizeStage
 STAGES = {configuration.kind: configuration for configuration in typing.get_args(StageConfig)}  # by kind

@@ -19,12 +19,13 @@ from moe_reduce.models.parameters import parameter_count
 from moe_reduce.reduction.transform import abstract_model
 from moe_reduce.runs.stages.pool import Pool
 from moe_reduce.runs.stages.prune import Prune
+from moe_reduce.runs.stages.quantize import Quantize
 from moe_reduce.runs.stages.stage import Result, RunContext, Stage, StageContext
 from moe_reduce.runs.stages.tune import Tune
 from moe_reduce.storage import manifest
 from moe_reduce.training.job import Job
 
-KINDS = {"pool": Pool, "prune": Prune, "tune": Tune}  # by the `kind` of their configuration
+KINDS = {"pool": Pool, "prune": Prune, "quantize": Quantize, "tune": Tune}  # by the `kind` of their configuration
 
 
 def stage_of(entry: StageConfig) -> Stage:
