@@ -1,17 +1,24 @@
 """The plan of a reduction: what each stage makes of an architecture, and which stages cannot follow others."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from training_runs import MODELS
 
+import moe_reduce
+from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, ExecutionConfig, ReduceConfig, TrainConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.core.stages import STAGES, PoolStage, PruneStage, TuneStage
+from moe_reduce.core.stages import STAGES, PoolStage, PruneStage, QuantizeStage, TuneStage
+from moe_reduce.models.decoder import init_params
+from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import parameter_count
-from moe_reduce.reduction.transform import expert_count
-from moe_reduce.runs.stages import KINDS, configurations, planned_jobs
+from moe_reduce.models.weights import Quantised
+from moe_reduce.reduction.transform import abstract_model, expert_count
+from moe_reduce.runs.stages import KINDS, StageContext, configurations, planned_jobs, stage_of
 from moe_reduce.runs.stages.objectives import OBJECTIVES, Objective
 
 
@@ -73,8 +80,31 @@ def test_planned_jobs_are_those_of_the_stages_that_train():
     assert jobs["recover"].initial["experts"]["gate"].shape[0] == 8
 
 
+def test_a_quantised_model_is_the_end_of_a_chain_of_stages(tmp_path):
+    """Planned and run: the same schemes; experts of quantised models can still be pruned, but not trained."""
+    first = _first(2, 4)
+    stage = QuantizeStage(scheme="int8,attention=fp8", clip="mse")
+    run = _run(pool=PoolStage(), quantise=stage, half=PruneStage(keep=0.5))
+    assert [config.moe.experts for _, config in configurations(first, run)] == [8, 8, 4]
+    model = Model(first, init_params(first, jax.random.key(0)), run.execution)
+    context: Any = StageContext(run, "quantise", first, lambda: model)
+    result = stage_of(stage).run(model, context)
+    moe_reduce.save(result.model, tmp_path / "model")
+    found = trees.flatten(moe_reduce.load(tmp_path / "model").params)
+    planned = trees.flatten(stage_of(stage).after(abstract_model(first), context).model.params)
+    schemes = {path: str(leaf.scheme) for path, leaf in found.items() if isinstance(leaf, Quantised)}
+    assert schemes == {path: str(leaf.scheme) for path, leaf in planned.items() if isinstance(leaf, Quantised)}
+    assert {schemes["layers/attention/query"], schemes["layers/experts/up"]} == {"fp8", "int8"}
+    assert "layers/router/weight" not in schemes
+    assert 0 < result.figures["relative_errors"]["experts"] < 0.01
+    with pytest.raises(UserError, match="quantise.scheme: scheme 'int5' is unknown"):
+        QuantizeStage(scheme="int5").check("quantise", run.mesh, run.train)
+    with pytest.raises(UserError, match="has no component 'mlp'"):
+        list(configurations(first, _run(quantise=QuantizeStage(scheme="mlp=int8"))))
+
+
 def test_every_kind_of_configuration_has_a_stage():
-    assert KINDS.keys() == STAGES.keys() == {"pool", "prune", "tune"}
+    assert KINDS.keys() == STAGES.keys() == {"pool", "prune", "tune", "quantize"}
 
 
 @pytest.mark.parametrize(
