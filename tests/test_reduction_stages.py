@@ -97,7 +97,7 @@ def test_a_quantised_model_is_the_end_of_a_chain_of_stages(tmp_path):
     assert {schemes["layers/attention/query"], schemes["layers/experts/up"]} == {"fp8", "int8"}
     assert "layers/router/weight" not in schemes
     assert 0 < result.figures["relative_errors"]["experts"] < 0.01
-    with pytest.raises(UserError, match="quantise.scheme: scheme 'int5' is unknown"):
+    with pytest.raises(UserError, match=r"quantise.scheme: scheme 'int5' is unknown"):
         QuantizeStage(scheme="int5").check("quantise", run.mesh, run.train)
     with pytest.raises(UserError, match="has no component 'mlp'"):
         list(configurations(first, _run(quantise=QuantizeStage(scheme="mlp=int8"))))
