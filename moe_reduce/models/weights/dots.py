@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_reduce.models import products
+from moe_reduce.models.weights import few_rows
 from moe_reduce.models.weights.quantised import Quantised
 
 
@@ -22,7 +23,10 @@ def multiply(x: jax.Array, matrix: Any, layout: str, transposed: bool = False) -
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _quantised_dot(x: jax.Array, matrix: Quantised, transposed: bool, layout: str) -> jax.Array:
-    return _dot(x, matrix, transposed, layout, x.dtype)
+    whole = partial(_dot, transposed=transposed, layout=layout, dtype=x.dtype)
+    if not few_rows.suits(x.shape[0], matrix, transposed):
+        return whole(x, matrix)
+    return jax.lax.platform_dependent(x, matrix, cpu=few_rows.multiply, default=whole)
 
 
 def _forward(x, matrix, transposed, layout):

@@ -1,0 +1,126 @@
+"""Products of a few rows with a quantised matrix on a CPU, as decoding needs them: limited by bytes read, not by FLOPs.
+
+Codes become fp32 a chunk at a time, small enough for the cache, so that no fp32 copy of a matrix reaches memory. Values
+that share a byte are multiplied apart, by every second (or fifth) input, so that they need not be interleaved.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moe_reduce.core.schemes import PER_BYTE, Code
+from moe_reduce.models.products import dot
+from moe_reduce.models.weights import codes
+from moe_reduce.models.weights.quantised import Quantised
+
+MOST_ROWS = 32
+CHUNK = 2**19  # values of a chunk: 2 MB in fp32
+HALF = {"fp8": (7, 8.0), "mxfp4": (9, 14.0)}  # shift of the magnitude into the bits of a float16, and power of two lost
+
+
+def suits(rows: int, matrix: Quantised, transposed: bool) -> bool:
+    """True for products that this module computes."""
+    return rows <= MOST_ROWS and not transposed and matrix.scheme.scope != "block"
+
+
+def multiply(x_SI: jax.Array, matrix: Quantised) -> jax.Array:
+    """x · one matrix, fp32 [S, O]."""
+    per_byte = PER_BYTE[matrix.scheme.code]
+    spare = -x_SI.shape[1] % per_byte
+    x_SI = jnp.pad(x_SI.astype(jnp.float32), [(0, 0), (0, spare)])
+    return _by_outputs(x_SI, matrix) if matrix.outputs_first else _by_inputs(x_SI, matrix)
+
+
+def _by_inputs(x_SI: jax.Array, matrix: Quantised) -> jax.Array:
+    """Product with a matrix [I, O], in chunks of inputs."""
+    code, grouped = matrix.scheme.code, matrix.scheme.scope == "group"
+    size, outputs = matrix.codes.shape
+    grid = matrix.grid
+    groups = grid.scales.shape[0] if grouped else 1
+    chunks = _chunks(groups if grouped else size, size * PER_BYTE[code] * outputs)
+    inner = groups // chunks if grouped else 1
+    # [chunk, place in the byte, group, row, byte of the group]
+    x = x_SI.reshape(x_SI.shape[0], chunks, inner, -1, PER_BYTE[code]).transpose(1, 4, 2, 0, 3)
+    packed = matrix.codes.reshape(chunks, inner, -1, outputs)
+    offset = _offset(grid.zeros, grid.scales.shape, code)
+    scales, zeros = grid.scales, offset
+    if grouped:
+        scales, zeros = (part.reshape(chunks, inner, 1, outputs) for part in (scales, offset))
+
+    def add(y_SO: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        x, packed, *of_groups = chunk
+        parts = (dot(x[place], plane, 1, 0, "plain", batch=1) for place, plane in enumerate(_planes(packed, code)))
+        y = sum(parts)
+        if of_groups:
+            y = (y - jnp.sum(x, axis=(0, 3))[..., None] * of_groups[1]) * of_groups[0]
+        return y_SO + jnp.sum(y, axis=0), None
+
+    start = jnp.zeros((x_SI.shape[0], outputs), jnp.float32)
+    y_SO, _ = jax.lax.scan(add, start, (x, packed, *((scales, zeros) if grouped else ())))
+    return y_SO if grouped else (y_SO - jnp.sum(x_SI, axis=1, keepdims=True) * zeros) * scales
+
+
+def _by_outputs(x_SI: jax.Array, matrix: Quantised) -> jax.Array:
+    """Product with a matrix [O, I], such as a token table, in chunks of outputs."""
+    code = matrix.scheme.code
+    outputs, size = matrix.codes.shape
+    grid = matrix.grid
+    chunks = _chunks(outputs, size * PER_BYTE[code] * outputs)
+    x = x_SI.reshape(x_SI.shape[0], size, PER_BYTE[code])
+    shape = (grid.scales.shape[0], outputs)
+    scales, zeros = (
+        jnp.broadcast_to(part, shape).T.reshape(chunks, outputs // chunks, -1, 1)
+        for part in (grid.scales, _offset(grid.zeros, grid.scales.shape, code))
+    )
+
+    def some(chunk: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        packed, scales, zeros = chunk
+        total = jnp.zeros((), jnp.float32)
+        for place, plane in enumerate(_planes(packed, code)):
+            blocks = plane.reshape(*scales.shape[:2], -1)
+            values = (blocks - jnp.broadcast_to(zeros, blocks.shape)) * jnp.broadcast_to(scales, blocks.shape)
+            total = total + dot(x[:, :, place], values.reshape(plane.shape), 1, 1, "plain")
+        return total
+
+    found = jax.lax.map(some, (matrix.codes.reshape(chunks, -1, size), scales, zeros))
+    return found.transpose(1, 0, 2).reshape(x_SI.shape[0], outputs)
+
+
+def _chunks(units: int, values: int) -> int:
+    """Number of chunks, a divisor of `units`, such that each has at most CHUNK values if possible."""
+    least = -(-values // CHUNK)
+    return next(count for count in range(min(least, units), units + 1) if units % count == 0)
+
+
+def _offset(zeros: jax.Array | None, shape: tuple[int, ...], code: Code) -> jax.Array:
+    """The number that is subtracted from what `_planes` gives, fp32, for each scale."""
+    offset = jnp.full(shape, {"int4": 8.0, "ternary": 1.0}.get(code, 0.0), jnp.float32)
+    return offset if zeros is None else offset + zeros.astype(jnp.float32)
+
+
+def _planes(packed: jax.Array, code: Code) -> list[jax.Array]:
+    """Code points of the first value of each byte, of the second, …, fp32; of int4 and ternary without their offset."""
+    if code == "int8":
+        return [packed.astype(jnp.float32)]
+    if code == "fp8":
+        return [_half(jax.lax.bitcast_convert_type(packed, jnp.uint8), code, 128)]
+    planes = codes.planes(packed, code)
+    if code == "mxfp4":
+        return [_half(plane, code, 8) for plane in planes]
+    return [_of_table(plane) if code == "nf4" else plane.astype(jnp.float32) for plane in planes]
+
+
+def _half(bits: jax.Array, code: Code, sign: int) -> jax.Array:
+    """Small floats by way of float16, whose conversion has instructions of its own. sign: the bit of the sign."""
+    shift, power = HALF[code]
+    wide = bits.astype(jnp.uint16)
+    half = ((wide & (sign - 1)) << shift) | ((wide & sign) * (2**15 // sign))
+    return jax.lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 2.0**power
+
+
+def _of_table(indices: jax.Array) -> jax.Array:
+    """Values of NF4's table by a tree of selections, which is faster than 16 loads from a table."""
+    level = [jnp.full(indices.shape, value, jnp.float32) for value in codes.NF4]
+    for bit in range(4):
+        chosen = ((indices >> bit) & 1).astype(bool)
+        level = [jnp.where(chosen, odd, even) for even, odd in zip(level[::2], level[1::2], strict=True)]
+    return level[0]
