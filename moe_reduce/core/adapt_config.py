@@ -5,6 +5,7 @@ from typing import Literal
 
 from moe_reduce.core.checks import positive
 from moe_reduce.core.data_config import DataConfig
+from moe_reduce.core.distill_config import DistillConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.execution import ExecutionConfig
 from moe_reduce.core.train_config import BalanceConfig, MeshConfig, TrainConfig
@@ -47,6 +48,7 @@ class AdaptConfig:
     data: DataConfig = field(default_factory=DataConfig)  # data.tokenizer=train: the base's own tokenizer
     mesh: MeshConfig = field(default_factory=MeshConfig)
     balance: BalanceConfig = field(default_factory=lambda: BalanceConfig(loss="none"))
+    distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(weight_decay=0.0, beta2=0.999))
 
     def check(self) -> None:
@@ -64,6 +66,7 @@ class AdaptConfig:
         self.data.check()
         self.train.check()
         self.balance.check()
+        self.distill.check()
         if self.balance.bias_rate > 0:
             raise UserError("balance.bias_rate is for train: in adapt the base stays as it is")
 

@@ -14,6 +14,7 @@ import ml_collections
 from moe_reduce.core import config_dict
 from moe_reduce.core.adapt_config import AdaptConfig, AdapterConfig
 from moe_reduce.core.data_config import DataConfig
+from moe_reduce.core.distill_config import DistillConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.execution import DISPATCH_BY_PLATFORM, ExecutionConfig
 from moe_reduce.core.generate_config import GenerateConfig
@@ -29,6 +30,7 @@ __all__ = [
     "AdapterConfig",
     "BalanceConfig",
     "DataConfig",
+    "DistillConfig",
     "ExecutionConfig",
     "GenerateConfig",
     "MeshConfig",

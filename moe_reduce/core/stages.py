@@ -8,6 +8,7 @@ from typing import Literal
 from moe_reduce.core import schemes
 from moe_reduce.core.adapt_config import AdapterConfig
 from moe_reduce.core.checks import in_range, positive
+from moe_reduce.core.distill_config import DistillConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.model_config import REQUIRED_INT
 from moe_reduce.core.train_config import MeshConfig, TrainConfig
@@ -62,7 +63,11 @@ class TuneStage:
     objective: str = "language_model"
     components: str = "router"  # comma separated component names, as `plan` lists them
     adapter: AdapterConfig | None = None  # trains as well, and is merged into the model at the end
-    teacher_weight: float = 0.0  # share of KL(first model ‖ this model) in the loss
+    # distillation, as in core/distill_config.py
+    teacher_weight: float = 0.0  # share of KL(teacher ‖ this model) in the loss
+    teacher_temperature: float = 1.0
+    teacher: str | None = None  # model directory; None: the model that the reduction begins with
+    teacher_logits: str | None = None
     bias_from: float | None = None  # selection bias against foreign experts at the first step
     bias_to: float = 0.0  # the same after anneal_share of the steps
     anneal_share: float = 0.8
@@ -76,12 +81,21 @@ class TuneStage:
         names = ("steps", "learning_rate", "final_learning_rate", "warmup_steps")
         return dataclasses.replace(train, **{name: getattr(self, name) for name in names})
 
+    def distillation(self, first: str) -> DistillConfig:
+        """Return the stage's distillation. first: directory of the model that the reduction begins with."""
+        teacher = self.teacher or first
+        return DistillConfig(teacher, None, self.teacher_weight, self.teacher_temperature, self.teacher_logits)
+
     def check(self, path: str, mesh: MeshConfig, train: TrainConfig) -> None:
         """Raise UserError at the first key that cannot work; path: the stage's name in the configuration."""
         del mesh
         self.schedule(train).check_schedule(path)
         if not 0 <= self.teacher_weight <= 1:
             raise UserError(f"{path}.teacher_weight must be from 0 to 1, got {self.teacher_weight}")
+        positive(path, self, "teacher_temperature")
+        for name in ("teacher", "teacher_logits"):
+            if getattr(self, name) is not None and not (getattr(self, name) and self.teacher_weight):
+                raise UserError(f"{path}.{name} needs a value and {path}.teacher_weight above 0: leave it out")
         self._check_annealing(path, train)
 
     def _check_annealing(self, path: str, train: TrainConfig) -> None:

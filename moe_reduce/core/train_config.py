@@ -7,6 +7,7 @@ from typing import Literal
 
 from moe_reduce.core.checks import in_range, positive
 from moe_reduce.core.data_config import DataConfig
+from moe_reduce.core.distill_config import DistillConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.execution import ExecutionConfig
 from moe_reduce.core.model_config import REQUIRED_INT, ModelConfig
@@ -153,6 +154,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def check(self) -> None:
@@ -167,5 +169,6 @@ class RunConfig:
         self.mesh.check_fits(self.model)
         self.train.check()
         self.balance.check()
+        self.distill.check()
         if self.balance.bias_rate > 0 and not (self.model.moe and self.model.moe.selection_bias):
             raise UserError("balance.bias_rate needs model.moe.selection_bias=True: there is no bias to move")

@@ -21,7 +21,7 @@ import numpy as np
 from moe_reduce.core.config import DataConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.data.pieces import TRAIN, VALIDATION
-from moe_reduce.data.shards import TokenSource
+from moe_reduce.data.shards import SourceWithArrays, TokenSource
 
 Batch = dict[str, np.ndarray]
 EPOCHS = 1 << 31  # practically endless; grain's own endless repeat overflows in batches of one row
@@ -62,6 +62,8 @@ class Examples:
             assert self._source.end_of_text is not None  # sources without documents refuse the mask
             example |= _document_arrays(row[:-1], self._source.end_of_text)
             example["weights"] = np.where(row[:-1] == self._source.end_of_text, np.float32(0), counts)
+        if isinstance(self._source, SourceWithArrays):
+            example |= self._source.beside(self._split, int(index))
         return example
 
 

@@ -9,7 +9,7 @@ The manifest is written last. `prepare` writes to a temporary directory and rena
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -77,6 +77,15 @@ class TokenSource(Protocol):
 
     def describe(self, split: str) -> str:
         """Size of the split, for messages."""
+        ...
+
+
+@runtime_checkable
+class SourceWithArrays(TokenSource, Protocol):
+    """Source whose examples have arrays beside their tokens."""
+
+    def beside(self, split: str, index: int) -> dict[str, np.ndarray]:
+        """Read the arrays of a row, [T, …] each, by their names in a batch."""
         ...
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from moe_reduce.core import trees
+from moe_reduce.data import teacher_logits
 from moe_reduce.data.batches import array_types
 from moe_reduce.models.parameters import record_at
 from moe_reduce.training import sharding, steps
@@ -110,6 +111,9 @@ def of(job: Job, mesh: Mesh | AbstractMesh) -> Footprint:
     frozen = sharding.placed(frozen, sharding.shardings(devices, frozen, job.task.records))
     rows = sharding.batch_sharding(devices)
     arrays = array_types(job.data, job.train.batch_size)
+    if job.stored_teacher:
+        largest = min(teacher_logits.LARGEST, job.model.vocab_size)
+        arrays |= teacher_logits.array_types(job.data, job.train.batch_size, largest)
     batch = {name: Shape(*array, sharding=rows) for name, array in arrays.items()}
     return Footprint(job, devices, program, frozen, batch)
 

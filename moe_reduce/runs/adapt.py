@@ -32,14 +32,14 @@ from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Records, abstract_params, parameter_count, records, stored_params
 from moe_reduce.planning.flops import train_flops_per_token
-from moe_reduce.runs import equivalence
+from moe_reduce.runs import equivalence, teaching
 from moe_reduce.runs.workdir import alone, begin, describe, describe_data, finish, machine, writing
 from moe_reduce.storage import manifest
 from moe_reduce.storage.model_directory import load
 from moe_reduce.training import sharding, steps
 from moe_reduce.training.job import Job, fit, quality
-from moe_reduce.training.losses import collapse, evaluator, predict
-from moe_reduce.training.task import Task, every_leaf, never, nothing_else
+from moe_reduce.training.losses import collapse, evaluator, next_token_loss, teacher_records
+from moe_reduce.training.task import Task, every_leaf, never, nothing_else, split_teacher
 
 SAMPLE_BATCHES = 4  # validation batches for the equivalence report
 WELL_USED = 0.8  # share of a budget below which a note is printed
@@ -56,10 +56,12 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     if run.adapter is not None:  # before any data is prepared
         check_new(run.adapter, config)
         check_split(run.adapter, config, run.mesh.tensor)
+    teaching.check(run.distill, config, run.mesh)
     done = begin(workdir, run)
     if done is not None:
         return done
-    tokens, _ = prepare(run.data, config.vocab_size)
+    tokens, tokenizer = prepare(run.data, config.vocab_size)
+    teaching.check_vocabulary(run.distill, tokenizer)
     test = _test_batches(run, config, mesh)  # before hours of training
     schedule = run.train.over(tokens.rows(TRAIN, run.data.sequence_length))
     with writing(workdir):
@@ -68,7 +70,8 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         flops = None if run.adapter else train_flops_per_token(config, run.data.sequence_length)
         task = adapt_task(run, config, tokens)
         job = Job(task, config, start.params, run.execution, run.data, schedule, flops_per_token=flops)
-        params, figures = fit(job, mesh, tokens, workdir)
+        job, taught = teaching.prepared(teaching.planned(job, run.distill), run.distill, mesh, tokens)
+        params, figures = fit(job, mesh, taught, workdir)
         for figure, share in figures["measured"].items():
             print(f"{figure}: {share:.1%}", flush=True)
         figures["test"] = None if test is None else _measured(start.with_params(params), test, mesh)
@@ -80,20 +83,20 @@ def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None
     """Task that trains an adapter's leaves, or every leaf; it measures recall if `tokens` are completions."""
     execution = dataclasses.replace(run.execution, expert_gradients=run.adapter is None)
     skeleton = Model(config, {}, execution)
+    distillation = teaching.distillation_of(run.distill, run.execution)
 
     def loss(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = while_training(run.adapter, params, batch)
-        _, penalty, metrics = predict(skeleton.with_params(params), run.balance, batch)
-        return metrics["loss"] + penalty, metrics
+        return next_token_loss(skeleton, run.balance, distillation, params, batch)
 
     def measure_recall(params: Any) -> dict[str, float]:
         assert isinstance(tokens, Completions)
-        return recall(skeleton.with_params(params), tokens, run.recall_pairs)
+        return recall(skeleton.with_params(split_teacher(params)[0]), tokens, run.recall_pairs)
 
     return Task(
         loss=loss,
         evaluate=evaluator(skeleton),
-        records=_records(config, run.adapter),
+        records={**_records(config, run.adapter), **teacher_records(distillation)},
         trainable=every_leaf if run.adapter is None else partial(_trains, run.adapter),
         stop=partial(collapse, run.balance) if config.moe else never,
         measure=measure_recall if isinstance(tokens, Completions) else nothing_else,
@@ -107,7 +110,8 @@ def planned_job(run: AdaptConfig, config: ModelConfig, dtype: Any) -> Job:
     if sized.adapter is not None:
         params[ADAPTER] = adapters.abstract(sized.adapter, config)
         check_split(sized.adapter, config, run.mesh.tensor)
-    return Job(adapt_task(sized, config), config, params, run.execution, run.data, run.train)
+    job = Job(adapt_task(sized, config), config, params, run.execution, run.data, run.train)
+    return teaching.planned(job, run.distill)
 
 
 def _test_batches(run: AdaptConfig, config: ModelConfig, mesh: jax.sharding.Mesh) -> list[Any] | None:
@@ -157,6 +161,7 @@ def _resolved(run: AdaptConfig) -> tuple[AdaptConfig, ModelConfig]:
         base_sha256=base,
         execution=run.execution.resolve(jax.default_backend()),
         data=dataclasses.replace(run.data, tokenizer=tokenizer),
+        distill=teaching.resolved(run.distill),
     )
     return resolved, config
 
@@ -221,7 +226,7 @@ def _finish(
     step = Step(
         command="adapt",
         arguments=to_dict(run),
-        inputs=(base_input, Input(run.data.source, summary["data"]["fingerprint"])),
+        inputs=(base_input, Input(run.data.source, summary["data"]["fingerprint"]), *teaching.inputs(run.distill)),
         parameters_before=total,
         parameters_after=total,
         quality=summary["validation"] | summary["measured"],

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from moe_reduce.inference.evaluate import measure
 from moe_reduce.models.model import Model
 from moe_reduce.reduction.transform import expert_count
 from moe_reduce.reports import reduction_picture
+from moe_reduce.runs import teaching
 from moe_reduce.runs.stages import RunContext, configurations, run_stage
 from moe_reduce.runs.workdir import (
     SUMMARY,
@@ -169,7 +171,8 @@ class Reduction:
         directory.mkdir(parents=True, exist_ok=True)
         model = self.load(number - 1)
         first, _ = read_config(Path(self.run.model))
-        context = RunContext(self.run, name, first, lambda: self.load(0), self.mesh, self.tokens, directory)
+        loading = partial(teaching.load_teacher, execution=self.run.execution, mesh=self.mesh)
+        context = RunContext(self.run, name, first, lambda: self.load(0), loading, self.mesh, self.tokens, directory)
         result = run_stage(entry, model, context)
         # measured again: saving may round parameters to their stored dtype
         summary = result.figures | self.measure(name, entry.kind, result.model)

@@ -15,6 +15,7 @@ from moe_reduce.families import of_config
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.planning.flops import train_flops_per_token
+from moe_reduce.runs import teaching
 from moe_reduce.runs.workdir import alone, begin, describe, describe_data, finish, machine, writing
 from moe_reduce.training import sharding, steps
 from moe_reduce.training.job import Job, fit
@@ -27,25 +28,28 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
 
     name: the variant's name.
     """
-    run = dataclasses.replace(run, execution=run.execution.resolve(jax.default_backend()))
+    run = _resolved(run)
     mesh = sharding.make_mesh(run.mesh)
     sharding.model_shardings(mesh, run.model)  # refuse a mesh before the text is prepared
     of_config(run.model)  # refuse an unknown family
+    teaching.check(run.distill, run.model, run.mesh)
     steps.check_batch(mesh, run.train)
     done = begin(workdir, run)
     if done is not None:
         return done
-    tokens, _ = prepare(run.data, run.model.vocab_size)
+    tokens, tokenizer = prepare(run.data, run.model.vocab_size)
+    teaching.check_vocabulary(run.distill, tokenizer)
     rows = tokens.rows(TRAIN, run.data.sequence_length)
     job = pretraining(dataclasses.replace(run, train=run.train.over(rows)))
     with writing(workdir):
-        params, figures = fit(job, mesh, tokens, workdir)
+        job, taught = teaching.prepared(job, run.distill, mesh, tokens)
+        params, figures = fit(job, mesh, taught, workdir)
         summary = {"name": name, **describe(run.model), "seed": run.train.seed, **figures, **machine()}
         summary["data"] = describe_data(run.data, tokens)
         step = Step(
             command="train",
             arguments=to_dict(run),
-            inputs=(Input(run.data.source, summary["data"]["fingerprint"]),),
+            inputs=(Input(run.data.source, summary["data"]["fingerprint"]), *teaching.inputs(run.distill)),
             parameters_before=0,
             parameters_after=summary["parameters"],
             quality=summary["validation"],
@@ -55,9 +59,25 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     return summary
 
 
+def _resolved(run: RunConfig) -> RunConfig:
+    """Replace `auto`; a teacher's hash is recorded, and its tokenizer is the one of the text if none is named."""
+    tokenizer = run.distill.teacher if run.distill.active and run.data.tokenizer == "train" else run.data.tokenizer
+    return dataclasses.replace(
+        run,
+        execution=run.execution.resolve(jax.default_backend()),
+        data=dataclasses.replace(run.data, tokenizer=tokenizer),
+        distill=teaching.resolved(run.distill),
+    )
+
+
 def pretraining(run: RunConfig) -> Job:
-    """Return the job of a run: all parameters of a new model, on the next token. run.execution: resolved."""
-    task = language_model_task(run.model, run.execution, run.balance)
+    """Return the job of a run: all parameters of a new model, on the next token; a teacher's leaves are abstract.
+
+    run.execution: resolved.
+    """
+    distillation = teaching.distillation_of(run.distill, run.execution)
+    task = language_model_task(run.model, run.execution, run.balance, distillation)
     initial = partial(init_params, run.model, jax.random.key(run.train.seed))
     flops = train_flops_per_token(run.model, run.data.sequence_length)
-    return Job(task, run.model, initial, run.execution, run.data, run.train, flops_per_token=flops)
+    job = Job(task, run.model, initial, run.execution, run.data, run.train, flops_per_token=flops)
+    return teaching.planned(job, run.distill)

@@ -31,6 +31,7 @@ class Job:
     data: DataConfig
     train: TrainConfig
     frozen: Params = field(default_factory=dict)  # frozen leaves beside the model's own, such as a teacher's
+    stored_teacher: bool = False  # batches also hold the distribution of a teacher (data/teacher_logits.py)
     flops_per_token: float | None = None  # None: not counted, as when only a part of the model trains
 
 

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy with the balancing terms of a mixture of experts, as a task for the loop."""
+"""Next-token cross-entropy with balancing terms and distillation, as a loss and as a task for the loop."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,29 +11,52 @@ import numpy as np
 from moe_reduce.core import trees
 from moe_reduce.core.config import BalanceConfig, ExecutionConfig, ModelConfig, MoEConfig
 from moe_reduce.models.model import Model
-from moe_reduce.models.parameters import ROUTER_BIAS, by_path
-from moe_reduce.training.task import Batch, Params, Sums, Task, never, no_change
+from moe_reduce.models.parameters import ROUTER_BIAS, Records, by_path, nested_under
+from moe_reduce.training.distillation import Distillation
+from moe_reduce.training.task import TEACHER, Batch, Params, Sums, Task, never, no_change, split_teacher
 from moe_reduce.training.validation import Mean
 
+LossAndMetrics = tuple[jax.Array, dict[str, jax.Array]]
 
-def language_model_task(model: ModelConfig, execution: ExecutionConfig, balance: BalanceConfig) -> Task:
-    """Pretraining task: every leaf trains on next-token cross-entropy plus the balancing terms."""
+
+def language_model_task(
+    model: ModelConfig, execution: ExecutionConfig, balance: BalanceConfig, distillation: Distillation | None = None
+) -> Task:
+    """Pretraining task: every leaf of the model trains on `next_token_loss`."""
     skeleton = Model(model, {}, execution)
-
-    def loss(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        _, penalty, metrics = predict(skeleton.with_params(params), balance, batch)
-        return metrics["loss"] + penalty, metrics
 
     def after_step(params: Params, metrics: dict[str, jax.Array]) -> Params:
         return move_bias(params, metrics["counts_NE"], balance)
 
     return Task(
-        loss=loss,
+        loss=partial(next_token_loss, skeleton, balance, distillation),
         evaluate=evaluator(skeleton),
-        records=by_path(model),
+        records={**by_path(model), **teacher_records(distillation)},
         after_step=after_step if balance.bias_rate > 0 else no_change,
         stop=partial(collapse, balance) if model.moe else never,
     )
+
+
+def next_token_loss(
+    student: Model, balance: BalanceConfig, distillation: Distillation | None, params: Params, batch: Batch
+) -> LossAndMetrics:
+    """Cross-entropy, mixed with the divergence from the teacher if there is one, plus the balancing penalty.
+
+    student: without parameters, which are in `params`, with those of a live teacher below TEACHER.
+    """
+    own, teachers = split_teacher(params)
+    logits_BTV, penalty, metrics = predict(student.with_params(own), balance, batch)
+    if distillation is None:
+        return metrics["loss"] + penalty, metrics
+    divergence = distillation.divergence(teachers, logits_BTV, batch)
+    return distillation.mixed(metrics["loss"], divergence) + penalty, metrics | {"teacher_divergence": divergence}
+
+
+def teacher_records(distillation: Distillation | None) -> Records:
+    """Records of a live teacher's leaves, below TEACHER; {} without one."""
+    if distillation is None or distillation.teacher is None:
+        return {}
+    return nested_under(TEACHER, by_path(distillation.teacher.config))
 
 
 def predict(model: Model, balance: BalanceConfig, batch: Batch) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
@@ -100,7 +123,8 @@ def evaluator(model: Model) -> Callable[[Params, Batch], Sums]:
 
     def evaluate(params: Params, batch: Batch) -> Sums:
         moe = model.config.moe
-        logits_BTV, collected = model.with_params(params).apply(batch, collect=() if moe is None else ("routing",))
+        student = model.with_params(split_teacher(params)[0])
+        logits_BTV, collected = student.apply(batch, collect=() if moe is None else ("routing",))
         nll_BT, correct_BT = token_losses(logits_BTV, batch)
         weights_BT = batch["weights"]
         weight = jnp.sum(weights_BT)

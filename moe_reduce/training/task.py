@@ -39,6 +39,12 @@ def every_leaf(path: str) -> bool:
     return True
 
 
+def split_teacher(params: Params) -> tuple[Params, Params]:
+    """Split parameters into the student's and the teacher's."""
+    student = dict(params)
+    return student, student.pop(TEACHER, {})
+
+
 @dataclass(frozen=True)
 class Task:
     """A loss, the leaves that it trains, and their evaluation.

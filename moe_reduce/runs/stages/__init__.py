@@ -22,6 +22,7 @@ from moe_reduce.runs.stages.prune import Prune
 from moe_reduce.runs.stages.quantize import Quantize
 from moe_reduce.runs.stages.stage import Result, RunContext, Stage, StageContext
 from moe_reduce.runs.stages.tune import Tune
+from moe_reduce.runs.teaching import abstract_teacher
 from moe_reduce.storage import manifest
 from moe_reduce.training.job import Job
 
@@ -63,7 +64,7 @@ def _planned(first: ModelConfig, run: ReduceConfig, dtype: Any) -> Iterator[tupl
     """Yield the context of each stage with the abstract model that it gets and the one that it makes."""
     first_model = model = abstract_model(first, dtype, manifest.read_chain(Path(run.model)))
     for name, entry in run.stages.items():
-        context = StageContext(run, name, first, lambda: first_model)
+        context = StageContext(run, name, first, lambda: first_model, abstract_teacher)
         try:
             result = stage_of(entry).after(model, context)
         except UserError as error:

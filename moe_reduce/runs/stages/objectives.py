@@ -1,7 +1,7 @@
 """The objectives of `tune`: an entry of OBJECTIVES is all that one needs.
 
-A student is the model that a stage trains. Its teacher is the model that the reduction began with; the teacher's
-parameters are frozen leaves below TEACHER.
+A student is the model that a stage trains. Its teacher is the model that the reduction began with, unless the stage
+names another one; a live teacher's parameters are frozen leaves below TEACHER.
 """
 
 from abc import ABC, abstractmethod
@@ -20,10 +20,10 @@ from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import only_record
 from moe_reduce.reduction.canonical import canonical
 from moe_reduce.reduction.transform import expert_count, moe_of
-from moe_reduce.training.losses import collapse, predict
-from moe_reduce.training.task import TEACHER, Batch, Params, never
-
-LossAndMetrics = tuple[jax.Array, dict[str, jax.Array]]
+from moe_reduce.runs.stages.stage import StageContext
+from moe_reduce.training.distillation import Distillation
+from moe_reduce.training.losses import LossAndMetrics, collapse, next_token_loss
+from moe_reduce.training.task import Batch, Params, never, split_teacher
 
 
 class Objective(ABC):
@@ -33,9 +33,9 @@ class Objective(ABC):
         """Raise UserError when the stage's settings, or this model made from `first`, do not fit the objective."""
         del stage, model, first
 
-    def teacher(self, stage: TuneStage, model: Model, load_first: Callable[[], Model]) -> Model | None:
-        """Return the teacher of a model, made from the first model; None if the loss reads no teacher."""
-        del stage, model, load_first
+    def teacher(self, stage: TuneStage, model: Model, context: StageContext) -> Model | None:
+        """Return the teacher of a model; None if the loss runs no teacher."""
+        del stage, model, context
 
     @abstractmethod
     def loss(
@@ -51,23 +51,22 @@ class Objective(ABC):
 class LanguageModel(Objective):
     """The next token, mixed with the teacher's distribution by `teacher_weight`."""
 
-    def teacher(self, stage: TuneStage, model: Model, load_first: Callable[[], Model]) -> Model | None:
-        """Return the first model if its distribution counts."""
+    def teacher(self, stage: TuneStage, model: Model, context: StageContext) -> Model | None:
+        """Return the first model, or the one that the stage names, if it runs in every step."""
         del model
-        return load_first() if stage.teacher_weight > 0 else None
+        if stage.teacher_weight == 0 or stage.teacher_logits is not None:
+            return None
+        return context.load_first() if stage.teacher is None else context.load_teacher(stage.teacher)
 
     def loss(
         self, student: Model, teacher: Model, stage: TuneStage, balance: BalanceConfig, params: Params, batch: Batch
     ) -> LossAndMetrics:
-        """Compute (1 - w) · cross-entropy + w · KL(teacher ‖ student) + balancing penalty, with w = teacher_weight."""
-        student_params, teacher_params = split_teacher(params)
-        logits_BTV, penalty, metrics = predict(student.with_params(student_params), balance, batch)
-        if stage.teacher_weight == 0:
-            return metrics["loss"] + penalty, metrics
-        wanted_BTV, _ = teacher.with_params(teacher_params).apply(batch)
-        divergence = mean_divergence(jax.lax.stop_gradient(wanted_BTV), logits_BTV, batch)
-        total = (1 - stage.teacher_weight) * metrics["loss"] + stage.teacher_weight * divergence
-        return total + penalty, metrics | {"teacher_divergence": divergence}
+        """Compute `next_token_loss` with the stage's distillation."""
+        distillation = None
+        if stage.teacher_weight > 0:
+            live = None if stage.teacher_logits is not None else teacher
+            distillation = Distillation(stage.distillation(""), live)
+        return next_token_loss(student, balance, distillation, params, batch)
 
 
 class RouterImitation(Objective):
@@ -87,10 +86,10 @@ class RouterImitation(Objective):
                 "objective=router compares a whole pool with the routers it came from: put it before pruning"
             )
 
-    def teacher(self, stage: TuneStage, model: Model, load_first: Callable[[], Model]) -> Model | None:
+    def teacher(self, stage: TuneStage, model: Model, context: StageContext) -> Model | None:
         """Return the first model, in canonical form if the pool is, so that its routers read the same inputs."""
         del stage
-        first = load_first()
+        first = context.load_first()
         steps = model.chain[len(first.chain) :]
         return canonical(first) if any(step.arguments.get("canonical") for step in steps) else first
 
@@ -136,19 +135,6 @@ def objective_of(stage: TuneStage) -> Objective:
     if stage.objective not in OBJECTIVES:
         raise UserError(f"objective {stage.objective!r} is unknown; known: {', '.join(OBJECTIVES)}")
     return OBJECTIVES[stage.objective]
-
-
-def split_teacher(params: Params) -> tuple[Params, Params]:
-    """Split parameters into the student's and the teacher's."""
-    student = dict(params)
-    return student, student.pop(TEACHER, {})
-
-
-def mean_divergence(wanted_BTV: jax.Array, found_BTV: jax.Array, batch: Batch) -> jax.Array:
-    """Mean KL(wanted ‖ found) of the next-token distributions at the counted targets, nats a token."""
-    wanted_BTV, found_BTV = jax.nn.log_softmax(wanted_BTV), jax.nn.log_softmax(found_BTV)
-    divergence_BT = jnp.sum(jnp.exp(wanted_BTV) * (wanted_BTV - found_BTV), axis=-1)
-    return jnp.sum(divergence_BT * batch["weights"]) / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
 
 
 def _bernoulli_divergence(wanted: jax.Array, found: jax.Array) -> jax.Array:

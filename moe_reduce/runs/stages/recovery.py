@@ -23,7 +23,7 @@ from moe_reduce.models.parameters import (
     records,
 )
 from moe_reduce.runs.stages.annealing import anneal
-from moe_reduce.runs.stages.objectives import objective_of, split_teacher
+from moe_reduce.runs.stages.objectives import objective_of
 from moe_reduce.training.losses import evaluator
 from moe_reduce.training.task import TEACHER, Task, no_change
 
@@ -42,11 +42,11 @@ def recovery_task(
     """
     execution = dataclasses.replace(student.execution, expert_gradients="experts" in stage.components.split(","))
     student = dataclasses.replace(student, execution=execution)
-    evaluate, objective = evaluator(student), objective_of(stage)
+    objective = objective_of(stage)
     task_loss = partial(objective.loss, student, Model(teacher, {}, execution), stage, balance)
     return Task(
         loss=lambda params, batch: task_loss(while_training(stage.adapter, params, batch), batch),
-        evaluate=lambda params, batch: evaluate(split_teacher(params)[0], batch),
+        evaluate=evaluator(student),
         records=_records(student.config, teacher, stage),
         trainable=partial(trains, stage, student.config),
         after_step=no_change if foreign_NE is None else partial(anneal, stage, foreign_NE),

@@ -24,6 +24,7 @@ class StageContext:
     name: str  # of the stage
     first: ModelConfig  # architecture of the first model, with which the reduction began
     load_first: Callable[[], Model]  # returns the first model; its leaves are abstract when the stage is planned
+    load_teacher: Callable[[str], Model]  # returns the model in a directory; abstract when the stage is planned
 
 
 @dataclass(frozen=True)

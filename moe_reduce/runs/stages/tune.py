@@ -15,6 +15,7 @@ from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import by_path
 from moe_reduce.reduction.transform import moe_of
+from moe_reduce.runs import teaching
 from moe_reduce.runs.stages import annealing, recovery
 from moe_reduce.runs.stages.objectives import objective_of
 from moe_reduce.runs.stages.stage import Result, RunContext, Stage, StageContext
@@ -36,6 +37,8 @@ class Tune(Stage):
         moe_of(model.config)
         recovery.check_components(stage, model.config)
         objective_of(stage).check(stage, model.config, context.first)
+        if stage.teacher is not None:
+            teaching.check(stage.distillation(context.run.model), model.config, context.run.mesh, "teacher")
         if stage.adapter is not None:
             check_split(stage.adapter, model.config, context.run.mesh.tensor)
             if "experts" in stage.components.split(","):
@@ -54,18 +57,22 @@ class Tune(Stage):
         if stage.bias_from is not None:
             foreign_NE = annealing.foreign_experts(model.config, model.chain)
             model = annealing.start_annealing(model, stage, foreign_NE)
-        teacher = objective_of(stage).teacher(stage, model, context.load_first)
+        teacher = objective_of(stage).teacher(stage, model, context)
         frozen = {} if teacher is None else {TEACHER: teacher.params}
         teacher_config = context.first if teacher is None else teacher.config
         student = Model(model.config, {}, run.execution)
         task = recovery.recovery_task(student, teacher_config, stage, run.balance, foreign_NE)
         schedule = dataclasses.replace(stage.schedule(run.train), seed=text_seed(context))
-        return Job(task, model.config, model.params, run.execution, run.data, schedule, frozen)
+        stored = stage.teacher_logits is not None
+        return Job(task, model.config, model.params, run.execution, run.data, schedule, frozen, stored)
 
     def run(self, model: Model, context: RunContext) -> Result:
         """Train, and merge the adapter if there is one."""
-        job = self.job(model, context)
-        trained, figures = fit(job, context.mesh, context.tokens, context.directory)
+        job, tokens = self.job(model, context), context.tokens
+        if job.stored_teacher:
+            text = teaching.Text(tokens, job.data, job.train.batch_size)
+            tokens = teaching.stored(self.config.distillation(context.run.model), text, job.execution, context.mesh)
+        trained, figures = fit(job, context.mesh, tokens, context.directory)
         params = _as_stored(model.config, trained, job.initial)
         tuned = dataclasses.replace(model, params=params)
         if self.config.adapter is not None:
