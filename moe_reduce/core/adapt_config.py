@@ -8,6 +8,7 @@ from moe_reduce.core.data_config import DataConfig
 from moe_reduce.core.distill_config import DistillConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.execution import ExecutionConfig
+from moe_reduce.core.qat_config import QATConfig
 from moe_reduce.core.train_config import BalanceConfig, MeshConfig, TrainConfig
 
 
@@ -49,6 +50,7 @@ class AdaptConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     balance: BalanceConfig = field(default_factory=lambda: BalanceConfig(loss="none"))
     distill: DistillConfig = field(default_factory=DistillConfig)
+    qat: QATConfig = field(default_factory=QATConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(weight_decay=0.0, beta2=0.999))
 
     def check(self) -> None:
@@ -67,6 +69,8 @@ class AdaptConfig:
         self.train.check()
         self.balance.check()
         self.distill.check()
+        if self.qat.schemes and self.adapter is not None:
+            raise UserError("qat.schemes rounds what trains, and an adapter leaves its base frozen: set adapter=None")
         if self.balance.bias_rate > 0:
             raise UserError("balance.bias_rate is for train: in adapt the base stays as it is")
 

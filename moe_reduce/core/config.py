@@ -19,6 +19,7 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.core.execution import DISPATCH_BY_PLATFORM, ExecutionConfig
 from moe_reduce.core.generate_config import GenerateConfig
 from moe_reduce.core.model_config import ModelConfig, MoEConfig
+from moe_reduce.core.qat_config import QATConfig
 from moe_reduce.core.reduce_config import ReduceConfig
 from moe_reduce.core.stages import STAGES
 from moe_reduce.core.text_to_lora_config import TextToLoraConfig
@@ -36,6 +37,7 @@ __all__ = [
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",
+    "QATConfig",
     "ReduceConfig",
     "RunConfig",
     "TextToLoraConfig",

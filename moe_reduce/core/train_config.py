@@ -11,6 +11,7 @@ from moe_reduce.core.distill_config import DistillConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.execution import ExecutionConfig
 from moe_reduce.core.model_config import REQUIRED_INT, ModelConfig
+from moe_reduce.core.qat_config import QATConfig
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    qat: QATConfig = field(default_factory=QATConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def check(self) -> None:

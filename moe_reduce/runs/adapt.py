@@ -32,6 +32,7 @@ from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Records, abstract_params, parameter_count, records, stored_params
 from moe_reduce.planning.flops import train_flops_per_token
+from moe_reduce.quantization import fake
 from moe_reduce.runs import equivalence, teaching
 from moe_reduce.runs.workdir import alone, begin, describe, describe_data, finish, machine, writing
 from moe_reduce.storage import manifest
@@ -57,6 +58,7 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         check_new(run.adapter, config)
         check_split(run.adapter, config, run.mesh.tensor)
     teaching.check(run.distill, config, run.mesh)
+    schemes = fake.parse(run.qat.schemes, config)
     done = begin(workdir, run)
     if done is not None:
         return done
@@ -74,6 +76,7 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         params, figures = fit(job, mesh, taught, workdir)
         for figure, share in figures["measured"].items():
             print(f"{figure}: {share:.1%}", flush=True)
+        params = fake.rounded(params, config, schemes)
         figures["test"] = None if test is None else _measured(start.with_params(params), test, mesh)
         trained = base.with_params(_as_stored(sharding.to_host(mesh, params), start.params))
         return _finish(run, workdir, name, trained, tokens, figures)
@@ -93,7 +96,7 @@ def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None
         assert isinstance(tokens, Completions)
         return recall(skeleton.with_params(split_teacher(params)[0]), tokens, run.recall_pairs)
 
-    return Task(
+    task = Task(
         loss=loss,
         evaluate=evaluator(skeleton),
         records={**_records(config, run.adapter), **teacher_records(distillation)},
@@ -101,6 +104,7 @@ def adapt_task(run: AdaptConfig, config: ModelConfig, tokens: TokenSource | None
         stop=partial(collapse, run.balance) if config.moe else never,
         measure=measure_recall if isinstance(tokens, Completions) else nothing_else,
     )
+    return fake.quantisation_aware(task, config, fake.parse(run.qat.schemes, config))
 
 
 def planned_job(run: AdaptConfig, config: ModelConfig, dtype: Any) -> Job:

@@ -15,6 +15,7 @@ from moe_reduce.families import of_config
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.planning.flops import train_flops_per_token
+from moe_reduce.quantization import fake
 from moe_reduce.runs import teaching
 from moe_reduce.runs.workdir import alone, begin, describe, describe_data, finish, machine, writing
 from moe_reduce.training import sharding, steps
@@ -33,6 +34,7 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     sharding.model_shardings(mesh, run.model)  # refuse a mesh before the text is prepared
     of_config(run.model)  # refuse an unknown family
     teaching.check(run.distill, run.model, run.mesh)
+    schemes = fake.parse(run.qat.schemes, run.model)
     steps.check_batch(mesh, run.train)
     done = begin(workdir, run)
     if done is not None:
@@ -54,7 +56,7 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
             parameters_after=summary["parameters"],
             quality=summary["validation"],
         )
-        params = sharding.to_host(mesh, params)
+        params = sharding.to_host(mesh, fake.rounded(params, run.model, schemes))
         finish(workdir, Model(run.model, params, run.execution, tokens.directory), step, summary)
     return summary
 
@@ -77,6 +79,7 @@ def pretraining(run: RunConfig) -> Job:
     """
     distillation = teaching.distillation_of(run.distill, run.execution)
     task = language_model_task(run.model, run.execution, run.balance, distillation)
+    task = fake.quantisation_aware(task, run.model, fake.parse(run.qat.schemes, run.model))
     initial = partial(init_params, run.model, jax.random.key(run.train.seed))
     flops = train_flops_per_token(run.model, run.data.sequence_length)
     job = Job(task, run.model, initial, run.execution, run.data, run.train, flops_per_token=flops)

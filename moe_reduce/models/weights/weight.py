@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_reduce.models import deltas, products
 from moe_reduce.models.deltas import Delta
 from moe_reduce.models.parameters import Parameter, find_in_module, record_in_module
+from moe_reduce.models.rounded import Rounded
 from moe_reduce.models.weights.dots import multiply
 from moe_reduce.models.weights.quantised import Function, Quantised
 
@@ -68,10 +69,13 @@ class Weight:
 
 
 def read(module: Any, name: str) -> Any:
-    """Parameter `name` of the module; during init, created by its record's initialiser."""
-    if module.has_variable("params", name):
-        return module.get_variable("params", name)
+    """Parameter `name` of the module, rounded if it trains so; during init, created by its record's initialiser."""
+    known = module.get_variable("params", name) if module.has_variable("params", name) else None
+    if known is not None and not isinstance(known, Rounded):
+        return known
     record = record_in_module(module.config, module.path, name)
+    if known is not None:
+        return known.values(record)
     return module.param(name, record.init, record.layer_shape)
 
 
