@@ -9,7 +9,7 @@ import jax
 
 from moe_reduce.models.parameters import Parameter
 
-Rounding = Callable[[jax.Array, Parameter], jax.Array]  # (one layer's values, their record without N) -> rounded values
+Rounding = Callable[[jax.Array, Parameter], jax.Array]  # (values, with or without the axis of layers, record)
 
 
 @jax.tree_util.register_dataclass
@@ -24,11 +24,8 @@ class Rounded:
     rounding: Rounding = dataclasses.field(metadata={"static": True})
 
     def values(self, record: Parameter) -> jax.Array:
-        """Rounded values of one layer; their gradient passes to the master unchanged (arXiv:1308.3432).
-
-        record: of the parameter, with or without the axis of stacked layers.
-        """
-        return straight_through(self.master, self.rounding(self.master, without_layers(record)))
+        """Rounded values; their gradient passes to the master unchanged (arXiv:1308.3432)."""
+        return straight_through(self.master, self.rounding(self.master, record))
 
 
 @jax.custom_vjp
@@ -48,10 +45,3 @@ def _straight_through_backward(_, cotangent):
 
 
 straight_through.defvjp(_straight_through_forward, _straight_through_backward)
-
-
-def without_layers(record: Parameter) -> Parameter:
-    """Record of one layer's values."""
-    if not record.stacked:
-        return record
-    return dataclasses.replace(record, axes=record.axes[1:], shape=record.shape[1:], mesh_axes=record.mesh_axes[1:])

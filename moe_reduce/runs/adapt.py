@@ -76,7 +76,7 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
         params, figures = fit(job, mesh, taught, workdir)
         for figure, share in figures["measured"].items():
             print(f"{figure}: {share:.1%}", flush=True)
-        params = fake.rounded(params, config, schemes)
+        params = fake.quantised(params, config, schemes)
         figures["test"] = None if test is None else _measured(start.with_params(params), test, mesh)
         trained = base.with_params(_as_stored(sharding.to_host(mesh, params), start.params))
         return _finish(run, workdir, name, trained, tokens, figures)

@@ -56,7 +56,7 @@ def train(run: RunConfig, workdir: Path, name: str = "") -> dict[str, Any]:
             parameters_after=summary["parameters"],
             quality=summary["validation"],
         )
-        params = sharding.to_host(mesh, fake.rounded(params, run.model, schemes))
+        params = sharding.to_host(mesh, fake.quantised(params, run.model, schemes))
         finish(workdir, Model(run.model, params, run.execution, tokens.directory), step, summary)
     return summary
 
