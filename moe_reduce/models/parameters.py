@@ -226,6 +226,13 @@ def ffn_norm_scale(config: ModelConfig) -> Parameter:
     return by_path(config)["layers/mlp_norm/scale"]
 
 
+def norm_before(config: ModelConfig, half: Literal["attention", "mlp"]) -> tuple[Parameter, ...]:
+    """Records of the norm before a half of each block: its scale and, in a LayerNorm, its bias."""
+    known = by_path(config)
+    paths = (f"layers/{half}_norm/{name}" for name in ("scale", "bias"))
+    return tuple(known[path] for path in paths if path in known)
+
+
 def normal_init(std: float) -> nn.initializers.Initializer:
     """Gaussian of standard deviation `std`."""
     return nn.initializers.normal(std)

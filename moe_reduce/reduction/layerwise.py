@@ -74,7 +74,7 @@ def _layer(directory: Directory, layer: int, states: list, weights: list, execut
         if present:
             router[name] = _read(directory, directory.layout(name), layer)
     gain_D = _read(directory, directory.layout("output_gain"), layer) if moe.output_gain else jnp.ones(config.width)
-    attended = [_attend(config, execution, half, router, x_BTD) for x_BTD in states]
+    attended = [attend(config, execution, half, router, x_BTD) for x_BTD in states]
     outputs: list[Any] = [None] * len(states)
     for first, experts in _chunks(directory, layer, execution.products):
         for batch, (_, normed_BTD, chosen_BTA, weights_BTA) in enumerate(attended):
@@ -94,7 +94,7 @@ _sums = jax.jit(sums_of, static_argnums=2)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _attend(config: ModelConfig, execution: ExecutionConfig, half, router, x_BTD):
+def attend(config: ModelConfig, execution: ExecutionConfig, half, router, x_BTD):
     """Return the residual stream after attention, the experts' input, and the chosen experts with their weights."""
     batch, time, _ = x_BTD.shape
     positions_BT = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32)[None], (batch, time))

@@ -15,6 +15,7 @@ from moe_reduce.models.weights.dots import multiply
 from moe_reduce.models.weights.quantised import Quantised, assemble, quantise
 from moe_reduce.models.weights.scales import LARGEST_INT8
 from moe_reduce.models.weights.weight import (
+    INPUTS,
     Product,
     Value,
     Weight,
@@ -32,6 +33,7 @@ from moe_reduce.models.weights.weight import (
 )
 
 __all__ = [
-    "LARGEST_INT8", "Product", "Quantised", "Value", "Weight", "assemble", "cast", "dequantised", "grouped_matmul",
-    "is_quantised", "linear", "logits", "lookup", "map_parts", "matmul", "multiply", "quantise", "read", "weight",
+    "INPUTS", "LARGEST_INT8", "Product", "Quantised", "Value", "Weight", "assemble", "cast", "dequantised",
+    "grouped_matmul", "is_quantised", "linear", "logits", "lookup", "map_parts", "matmul", "multiply", "quantise",
+    "read", "weight",
 ]  # fmt: skip

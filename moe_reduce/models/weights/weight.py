@@ -17,12 +17,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_reduce.models import deltas, products
+from moe_reduce.models.collect import sow
 from moe_reduce.models.deltas import Delta
 from moe_reduce.models.parameters import Parameter, find_in_module, record_in_module
 from moe_reduce.models.rounded import Rounded
 from moe_reduce.models.weights.dots import multiply
 from moe_reduce.models.weights.quantised import Function, Quantised
 
+INPUTS = "inputs"  # collection of the inputs of `linear`, by the name of the matrix, where a caller asks for it
 Product = Callable[[jax.Array, jax.Array], jax.Array]  # (rows, a matrix for each expert or for each group) -> rows
 Value = jax.Array | Quantised
 
@@ -90,6 +92,7 @@ def weight(module: Any, name: str) -> Weight:
 
 def linear(module: Any, name: str, x: jax.Array) -> jax.Array:
     """x · matrix `name` of the module, plus its bias if there is one, [..., *out] in the dtype of x."""
+    sow(module, INPUTS, {name: x})
     y = matmul(x, weight(module, name))
     if find_in_module(module.config, module.path, f"{name}_bias") is None:
         return y
