@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every benchmark beside its peer, one after the other, then updates the tables of the documents. An hour on two
+# Runs every speed benchmark beside its peer, one after the other, then updates the tables of the documents. An hour on two
 # cores. Needs the .venv of ./launch/test.sh, an idle machine and 10 GB of disk. ONLY="peers scale" runs some of them.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
