@@ -13,12 +13,14 @@ from moe_reduce.core.errors import UserError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from moe_reduce.inference.tasks import Results
     from moe_reduce.models.model import Model
 
 CORPUS_ONLY = ("tokenizer", "sequence_length", "max_batches", "cache")
 SUMMARY = "summary.json"
-KIND = outputs.json_kind("an evaluation", SUMMARY, ("model", "baseline", "compute_dtype"), ())
-TASKS_ONLY = ("task_path", "few_shot", "limit")
+QUESTIONS = "questions.json"  # values of each question of --tasks
+KIND = outputs.json_kind("an evaluation", SUMMARY, ("model", "baseline", "compute_dtype"), (QUESTIONS,))
+TASKS_ONLY = ("task_path", "task_data", "few_shot", "limit", "allow_code")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(**dict.fromkeys(model_arguments.CORPUS_DEFAULTS))  # so that given arguments are known
     parser.add_argument("--tasks", help="tasks of lm-eval instead of --data, comma separated, such as arc_easy,gsm8k")
     parser.add_argument("--task-path", type=Path, help="directory with tasks of your own (YAML files of lm-eval)")
+    parser.add_argument("--task-data", type=Path, help="directory that tasks of --task-path read (metadata `data`)")
     parser.add_argument("--few-shot", type=int, help="examples before each question (default: the task's own number)")
     parser.add_argument("--limit", type=int, help="most questions of each task (default: all)")
+    shown = "execute the programs that the model writes, for tasks such as humaneval"
+    parser.add_argument("--allow-code", action="store_true", default=None, help=shown)
     model_arguments.add_tensor(parser)
     model_arguments.add_out(parser, "runs/evaluation")
 
@@ -52,12 +57,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     adapter_arguments.check_adapters(filter(None, [arguments.adapter]))
     model_arguments.check_out(arguments, KIND)
     mesh = model_arguments.tensor_mesh(arguments, *filter(None, (arguments.model, arguments.baseline)))
-    result = _on_tasks(arguments, mesh) if arguments.tasks else _on_corpus(arguments, mesh)
+    result, answered = _on_tasks(arguments, mesh) if arguments.tasks else (_on_corpus(arguments, mesh), None)
     print(model_arguments.show(result, as_json=False))
     if arguments.data:
         print(_measured_text(arguments, result["tokens"]))
     with outputs.directory(arguments.out, KIND, arguments.overwrite) as unfinished:
         disk.write_json(unfinished / SUMMARY, _asked(arguments) | result)
+        if answered is not None:
+            _write_questions(answered, unfinished / QUESTIONS)
     return arguments.out / SUMMARY
 
 
@@ -125,19 +132,29 @@ def _check_tokenizers(arguments: argparse.Namespace) -> None:
         )
 
 
-def _on_tasks(arguments: argparse.Namespace, mesh: "Mesh | None") -> dict[str, Any]:
+def _on_tasks(arguments: argparse.Namespace, mesh: "Mesh | None") -> tuple[dict[str, Any], "Results"]:
+    """Returns the result, and the values of each question of --model."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs the EleutherAI harness: pip install -e '.[evaluate]'")
     from moe_reduce.inference import tasks
 
     names = tuple(arguments.tasks.split(","))
-    selection = tasks.Selection(names, arguments.task_path, arguments.few_shot, arguments.limit)
+    selection = tasks.Selection(
+        names, arguments.task_path, arguments.task_data, arguments.few_shot, arguments.limit, bool(arguments.allow_code)
+    )
 
     def found(directory: Path, adapter: str | None = None) -> Any:
         model = _load(arguments, directory, adapter, mesh)
         return tasks.evaluate(model, directory, selection, arguments.batch_size, mesh)
 
     ours = found(arguments.model, arguments.adapter)
-    if arguments.baseline is None:
-        return {"tasks": tasks.figures(ours)}
-    return {"tasks": tasks.figures(ours), "beside_baseline": tasks.compare(ours, found(arguments.baseline))}
+    result = {"tasks": tasks.figures(ours), "intervals": tasks.intervals(ours)}
+    if arguments.baseline is not None:
+        result["beside_baseline"] = tasks.compare(ours, found(arguments.baseline))
+    return result, ours
+
+
+def _write_questions(answered: "Results", file: Path) -> None:
+    from moe_reduce.inference import task_files
+
+    task_files.write(answered, file)

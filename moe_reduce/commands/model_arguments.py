@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from moe_reduce.core.config import DataConfig, ExecutionConfig
     from moe_reduce.models.model import Model
 
-INPUTS = ("model", "baseline", "adapter", "scores", "data", "tokenizer", "task_path", "runs")  # arguments that are read
+INPUTS = (
+    "model",
+    "baseline",
+    "adapter",
+    "scores",
+    "data",
+    "tokenizer",
+    "task_path",
+    "task_data",
+    "runs",
+)  # arguments that are read
 DEFAULT_LENGTH = 256
 CORPUS_DEFAULTS = {"cache": "runs/tokens", "text_field": "text"}
 

@@ -1,4 +1,4 @@
-"""Quality retained relative to a baseline, with bootstrap intervals over the same sequences or questions."""
+"""Intervals of figures, and quality retained relative to a baseline, bootstrapped over the same questions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,11 +7,30 @@ import numpy as np
 
 DRAWS = 2000
 INTERVAL = (2.5, 97.5)  # percentiles: a 95 % interval
+WIDTH = 1.959964  # of that interval, in standard errors of a normal distribution
 
 # (question indices) -> figures of the model and of the baseline
 Figures = Callable[[np.ndarray], tuple[float, float]]
 Aggregate = Callable[[list[Any]], float]
 Relation = Callable[[float, float], float]
+
+
+def interval(values: Sequence[Any], aggregate: Aggregate) -> tuple[float, float]:
+    """95 % interval of the figure that `aggregate` makes of the values of a sample of questions.
+
+    For a share of right answers, values of 0 and 1, it is Wilson's interval (doi:10.1080/01621459.1927.10502953), which
+    stays wide where all or none are right; for other figures it is bootstrapped.
+    """
+    count = len(values)
+    if all(isinstance(value, (bool, int, float)) and value in (0, 1) for value in values):
+        share_right, spread = aggregate(list(values)), WIDTH**2 / count
+        middle = share_right + spread / 2
+        half = np.sqrt(spread * (share_right * (1 - share_right) + spread / 4))
+        return float((middle - half) / (1 + spread)), float((middle + half) / (1 + spread))
+    generator = np.random.default_rng(0)
+    drawn = [aggregate([values[index] for index in generator.integers(0, count, count)]) for _ in range(DRAWS)]
+    low, high = np.nanpercentile(drawn, INTERVAL)
+    return float(low), float(high)
 
 
 def retained(
