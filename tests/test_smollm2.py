@@ -1,5 +1,6 @@
 """SmolLM2 from PyPI: its script's errors, and against transformers: logits, text, perplexity."""
 
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -9,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,9 @@ import transformers
 
 import moe_reduce
 from moe_reduce.__main__ import main
+from moe_reduce.adapters import adapter as adapters
+from moe_reduce.adapters import merging
+from moe_reduce.core.adapt_config import AdapterConfig
 from moe_reduce.data.tokenizers import load_tokenizer
 from moe_reduce.inference.chat import chat_prompt
 from moe_reduce.models.parameters import parameter_count
@@ -114,3 +119,19 @@ def test_perplexity_of_smollm2_is_that_of_transformers(file: Path, tmp_path: Pat
         losses = [theirs(row[None], labels=row[None]).loss.item() for row in torch.from_numpy(tokens).long()]
     print("perplexity, ours and theirs:", ours, np.exp(np.mean(losses)))
     assert ours == pytest.approx(np.exp(np.mean(losses)), rel=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_smollm2_gives_the_same_logits_merged(file: Path):
+    model = moe_reduce.load(file)
+    fresh = adapters.init(AdapterConfig(rank=4, targets="q,v,down"), model)
+    draw = np.random.default_rng(0)
+    leaves = jax.tree.map(lambda leaf: draw.normal(0.0, 0.05, leaf.shape).astype(np.float32), fresh.tree)
+    adapter = dataclasses.replace(fresh, tree=leaves)
+    tokens = np.array([load_tokenizer(file).encode("The capital of France is Paris, and that of Italy is Rome.")])
+    active = adapters.activate(model, adapter)
+    found, merged, base = active(tokens), merging.merge(active, adapter)(tokens), model(tokens)
+    largest = np.abs(np.asarray(found)).max()
+    print("merged, largest difference over largest:", np.abs(found - merged).max() / largest)
+    assert np.abs(found - base).max() > 0.1 * largest
+    np.testing.assert_allclose(merged, found, rtol=0, atol=TOLERANCE * largest)
