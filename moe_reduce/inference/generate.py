@@ -4,6 +4,9 @@ Prompts are read at once (prefill) and continued in a loop inside jit (decode). 
 batch size and bucket of lengths. Rows are padded on the right and keep positions of their own, so that no row attends
 to padding: a pad lies behind everything that its row has read, until the row's next token overwrites it.
 
+The cache holds every position up to the longest row's end. A sliding window (models/attention/visibility.py) masks old
+entries, but does not shorten the cache.
+
 On a mesh, weights are split along `tensor`, and the cache along its heads, so that each device reads its own part.
 """
 
@@ -78,7 +81,7 @@ class Request(NamedTuple):
     program: Program
     choice: Choice
     prompts: Prompts
-    slots: int  # length of the cache
+    slots: int  # length of the cache: all positions, whatever a query sees of them (models/attention/visibility.py)
 
 
 def generate(

@@ -3,7 +3,8 @@
 A cache is a pytree that enters as the variable collection `CACHE`, under the paths of the attention modules. These
 modules read the cache and sow keys and values of new tokens as the collection `KEYS_VALUES`; the caller writes them to
 the cache. Entry p of a row holds its token at position p, so positions alone determine the mask
-(attention/visibility.py). Each layer has, for P entries (with a leading N if layers are stacked):
+(attention/visibility.py). A cache keeps all positions, even those that no later query sees, as with a sliding window.
+Each layer has, for P entries (with a leading N if layers are stacked):
 
     keys, values              [B, G, P, C], in the compute dtype, int8 or fp8 (e4m3). Heads come before entries, so that
                               products need no transposed copy; G heads, not H (GQA, arXiv:2305.13245). For int4
