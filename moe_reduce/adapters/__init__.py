@@ -6,5 +6,5 @@ nearest published relatives are MoRA (arXiv:2405.12130) and LoRA-XS (arXiv:2405.
 
 Terms: ΔW is the change of one matrix. A *target* is a parameter whose matrices an adapter changes, in all or some of
 its layers. A *delta* is ΔW in factored form: the adapter's leaves for one target (see models/deltas.py).
-Letters: I inputs, O outputs, R rank, K sketch width.
+Letters: I inputs, O outputs, K inner size of an adapter: rank of a LoRA, sketch width of a SkeMA.
 """

@@ -4,8 +4,8 @@ An active adapter is stored in params["adapter"]. The leaves of a target have th
 and are stacked over the layers in `layer_numbers`; models/deltas.py describes them. Example: LoRA on the queries of
 layers 1 and 3:
 
-    adapter/layers/attention/query/in/matrix    [2, I, R]
-                                  /out/matrix   [2, R, O]
+    adapter/layers/attention/query/in/matrix    [2, I, K]
+                                  /out/matrix   [2, K, O]
                                   /scale        [2]
                                   /layer_numbers  [1, 3]
 """

@@ -144,7 +144,7 @@ def _merged_matrix(target: Target, w: jax.Array, delta: Delta) -> jax.Array:
 
 
 def _dense_side(factor: Delta, side: str, size: int, dtype: Any) -> jax.Array:
-    """A, Bᵀ, S_in or S_out of one matrix, [R or K, size]."""
+    """A, Bᵀ, S_in or S_out of one matrix, [K, size]."""
     if "matrix" in factor:
         matrix = factor["matrix"].astype(dtype)
         return matrix.T if side == "in" else matrix

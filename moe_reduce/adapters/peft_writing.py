@@ -103,11 +103,11 @@ def _tensors(adapter: Adapter, submatrices: Sequence[Submatrix], outputs: int) -
     for submatrix in submatrices:
         stacked = jax.tree.map(np.asarray, delta_of(adapter, submatrix.target))
         delta = jax.tree.map(itemgetter(submatrix.index), stacked)
-        a_RI, b_OR = _factors(adapter.config, submatrix.target, delta)
-        lora_a.append(a_RI)
-        rows_OR = np.zeros((outputs, b_OR.shape[1]), np.float32)
-        rows_OR[submatrix.rows] = b_OR * np.float32(_scale(adapter, submatrix) / _scale(adapter, submatrices[0]))
-        lora_b.append(rows_OR)
+        a_KI, b_OK = _factors(adapter.config, submatrix.target, delta)
+        lora_a.append(a_KI)
+        rows_OK = np.zeros((outputs, b_OK.shape[1]), np.float32)
+        rows_OK[submatrix.rows] = b_OK * np.float32(_scale(adapter, submatrix) / _scale(adapter, submatrices[0]))
+        lora_b.append(rows_OK)
         if "magnitude" in delta:
             magnitude_O[submatrix.rows] = delta["magnitude"]
     found = {LORA_A: np.concatenate(lora_a), LORA_B: np.concatenate(lora_b, axis=1)}
@@ -115,7 +115,7 @@ def _tensors(adapter: Adapter, submatrices: Sequence[Submatrix], outputs: int) -
 
 
 def _factors(config: AdapterConfig, target: Target, delta: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(lora_A [R, I], lora_B [O, R]) of one matrix."""
+    """(lora_A [K, I], lora_B [O, K]) of one matrix."""
     inward, outward = delta["in"], delta["out"]
     if config.method != "skema":
         return inward["matrix"].T, outward["matrix"].T

@@ -46,13 +46,13 @@ class Context(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A batch of R packs of X tokens. Row r continues cache row rows_R."""
+    """A batch of B packs of T tokens. Row b continues row rows_B[b] of the cache."""
 
-    rows_R: np.ndarray
-    tokens_RX: np.ndarray
-    targets_RX: np.ndarray
-    positions_RX: np.ndarray
-    segments_RX: np.ndarray  # number of the continuation within its pack, from 1; 0 at padding
+    rows_B: np.ndarray
+    tokens_BT: np.ndarray
+    targets_BT: np.ndarray
+    positions_BT: np.ndarray
+    segments_BT: np.ndarray  # number of the continuation within its pack, from 1; 0 at padding
 
 
 class Sizes(NamedTuple):
@@ -143,23 +143,23 @@ def _scores(
     with on_mesh(model):
         scored = jax.device_get(_score(model.config, model.execution, model.params, filled, packed))
     for row, (_, pack) in enumerate(packs):
-        chosen_X, greedy_X = scored[0][row], scored[1][row]
+        chosen_T, greedy_T = scored[0][row], scored[1][row]
         for number, continuation in enumerate(pack, 1):
-            own_X = packed.segments_RX[row] == number
-            found = Score(float(chosen_X[own_X].sum(dtype=np.float64)), bool(greedy_X[own_X].all()))
+            own_T = packed.segments_BT[row] == number
+            found = Score(float(chosen_T[own_T].sum(dtype=np.float64)), bool(greedy_T[own_T].all()))
             yield from ((index, found) for index in continuation.indices)
 
 
 def _lay_out(packed: Packed, row: int, place: int, context: Sequence[int], pack: Sequence[Continuation]) -> None:
     """Write a pack into its row: each continuation reads the context's last token first, and its own last not."""
-    packed.rows_R[row] = place
+    packed.rows_B[row] = place
     start = 0
     for number, (ids, _) in enumerate(pack, 1):
         own = slice(start, start + len(ids))
-        packed.tokens_RX[row, own] = (context[-1], *ids[:-1])
-        packed.targets_RX[row, own] = ids
-        packed.positions_RX[row, own] = np.arange(len(context) - 1, len(context) - 1 + len(ids))
-        packed.segments_RX[row, own] = number
+        packed.tokens_BT[row, own] = (context[-1], *ids[:-1])
+        packed.targets_BT[row, own] = ids
+        packed.positions_BT[row, own] = np.arange(len(context) - 1, len(context) - 1 + len(ids))
+        packed.segments_BT[row, own] = number
         start = own.stop
 
 
@@ -174,12 +174,12 @@ def _read(config: ModelConfig, execution: ExecutionConfig, slots: int, params: A
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _score(config: ModelConfig, execution: ExecutionConfig, params: Any, filled: Any, batch: Packed):
-    """(log p of the targets, whether they are the most probable tokens), each [R, X]."""
-    given = {"tokens": batch.tokens_RX, "positions": batch.positions_RX, "segments": batch.segments_RX}
+    """(log p of the targets, whether they are the most probable tokens), each [B, T]."""
+    given = {"tokens": batch.tokens_BT, "positions": batch.positions_BT, "segments": batch.segments_BT}
     copied = None
     if filled is not None:
-        copied = jax.tree.map(lambda leaf: jnp.take(leaf, batch.rows_R, axis=1 if STACK in params else 0), filled)
-    logits_RXV, _ = Model(config, params, execution).apply(given, cache=copied)
-    chosen_RX = jnp.take_along_axis(logits_RXV, batch.targets_RX[:, :, None], axis=-1)[:, :, 0]
-    greedy_RX = jnp.argmax(logits_RXV, axis=-1) == batch.targets_RX
-    return chosen_RX - jax.nn.logsumexp(logits_RXV, axis=-1), greedy_RX
+        copied = jax.tree.map(lambda leaf: jnp.take(leaf, batch.rows_B, axis=1 if STACK in params else 0), filled)
+    logits_BTV, _ = Model(config, params, execution).apply(given, cache=copied)
+    chosen_BT = jnp.take_along_axis(logits_BTV, batch.targets_BT[:, :, None], axis=-1)[:, :, 0]
+    greedy_BT = jnp.argmax(logits_BTV, axis=-1) == batch.targets_BT
+    return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1), greedy_BT

@@ -1,4 +1,4 @@
-"""Deltas: the changes ΔW that adapters make to matrices, applied to x in k dimensions without forming ΔW.
+"""Deltas: the changes ΔW that adapters make to matrices, applied to x factor by factor, without forming ΔW.
 
 An adapter is the variable collection `ADAPTER`, with one delta at the path of each adapted matrix. A delta is a dict.
 With I inputs, O outputs and k inner dimensions:
@@ -7,20 +7,22 @@ With I inputs, O outputs and k inner dimensions:
     core   [k, k]; or its factors core_left [k, r] and core_right [r, k]; if absent, the identity
     out    {"matrix" [k, O]}, or {"signs" [Op], "rows" int32 [k]}
     scale  scalar
-    magnitude [O], and present, a scalar that is 0 in layers without the adapter and else 1: DoRA only
-    dropout   {"key" uint32 [2], "share" scalar}: while training, what to set to 0 in x (adapters/dropout.py)
+    magnitude  [O], DoRA only
+    present    scalar, DoRA only: 1 in layers with the adapter, 0 in others
+    dropout    {"key" uint32 [2], "share" scalar}, in training only: sets a share of x to 0 (adapters/dropout.py)
 
 Then ΔW = scale · outᵀ · core · inᵀ, [O, I], and y = x·(W + ΔW)ᵀ. LoRA (arXiv:2106.09685) has in = Aᵀ and out = Bᵀ;
 SkeMA has fixed in and out and trains the core; DoRA (arXiv:2402.09353) rescales the rows of W + ΔW to `magnitude`.
 Per-expert leaves have a leading E axis.
 
-A bank is the same tree for Z adapters, under the key `BANK` of the parameters: the matrices of in, core and out have an
-axis Z in front of their last two axes, so a matrix is [Z, I, k], or [E, Z, I, k] with experts. Leaves without it are
-shared by all entries, such as scale and equal projections. In the collection `ADAPTER` each delta of a bank also has
+A bank is the same tree for Z adapters, called its entries, under the key `BANK` of the parameters. The matrices of in,
+core and out have an axis Z in front of their last two axes: [Z, I, k], or [E, Z, I, k] with experts. Leaves without
+that axis, such as scale and equal projections, are shared by all entries. In the collection `ADAPTER` each delta of a
+bank also has
 
     entry  int32 [B], the entry of each batch row, 0..Z-1
 
-Every row is then computed with its own entry. An entry of zeros is no adapter. A bank holds no DoRA.
+Each batch row is computed with its own entry. An entry whose matrices are zero has no effect. A bank cannot hold DoRA.
 """
 
 import math
@@ -39,7 +41,7 @@ from moe_reduce.models import products
 ADAPTER = "adapter"
 BANK = "adapters"
 ENTRY = "entry"
-SMALLEST_SQUARE = 1e-30  # lower bound of ‖w + Δw‖² of an output, by whose root DoRA divides
+SMALLEST_SQUARE = 1e-30  # lower bound of ‖w + Δw‖² of an output; DoRA divides by its square root
 RADIX = 16  # size of the matrices that compute the Hadamard transform, which is faster than butterfly additions
 Delta = Mapping[str, Any]
 Multiply = Callable[[jax.Array, jax.Array], jax.Array]
@@ -48,7 +50,7 @@ Multiply = Callable[[jax.Array, jax.Array], jax.Array]
 def variables(params: Mapping[str, Any], entries_B: jax.Array | None = None) -> dict[str, Any]:
     """Variables for Decoder.apply: the adapter or bank in `params`, if any, becomes the collection `ADAPTER`.
 
-    entries_B: the bank's entry of each batch row. UserError for a bank without them, and for them without a bank.
+    entries_B: for each batch row, its entry in the bank. UserError if only one of bank and entries is given.
     """
     base = {name: leaf for name, leaf in params.items() if name not in (ADAPTER, BANK)}
     if (entries_B is not None) != (BANK in params):
@@ -101,14 +103,14 @@ def bank_size(tree: Mapping[str, Any]) -> int:
 
 
 def delta_of(module: nn.Module, name: str) -> Delta | None:
-    """Delta of the module's matrix of this name; None without an adapter on it."""
+    """Delta of the matrix `name` of a module; None if no adapter changes that matrix."""
     return module.get_variable(ADAPTER, name) if module.has_variable(ADAPTER, name) else None
 
 
 def added(x: jax.Array, delta: Delta, outputs: int, multiply: Multiply) -> jax.Array:
     """x·ΔWᵀ, [..., O] in the dtype of x. multiply(x, matrix) -> x·matrix with sums in fp32.
 
-    A delta with a magnitude (DoRA) is only for `adapted`, which knows the base matrix.
+    DoRA deltas need the base matrix as well: see `adapted`.
     """
     assert "magnitude" not in delta, "DoRA rescales the outputs of single matrices, not of experts"
     inward, outward = delta["in"], delta["out"]
@@ -151,9 +153,9 @@ def adapted(
 
 
 def _added_by_row(x_SI: jax.Array, delta: Delta, outputs: int, multiply: Multiply) -> jax.Array:
-    """x·ΔWᵀ by the entry of each batch row, [S, O] in the dtype of x, by products that are batched over rows.
+    """x·ΔWᵀ with each batch row's own entry of a bank, [S, O] in the dtype of x; products are batched over rows.
 
-    multiply: as in `added`, and for equal leading axes of x and matrix.
+    multiply: as in `added`; x and matrix may also share a leading axis B.
     """
     entry_B = delta[ENTRY]
     own = jax.tree.map(lambda leaf: leaf[entry_B] if leaf.ndim == 3 else leaf, without_entry(delta))
@@ -169,19 +171,19 @@ def _added_by_row(x_SI: jax.Array, delta: Delta, outputs: int, multiply: Multipl
 
 
 def without_entry(delta: Delta) -> Delta:
-    """The delta without the entries of the batch rows."""
+    """The delta without `entry`."""
     return {name: leaf for name, leaf in delta.items() if name != ENTRY}
 
 
 def entries(delta: Delta) -> int:
-    """Number of entries, Z, of a delta of experts; 0 if it is not of a bank."""
+    """Number of entries, Z, of a delta of experts in a bank; 0 for a delta of a single adapter."""
     return max(leaf.shape[1] if leaf.ndim == 4 else 0 for leaf in jax.tree.leaves(delta))
 
 
 def of_groups(delta: Delta, experts: int) -> Delta:
-    """Delta of experts with the leaves of its J = E·Z groups, expert · Z + entry; unchanged if it is not of a bank.
+    """A bank's delta of experts with the axes E and Z of its leaves joined to J = E·Z groups, expert · Z + entry.
 
-    A projection of each entry, [Z, I, k], is repeated for each expert.
+    Projections that experts share, [Z, I, k], are repeated for each expert. A delta of a single adapter is unchanged.
     """
     if not entries(delta):
         return delta
@@ -195,7 +197,7 @@ def of_groups(delta: Delta, experts: int) -> Delta:
 
 
 def _lengths(matrix_IO: jax.Array, delta: Delta) -> jax.Array:
-    """‖w_o + Δw_o‖ of every output, fp32 [O], from products in k dimensions, without forming ΔW."""
+    """‖w_o + Δw_o‖ of every output, fp32 [O], from the factors of ΔW, without forming it."""
     dtype = products.accumulation_dtype(matrix_IO.dtype)
     w_IO, in_IK, out_KO = (x.astype(dtype) for x in (matrix_IO, delta["in"]["matrix"], delta["out"]["matrix"]))
     out_KO = out_KO * delta["scale"].astype(dtype)
@@ -206,9 +208,10 @@ def _lengths(matrix_IO: jax.Array, delta: Delta) -> jax.Array:
 
 
 def srht(x: jax.Array, signs: jax.Array, rows: jax.Array) -> jax.Array:
-    """S·x on the last axis, S = P·H·D [k, I]: signs D, orthonormal Hadamard transform H, selection P of k rows.
+    """Subsampled Hadamard transform S·x of the last axis, I -> k: signs, orthonormal transform, then k of its rows.
 
-    I is padded with zeros to the length of `signs`, a power of two. H is never formed (arXiv:1011.1595).
+    The last axis is first padded with zeros to the length of `signs`, a power of two. No matrix of that size is formed
+    (arXiv:1011.1595).
     """
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, signs.shape[0] - x.shape[-1])])
     return hadamard(padded * jnp.broadcast_to(signs, padded.shape).astype(x.dtype))[..., rows]
@@ -224,7 +227,7 @@ def srht_transposed(z: jax.Array, signs: jax.Array, rows: jax.Array, outputs: in
 def hadamard(x: jax.Array) -> jax.Array:
     """The orthonormal Walsh-Hadamard transform of the last axis, whose length is a power of two; O(d log d).
 
-    H of size 16·16·… is a Kronecker product, so each factor is applied as a small matrix product along one axis.
+    The matrix of size 16·16·… is a Kronecker product of small ones, each of which is applied along one axis.
     """
     size = x.shape[-1]
     if size & (size - 1):
@@ -235,7 +238,7 @@ def hadamard(x: jax.Array) -> jax.Array:
         radix = min(RADIX, size // done)
         matrix = jnp.asarray(hadamard_matrix(radix), left.dtype)
         split = left.reshape(rows * (size // (done * radix)), radix, done)
-        left = jnp.einsum("XRI,RQ->XQI", split, matrix, precision=jax.lax.Precision.HIGHEST)
+        left = jnp.einsum("xri,rq->xqi", split, matrix, precision=jax.lax.Precision.HIGHEST)
         done *= radix
     return (left.reshape(x.shape) / math.sqrt(size)).astype(x.dtype)
 

@@ -1,4 +1,4 @@
-"""The canonical form of a per-layer MoE, in which experts of different layers read and write on comparable scales."""
+"""The canonical form of a per-layer MoE, in which inputs and outputs of all experts have comparable sizes."""
 
 import dataclasses
 
@@ -11,16 +11,16 @@ from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Parameter, ffn_norm_scale, only_record, select
 from moe_reduce.reduction.transform import Leaves, moe_of, transform
 
-PROBES = 64  # random inputs that measure the output size of an expert
+PROBES = 64  # number of random inputs that measure the output size of an expert
 
 
 def canonical(model: Model, seed: int = 0) -> Model:
     """Rescale a model without changing its outputs, so that experts map unit-RMS inputs to outputs of comparable size.
 
     The scale of each layer's norm is folded into its router and the input matrices of its experts. The output size of
-    a layer's experts (RMS over random inputs of unit RMS) moves from `down` into the layer's output gain, which is
-    added to the model if it has none. Arithmetic is in fp32, and each result has the dtype of its parameter. seed:
-    seeds the random inputs. Raises UserError for a dense model, a shared pool and sigmoid routers.
+    a layer's experts (their RMS over random inputs of unit RMS) moves from `down` into the layer's output gain, which
+    is added to the model if it has none. Arithmetic is in fp32; parameters keep their dtypes. seed: seeds the random
+    inputs. Raises UserError for a dense model, a shared pool and sigmoid routers.
     """
     check_per_layer(model.config)
     moe = moe_of(model.config)
@@ -72,12 +72,12 @@ def check_per_layer(config: ModelConfig) -> None:
 
 def _output_sizes(gate_NEDF: jax.Array, up_NEDF: jax.Array, down_NEFD: jax.Array, seed: int) -> jax.Array:
     """RMS of the outputs of each layer's experts on the same random inputs of unit RMS, [N]; one expert at a time."""
-    x_PD = jax.random.normal(jax.random.key(seed), (PROBES, gate_NEDF.shape[2]), jnp.float32)
-    x_PD = x_PD / jnp.sqrt(jnp.mean(jnp.square(x_PD), axis=-1, keepdims=True))
+    x_SD = jax.random.normal(jax.random.key(seed), (PROBES, gate_NEDF.shape[2]), jnp.float32)
+    x_SD = x_SD / jnp.sqrt(jnp.mean(jnp.square(x_SD), axis=-1, keepdims=True))
 
     def mean_square(matrices: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         gate_DF, up_DF, down_FD = matrices
-        return jnp.mean(jnp.square((jax.nn.silu(x_PD @ gate_DF) * (x_PD @ up_DF)) @ down_FD))
+        return jnp.mean(jnp.square((jax.nn.silu(x_SD @ gate_DF) * (x_SD @ up_DF)) @ down_FD))
 
     def layer(matrices: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return jnp.sqrt(jnp.mean(jax.lax.map(mean_square, matrices)))

@@ -207,13 +207,13 @@ def _router_dtype(directory: Directory) -> np.dtype:
 
 
 def _bias(directory: Directory, kept: KeptExperts, layer: int) -> np.ndarray:
-    """Selection bias that restricts one layer to its home experts, fp32 [P]."""
+    """Selection bias that restricts one layer to its home experts, fp32 [E]; E: all experts kept."""
     sizes = [len(row) for row in kept]
-    bias_P = foreign_bias(sizes, LOSSLESS_BIAS)[layer]
+    bias_E = foreign_bias(sizes, LOSSLESS_BIAS)[layer]
     if directory.moe.selection_bias:
-        bias_E = directory.view(directory.layout("router_bias"), (layer,))[list(kept[layer])]
-        bias_P[home_experts(sizes)[layer]] = bias_E.astype(np.float32)
-    return bias_P
+        before = directory.view(directory.layout("router_bias"), (layer,))[list(kept[layer])]
+        bias_E[home_experts(sizes)[layer]] = before.astype(np.float32)
+    return bias_E
 
 
 def exclusive_layers(directory: Directory) -> np.ndarray | None:

@@ -1,11 +1,12 @@
 """All experts of a per-layer MoE in one shared pool, without changing what the model computes.
 
-This is our own derivation. Expert e of layer l becomes expert l·E + e of the pool, and l is its home layer; in every
-other layer it is foreign. The pool's router G is the concatenation of the layers' routers. Each layer has a selection
-bias over the pool, 0 on its home experts and -c on foreign ones. With softmax scores renormalised over the chosen
-experts, and c above any difference of logits, the pooled model computes the original logits. With sigmoid scores each
-layer subtracts an offset t from its logits z: if z is far below t, σ(z - t) ≈ e^(z - t), so that renormalised combine
-weights equal those of softmax up to a relative error of about e^(max z - t). Training then lowers c towards 0.
+This is our own derivation. If each layer has n experts, expert e of layer l becomes expert l·n + e of the pool; l is
+its home layer, and in every other layer it is foreign. The pool's router is the concatenation of the layers' routers.
+Each layer has a selection bias over the pool, 0 on its home experts and -c on foreign ones. With softmax scores
+renormalised over the chosen experts, and c above any difference of logits, the pooled model computes the original
+logits. With sigmoid scores each layer subtracts an offset t from its logits z: if z is far below t, σ(z - t) ≈
+e^(z - t), so that renormalised combine weights equal those of softmax up to a relative error of about e^(max z - t).
+Training then brings c to 0, so that layers may choose foreign experts too. E is the number of experts of the pool.
 """
 
 import dataclasses
@@ -34,10 +35,11 @@ def pool(model: Model, options: PoolStage, seed: int = 0) -> Model:
 
     options.start: `lossless` (concatenated routers, a bias of -c on foreign experts), `concat` (the same without a
     bias) or `random` (a new router, no bias). options.router: one for all layers, or one for each. options.bias: c in
-    units of the logits; None means LOSSLESS_BIAS, which is exact. options.offset: t of sigmoid scores, the same in each
-    layer. options.canonical: first bring the model into canonical form. seed: seeds a random router and the random
-    inputs of the canonical form. Raises UserError when the model has no per-layer experts, when its combine weights are
-    not renormalised over the chosen experts, which no pool can reproduce, or when the options contradict each other.
+    units of the logits; None means LOSSLESS_BIAS, with which foreign experts are never chosen. options.offset: t of
+    sigmoid scores, the same in each layer. options.canonical: first bring the model into canonical form. seed: seeds a
+    random router and the random inputs of the canonical form. Raises UserError when the model has no per-layer experts,
+    when its combine weights are not renormalised over the chosen experts, which no pool can reproduce, or when the
+    options contradict each other.
     """
     check_options(options)
     _check_poolable(model.config)
@@ -72,30 +74,30 @@ def _pooled(config: ModelConfig, options: PoolStage) -> ModelConfig:
 
 
 def _concatenated(router_NDE: jax.Array, pooled: Parameter) -> jax.Array:
-    """Routers side by side in layer order, [D, P]; with a router for each layer, N copies of it, [N, D, P]."""
+    """Routers side by side in layer order, [D, E]; with a router for each layer, N copies of it, [N, D, E]."""
     layers, width, experts = router_NDE.shape
-    router_DP = jnp.moveaxis(router_NDE, 0, 1).reshape(width, layers * experts)
-    return jnp.broadcast_to(router_DP[None], pooled.shape) if pooled.stacked else router_DP
+    router_DE = jnp.moveaxis(router_NDE, 0, 1).reshape(width, layers * experts)
+    return jnp.broadcast_to(router_DE[None], pooled.shape) if pooled.stacked else router_DE
 
 
 def _selection_bias(config: ModelConfig, leaves: Leaves, strength: float) -> jax.Array:
-    """Selection bias, fp32 [N, P]: -strength on foreign experts; on home experts, the bias that their layer had."""
+    """Selection bias, fp32 [N, E]: -strength on foreign experts; on home experts, the bias that their layer had."""
     sizes = (moe_of(config).experts,) * config.layers
-    bias_NP = jnp.asarray(foreign_bias(sizes, strength))
+    bias_NE = jnp.asarray(foreign_bias(sizes, strength))
     if not moe_of(config).selection_bias:
-        return bias_NP
-    bias_NE = leaves[only_record(config, "router_bias").path].astype(jnp.float32)
-    return jnp.where(home_experts(sizes), bias_NE.reshape(1, -1), bias_NP)
+        return bias_NE
+    before = leaves[only_record(config, "router_bias").path].astype(jnp.float32)  # [N, experts of a layer]
+    return jnp.where(home_experts(sizes), before.reshape(1, -1), bias_NE)
 
 
 def home_experts(sizes: Sequence[int]) -> np.ndarray:
-    """Mask of the home experts of each layer of a pool, [N, P]; the pool holds sizes[0] of layer 0 first, and so on."""
+    """Mask of the home experts of each layer of a pool, [N, E]; the pool holds sizes[0] of layer 0 first, and so on."""
     layers = np.arange(len(sizes))
     return layers[:, None] == np.repeat(layers, sizes)[None]
 
 
 def foreign_bias(sizes: Sequence[int], strength: float) -> np.ndarray:
-    """Bias 0 on a layer's home experts and -strength on all others, fp32 [N, P]; sizes: as in `home_experts`."""
+    """Bias 0 on a layer's home experts and -strength on all others, fp32 [N, E]; sizes: as in `home_experts`."""
     return np.where(home_experts(sizes), np.float32(0), np.float32(-strength))
 
 

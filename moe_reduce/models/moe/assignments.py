@@ -14,7 +14,7 @@ from moe_reduce.models.products import accumulation_dtype
 
 
 class Sizes(NamedTuple):
-    """Sizes of each assignment's output f, fp32 [S, A]; 0 where no expert ran."""
+    """Measures of each assignment's output f, fp32 [S, A]; 0 where no expert ran."""
 
     norm: jax.Array  # ‖f(x)‖₂
     maximum: jax.Array  # max |f(x)|
@@ -22,23 +22,26 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(outputs: jax.Array) -> Sizes:
-    """Sizes of outputs [..., D], each [...]."""
+    """Sizes of output vectors: [..., D] -> three arrays [...]."""
     found = outputs.astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(jnp.square(found), axis=-1))
     return Sizes(norm, jnp.max(jnp.abs(found), axis=-1), jnp.max(found, axis=-1))
 
 
 class Result(NamedTuple):
-    """Result of one call of the experts. Sizes are for scoring; XLA removes them if nothing uses them."""
+    """Result of one call of the experts. Only scoring reads the sizes; where nothing does, XLA removes them."""
 
     y_SD: jax.Array
-    masters: Masters  # for the next call, so that their gradient adds up
+    masters: Masters  # unchanged, to be passed to the next call (see Experts)
     dropped: jax.Array  # scalar: number of assignments beyond the capacity of their expert; 0 if dropless
     sizes: Sizes
 
 
 class Order(NamedTuple):
-    """Assignments sorted by group: row m of the sorted buffer is assignment order_M[m]; rank_SA is the inverse."""
+    """Assignments sorted by group: row m of the sorted buffer is assignment order_M[m].
+
+    rank_SA is the inverse: the row of each assignment. counts_J: number of rows of each group.
+    """
 
     order_M: jax.Array
     rank_SA: jax.Array
@@ -51,7 +54,7 @@ def sort_by_group(groups_SA: jax.Array, groups: int) -> Order:
     order_M = jnp.argsort(flat_M, stable=True).astype(jnp.int32)
     positions_M = jnp.arange(flat_M.size, dtype=jnp.int32)
     rank_M = jnp.zeros_like(order_M).at[order_M].set(positions_M, unique_indices=True)
-    # counted by searching the sorted ids: cheaper than a scatter for thousands of experts
+    # groups are counted by searching the sorted ids, which for thousands of experts is cheaper than a scatter
     bounds = jnp.searchsorted(
         flat_M[order_M], jnp.arange(groups + 1, dtype=flat_M.dtype), method="scan_unrolled"
     ).astype(jnp.int32)
@@ -59,7 +62,7 @@ def sort_by_group(groups_SA: jax.Array, groups: int) -> Order:
 
 
 def _sums(rows_MD: jax.Array, weights_SA: jax.Array, rank_SA: jax.Array) -> jax.Array:
-    """Σ_a weight · row, [S, D]. On TPU a loop over A, because tiles there pad an axis of size A to 8."""
+    """Σ_a weight · row, [S, D]. On TPU this is a loop over A, because TPU tiles would pad an axis of size A to 8."""
 
     def at_once(rows_MD, weights_SA, rank_SA):
         return jnp.sum(rows_MD[rank_SA] * weights_SA[:, :, None], axis=1)
@@ -75,7 +78,7 @@ def _sums(rows_MD: jax.Array, weights_SA: jax.Array, rank_SA: jax.Array) -> jax.
 
 
 def _dots(rows_MD: jax.Array, y_SD: jax.Array, rank_SA: jax.Array) -> jax.Array:
-    """row · y, fp32 [S, A]. On TPU a loop over A, as in `_sums`."""
+    """Dot product of each assignment's row with its token's y, fp32 [S, A]; on TPU a loop over A, as in `_sums`."""
 
     def at_once(rows_MD, y_SD, rank_SA):
         return jnp.sum(y_SD[:, None].astype(jnp.float32) * rows_MD[rank_SA].astype(jnp.float32), axis=-1)
@@ -124,7 +127,7 @@ combine_rows.defvjp(_combine_forward, _combine_backward)
 
 
 def combined(y_MD: jax.Array, weights_SA: jax.Array, order: Order, masters: Masters, dropped: Any = 0.0) -> Result:
-    """The Result of expert outputs in sorted order."""
+    """Result of a call whose expert outputs y_MD are in sorted order."""
     sizes = sizes_of(jax.lax.stop_gradient(y_MD))
     return Result(
         combine_rows(y_MD, weights_SA, order),

@@ -1,9 +1,9 @@
-"""Experts of a device that holds only some of the model's experts: it computes only its own rows, chunk by chunk.
+"""Chunked computation on a device that holds only some of the experts, and computes only their rows.
 
 The M assignments are sorted by group, with those to this device's experts first. On average these are M / devices, but
 their number is known only at run time and can reach M, so buffers of M rows would be mostly empty. Instead, a loop
-takes chunks of SLACK times the expected number of rows; usually it runs once. JAX cannot differentiate a loop with a
-dynamic trip count in reverse, so its gradient is written here. It recomputes the experts.
+takes chunks of SLACK times the expected number of rows; usually one chunk holds all rows. JAX cannot differentiate a
+loop with a dynamic trip count in reverse, so its gradient is written here; it recomputes the experts' outputs.
 """
 
 import math
@@ -19,15 +19,15 @@ from moe_reduce.models.moe.assignments import Order, Sizes, sizes_of
 from moe_reduce.models.moe.gradients import Trained, as_leaves, instantiate_zeros, primal_values, where_trained
 from moe_reduce.models.products import accumulation_dtype
 
-SLACK = 1.5  # rows of a chunk, as a multiple of the expected rows
-MULTIPLE = 128  # rows of a chunk are a multiple of this, for the matrix units
+SLACK = 1.5  # size of a chunk, as a multiple of the expected number of rows
+MULTIPLE = 128  # the size of a chunk is a multiple of this, for the matrix units
 
-# (rows_RD sorted by group, counts_J, weights of the experts: a tree) -> outputs_RD; rows past the counts are ignored
+# (rows_RD sorted by group, counts_J, parameters: a pytree) -> outputs_RD; rows past the sum of counts_J are ignored
 Compute = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
 def chunk_rows(assignments: int, share: float) -> int:
-    """Rows of a chunk. share: fraction of the assignments that is expected on this device."""
+    """Number of rows of a chunk. share: expected fraction of the assignments that this device computes."""
     return min(assignments, MULTIPLE * math.ceil(assignments * share * SLACK / MULTIPLE))
 
 
@@ -43,13 +43,13 @@ def in_chunks(compute: Compute, rows: int, x_SD, weights_SA, order: Order, param
         x_SD: tokens.
         weights_SA: combine weight of each assignment.
         order: assignments sorted by group; those to experts on other devices come last.
-        parameters: passed to `compute`. Only leaves that are differentiated get a gradient.
+        parameters: weights of the experts, passed to `compute`. Only leaves that are differentiated get a gradient.
     """
     return _forward(compute, rows, x_SD, weights_SA, order, parameters)[0]
 
 
 class Chunk(NamedTuple):
-    """R assignments: their indices and tokens (out of range in empty rows), and the number of rows of each group."""
+    """R assignments: their indices and tokens, out of range in empty rows, and the number of rows of each group."""
 
     assignment_R: jax.Array
     token_R: jax.Array
@@ -57,7 +57,7 @@ class Chunk(NamedTuple):
 
 
 def _for_each_chunk(rows: int, shape_SA: tuple[int, ...], order: Order, body, carry):
-    """Runs body(chunk, carry) for every chunk that has rows of this device's experts."""
+    """Run body(chunk, carry) -> carry for every chunk that has rows of this device's experts."""
     assignments = math.prod(shape_SA)
     padded = jnp.pad(order.order_M, (0, -assignments % rows))
     ends_J = jnp.cumsum(order.counts_J)
@@ -84,7 +84,7 @@ def _forward(compute: Compute, rows: int, x_SD, weights_SA, order: Order, parame
         y_SD, sizes = carry
         out_RD = compute(_taken(x_SD, chunk.token_R), chunk.counts_J, parameters)
         weighted_RD = out_RD * _taken(weights_M, chunk.assignment_R)[:, None].astype(out_RD.dtype)
-        # empty rows have indices out of range, so whatever they hold is dropped
+        # empty rows have indices out of range, so their values are dropped
         return (
             y_SD.at[chunk.token_R].add(weighted_RD.astype(y_SD.dtype), mode="drop"),
             jax.tree.map(

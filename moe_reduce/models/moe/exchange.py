@@ -3,9 +3,9 @@
     gather      each device receives the tokens of all devices and sends back its experts' partial sums
     all_to_all  each assignment's row goes to the device of its expert, and the expert's output comes back
 
-Both are exact and dropless. With P devices, gather sends a token P - 1 times, all_to_all A · (P - 1) / P times on
-average. Both take a Dispatch's arguments, with groups numbered over all devices, and return the Result of the device's
-own tokens.
+Both are dropless. With n devices, gather sends a token n - 1 times, all_to_all A · (n - 1) / n times on average. Both
+take the arguments of a Dispatch, with groups numbered over all devices, and return the Result of the device's own
+tokens. In `_padded` and `_ragged`, arrays without a letter in their names have one axis or two of devices.
 """
 
 from collections.abc import Callable
@@ -26,13 +26,13 @@ AXIS = "expert"
 
 
 def exchange(rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig) -> Result:
-    """The sum over each token's experts, which may be on any device of the axis. One device needs no exchange."""
+    """Sum over each token's experts, which may be on any device of the axis. A single device exchanges nothing."""
     devices = jax.lax.axis_size(AXIS)
     if devices == 1:
         return DISPATCHES[execution.dispatch](rows, experts, masters, execution)
     kind = execution.exchange
     if kind == "auto":
-        # on CPU all_to_all pads its buffers to the size of gather's
+        # on CPU all_to_all pads its buffers, which become as large as those of gather
         fewer_rows = devices > rows.groups_SA.shape[1] and execution.platform != "cpu"
         kind = "all_to_all" if fewer_rows else "gather"
     return {"gather": _gather, "all_to_all": _all_to_all}[kind](rows, experts, masters, execution)
@@ -47,7 +47,7 @@ def _gather(rows: Assigned, experts: Experts, masters: Masters, execution: Execu
     gathered = Assigned(every(rows.x_SD), here_SA, every(rows.weights_SA))
     result = DISPATCHES[execution.dispatch](gathered, experts, masters, execution, share)
     total = partial(jax.lax.psum_scatter, axis_name=AXIS, scatter_dimension=0, tiled=True)
-    # an assignment's expert is on one device; on the others its sizes are 0
+    # an assignment's sizes are 0 on all devices but that of its expert, so their sum is right
     sizes = jax.tree.map(total, jax.lax.stop_gradient(result.sizes))
     return Result(total(result.y_SD), result.masters, result.dropped, sizes)
 
@@ -72,55 +72,60 @@ def _all_to_all(rows: Assigned, experts: Experts, masters: Masters, execution: E
 
 
 class Routes(NamedTuple):
-    """to_experts(rows_MI, fill) -> rows_RI in order of arrival, `fill` in empty rows; to_tokens(rows_RI) -> rows_MI."""
+    """The two ways of rows between tokens and experts.
+
+    to_experts(rows_MI, fill) -> rows_RI: the rows that this device receives, in order of arrival; empty rows hold
+        `fill`.
+    to_tokens(rows_RI) -> rows_MI: sends them back, to the order in which they were sent.
+    """
 
     to_experts: Callable[[jax.Array, Any], jax.Array]
     to_tokens: Callable[[jax.Array], jax.Array]
 
 
-def _padded(sent_P: jax.Array, total: int, rows: int) -> Routes:
-    """Routes of `total` rows, sorted by destination: sent_P[p] go to device p, which has `rows` slots per sender."""
-    devices = sent_P.shape[0]
-    ends_P = jnp.cumsum(sent_P)
-    starts_P = ends_P - sent_P
+def _padded(sent: jax.Array, total: int, rows: int) -> Routes:
+    """Routes of `total` rows, sorted by destination: device i gets sent[i] of them and has `rows` slots per sender."""
+    devices = sent.shape[0]
+    ends = jnp.cumsum(sent)
+    starts = ends - sent
     slots_R = jnp.arange(rows, dtype=jnp.int32)
     swap = partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0)
 
     def to_experts(rows_MI: jax.Array, fill: Any) -> jax.Array:
-        source_PR = jnp.minimum(starts_P[:, None] + slots_R[None], total - 1)
-        used_PR1 = (slots_R[None] < sent_P[:, None])[:, :, None]
-        buffer_PRI = jnp.where(used_PR1, rows_MI[source_PR], jnp.asarray(fill, rows_MI.dtype))
-        return swap(buffer_PRI).reshape(devices * rows, -1)
+        source = jnp.minimum(starts[:, None] + slots_R[None], total - 1)  # [devices, R]
+        used = (slots_R[None] < sent[:, None])[:, :, None]
+        buffer = jnp.where(used, rows_MI[source], jnp.asarray(fill, rows_MI.dtype))
+        return swap(buffer).reshape(devices * rows, -1)
 
     def to_tokens(rows_RI: jax.Array) -> jax.Array:
         back_RI = swap(rows_RI.reshape(devices, rows, -1)).reshape(devices * rows, -1)
         number_M = jnp.arange(total, dtype=jnp.int32)
-        device_M = jnp.searchsorted(ends_P, number_M, side="right").astype(jnp.int32)
-        # assignments to no expert come last and were not sent: their index is past the buffer, and they get 0
-        return back_RI.at[device_M * rows + number_M - starts_P[device_M]].get(mode="fill", fill_value=0)
+        device_M = jnp.searchsorted(ends, number_M, side="right").astype(jnp.int32)
+        # assignments without an expert come last and are not sent: their index is past the buffer, so they get 0
+        return back_RI.at[device_M * rows + number_M - starts[device_M]].get(mode="fill", fill_value=0)
 
     return Routes(to_experts, to_tokens)
 
 
-def _ragged(sent_P: jax.Array, total: int, rows: int) -> Routes:
-    """Routes like those of `_padded`, but without its padding: only used rows travel, and they arrive without gaps."""
-    devices = sent_P.shape[0]
+def _ragged(sent: jax.Array, total: int, rows: int) -> Routes:
+    """Routes like those of `_padded`, without padding: only used rows are sent, and they arrive without gaps."""
+    devices = sent.shape[0]
     here = jax.lax.axis_index(AXIS)
-    sent_PP = jax.lax.all_gather(sent_P, AXIS)  # [from, to]
-    received_P = sent_PP[:, here]
-    starts_PP = jnp.cumsum(sent_PP, axis=1) - sent_PP  # of each block of rows, in the sender's buffer
-    arrivals_PP = jnp.cumsum(sent_PP, axis=0) - sent_PP  # of each block of rows, in the receiver's buffer
+    table = jax.lax.all_gather(sent, AXIS)  # rows sent, [from, to]
+    received = table[:, here]
+    starts = jnp.cumsum(table, axis=1) - table  # first of these rows in the sender's buffer, [from, to]
+    arrivals = jnp.cumsum(table, axis=0) - table  # the same in the receiver's buffer
 
     def to_experts(rows_MI: jax.Array, fill: Any) -> jax.Array:
         empty = jnp.full((devices * rows, rows_MI.shape[1]), fill, rows_MI.dtype)
-        return _move(rows_MI, empty, starts_PP[here], sent_P, arrivals_PP[here], received_P)
+        return _move(rows_MI, empty, starts[here], sent, arrivals[here], received)
 
     def to_tokens(rows_RI: jax.Array) -> jax.Array:
         empty = jnp.zeros((total, rows_RI.shape[1]), rows_RI.dtype)
-        return _move(rows_RI, empty, arrivals_PP[:, here], received_P, starts_PP[:, here], sent_P)
+        return _move(rows_RI, empty, arrivals[:, here], received, starts[:, here], sent)
 
     return Routes(to_experts, to_tokens)
 
 
-def _move(rows, empty, starts_P, sizes_P, arrivals_P, received_P) -> jax.Array:
-    return jax.lax.ragged_all_to_all(rows, empty, starts_P, sizes_P, arrivals_P, received_P, axis_name=AXIS)
+def _move(rows, empty, starts, sizes, arrivals, received) -> jax.Array:
+    return jax.lax.ragged_all_to_all(rows, empty, starts, sizes, arrivals, received, axis_name=AXIS)

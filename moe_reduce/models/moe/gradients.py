@@ -33,13 +33,13 @@ def primal_values(marked: Any) -> Any:
 
 
 def instantiate_zeros(cotangent: Any) -> jax.Array:
-    """A cotangent as an array; a symbolic zero, of an output that is not differentiated, becomes zeros."""
+    """A cotangent as an array: zeros for an output that is not differentiated, whose cotangent is a SymbolicZero."""
     shape, dtype = cotangent.shape, cotangent.dtype
     return jnp.zeros(shape, dtype) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
 def where_trained(function, totals, *others):
-    """function(total, …) at leaves that have a total; None, which means no gradient, at the others."""
+    """Apply function(total, …) to the leaves that need a gradient; the other leaves, whose total is None, stay None."""
 
     def apply(total, *leaves):
         return None if total is None else function(total, *leaves)

@@ -1,7 +1,7 @@
 """The mixture of experts of one block: routing, then the weighted sum over the chosen experts.
 
-A layer with experts of its own and a layer that calls the shared pool run the same code and differ only in where the
-parameters are. So modules return weights, and the functions here compute with them.
+A layer with its own experts and a layer that calls the shared pool run the same code: they differ only in where their
+parameters are. So linen modules only return weights, and the functions here compute with them.
 """
 
 from collections.abc import Callable
@@ -38,9 +38,9 @@ def mixture_of_experts(
 ):
     """(y_BTD = Σ weight · expert(x) over the chosen experts, masters for the next call, statistics, assignments).
 
-    statistics, of real tokens: counts_E (assignments), probability_E (mean), z, dropped (share of assignments, 0 if
-    dropless). assignments, each [B, T, A]: expert, weight, and the Sizes (norm, maximum, largest) of the expert's
-    output before it is weighted. Padding takes no place in an expert's capacity.
+    statistics: counts_E, probability_E and z of Routing, and dropped (share of assignments; 0 if dropless), all of real
+    tokens only. assignments, each [B, T, A]: expert, weight, and the Sizes (norm, maximum, largest) of the expert's
+    output before it is weighted. Padding uses none of an expert's capacity.
     """
     shape = (*x_BTD.shape[:2], routing.experts_SA.shape[1])
     chosen_BTA, weights_BTA = routing.experts_SA.reshape(shape), routing.weights_SA.reshape(shape)
@@ -61,8 +61,8 @@ def apply_experts(rows: Assigned, experts: Experts, masters: Masters, execution:
     """(y_BTD, masters for the next call, share of assignments dropped, Sizes of the outputs [B, T, A]).
 
     rows: with batch and time as leading axes. On a mesh, tokens are split along the batch axes, experts along `expert`
-    and their width F along `tensor`, over which outputs are summed. Sizes are exact only if `tensor` has size 1:
-    else they are those of partial outputs.
+    and their width F along `tensor`, over which outputs are summed. If `tensor` is larger than 1, Sizes are those of
+    partial outputs, added or maximised, and not those of the sum.
     """
     assignments = rows.groups_SA.size
     if on_one_device():
@@ -126,9 +126,10 @@ def _sharded(rows: Assigned, experts: Experts, execution: ExecutionConfig):
 def some_experts(
     rows: Assigned, experts: Experts, execution: ExecutionConfig, first_expert: Any, share: float
 ) -> Result:
-    """Partial sum over frozen experts, numbered from `first_expert`. share: their fraction of all experts.
+    """Sum over some of a layer's experts, which are frozen and numbered from `first_expert`.
 
-    rows: with batch and time as leading axes. The experts have no bank of adapters.
+    share: their fraction of the layer's experts. rows: with batch and time as leading axes. The experts have no bank of
+    adapters.
     """
     here_BTA = rows.groups_SA - first_expert
     here_BTA = jnp.where((here_BTA >= 0) & (here_BTA < experts.number), here_BTA, experts.number)

@@ -1,12 +1,12 @@
-"""SwiGLU experts on rows sorted by expert, as Triton kernels for GPUs: exact, and only routed rows are computed.
+"""SwiGLU experts on rows sorted by expert, as Triton kernels for GPUs that compute each routed row once.
 
 For a grouped product on NVIDIA GPUs, XLA multiplies every row with every expert and masks. Here each tile of rows
-belongs to one expert, and an expert's first tile starts at its first row, so each row is computed once for any counts.
+belongs to one expert, and an expert's first tile starts at its first row, whatever the number of rows of each expert.
 The kernels also do the steps between products: they gather rows by token, and one kernel computes gate, up and the
-activation. Operands are in the compute dtype (fp32 is TF32 unless jax_default_matmul_precision says otherwise,
-as for all products on a GPU) and sums in fp32; expert gradients are added to the masters' gradients in place.
+activation. Operands are in the compute dtype and sums in fp32. As in all products on a GPU, fp32 operands are rounded
+to TF32 unless jax_default_matmul_precision is set. Gradients of experts are added to those of the masters in place.
 
-Off a GPU the same kernels are interpreted, slowly: for tests.
+On other platforms the same kernels are interpreted, which is slow and meant for tests.
 """
 
 import operator
@@ -26,7 +26,7 @@ from moe_reduce.models.products import REMAT_SAVED
 
 
 class Tile(NamedTuple):
-    """Sizes of one kernel: columns of a tile, contracted elements per step, and Triton's warps and stages."""
+    """Sizes of one kernel: columns of an output tile, contracted elements per step, and Triton's warps and stages."""
 
     columns: int
     inner: int
@@ -34,14 +34,14 @@ class Tile(NamedTuple):
     stages: int
 
     def of(self, dtype: jnp.dtype) -> "Tile":
-        """Sizes for operands of a dtype: fp32 takes twice the memory, and in full precision more registers."""
+        """Sizes for operands of a dtype: smaller for fp32, which takes twice the memory and may take more registers."""
         if jnp.dtype(dtype).itemsize <= 2:
             return self
         return self._replace(columns=min(self.columns, 64), inner=self.inner // 2)
 
 
-# Sizes were chosen among five to eight for each kernel, measured on an H100: within 10% of the fastest, and at most
-# 96 KB of shared memory in a block, the limit of smaller GPUs.
+# For each kernel, five to eight sizes were measured on an H100. The chosen one is within 10% of the fastest and takes
+# at most 96 KB of shared memory in a thread block, the limit of smaller GPUs.
 MOST_ROWS = 128  # most rows of a product's tile
 FEWEST_ROWS = 16  # fewest rows that the matrix units take
 ONE_MATRIX = Tile(128, 64, 4, 3)
@@ -54,24 +54,24 @@ TWO_OUTERS = Tile(64, 64, 8, 3)
 
 
 class Groups(NamedTuple):
-    """Ranges of sorted rows: one per expert (E), and one per tile of a product (T), with the tile's expert."""
+    """Ranges of sorted rows: one for each expert, E, and one for each tile of a product, T, with the tile's expert."""
 
     first_E: jax.Array
     end_E: jax.Array
     expert_T: jax.Array
-    first_T: jax.Array  # the tile's rows are first_T <= m < end_T, cut to the tile size
+    first_T: jax.Array  # a tile holds the rows from first_T on, at most a tile's size, and none from end_T on
     end_T: jax.Array
 
 
 def tile_rows(rows: int, experts: int) -> int:
-    """Rows of a product's tile: average rows per expert, as a power of two between FEWEST_ROWS and MOST_ROWS."""
+    """Rows of a product's tile: the average rows per expert, rounded up to a power of two, within the two limits."""
     return max(FEWEST_ROWS, expert_loop.tile_rows(MOST_ROWS, rows, experts))
 
 
 def groups_of(counts_E: jax.Array, rows: int) -> Groups:
-    """Groups for counts_E rows of each expert, among `rows` sorted rows.
+    """Groups of `rows` sorted rows, of which counts_E belong to each expert.
 
-    The number of tiles is enough for any counts; unused tiles are empty.
+    The number of tiles is static and suffices for any counts; tiles that they do not need are empty.
     """
     experts = counts_E.shape[0]
     size = tile_rows(rows, experts)
@@ -79,7 +79,7 @@ def groups_of(counts_E: jax.Array, rows: int) -> Groups:
     end_E, last_E = jnp.cumsum(counts_E), jnp.cumsum(tiles_E)
     first_E = end_E - counts_E
     number_T = jnp.arange(rows // size + min(rows, experts), dtype=jnp.int32)
-    # found by comparing with all: a binary search would be a loop of small kernels
+    # compare_all, because a binary search would be a loop of small kernels
     expert_T = jnp.searchsorted(last_E, number_T, side="right", method="compare_all").astype(jnp.int32)
     used_T = expert_T < experts
     expert_T = jnp.where(used_T, expert_T, 0)
@@ -89,7 +89,7 @@ def groups_of(counts_E: jax.Array, rows: int) -> Groups:
 
 
 class Term(NamedTuple):
-    """Indices of one product of a kernel: left · matrix of the row's expert, added to a sum."""
+    """One product of a kernel, by indices: sums[sum] += lefts[left] · matrices[matrix] of the row's expert."""
 
     left: int
     matrix: int
@@ -107,8 +107,8 @@ def _first(sums: Sequence[jax.Array], _) -> Sequence[jax.Array]:
 class Inputs(NamedTuple):
     """Arrays that `by_rows` reads.
 
-    lefts: each [M, I]; with token_M, each [S, I], and token_M[m] is the row of assignment m. matrices: each [E, I, O],
-    or [E, O, I] if the recipe is transposed. extras: each [M, O], for the recipe's `finish`.
+    lefts: sorted rows, each [M, I]; with token_M, unsorted ones, each [S, I], of which sorted row m is token_M[m].
+    matrices: each [E, I, O], or [E, O, I] if the recipe is transposed. extras: each [M, O], for the recipe's `finish`.
     """
 
     lefts: Sequence[jax.Array]
@@ -120,7 +120,8 @@ class Inputs(NamedTuple):
 class Recipe(NamedTuple):
     """Static description of a `by_rows` kernel.
 
-    terms: products, and the sum that each is added to. finish(sums, extras) -> `results` arrays, tile by tile, in fp32.
+    terms: products, and the sum that each is added to. finish(sums, extras) computes a tile of each of the `results`
+    outputs, in fp32.
     """
 
     terms: Sequence[Term] = ONE
@@ -146,12 +147,12 @@ def _rows_kernel(expert_T, first_T, end_T, *refs, structure, recipe: Recipe, row
         expert = expert_T[number]
         row_R, column_C = first + jnp.arange(rows), left + jnp.arange(columns)
         in_rows, in_columns = row_R < end, column_C < outputs
-        # rows past the end recompute the last row: cheaper than a mask in every step
+        # rows past the end recompute the last row, which is cheaper than a mask in every step
         source_R = jnp.minimum(row_R, end - 1)
         if token_M is not None:
             source_R = triton.load(token_M.at[source_R])
 
-        # without a mask if tiles divide the axis, since a mask is computed in every step
+        # no mask where tiles divide the axis, because computing one costs time in every step
         inside_C = in_columns if outputs % columns else None
 
         def add(index, sums):
@@ -170,7 +171,7 @@ def _rows_kernel(expert_T, first_T, end_T, *refs, structure, recipe: Recipe, row
             return tuple(sums)
 
         here, mask = (row_R[:, None], column_C[None, :]), in_rows[:, None] & in_columns[None, :]
-        # loaded before the loop, so that they arrive while it forms the sums
+        # extras are loaded before the loop, so that they arrive while it forms the sums
         extras = [triton.load(ref.at[here], mask=mask, other=0).astype(jnp.float32) for ref in inputs.extras]
         sums = tuple(jnp.zeros((rows, columns), jnp.float32) for _ in range(1 + max(term.sum for term in recipe.terms)))
         sums = lax.fori_loop(0, pl.cdiv(inner, step), add, sums)
@@ -188,9 +189,9 @@ def _load(ref, place, rows: jax.Array | None, columns: jax.Array | None) -> jax.
 
 
 def by_rows(inputs: Inputs, groups: Groups, interpret: bool, recipe: Recipe = PLAIN) -> list[jax.Array]:
-    """finish(sums over the terms, extras), each [M, O] in the dtype of the rows; undefined for rows of no expert.
+    """Outputs of `recipe.finish`, each [M, O] in the dtype of `lefts`; undefined in rows of no expert.
 
-    groups: ranges of the M rows. interpret: True off a GPU.
+    groups: ranges of the M rows. interpret: True on other platforms than GPUs.
     """
     dtype = inputs.lefts[0].dtype
     recipe = recipe._replace(tile=recipe.tile.of(dtype))
@@ -212,8 +213,8 @@ def by_rows(inputs: Inputs, groups: Groups, interpret: bool, recipe: Recipe = PL
 class OuterProducts(NamedTuple):
     """Arrays that `by_matrices` reads.
 
-    left: [M, I]; with token_M, [S, I], and token_M[m] is the row of assignment m. rights: each [M, O]. totals: one
-    [E, I, O] for each right, to which its product is added.
+    left: sorted rows [M, I]; with token_M, unsorted ones [S, I], of which sorted row m is token_M[m]. rights: each
+    [M, O]. totals: one [E, I, O] for each of `rights`, to which its product is added.
     """
 
     left: jax.Array
@@ -250,7 +251,7 @@ def _matrices_kernel(first_E, end_E, *refs, structure, tile: Tile):
 
 
 def by_matrices(inputs: OuterProducts, groups: Groups, interpret: bool, tile: Tile = ONE_OUTER) -> list[jax.Array]:
-    """totals + leftᵀ · right, summed over each expert's rows, in place where XLA can."""
+    """Totals plus leftᵀ · right of each expert's rows, for each of `rights`; written in place where XLA allows it."""
     tile = tile.of(inputs.left.dtype)
     totals = inputs.totals
     experts, width, outputs = totals[0].shape
@@ -314,21 +315,23 @@ class Places(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def swiglu(x_SD, places: Places, matrices, masters, interpret: bool):
-    """(down(silu(gate·x) · up·x) of row m, token_M[m] of x_SD, by the expert whose group holds m; the masters).
+    """Outputs down(silu(gate·x) · up·x) of the sorted rows, [M, D], and the masters.
+
+    Row m is that of token token_M[m] by the expert whose range holds m.
 
     Args:
         x_SD: tokens, in the compute dtype.
-        places: origin of the sorted rows. Outputs of rows of no expert are undefined; their cotangents are not read.
+        places: origin of the sorted rows. In rows of no expert, outputs are undefined and cotangents are not read.
         matrices: gate [E, D, F], up [E, D, F] and down [E, F, D] in the compute dtype. No gradient flows into them.
         masters: master weights, returned for their gradient (models/moe/expert_loop.py); empty if experts are frozen.
-        interpret: True off a GPU.
+        interpret: True on other platforms than GPUs.
     """
     (hidden_MF,) = _inward(x_SD, places, matrices, interpret, results=1)
     return by_rows(Inputs((hidden_MF,), matrices[2:]), places.groups, interpret)[0], masters
 
 
 def _inward(x_SD, places: Places, matrices, interpret, results: int):
-    """The first `results` of hidden, gate and up, [M, F]."""
+    """Hidden, gate and up, each [M, F]: the first `results` of these."""
     inputs = Inputs((x_SD,), matrices[:2], token_M=places.token_M)
     terms = (Term(0, 0, 0), Term(0, 1, 1))
     recipe = Recipe(terms, finish=lambda *values: _activate(*values)[:results], results=results, tile=TWO_MATRICES)
