@@ -158,9 +158,9 @@ def score(model: Path, scratch: Path) -> dict:
 def beyond_imports(command: str, model: Path, repeats: int) -> float:
     """Median seconds of a command minus those of its imports."""
     imports = f"import moe_reduce, moe_reduce.commands.{command}, moe_reduce.planning.flops, moe_reduce.models.decoder"
-    whole = [measured([*COMMAND, command, f"--model={model}"])[0] for _ in range(repeats)]
+    total = [measured([*COMMAND, command, f"--model={model}"])[0] for _ in range(repeats)]
     bare = [measured([sys.executable, "-c", imports])[0] for _ in range(repeats)]
-    return float(np.median(whole) - np.median(bare))
+    return float(np.median(total) - np.median(bare))
 
 
 if __name__ == "__main__":

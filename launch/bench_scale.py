@@ -199,8 +199,8 @@ def measure(tiny: bool, repeats: int) -> tuple[list[list[str]], dict[str, dict[s
         at = f"E = {many}, top-{ACTIVE}, {tokens[-2]} tokens, D = {width}"
         found = f"{share[f'routing{name}']:.1%}"
         rows.append([f"routing, of the experts' FLOPs at a product's rate{what}", at, found, "≤ 25 %"])
-    whole = {count: one["routing"] + one["experts"] for count, one in by_experts.items()}
-    rows.append(["layer with experts", f"E = {experts[-2]} → {experts[-1]}", growth(whole), "≤ n^1"])
+    layer = {count: one["routing"] + one["experts"] for count, one in by_experts.items()}
+    rows.append(["layer with experts", f"E = {experts[-2]} → {experts[-1]}", growth(layer), "≤ n^1"])
     routing = {count: one["routing"] for count, one in by_experts.items()}
     rows.append(["routing with experts", f"E = {experts[-2]} → {experts[-1]}", growth(routing), "≤ n^1"])
     moved = {count: one["routing"] + one["experts"] for count, one in by_tokens.items()}

@@ -23,8 +23,8 @@ Start = Callable[[int, Shape, Any], Any]
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """One leaf: the shape of one layer's values, their dtype, and the function that initialises them."""
+class AdapterLeaf:
+    """One leaf of an adapter: the shape of one layer's values, their dtype, and the function that initialises them."""
 
     shape: Shape
     dtype: Any
@@ -42,15 +42,15 @@ class Leaf:
         return jnp.asarray(jnp.stack(values) if stack else values[0], self.dtype)
 
 
-def leaves_of(config: AdapterConfig, target: Target) -> dict[str, Leaf]:
+def leaves_of(config: AdapterConfig, target: Target) -> dict[str, AdapterLeaf]:
     """Leaves of a target, by their path relative to the target."""
     found = _sketch(config, target) if config.method == "skema" else _low_rank(config, target)
-    found["scale"] = Leaf((), jnp.float32, _constant(scale(config)))
+    found["scale"] = AdapterLeaf((), jnp.float32, _constant(scale(config)))
     if config.method == "dora":
-        found["magnitude"] = Leaf((target.out_features,), jnp.float32, partial(_row_norms, target))
-        found["present"] = Leaf((), jnp.float32, _constant(1.0))
+        found["magnitude"] = AdapterLeaf((target.out_features,), jnp.float32, partial(_row_norms, target))
+        found["present"] = AdapterLeaf((), jnp.float32, _constant(1.0))
     if target.layers is not None:
-        found["layer_numbers"] = Leaf((), jnp.int32, lambda layer, shape, _: jnp.full(shape, layer, jnp.int32))
+        found["layer_numbers"] = AdapterLeaf((), jnp.int32, lambda layer, shape, _: jnp.full(shape, layer, jnp.int32))
     return found
 
 
@@ -74,7 +74,7 @@ def is_projection(config: AdapterConfig, path: str) -> bool:
 
 
 def scale(config: AdapterConfig) -> float:
-    """Factor of ΔW: α/R for LoRA and DoRA, α/√R for rsLoRA, α for SkeMA; 1 without alpha."""
+    """Factor of ΔW: α/rank for LoRA and DoRA, α/√rank for rsLoRA, α for SkeMA; 1 without alpha."""
     if config.alpha is None:
         return 1.0
     if config.method == "skema":
@@ -83,20 +83,20 @@ def scale(config: AdapterConfig) -> float:
 
 
 def rank(config: AdapterConfig) -> int:
-    """Rank R of LoRA, rsLoRA and DoRA. Raises UserError if it is not set."""
+    """Rank of LoRA, rsLoRA and DoRA. Raises UserError if it is not set."""
     if config.rank is None or config.rank < 1:
         raise UserError(f"adapter.rank must be positive for {config.method}, got {config.rank}: set it, or a budget")
     return config.rank
 
 
 def sketch_width(config: AdapterConfig) -> int:
-    """Sketch width K of SkeMA. Raises UserError if it is not set."""
+    """Sketch width of SkeMA. Raises UserError if it is not set."""
     if config.sketch_width is None or config.sketch_width < 1:
         raise UserError(f"adapter.sketch_width must be positive for skema, got {config.sketch_width}: set it")
     return config.sketch_width
 
 
-def _low_rank(config: AdapterConfig, target: Target) -> dict[str, Leaf]:
+def _low_rank(config: AdapterConfig, target: Target) -> dict[str, AdapterLeaf]:
     """Leaves A and B of LoRA, initialised as in PEFT: A from U(-1/√I, 1/√I), B = 0."""
     size, bound = rank(config), target.in_features**-0.5
 
@@ -104,20 +104,20 @@ def _low_rank(config: AdapterConfig, target: Target) -> dict[str, Leaf]:
         return bound * jax.random.uniform(_key(config, target, layer, "in"), shape, jnp.float32, -1, 1)
 
     return {
-        "in/matrix": Leaf((*_experts(target), target.in_features, size), jnp.float32, uniform),
-        "out/matrix": Leaf((*_experts(target), size, target.out_features), jnp.float32, _constant(0.0)),
+        "in/matrix": AdapterLeaf((*_experts(target), target.in_features, size), jnp.float32, uniform),
+        "out/matrix": AdapterLeaf((*_experts(target), size, target.out_features), jnp.float32, _constant(0.0)),
     }
 
 
-def _sketch(config: AdapterConfig, target: Target) -> dict[str, Leaf]:
+def _sketch(config: AdapterConfig, target: Target) -> dict[str, AdapterLeaf]:
     """Leaves of SkeMA: projections, which the experts of a layer have in common, and a core for each expert."""
     width = sketch_width(config)
-    found: dict[str, Leaf] = {}
+    found: dict[str, AdapterLeaf] = {}
     for side, size in (("in", target.in_features), ("out", target.out_features)):
         for name, (shape, dtype) in projections.shapes(config.projection, width, size).items():
             # x is multiplied with S_inᵀ from the right
             shape = shape[::-1] if side == "in" else shape
-            found[f"{side}/{name}"] = Leaf(shape, dtype, partial(_projection, config, target, side, name))
+            found[f"{side}/{name}"] = AdapterLeaf(shape, dtype, partial(_projection, config, target, side, name))
     if config.core == "full":
         shapes, std = {"core": (width, width)}, config.core_std
     else:
@@ -129,7 +129,7 @@ def _sketch(config: AdapterConfig, target: Target) -> dict[str, Leaf]:
         return std * jax.random.normal(_key(config, target, layer, name), shape, jnp.float32)
 
     for name, shape in shapes.items():
-        found[name] = Leaf((*_experts(target), *shape), jnp.float32, partial(noise, name))
+        found[name] = AdapterLeaf((*_experts(target), *shape), jnp.float32, partial(noise, name))
     return found
 
 

@@ -87,8 +87,8 @@ def _state(entry: "Input", directory: Path) -> str:
             found = described(place)["digest"]
         elif (place / "config.json").is_file():
             sampled = not (place / manifest.MANIFEST_FILE).is_file()
-            whole = sampled or not manifest.verify(place)
-            found = manifest.input_of(place).sha256 if whole else ""
+            unchanged = sampled or not manifest.verify(place)
+            found = manifest.input_of(place).sha256 if unchanged else ""
         else:
             return "not found" if not place.exists() else "cannot be checked"
     except (UserError, OSError):

@@ -17,13 +17,15 @@ class ExecutionConfig:
 
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # auto: resolved once, when a command starts
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["auto", "xla", "blocks", "cudnn", "splash"] = "auto"  # auto: by platform
-    products: Literal["auto", "plain", "transposed"] = "auto"  # auto: transposed for bf16 on CPU (models/products.py)
+    # auto: by platform; blocks, here and in `dispatch`: tile by tile, for CPUs
+    attention: Literal["auto", "xla", "blocks", "cudnn", "splash"] = "auto"
+    # layout of the operands of matrix products (models/products.py); auto: transposed for bf16 on CPUs
+    products: Literal["auto", "plain", "transposed"] = "auto"
     dispatch: Literal["auto", "blocks", "ragged", "grouped", "capacity", "reference"] = "auto"  # auto: by platform
     # over mesh.expert (models/moe/exchange.py); auto: whichever sends fewer bytes
     exchange: Literal["auto", "gather", "all_to_all"] = "auto"
     capacity_factor: float = 2.0  # rows per expert / mean rows per expert; capacity dispatch only
-    block_rows: int = 64  # largest block; blocks dispatch only
+    block_rows: int = 64  # upper limit for the rows of the smallest tile; blocks dispatch only
     expert_gradients: bool = True  # False: experts are frozen and their gradient is not computed (set by tuning)
     remat: Literal["none", "dots", "full"] = "none"
     scan_unroll: int = 1  # layers unrolled in the scan; all of them run fastest on CPU and GPU and compile slowest

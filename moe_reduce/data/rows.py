@@ -93,8 +93,8 @@ def _open(path: Path) -> np.ndarray:
 
 def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     for start in range(0, len(tokens), CHECKED_ROWS):
-        block = tokens[start : start + CHECKED_ROWS]
-        for found in (int(block.min()), int(block.max())):
+        part = tokens[start : start + CHECKED_ROWS]
+        for found in (int(part.min()), int(part.max())):
             if not 0 <= found < vocab_size:
                 raise UserError(
                     f"{path} holds the token id {found} but model.vocab_size is {vocab_size}: "

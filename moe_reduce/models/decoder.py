@@ -15,7 +15,7 @@ from moe_reduce.models.collect import sow
 from moe_reduce.models.deltas import ADAPTER, BANK, every_layer
 from moe_reduce.models.embedding import Embedding, Unembedding
 from moe_reduce.models.feed_forward import FeedForward
-from moe_reduce.models.mesh import shard_batch, whole
+from moe_reduce.models.mesh import replicated, shard_batch
 from moe_reduce.models.moe.experts import ExpertPool, Experts, Masters, Router, read_gain
 from moe_reduce.models.moe.mixture import choose_experts, mixture_of_experts
 from moe_reduce.models.moe.routing import RouterWeights
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
             experts, masters = ExpertPool(self.config, self.execution, name="experts")()
         if moe is not None and moe.router == "shared":
             # gathered once, not in every layer
-            router = jax.tree.map(whole, Router(self.config, self.execution, name="router")())
+            router = jax.tree.map(replicated, Router(self.config, self.execution, name="router")())
         return Shared(experts, router), masters
 
     def _layers(self) -> nn.Module:

@@ -11,7 +11,7 @@ def shard_batch(x: jax.Array) -> jax.Array:
     return _constrained(x, PartitionSpec(BATCH_AXES))
 
 
-def whole(x: jax.Array) -> jax.Array:
+def replicated(x: jax.Array) -> jax.Array:
     """Constrain x to be replicated over the mesh in context, if any."""
     return _constrained(x, PartitionSpec())
 

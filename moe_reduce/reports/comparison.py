@@ -111,11 +111,11 @@ def reduction_path(found: Sequence[Entry]) -> list[Entry]:
 
 def rows(found: Sequence[Entry], speeds: dict[str, float | None]) -> list[list[str]]:
     """Cells of `COLUMNS` for each model; accuracy kept is relative to the unreduced model, or else to the first."""
-    whole = (reduction_path(found) or found)[0].summary["validation"]["accuracy"]
-    return [_row(entry, whole, speeds[entry.name]) for entry in found]
+    unreduced = (reduction_path(found) or found)[0].summary["validation"]["accuracy"]
+    return [_row(entry, unreduced, speeds[entry.name]) for entry in found]
 
 
-def _row(entry: Entry, whole: float, speed: float | None) -> list[str]:
+def _row(entry: Entry, unreduced: float, speed: float | None) -> list[str]:
     summary, validation = entry.summary, entry.summary["validation"]
     return [
         entry.name,
@@ -123,7 +123,7 @@ def _row(entry: Entry, whole: float, speed: float | None) -> list[str]:
         f"{summary['bytes'] / 1e6:.2f} MB",
         f"{validation['loss']:.3f}",
         f"{validation['accuracy']:.1%}",
-        f"{validation['accuracy'] / whole:.1%}" if whole else "-",
+        f"{validation['accuracy'] / unreduced:.1%}" if unreduced else "-",
         "-" if speed is None else f"{speed:,.0f}",
     ]
 

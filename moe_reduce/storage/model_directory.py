@@ -72,13 +72,13 @@ def save(
     of our own, whatever its family. Raises UserError when the path exists or cannot be written.
     """
     flat = trees.flatten(model.params)
-    whole = [leaf for leaf in flat.values() if not is_quantised(leaf)]
+    unquantised = [leaf for leaf in flat.values() if not is_quantised(leaf)]
     # other programs must not take the integers for the weights
-    config = model.config if len(whole) == len(flat) else families.own_config(model.config)
+    config = model.config if len(unquantised) == len(flat) else families.own_config(model.config)
     contents = Contents(
         config=config,
         items=write_items(model.params, config),
-        dtype=str(whole[0].dtype),  # that of the embedding, if not quantised
+        dtype=str(unquantised[0].dtype),  # that of the embedding, if not quantised
         source=model.source,
         hf_config=model.hf_config,
         chain=_chain(model, step),
