@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType
 
-REMAT_SAVED = "product"  # checkpoint_name of the values that remat=dots saves: products, and rows from other devices
+# checkpoint_name of the values that remat=dots saves: results of products, and rows received from other devices
+REMAT_SAVED = "product"
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -54,9 +55,9 @@ def row_major(x: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x_SI: jax.Array, matrix_IO: jax.Array, layout: str = "plain") -> jax.Array:
-    """x · matrix, [S, O] in the dtype of x. The matrix is cast to it; its gradient has the stored dtype.
+    """x · matrix, [S, O] in the dtype of x, to which the matrix is cast; its gradient has the matrix's own dtype.
 
-    Both may have equal leading axes, over which the product is batched.
+    If x and matrix have equal leading axes, the product is batched over them.
     """
     return dot(x_SI, matrix_IO.astype(x_SI.dtype), 1, 0, layout, x_SI.ndim - 2).astype(x_SI.dtype)
 
@@ -97,7 +98,7 @@ logits.defvjp(_logits_forward, _logits_backward)
 
 @jax.custom_vjp
 def exact(x_SI: jax.Array, matrix_IO: jax.Array) -> jax.Array:
-    """bf16 x · fp32 matrix, [S, O] in fp32, as accurate as an fp32 product, in three bf16 passes of the matrix units.
+    """bf16 x · fp32 matrix, [S, O] in fp32: as accurate as an fp32 product, but by three bf16 passes of matrix units.
 
     An fp32 number is the sum of three bf16 numbers, and the product of two bf16 numbers is exact in fp32. The three
     passes are one product of concatenated operands, so partial sums are not written to memory. Leading axes and the

@@ -13,9 +13,10 @@ from moe_reduce.reduction.transform import Leaves, transform
 def factorise_embedding(model: Model, inner: int) -> Model:
     """Factorise the tied table [V, D] into factor [V, K] · projection [K, D], K = `inner`, by truncated SVD.
 
-    The product is the best approximation of rank K, exact when K reaches the table's rank. The projection preserves
-    lengths on average, as it does at initialisation (ALBERT, arXiv:1909.11942). The SVD runs in fp32; both factors get
-    the dtype of the table. Raises UserError for an untied or factorised model, or a K out of range.
+    The product is the best approximation of rank K, and equals the table if K reaches its rank. Factors are scaled so
+    that the projection preserves lengths on average, as at initialisation (ALBERT, arXiv:1909.11942). The SVD runs in
+    fp32; both factors get the dtype of the table. Raises UserError for an untied or factorised model, or a K out of
+    range.
     """
     config = model.config
     if not config.tied_embeddings:

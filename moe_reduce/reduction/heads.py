@@ -14,8 +14,8 @@ from moe_reduce.reduction.transform import Leaves, transform
 def group_heads(model: Model, key_value_heads: int) -> Model:
     """Replace each group of neighbouring key/value heads by its mean (GQA, arXiv:2305.13245).
 
-    Exact when the heads of a group are equal. Means are taken in fp32 and have the dtype of the parameter. Raises
-    UserError unless `key_value_heads` divides the present number.
+    Logits do not change if the heads of each group are equal. Means are taken in fp32 and have the dtype of the
+    parameter. Raises UserError unless `key_value_heads` divides the present number.
     """
     present = model.config.key_value_heads
     if key_value_heads < 1 or present % key_value_heads:

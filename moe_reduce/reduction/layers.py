@@ -42,8 +42,8 @@ def block_influence(model: Model, batches: Iterable[Batch]) -> np.ndarray:
     """Measure BI_l = 1 − E[cos(x_l, x_{l+1})] of each layer, float64 [N] (ShortGPT, arXiv:2403.03853).
 
     x_l is the residual stream that enters layer l and x_{l+1} the one that leaves it, without the final norm. E is the
-    mean over the counted positions. A layer of influence 0 changes no hidden state's direction. Raises UserError when
-    no position counts.
+    mean over positions, weighted by the batch's `weights`. A layer of influence 0 turns no hidden state; it may only
+    scale it. Raises UserError when all weights are 0.
     """
 
     @jax.jit

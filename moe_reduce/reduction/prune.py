@@ -1,4 +1,4 @@
-"""Removal of experts: exact slices of expert matrices, router columns and biases."""
+"""Removal of experts: their matrices, router columns and biases are cut out; all other values stay bit for bit."""
 
 import dataclasses
 

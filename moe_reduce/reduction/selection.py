@@ -11,9 +11,10 @@ from moe_reduce.core.errors import UserError
 
 KeptExperts = tuple[tuple[int, ...], ...]  # for each row, the kept expert numbers in ascending order
 
-SUPER_PERCENTILE = 99.5  # percentile of the experts' largest activations that a super expert exceeds
-SUPER_SHARE = 0.1  # share of the largest activation of all that a super expert exceeds
-SUPER_LAYERS = 0.75  # share of the layers, from the first, in which super experts are looked for
+# super experts, whose largest activations stand out:
+SUPER_PERCENTILE = 99.5  # they exceed this percentile of the largest activations of all experts
+SUPER_SHARE = 0.1  # they exceed this share of the largest activation of any expert
+SUPER_LAYERS = 0.75  # they are sought in this share of the layers, counted from the first
 
 
 def keep_by_row(scores_NE: np.ndarray, keep: int, protected: frozenset[tuple[int, int]] = frozenset()) -> KeptExperts:
@@ -44,10 +45,10 @@ def keep_overall(
 ) -> KeptExperts:
     """Keep the `keep` best experts in one ranking over all rows, and at least `floor` in each layer.
 
-    Scores are first divided by the mean of their layer, because layers differ in the scale of their outputs. protected
-    experts stay. exclusive_layer_E: for each expert of a pool, the only layer that can choose it; None for a per-layer
-    model, and for a pool whose experts are open to several layers. Raises UserError when floor or protection leave too
-    little room.
+    Scores are first divided by the mean of their layer, because the sizes of outputs differ between layers. protected:
+    (row, index) of experts that are kept whatever their scores. exclusive_layer_E: for each expert of a pool, the only
+    layer that can choose it; None for a per-layer model, and for a pool where several layers can choose an expert.
+    Raises UserError when floor and protected experts together exceed `keep`.
     """
     rows, experts = scores_NE.shape
     _check_keep(keep, rows * experts)
