@@ -11,9 +11,9 @@ With I inputs, O outputs and k inner dimensions:
     present    scalar, DoRA only: 1 in layers with the adapter, 0 in others
     dropout    {"key" uint32 [2], "share" scalar}, in training only: sets a share of x to 0 (adapters/dropout.py)
 
-Then ΔW = scale · outᵀ · core · inᵀ, [O, I], and y = x·(W + ΔW)ᵀ. LoRA (arXiv:2106.09685) has in = Aᵀ and out = Bᵀ;
-SkeMA has fixed in and out and trains the core; DoRA (arXiv:2402.09353) rescales the rows of W + ΔW to `magnitude`.
-Per-expert leaves have a leading E axis.
+Ip and Op are I and O rounded up to a power of two. ΔW = scale · outᵀ · core · inᵀ, [O, I], and y = x·(W + ΔW)ᵀ. LoRA
+(arXiv:2106.09685) has in = Aᵀ and out = Bᵀ; SkeMA has fixed in and out and trains the core; DoRA (arXiv:2402.09353)
+rescales the rows of W + ΔW to `magnitude`. Per-expert leaves have a leading E axis.
 
 A bank is the same tree for Z adapters, called its entries, under the key `BANK` of the parameters. The matrices of in,
 core and out have an axis Z in front of their last two axes: [Z, I, k], or [E, Z, I, k] with experts. Leaves without
@@ -98,7 +98,7 @@ def bank_size(tree: Mapping[str, Any]) -> int:
     """Number of entries, Z, of a bank."""
     if "scale" not in tree:
         return max(map(bank_size, tree.values()))
-    shared = 2 + ("layer_numbers" in tree)  # most axes of a leaf that all entries share
+    shared = 2 + ("layer_numbers" in tree)  # a leaf that all entries share has at most so many axes
     return max(leaf.shape[-3] if leaf.ndim > shared else 0 for leaf in jax.tree.leaves(tree))
 
 

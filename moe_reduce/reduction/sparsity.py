@@ -22,7 +22,7 @@ PRUNED = ("attention", "feed_forward", "experts")  # components whose matrices a
 def prune_magnitude(model: Model, share: float) -> Model:
     """Set the ⌊share · n⌋ smallest |w| of each matrix of n weights to zero; among equals, the first.
 
-    Weights that are already zero are counted among them. Raises UserError unless 0 <= share < 1.
+    Weights that are zero already count towards the share. Raises UserError unless 0 <= share < 1.
     """
     if not 0 <= share < 1:
         raise UserError(f"share={share} must be at least 0 and below 1: it is the share of the weights set to zero")

@@ -5,7 +5,7 @@
 
 Both are dropless. With n devices, gather sends a token n - 1 times, all_to_all A · (n - 1) / n times on average. Both
 take the arguments of a Dispatch, with groups numbered over all devices, and return the Result of the device's own
-tokens. In `_padded` and `_ragged`, arrays without a letter in their names have one axis or two of devices.
+tokens. In `_padded` and `_ragged`, arrays without a letter begin with an axis of devices.
 """
 
 from collections.abc import Callable
@@ -72,11 +72,11 @@ def _all_to_all(rows: Assigned, experts: Experts, masters: Masters, execution: E
 
 
 class Routes(NamedTuple):
-    """The two ways of rows between tokens and experts.
+    """The two directions of an exchange of rows.
 
-    to_experts(rows_MI, fill) -> rows_RI: the rows that this device receives, in order of arrival; empty rows hold
-        `fill`.
-    to_tokens(rows_RI) -> rows_MI: sends them back, to the order in which they were sent.
+    to_experts(rows_MI, fill) -> rows_RI: send rows; returns those that this device receives, in order of arrival, and
+        `fill` in empty rows.
+    to_tokens(rows_RI) -> rows_MI: send the received rows back; returns this device's own rows in their first order.
     """
 
     to_experts: Callable[[jax.Array, Any], jax.Array]

@@ -317,7 +317,7 @@ class Places(NamedTuple):
 def swiglu(x_SD, places: Places, matrices, masters, interpret: bool):
     """Outputs down(silu(gate·x) · up·x) of the sorted rows, [M, D], and the masters.
 
-    Row m is that of token token_M[m] by the expert whose range holds m.
+    Row m is computed from token token_M[m] by the expert whose range holds m.
 
     Args:
         x_SD: tokens, in the compute dtype.
