@@ -1,10 +1,12 @@
 """Dispatch of tokens to their experts and back: five implementations of the same sum over the chosen experts.
 
-blocks     exact and dropless; a loop over tiles of sorted rows, so that only routed rows are computed. For CPU.
-grouped    exact and dropless; Triton kernels over sorted rows, so that only routed rows are computed. For GPU.
-ragged     exact and dropless; jax.lax.ragged_dot over sorted rows. For TPU; on GPU XLA computes every expert.
-capacity   a fixed number of rows for each expert; what does not fit is dropped, and its share is reported.
+blocks     dropless; a loop over tiles of sorted rows, which computes routed rows only. For CPU.
+grouped    dropless; Triton kernels over tiles of sorted rows, which compute routed rows only. For GPU.
+ragged     dropless; jax.lax.ragged_dot over sorted rows. For TPU; on GPU, XLA computes every expert on every row.
+capacity   a fixed number of rows for each expert; further rows are dropped, and their share is reported.
 reference  every expert on every token. Slow and plain, for tests.
+
+Dropless dispatches compute every assignment.
 """
 
 import math
@@ -26,7 +28,8 @@ from moe_reduce.models.weights import Product, dequantised
 class Assigned(NamedTuple):
     """Rows x_SD with their groups and combine weights_SA.
 
-    groups_SA: int32, the expert or, with a bank of Z adapters, expert · Z + entry; from J: none on this device.
+    groups_SA: int32, the expert or, with a bank of Z adapters, expert · Z + entry. Numbers from J on stand for no
+    expert of this device.
     """
 
     x_SD: jax.Array
@@ -35,7 +38,7 @@ class Assigned(NamedTuple):
 
 
 class Dispatch(Protocol):
-    """An implementation. share: expected fraction of the assignments whose experts are on this device."""
+    """A dispatch. share: expected fraction of the assignments whose experts are on this device."""
 
     def __call__(
         self, rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig, share: float = 1.0, /
@@ -45,7 +48,7 @@ class Dispatch(Protocol):
 def dispatch_blocks(
     rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig, _share: float = 1.0
 ) -> Result:
-    """Exact and dropless: only routed rows are computed, tile by tile (see moe/expert_loop.py)."""
+    """Loop over tiles of sorted rows (moe/expert_loop.py); dropless."""
     order = sort_by_group(rows.groups_SA, experts.groups)
     x_MD = gather_rows(rows.x_SD, order)
     tile_rows = expert_loop.tile_rows(execution.block_rows, x_MD.shape[0], experts.groups)
@@ -59,7 +62,7 @@ def dispatch_blocks(
 def dispatch_ragged(
     rows: Assigned, experts: Experts, masters: Masters, _execution: ExecutionConfig, share: float = 1.0
 ) -> Result:
-    """Exact and dropless: jax.lax.ragged_dot over sorted rows, in chunks if a chunk is smaller than all rows."""
+    """Apply jax.lax.ragged_dot to the sorted rows, in chunks if a chunk is smaller than all rows; dropless."""
     order = sort_by_group(rows.groups_SA, experts.groups)
     assignments = rows.groups_SA.size
     size = chunks.chunk_rows(assignments, share)
@@ -130,7 +133,7 @@ def _sorted_swiglu(rows_MD: jax.Array, counts_J: jax.Array | None, experts: Expe
         matrices = matrices.astype(rows_MI.dtype)
         if counts_J is None:
             return checkpoint_name(product(rows_MI, matrices), products.REMAT_SAVED)
-        # the rows are masked as well, which masks their gradient
+        # inputs are masked too, because kernels leave the gradient of rows of no expert undefined
         y_MO = product(_only_here(rows_MI, counts_J), matrices)
         return _only_here(checkpoint_name(y_MO, products.REMAT_SAVED), counts_J)
 
@@ -138,7 +141,7 @@ def _sorted_swiglu(rows_MD: jax.Array, counts_J: jax.Array | None, experts: Expe
 
 
 def _only_here(rows_MI: jax.Array, counts_J: jax.Array) -> jax.Array:
-    """Rows with 0 past the sum of counts_J, where experts are on other devices and kernels leave undefined values."""
+    """Rows, with 0 past the sum of counts_J: those of experts on other devices, which kernels leave undefined."""
     return jnp.where((jnp.arange(rows_MI.shape[0]) < jnp.sum(counts_J))[:, None], rows_MI, 0)
 
 

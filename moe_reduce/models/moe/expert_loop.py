@@ -46,8 +46,8 @@ def loop_swiglu(x_MD, counts_J, matrices, masters, group_deltas, settings: Setti
         counts_J: rows of each group, int32; rows past their sum give zero. Each expert has equally many groups.
         matrices: values of gate [E, D, F], up [E, D, F] and down [E, F, D]. No gradient flows into them.
         masters: master weights, returned unread; empty if experts are frozen. In the backward pass their cotangent
-            arrives from the following call that used them, and this call adds its own gradient in place. (Otherwise
-            each layer would allocate a gradient of the whole shared pool and add it to the total.)
+            already holds the gradient of all later calls, and this call adds its own in place. (Otherwise each layer
+            would allocate a gradient of the whole shared pool and add it to the total.)
         group_deltas: an adapter's deltas by `gate`, `up` and `down`, from `deltas.of_groups`; empty without one.
         settings: static settings.
     """
@@ -59,7 +59,7 @@ def _slice(rows, start, size):
 
 
 def _update(rows, tile, start):
-    """Write a tile into a buffer of bits. For a buffer of bf16, XLA on CPU would convert all of it to fp32 and back."""
+    """Write a tile into a buffer viewed as bits; XLA on CPU would convert a whole bf16 buffer to fp32 and back."""
     return lax.dynamic_update_slice_in_dim(rows, _bits(tile), start, axis=0)
 
 
@@ -75,9 +75,10 @@ def _for_each_tile(counts_J, smallest: int, body, matrices, carry):
     """Run body(carry, group, its expert's matrices, size, start, rows_left) for every tile of every group.
 
     A tile has the smallest static size that holds all remaining rows of its group, or the largest size if none does.
-    So most groups need one matmul, which pays off: preparing an expert's weights costs more than computing unused
-    rows. XLA copies carried buffers around a conditional and updates them in place in a loop. For that reason a chain
-    of loops chooses the size, not a `switch`, and empty groups are removed from the list, not skipped by a `cond`.
+    So most groups need one tile, even if some of its rows are unused: computing these rows costs less than preparing an
+    expert's weights once more. XLA copies carried buffers around a conditional and updates them in place in a loop. For
+    that reason a chain of loops chooses the size, not a `switch`, and empty groups are removed from the list, not
+    skipped by a `cond`.
     """
     groups_per_expert = jnp.int32(counts_J.shape[0] // matrices[0].shape[0])
     starts_J = jnp.cumsum(counts_J) - counts_J
@@ -107,7 +108,7 @@ def _padded(rows: int, columns: int, smallest: int, dtype) -> jax.Array:
 
 
 def _of_group(group_deltas, group):
-    """Deltas of one group, from leaves given as bits: its slice of a leaf [J, …], and all of a shared leaf."""
+    """Deltas of one group, from leaves viewed as bits: its slice of leaves [J, …]; shared leaves as they are."""
     return jax.tree.map(lambda leaf: _values(leaf[group] if leaf.ndim == 3 else leaf), group_deltas)
 
 
@@ -166,7 +167,7 @@ def _backward(settings: Settings, saved, cotangents):
         gate_DF, up_DF, down_FD = mine
         local_deltas = _of_group(bits, group)
         valid = (jnp.arange(size) < left)[:, None]
-        # dy is zero in rows of the next group, so these add nothing to any gradient below
+        # dy is zero in rows of the next group, so those rows add nothing to any gradient below
         dy = jnp.where(valid, _slice(dy_MD, start, size), 0)
         gate, up, x = _slice(gates, start, size), _slice(ups, start, size), _slice(x_MD, start, size)
         activation, silu_vjp = jax.vjp(jax.nn.silu, gate)
@@ -205,7 +206,7 @@ def _delta_vjp(name: str, given: tuple[Any, Any, Any], totals, group, layout: st
 
 
 def _add(totals, parts, number):
-    """Totals plus the parts of one expert or group: at its index of a leaf [E or J, …], or to all of a shared leaf."""
+    """Totals plus the gradient of one expert or group: at its index in leaves [E or J, …], or to a shared leaf."""
 
     def add(total, part):
         part = part.astype(total.dtype)

@@ -17,9 +17,10 @@ Masters = tuple[jax.Array, ...]  # master weights: gate, up and down as they are
 class Experts(NamedTuple):
     """Weights of E SwiGLU experts, each [E, I, O]: gate and up [E, D, F], down [E, F, D].
 
-    The values are in the compute dtype and get no gradient. They are cast from the master weights once for all layers,
-    which saves passes over a shared pool. The masters get the gradient: each call of the experts takes them and
-    returns them, so that the backward pass adds up their gradient in fp32, whatever the compute dtype.
+    The values are copies of the master weights in the compute dtype, and get no gradient; a shared pool is copied once,
+    not in each layer. The masters get the gradient, in fp32 whatever the compute dtype. To add it up, each call of the
+    experts takes the masters and returns them unchanged: the backward pass then hands their gradient from call to call,
+    and each call adds its own.
     """
 
     gate: Weight
@@ -48,7 +49,7 @@ class Experts(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """Number of groups, J = E·Z: of rows with the same expert and the same entry of a bank; E without a bank."""
+        """Number of groups of rows, J = E·Z: one for each expert and entry of a bank; E without a bank."""
         return self.number * max(self.entries, 1)
 
     @property
@@ -107,7 +108,7 @@ class Router(nn.Module):
 
 
 def with_master_gradients(experts: Experts, masters: Masters) -> tuple[Experts, Masters]:
-    """(experts, masters for the next call): JAX's gradient of the experts' values is added to that of the masters."""
+    """(experts, masters for the next call); gradients that JAX derives for the experts are added to the masters'."""
     if not masters:
         return experts, masters
     values, masters = _with_master_gradients(experts.values, masters)

@@ -1,4 +1,4 @@
-"""A weight, its adapter delta, and the products that read it: the one place that every product of a model goes through.
+"""A weight, its adapter delta, and the products that read it: every product of a model is computed here.
 
 `weight(module, name)` returns a module's value with its adapter delta. `matmul` multiplies all rows by one weight,
 `grouped_matmul` each row by its expert's weight; `logits` and `lookup` read a token table. Operand layout, dequantising
@@ -30,7 +30,7 @@ Value = jax.Array | Quantised
 
 
 def map_parts(function: Function, record: Parameter, value: Any) -> Any:
-    """A value with each array replaced by function(axes, array), where `axes` are the parameter's axes that it has.
+    """A value with each array replaced by function(axes, array); axes: the axes of the parameter that the array has.
 
     The axis of an array that follows none of the parameter's has None in its place.
     """
@@ -107,7 +107,7 @@ def matmul(x: jax.Array, w: Weight, transposed: bool = False) -> jax.Array:
     transposed: x [..., *out] · wᵀ -> [..., *in]. Transposed products take no adapter. Leading axes are flattened first:
     otherwise XLA on CPU runs the gradient at a third of the speed.
     """
-    assert w.delta is None or not transposed, "an adapter changes no embedding"
+    assert w.delta is None or not transposed, "transposed products are for embeddings, which take no adapter"
     ins, outs = w.value.shape[: w.input_axes], w.value.shape[w.input_axes :]
     contracted, kept = (outs, ins) if transposed else (ins, outs)
     lead = x.shape[: x.ndim - len(contracted)]
@@ -155,7 +155,7 @@ def logits(x: jax.Array, table: Weight) -> jax.Array:
 
 
 def lookup(tokens: jax.Array, table: Weight, dtype: Any) -> jax.Array:
-    """Rows of table [V, D] in a dtype. The cast follows the gather, so that gradients of a row are summed in fp32."""
+    """Rows of table [V, D] in a dtype. They are cast after they are gathered, so that their gradients sum in fp32."""
     value = table.value
     return value.rows(tokens, dtype) if isinstance(value, Quantised) else value[tokens].astype(dtype)
 
