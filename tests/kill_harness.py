@@ -75,6 +75,7 @@ class Case:
     inputs: tuple[str, ...]  # files and directories that it reads
     results: tuple[str, ...]  # files and directories that it writes; the first one says that the result is there
     resumes: bool = False  # the same command goes on, and says that a finished run is done
+    redrawn: tuple[str, ...] = ()  # results that every call writes anew, those on a finished run included
     exchanges: bool = True  # the file system can exchange two names
     reader: tuple[str, ...] = ()  # arguments of a command that reads the result, run before looking at what is left
 
@@ -129,7 +130,8 @@ def examine(server: Server, case: Case, choose: Callable[[int], Iterable[int]], 
         if content(case.root, case.inputs) != inputs:
             found.lost.append(place)
         done = case.results[0] in left and left[case.results[0]] == new[case.results[0]]
-        if left not in (old, new) and (not case.resumes or done):
+        states = [_without(one, case.redrawn) for one in (left, old, new)]
+        if states[0] not in states[1:] and (not case.resumes or done):
             found.half_made.append(place)
         again = server.run(case.arguments, case.root, exchanges=case.exchanges)
         refused = again["status"] == 2 and left == new and "exists" in again["output"]
@@ -139,6 +141,10 @@ def examine(server: Server, case: Case, choose: Callable[[int], Iterable[int]], 
             found.not_identical.append(place)
         if hidden(case.root) - names:
             found.left_behind.append(f"{place}: {sorted(hidden(case.root) - names)}")
+
+
+def _without(found: dict[str, str], names: Iterable[str]) -> dict[str, str]:
+    return {name: digest for name, digest in found.items() if name not in names}
 
 
 def content(root: Path, names: Iterable[str]) -> dict[str, str]:

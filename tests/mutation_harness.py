@@ -137,6 +137,7 @@ def results(subjects: list[mutation_subjects.Subject], each: int, seed: int) -> 
 def _in_child(make: Callable[[], None]) -> None:
     child = os.fork()
     if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a command prints is no result
         try:
             make()
         except BaseException:

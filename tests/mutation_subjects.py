@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +22,11 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_llama
 
 import moe_reduce
+from moe_reduce.__main__ import main
 from moe_reduce.adapters import adapter, adapter_directory
 from moe_reduce.adapters.hypernetwork import directory as hypernetwork_directory
 from moe_reduce.adapters.hypernetwork import hypernetwork
 from moe_reduce.commands import inspect
-from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig, DataConfig, ExecutionConfig, ModelConfig, RunConfig, TrainConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.hypernetwork_config import HypernetworkConfig
@@ -72,7 +73,8 @@ def _array(array: Any) -> tuple[Any, ...]:
 
 
 def _arrays(tree: Any) -> dict[str, tuple[Any, ...]]:
-    return {path: _array(leaf) for path, leaf in trees.flatten(tree).items()}
+    """Values by path, those of a quantised weight included."""
+    return {jax.tree_util.keystr(path): _array(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _model(directory: Path, shard_bytes: int = 10**9) -> None:
@@ -258,6 +260,14 @@ def _int8(directory: Path) -> None:
     moe_reduce.save(quantise_int8(model), directory)
 
 
+def _compressed_tensors(directory: Path) -> None:
+    base = directory.with_name("base")
+    _model(base)
+    arguments = [f"--model={base}", f"--out={directory}", "--scheme=int8", "--format=compressed-tensors"]
+    assert main(["quantize", *arguments]) == 0
+    shutil.rmtree(base)
+
+
 def _gguf(directory: Path, kind: Kind = Kind.F32) -> None:
     directory.mkdir()
     write_llama(directory / "m.gguf", kind)
@@ -291,6 +301,7 @@ SUBJECTS = (
     Subject("config.json", _model, "config.json", _read_model),
     Subject("manifest.json", _model, "manifest.json", lambda directory: inspect.describe(directory, verify=True)),
     Subject("int8", _int8, "model.safetensors", _read_model),
+    Subject("compressed-tensors", _compressed_tensors, "[cm]o*", _read_model),
     Subject("gguf", _gguf, "*", _read_gguf),
     Subject("gguf Q8_0", lambda directory: _gguf(directory, Kind.Q8_0), "*", _read_gguf),
     Subject("tokenizer of gguf", _gguf, "*", lambda directory: _read_tokenizer(directory / "m.gguf")),

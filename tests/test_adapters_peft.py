@@ -14,8 +14,9 @@ from transformers_models import tiny, written
 
 import moe_reduce
 from moe_reduce.adapters import adapter as adapters
-from moe_reduce.adapters import adapter_directory, expressions, merging, peft_config
+from moe_reduce.adapters import adapter_directory, merging, peft_config
 from moe_reduce.adapters.peft_modules import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from moe_reduce.core import expressions
 from moe_reduce.core.config import AdapterConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input

@@ -89,7 +89,8 @@ def case(server, tmp_path_factory) -> Callable[..., Case]:
             arguments = [command, run_config(root, command), f"--workdir={root / 'run'}"]
             results = ("run/summary.json", "run/metrics.jsonl", "run/model", "run/adapter", "run/loss.png")
             results += tuple(f"run/{stage}" for stage in ("00-original", "01-pool", "02-tune", "03-prune"))
-            return Case(command, arguments, root, ("model", "tokens.npy"), results, resumes=True)
+            redrawn = () if command == "reduce" else ("run/loss.png",)
+            return Case(command, arguments, root, ("model", "tokens.npy"), results, resumes=True, redrawn=redrawn)
         given, results = artifact(server, root, command)
         if overwrite:
             assert server.run(given(first=True), root)["status"] == 0

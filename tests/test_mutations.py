@@ -46,6 +46,7 @@ MAY_DIFFER = {
         "commit": HISTORY,
         "versions*": HISTORY,
     },
+    "compressed-tensors": {"data": CHECKSUM, "initializer_range": "as in config.json"},
     "gguf": {"values of *": "weights have no checksum in this format"},
     "gguf Q8_0": {"values of *": "weights have no checksum in this format"},
     "tokenizer of gguf": {"tokenizer.*": VOCABULARY},

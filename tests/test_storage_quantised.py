@@ -10,7 +10,8 @@ import pytest
 import safetensors.numpy
 
 import moe_reduce
-from moe_reduce.core import trees
+from moe_reduce.__main__ import main
+from moe_reduce.core import expressions, trees
 from moe_reduce.core.config import ExecutionConfig, MeshConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.decoder import init_params
@@ -107,3 +108,29 @@ def test_contradictions_are_refused_by_name(dense: Path, change: Any, words: str
 def test_a_loaded_model_computes_as_before(model: Model, tmp_path: Path):
     moe_reduce.save(model, tmp_path / "model")
     np.testing.assert_array_equal(moe_reduce.load(tmp_path / "model")(TOKENS_BT), model(TOKENS_BT))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"targets": 3}, "config_groups.group_0.targets must be a list"),
+        ({"targets": ["Linear", None]}, "config_groups.group_0.targets must be a list"),
+        ({"weights": "int8"}, "config_groups.group_0.weights must be an object"),
+        ({"targets": ["re:("]}, "no regular expression"),
+        ({"targets": [r"re:(\w|\w\w|\w\w\w|\.|\w\.)+[!?]"]}, "takes more than"),
+    ],
+)
+def test_damaged_groups_of_compressed_tensors_are_one_line(
+    tmp_path: Path, tiny_dense: Any, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], words: str
+):
+    monkeypatch.setattr(expressions, "SECONDS", 0.1)
+    params = init_params(tiny_dense, jax.random.key(0))
+    moe_reduce.save(Model(tiny_dense, params, ExecutionConfig().resolve("cpu")), tmp_path / "model")
+    arguments = [f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'out'}", "--scheme=int8"]
+    assert main(["quantize", *arguments, "--format=compressed-tensors"]) == 0
+    raw = json.loads((tmp_path / "out/config.json").read_text())
+    raw["quantization_config"]["config_groups"]["group_0"] |= change
+    (tmp_path / "out/config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=words) as caught:
+        moe_reduce.load(tmp_path / "out")
+    assert "\n" not in str(caught.value)

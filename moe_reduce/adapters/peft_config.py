@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_reduce.adapters.expressions import Expressions
-from moe_reduce.adapters.expressions import check as check_expressions
 from moe_reduce.adapters.peft_modules import CONFIG_FILE
 from moe_reduce.core import json_files
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.expressions import Expressions
+from moe_reduce.core.expressions import check as check_expressions
 
 # Keys that are read here, with the values that a file without them has.
 USED: Mapping[str, Any] = {

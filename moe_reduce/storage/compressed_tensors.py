@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.expressions import Expressions
+from moe_reduce.core.expressions import check as check_expressions
 from moe_reduce.core.schemes import BLOCK, SCHEMES, Scheme
 from moe_reduce.families import QUANTISATION, QUANTISATION_METHOD, Leaf, to_stored
 from moe_reduce.storage.native_layout import BFLOAT16, BYTES, FLOAT32, FP8, INTEGERS
@@ -131,20 +133,34 @@ def scheme_of(leaf: Leaf, files: Tensors) -> Scheme | None:
     groups = files.quantisation.get("config_groups")
     if not isinstance(groups, Mapping):
         raise UserError(f"{QUANTISATION} in {files.directory} has no config_groups: fetch config.json again")
-    module = name.removesuffix(".weight")
-    for group in groups.values():
-        if any(_matches(target, module) for target in group.get("targets", ())):
-            return _scheme(group.get("weights") or {}, f"{QUANTISATION} in {files.directory}")
+    module, where = name.removesuffix(".weight"), f"{QUANTISATION} in {files.directory}"
+    expressions = Expressions(files.directory)
+    for key, group in groups.items():
+        targets, weights = _group(group, f"{where}: config_groups.{key}")
+        if any(_matches(target, module, expressions) for target in targets):
+            return _scheme(weights, where)
     raise UserError(f"{QUANTISATION} in {files.directory} names no group for {module}: fetch config.json again")
+
+
+def _group(group: Any, where: str) -> tuple[list[str], Mapping[str, Any]]:
+    """(targets, weights) of a group of config_groups; UserError for values of other types."""
+    targets, weights = (group.get("targets"), group.get("weights")) if isinstance(group, Mapping) else (None, None)
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise UserError(f"{where}.targets must be a list of names, got {targets!r}: fetch config.json again")
+    if not isinstance(weights, Mapping):
+        raise UserError(f"{where}.weights must be an object, got {weights!r}: fetch config.json again")
+    regular = (target.removeprefix(REGULAR) for target in targets if target.startswith(REGULAR))
+    check_expressions(f"{where}.targets", regular)
+    return targets, weights
 
 
 def _first(leaf: Leaf) -> str:
     return leaf.name((0,) * len(leaf.stacked))
 
 
-def _matches(target: str, module: str) -> bool:
+def _matches(target: str, module: str, expressions: Expressions) -> bool:
     if target.startswith(REGULAR):
-        return re.match(target.removeprefix(REGULAR), module) is not None
+        return expressions.match(target.removeprefix(REGULAR), module) is not None
     return target in ("Linear", module)
 
 
