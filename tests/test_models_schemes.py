@@ -137,12 +137,13 @@ def test_products_gradients_tables_and_stacks(scheme):
             "heads": matmul(x.reshape(-1, 32, 4), Weight(merged, input_axes=2)),
             "back": matmul(jnp.ones((2, 5)), Weight(merged, input_axes=2), transposed=True).reshape(2, -1),
             "gradient": jax.grad(lambda x: jnp.sum(jnp.sin(matmul(x, Weight(merged.flat())))))(x),
+            "many": matmul(jnp.tile(x, (10, 1)), Weight(merged.flat())),
         }
         array, flat = first.dequantised(), merged.dequantised().reshape(INPUTS, 5)
         theirs = {
             "grouped": product(rows, array), "layer": array, "logits": x @ words.dequantised().T,
             "rows": words.dequantised()[tokens], "heads": x @ flat, "back": jnp.ones((2, 5)) @ flat.T,
-            "gradient": jax.grad(lambda x: jnp.sum(jnp.sin(x @ flat)))(x),
+            "gradient": jax.grad(lambda x: jnp.sum(jnp.sin(x @ flat)))(x), "many": jnp.tile(x, (10, 1)) @ flat,
         }  # fmt: skip
         return ours, theirs
 

@@ -35,28 +35,28 @@ def _by_inputs(x_SI: jax.Array, matrix: Quantised) -> jax.Array:
     code, grouped = matrix.scheme.code, matrix.scheme.scope == "group"
     size, outputs = matrix.codes.shape
     grid = matrix.grid
+    zeros = _offset(grid.zeros, grid.scales.shape, code)
     groups = grid.scales.shape[0] if grouped else 1
     chunks = _chunks(groups if grouped else size, size * PER_BYTE[code] * outputs)
-    inner = groups // chunks if grouped else 1
-    # [chunk, place in the byte, group, row, byte of the group]
-    x = x_SI.reshape(x_SI.shape[0], chunks, inner, -1, PER_BYTE[code]).transpose(1, 4, 2, 0, 3)
-    packed = matrix.codes.reshape(chunks, inner, -1, outputs)
-    offset = _offset(grid.zeros, grid.scales.shape, code)
-    scales, zeros = grid.scales, offset
-    if grouped:
-        scales, zeros = (part.reshape(chunks, inner, 1, outputs) for part in (scales, offset))
+    # [chunk, place in the byte, row, byte]
+    x = x_SI.reshape(x_SI.shape[0], chunks, -1, PER_BYTE[code]).transpose(1, 3, 0, 2)
+    packed = _bytes(matrix.codes).reshape(chunks, groups // chunks if grouped else 1, -1, outputs)
+    of_groups = tuple(part.reshape(chunks, -1, 1, outputs) for part in (grid.scales, zeros)) if grouped else ()
 
     def add(y_SO: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         x, packed, *of_groups = chunk
-        parts = (dot(x[place], plane, 1, 0, "plain", batch=1) for place, plane in enumerate(_planes(packed, code)))
-        y = sum(parts)
-        if of_groups:
-            y = (y - jnp.sum(x, axis=(0, 3))[..., None] * of_groups[1]) * of_groups[0]
-        return y_SO + jnp.sum(y, axis=0), None
+        for place, plane in enumerate(_planes(packed, code)):
+            values = _scaled(plane, *of_groups) if of_groups else plane
+            y_SO = y_SO + dot(x[place], values.reshape(-1, outputs), 1, 0, "plain")
+        return y_SO, None
 
     start = jnp.zeros((x_SI.shape[0], outputs), jnp.float32)
-    y_SO, _ = jax.lax.scan(add, start, (x, packed, *((scales, zeros) if grouped else ())))
-    return y_SO if grouped else (y_SO - jnp.sum(x_SI, axis=1, keepdims=True) * zeros) * scales
+    y_SO, _ = jax.lax.scan(add, start, (x, packed, *of_groups))
+    return y_SO if grouped else (y_SO - jnp.sum(x_SI, axis=1, keepdims=True) * zeros) * grid.scales
+
+
+def _scaled(values: jax.Array, scales: jax.Array, zeros: jax.Array) -> jax.Array:
+    return (values - jnp.broadcast_to(zeros, values.shape)) * jnp.broadcast_to(scales, values.shape)
 
 
 def _by_outputs(x_SI: jax.Array, matrix: Quantised) -> jax.Array:
@@ -76,13 +76,17 @@ def _by_outputs(x_SI: jax.Array, matrix: Quantised) -> jax.Array:
         packed, scales, zeros = chunk
         total = jnp.zeros((), jnp.float32)
         for place, plane in enumerate(_planes(packed, code)):
-            blocks = plane.reshape(*scales.shape[:2], -1)
-            values = (blocks - jnp.broadcast_to(zeros, blocks.shape)) * jnp.broadcast_to(scales, blocks.shape)
+            values = _scaled(plane.reshape(*scales.shape[:2], -1), scales, zeros)
             total = total + dot(x[:, :, place], values.reshape(plane.shape), 1, 1, "plain")
         return total
 
-    found = jax.lax.map(some, (matrix.codes.reshape(chunks, -1, size), scales, zeros))
+    found = jax.lax.map(some, (_bytes(matrix.codes).reshape(chunks, -1, size), scales, zeros))
     return found.transpose(1, 0, 2).reshape(x_SI.shape[0], outputs)
+
+
+def _bytes(packed: jax.Array) -> jax.Array:
+    """Codes whose dtype XLA on CPU moves as it is: it converts 8-bit floats to wider ones and back."""
+    return packed if packed.dtype == jnp.int8 else jax.lax.bitcast_convert_type(packed, jnp.uint8)
 
 
 def _chunks(units: int, values: int) -> int:
@@ -102,7 +106,7 @@ def _planes(packed: jax.Array, code: Code) -> list[jax.Array]:
     if code == "int8":
         return [packed.astype(jnp.float32)]
     if code == "fp8":
-        return [_half(jax.lax.bitcast_convert_type(packed, jnp.uint8), code, 128)]
+        return [_half(packed, code, 128)]
     planes = codes.planes(packed, code)
     if code == "mxfp4":
         return [_half(plane, code, 8) for plane in planes]
