@@ -165,6 +165,27 @@ def test_mistakes_are_one_line(tiny_dense, tmp_path, capsys, options, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_calibrated_methods_write_what_they_make(tiny_layer_moe, tmp_path, capsys, method):
+    config = wide(tiny_layer_moe)
+    saved(config, tmp_path / "model")
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 64, (8, 16)).astype(np.int32))
+    data = [f"--data={tmp_path / 'tokens.npy'}", "--batch-size=4", f"--cache={tmp_path / 'cache'}"]
+    assert run(tmp_path, "--scheme=experts=int4,attention=int4-g32", f"--method={method}", *data) == 0
+    shown = capsys.readouterr().out
+    assert "tokens: rounded to nearest" in shown, "64 tokens are the least of an expert"
+    found = moe_reduce.load(tmp_path / "out")
+    experts = found.params["layers"]["experts"]["up"]
+    assert (str(experts.scheme), experts.shape) == ("int4-g128", (2, 4, 128, 128))
+    assert np.all(np.isfinite(found(TOKENS_BT)))
+    (step,) = json.loads((tmp_path / "out/manifest.json").read_text())["chain"]
+    assert (step["arguments"]["method"], step["arguments"]["data"]) == (method, str(tmp_path / "tokens.npy"))
+    assert 0 < step["quality"]["relative_squared_error_of_products.attention"] < 0.05
+    for wrong, words in (([], "needs calibration text: give --data"), (["--method=rtn", *data], "--data does nothing")):
+        assert run(tmp_path, "--scheme=int4", f"--method={method}", *wrong, out="x") == 2
+        assert words in capsys.readouterr().err
+
+
 def test_quantising_twice_is_refused(tiny_dense, tmp_path, capsys):
     saved(tiny_dense, tmp_path / "model")
     assert run(tmp_path, "--scheme=int8", out="model2") == 0

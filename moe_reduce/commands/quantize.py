@@ -1,4 +1,7 @@
-"""moe-reduce quantize: store the matrices of a model in fewer bits; one layer at a time is in memory."""
+"""moe-reduce quantize: store the matrices of a model in fewer bits.
+
+Rounding to nearest holds one layer at a time in memory; GPTQ and AWQ, which need calibration text, hold the model.
+"""
 
 import argparse
 from collections.abc import Mapping
@@ -15,8 +18,10 @@ from moe_reduce.models.parameters import counts_by_component, parameter_count
 
 if TYPE_CHECKING:
     from moe_reduce.quantization.files import Report
+    from moe_reduce.reduction.files import Directory
 
 KEPT = {"native": ("router", "norm"), "compressed-tensors": ("router", "norm", "embedding", "unembedding")}
+NEAREST = "rtn"  # the method that needs no text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="components to leave as they are unless --scheme names them (default: router,norm, and for "
         "compressed-tensors the token tables)",
     )  # fmt: skip
-    parser.add_argument("--method", choices=("rtn",), default="rtn", help="rtn: round to nearest (default)")
+    parser.add_argument(
+        "--method", choices=(NEAREST, "gptq", "awq"), default=NEAREST,
+        help="rtn: round to nearest; gptq (arXiv:2210.17323) and awq (arXiv:2306.00978) need --data "
+        "(default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--clip", choices=("min-max", "percentile", "mse"), default="min-max",
         help="range that the values of a scale cover: all, 99.9 %% of them, or that of the smallest squared error "
@@ -46,15 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", choices=tuple(KEPT), default="native",
         help="layout on disk: ours, for every scheme, or one that transformers opens (default: %(default)s)",
     )  # fmt: skip
+    model_arguments.add_data(parser, required=False, purpose="calibration text of gptq and awq")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     """Writes the quantised model directory, prints bits, bytes and errors by component, and returns its path."""
     model_arguments.no_overrides(overrides)
-    from moe_reduce.quantization import clipping, files
+    _check_data(arguments)
+    from moe_reduce.quantization import files
     from moe_reduce.quantization.round_to_nearest import schemes_by_path
     from moe_reduce.reduction.files import open_directory
-    from moe_reduce.storage.model_directory import KIND, write_directory
+    from moe_reduce.storage.model_directory import KIND
 
     model_arguments.check_out(arguments, KIND)
     directory = open_directory(arguments.model)
@@ -63,15 +74,58 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     chosen = _chosen(arguments, directory.config)
     by_path = schemes_by_path(directory.config, chosen)
     make = files.Target.native if arguments.format == "native" else files.Target.compressed_tensors
-    target = make(directory.config, by_path)
+    write = _from_file_to_file if arguments.method == NEAREST else _with_calibration
+    print(write(arguments, directory, make(directory.config, by_path), chosen))
+    return arguments.out
+
+
+def _check_data(arguments: argparse.Namespace) -> None:
+    """Raises UserError for a method without the text that it needs, and for text that none needs."""
+    if arguments.method == NEAREST:
+        model_arguments.check_unused(arguments, f"with --method={NEAREST}", "data")
+    elif arguments.data is None:
+        raise UserError(f"--method={arguments.method} needs calibration text: give --data")
+    else:
+        model_arguments.data_config(arguments)
+
+
+def _from_file_to_file(
+    arguments: argparse.Namespace, directory: "Directory", target: Any, chosen: Mapping[str, Scheme]
+) -> str:
+    """Rounds to nearest, tensor by tensor, and writes --out; returns the table."""
+    from moe_reduce.quantization import clipping, files
+    from moe_reduce.storage.model_directory import write_directory
+
     beside = arguments.out.with_name(f"{arguments.out.name}.parts")
     with disk.writing(arguments.out, "choose another --out"), disk.temporary_beside(beside) as spool:
-        rounding = files.to_nearest(by_path, clipping.ranges(arguments.clip))
+        rounding = files.to_nearest(target.schemes, clipping.ranges(arguments.clip))
         items, report = files.quantise_files(directory, target, spool, rounding)
         step = _step(arguments, directory.config, chosen, report)
         write_directory(files.contents(directory, target, items, step), arguments.out, arguments.overwrite)
-    print(_table(directory.config, chosen, report))
-    return arguments.out
+    return _table(directory.config, chosen, report)
+
+
+def _with_calibration(
+    arguments: argparse.Namespace, directory: "Directory", target: Any, chosen: Mapping[str, Scheme]
+) -> str:
+    """Quantises by GPTQ or AWQ in memory, and writes --out; returns the table, and the experts seen too seldom."""
+    from moe_reduce.quantization import calibrated, clipping, files
+    from moe_reduce.quantization.choice import of_components
+    from moe_reduce.storage.model_directory import write_directory
+
+    config = directory.config
+    settings = calibrated.Settings(arguments.method, of_components(config, chosen), clipping.ranges(arguments.clip))
+    model = model_arguments.load_model(arguments)
+    batches = model_arguments.batches(arguments, config.vocab_size)
+    after, calibration = calibrated.quantise(model, batches, settings)
+    report = files.compared(model, after)
+    step = _step(arguments, config, chosen, report, calibration.errors())
+    write_directory(files.contents_of(after, target, step), arguments.out, arguments.overwrite)
+    rare = [
+        f"expert {expert} of layer {layer} got {tokens} tokens: rounded to nearest"
+        for layer, expert, tokens in calibration.rare
+    ]
+    return "\n".join([_table(config, chosen, report), *rare])
 
 
 def _chosen(arguments: argparse.Namespace, config: ModelConfig) -> dict[str, Scheme]:
@@ -99,18 +153,29 @@ def _with_groups(arguments: argparse.Namespace) -> str:
     return ",".join(parts + [f"{one}={name if name == KEEP else name + ending}" for one, name in named.items()])
 
 
-def _step(arguments: argparse.Namespace, config: ModelConfig, chosen: Mapping[str, Scheme], report: "Report") -> Step:
+def _step(
+    arguments: argparse.Namespace,
+    config: ModelConfig,
+    chosen: Mapping[str, Scheme],
+    report: "Report",
+    of_products: Mapping[str, float] | None = None,
+) -> Step:
+    """The link of the chain. of_products: squared errors of the products over calibration, by component."""
     from moe_reduce.storage import manifest
 
     count = parameter_count(config)
     settings = {name: getattr(arguments, name) for name in ("method", "clip", "format")}
+    if arguments.data is not None:
+        settings |= model_arguments.measured_on(arguments)
+    errors = {f"relative_error.{name}": error for name, error in report.errors().items()}
+    errors |= {f"relative_squared_error_of_products.{name}": error for name, error in (of_products or {}).items()}
     return Step(
         command="quantize",
         arguments=settings | {"schemes": {component: str(scheme) for component, scheme in sorted(chosen.items())}},
         inputs=(manifest.input_of(arguments.model),),
         parameters_before=count,
         parameters_after=count,
-        quality={f"relative_error.{name}": error for name, error in sorted(report.errors().items())},
+        quality=dict(sorted(errors.items())),
     )
 
 
@@ -127,6 +192,6 @@ def _table(config: ModelConfig, chosen: Mapping[str, Scheme], report: "Report") 
     return tables.aligned(rows)
 
 
-def _sizes(report: "Report", components: list[str], count: int) -> list[Any]:
+def _sizes(report: "Report", components: list[str], count: int) -> list[str]:
     before, after = (sum(found[name] for name in components) for found in (report.before, report.after))
     return [f"{8 * after / count:.3f}", f"{before:,}", f"{after:,}"]

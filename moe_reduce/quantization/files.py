@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from moe_reduce.core import trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
 from moe_reduce.core.schemes import Scheme
 from moe_reduce.families import Leaf, leaves, of_config, own_config
+from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Parameter, by_path
 from moe_reduce.models.weights import Quantised, quantise
 from moe_reduce.models.weights.scales import Ranges, extremes
 from moe_reduce.reduction.files import Directory
 from moe_reduce.storage import compressed_tensors, native_layout, quantised
 from moe_reduce.storage.model_directory import Contents
+from moe_reduce.storage.parameter_tensors import write_items
 from moe_reduce.storage.tensors import TensorFiles, TensorItem, write_file
 from moe_reduce.storage.weight_parts import Part
 
@@ -36,7 +40,7 @@ class Target:
 
     config: ModelConfig
     schemes: Mapping[str, Scheme]
-    parts: Callable[[Leaf, Scheme], list[Part]]
+    parts: quantised.Layout
     stated: Mapping[str, Any] | None
 
     @classmethod
@@ -67,7 +71,7 @@ class Report:
         self.before[component] = self.before.get(component, 0) + before
         self.after[component] = self.after.get(component, 0) + after
 
-    def compare(self, component: str, matrix: np.ndarray, value: Quantised) -> None:
+    def compare(self, component: str, matrix: Any, value: Quantised) -> None:
         """Count the squared error of one matrix and its squared size."""
         error, size = _squares(matrix, value)
         errors, sizes = self.squares.get(component, (0.0, 0.0))
@@ -142,10 +146,9 @@ def _layer(
         matrix = directory.view(source, index)
         value = rounding(records[leaf.path], index, matrix)
         report.compare(component, matrix, value)
-        arrays = quantised.arrays_by_key(value)
-        report.add(component, matrix.nbytes, sum(array.nbytes for array in arrays.values()))
-        for part in target.parts(leaf, target.schemes[leaf.path]):
-            tensors.setdefault(part.leaf.name(index), []).append((part, arrays.get(part.key, arrays["codes"])))
+        report.add(component, matrix.nbytes, sum(array.nbytes for array in jax.tree.leaves(value)))
+        for part, array in quantised.arrays_of(leaf, value, target.parts):
+            tensors.setdefault(part.leaf.name(index), []).append((part, array))
     return [*items.values(), *(_item(name, made) for name, made in tensors.items())]
 
 
@@ -172,3 +175,21 @@ def contents(directory: Directory, target: Target, items: list[TensorItem], step
     dtype = str(directory.files.entries[first.names()[0]].dtype)
     chain = (*directory.chain, step)
     return Contents(target.config, items, dtype, directory.path, directory.raw, chain, target.stated)
+
+
+def compared(before: Model, after: Model) -> Report:
+    """Bytes and errors of a model that was quantised in memory."""
+    report, flat, records = Report(), trees.flatten(before.params), by_path(before.config)
+    for path, value in trees.flatten(after.params).items():
+        component = records[path].component
+        report.add(component, flat[path].nbytes, sum(leaf.nbytes for leaf in jax.tree.leaves(value)))
+        if isinstance(value, Quantised):
+            report.compare(component, flat[path], value)
+    return report
+
+
+def contents_of(model: Model, target: Target, step: Step) -> Contents:
+    """A model that was quantised in memory, as input of `write_directory`. step: appended to its chain."""
+    items = write_items(model.params, target.config, partial(quantised.arrays_of, layout=target.parts))
+    dtype = next(str(leaf.dtype) for leaf in trees.flatten(model.params).values() if not isinstance(leaf, Quantised))
+    return Contents(target.config, items, dtype, model.source, model.hf_config, (*model.chain, step), target.stated)

@@ -5,7 +5,7 @@
 beside it is int8 in our layout, as earlier versions wrote it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from moe_reduce.models.weights.scales import DoubleScales
 from moe_reduce.storage import compressed_tensors, native_layout
 from moe_reduce.storage.tensors import Tensors
 from moe_reduce.storage.weight_parts import Part
+
+Layout = Callable[[Leaf, Scheme], list[Part]]
+ArraysOf = Callable[[Leaf, Any], list[tuple[Part, Any]]]
 
 
 def stated(directory: Path) -> dict[str, Any]:
@@ -61,12 +64,12 @@ def _layout(files: Tensors) -> Any:
     return compressed_tensors if named == compressed_tensors.METHOD else native_layout
 
 
-def arrays_of(leaf: Leaf, value: Any) -> list[tuple[Part, Any]]:
-    """The arrays of a weight in our layout."""
+def arrays_of(leaf: Leaf, value: Any, layout: Layout = native_layout.parts) -> list[tuple[Part, Any]]:
+    """The arrays of a weight in a layout. A part that holds none, such as a shape, goes with the codes."""
     if not isinstance(value, Quantised):
         return [(Part("", leaf), value)]
     arrays = arrays_by_key(value)
-    return [(part, arrays[part.key]) for part in native_layout.parts(leaf, value.scheme)]
+    return [(part, arrays.get(part.key, value.codes)) for part in layout(leaf, value.scheme)]
 
 
 def arrays_by_key(value: Quantised) -> dict[str, Any]:
