@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 EXPORT = ["flatbuffers>=25.0", "jax2onnx>=0.17", "onnx>=1.20", "onnxruntime>=1.24"]
 CHAT = ["jinja2>=3.1.6"]
 EVALUATE = ["lm-eval>=0.4.9", "rouge-score>=0.1.2"]
-HYPERNETWORK = ["huggingface-hub>=0.30", "onnxruntime>=1.24", "pyyaml>=6.0"]
+HYPERNETWORK = ["onnxruntime>=1.24", "pyyaml>=6.0"]
 MONITOR = ["psutil>=5.9"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10"]
 TOOLS = ["basedpyright>=1.31", "pytest>=8.3", "pytest-xdist>=3.7", "ruff>=0.12"]
@@ -38,6 +38,7 @@ setup(
         "transformers>=5.24",  # reads the tokenizers of other people's models; needs no torch for that
         "safetensors>=0.6",
         "regex>=2025.10",  # expressions of other people's adapters, with a limit on time
+        "huggingface-hub>=0.30",
         "gguf>=0.18",
         "tqdm>=4.66",
         "matplotlib>=3.9",

@@ -203,7 +203,7 @@ def attention(run: RunConfig, way: str, rows: int, length: int) -> dict[str, Run
     def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         if way == "cudnn":
             return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-        return softmax.attention(q, k, v, Visibility(model), run.execution.products)
+        return softmax.attention(q, k, v, Visibility(model), softmax.Softmax(layout=run.execution.products))
 
     return {"forward": compiled(mix, *given), "forward and backward": compiled(with_gradient(mix), *given)}
 

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from moe_reduce.core import compilation_cache, memory
+from moe_reduce.core import compilation_cache, hub, memory
 from moe_reduce.core.errors import PeerLost, UserError
 
 COMMANDS = {
@@ -36,6 +36,7 @@ COMMANDS = {
 }
 
 
+MODELS = ("model", "baseline")  # arguments that name a model
 RESUMED = {"train", "reduce", "adapt", "text-to-lora"}  # go on where an earlier call was interrupted
 INTERRUPTED = 130  # exit status by convention: 128 + SIGINT
 COMPILES_NOTHING = {"inspect", "report"}
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         if wanted:
             memory.check_start()
         parsed, overrides = _parser(arguments, wanted).parse_known_args(arguments)
+        _resolve(parsed)
         if parsed.command not in COMPILES_NOTHING:
             compilation_cache.enable()
         print(_module(parsed.command).run(parsed, overrides))
@@ -97,6 +99,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"moe-reduce {wanted}: out of memory{reason and f' ({reason})'}: {MEMORY}", file=sys.stderr, flush=True)
         return UserError.status
     return 0
+
+
+def _resolve(parsed: argparse.Namespace) -> None:
+    """Replaces names of models on the Hugging Face hub by their directories."""
+    for name in MODELS:
+        value = getattr(parsed, name, None)
+        if isinstance(value, list):
+            setattr(parsed, name, [hub.local(path) for path in value])
+        elif value is not None:
+            setattr(parsed, name, hub.local(value))
 
 
 def _parser(arguments: list[str], wanted: str | None) -> Parser:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from families_cases import CASES, config_class
 from test_models_counts import PYTHIA_160M
 from transformers_models import CLASSES, SIZES_OF
 
@@ -72,12 +73,16 @@ PYTHIA = {  # the spelling of Pythia-160M on the hub
 }
 
 
+KINDS = [*CLASSES, *CASES]
+
+
 def config_of(kind: str, **changes):
-    return CLASSES[kind][0](**SIZES_OF[kind] | changes)
+    sizes = SIZES_OF[kind] if kind in SIZES_OF else CASES[kind][0]
+    return config_class(kind)(**sizes | changes)
 
 
 def test_every_published_family_is_compared_with_transformers():
-    assert sorted([*CLASSES, "moe_reduce"]) == sorted(family.name for family in FAMILIES)
+    assert sorted([*KINDS, "moe_reduce"]) == sorted(family.name for family in FAMILIES)
 
 
 def test_published_spelling():
@@ -100,7 +105,7 @@ def test_published_spelling_of_pythia():
     assert from_hf(PYTHIA | changes) == from_hf(CLASSES["gpt_neox"][0](**PYTHIA | changes).to_dict()) == other
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_unchanged_file_keeps_every_byte(tmp_path: Path, kind: str):
     config_of(kind).save_pretrained(tmp_path)
     model, raw = read_config(tmp_path)
@@ -108,27 +113,35 @@ def test_unchanged_file_keeps_every_byte(tmp_path: Path, kind: str):
     assert dumps(to_hf(model, raw, "float32")) == (tmp_path / "config.json").read_text()
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_keys_left_out_mean_what_transformers_means(kind: str):
-    theirs = CLASSES[kind][0]().to_dict()
+    theirs = config_class(kind)().to_dict()
     required = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     sizes = ("intermediate_size", "num_key_value_heads", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    sizes += ("num_local_experts", "n_routed_experts")
     full = {key: value for key, value in theirs.items() if value is not None}
-    full |= {"num_experts": 128} if kind == "qwen3_moe" else {}
-    short = {key: value for key, value in full.items() if key in required + sizes}
+    given = {
+        "qwen3_moe": {"num_experts": 128},
+        "deepseek_v2": {"num_experts_per_tok": 6},
+        "glm4_moe": {"head_dim": 128},
+    }
+    full |= given.get(kind, {})
+    short = {key: value for key, value in full.items() if key in (*required, *sizes, *given.get(kind, {}))}
     assert from_hf(short) == from_hf(full)
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_changed_fields_only(tmp_path: Path, kind: str):
     config_of(kind).save_pretrained(tmp_path)
     model, raw = read_config(tmp_path)
-    changed = dataclasses.replace(model, layers=1, rope_theta=5e5)
+    first = model.dense_layers + 1
+    changed = dataclasses.replace(model, layers=first, rope_theta=5e5, window_pattern=None)
     written = to_hf(changed, raw, "float32")
     assert from_hf(written) == changed
     different = {key for key in written if key not in raw or written[key] != raw[key]}
-    assert different == {"num_hidden_layers", "rope_parameters"} | ({"layer_types"} & set(raw))
-    assert CLASSES[kind][0](**written).num_hidden_layers == 1
+    fewer = {"num_hidden_layers", *({"layer_types"} & set(raw))} if first < model.layers else set()
+    assert different == {"rope_parameters"} | fewer
+    assert config_class(kind)(**written).num_hidden_layers == first
 
 
 def test_defaults_that_no_longer_fit_are_written():
@@ -138,13 +151,13 @@ def test_defaults_that_no_longer_fit_are_written():
     assert from_hf(to_hf(fewer, raw, "bfloat16")) == fewer
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_fresh_config_is_read_by_transformers(tmp_path: Path, kind: str):
     model = from_hf(config_of(kind).to_dict())
     raw = to_hf(model, None, "float32")
     assert from_hf(raw) == model
     (tmp_path / "config.json").write_text(dumps(raw))
-    theirs = CLASSES[kind][0].from_pretrained(tmp_path)
+    theirs = config_class(kind).from_pretrained(tmp_path)
     assert from_hf(theirs.to_dict()) == model
 
 
@@ -243,12 +256,13 @@ def test_change_of_type_keeps_the_token_ids():
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"mlp_only_layers": [0]}, "mlp_only_layers"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters"),
         ({"rope_parameters": 3}, "rope_parameters"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "mamba"}, ", ".join(family.name for family in FAMILIES)),
+        ({"model_type": "qwen3_mo"}, "; the nearest is qwen3_moe"),
         ({"model_type": None}, "model_type"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"num_attention_heads": 0}, "query_heads"),
@@ -273,7 +287,7 @@ def test_refusals_name_file_and_key(tmp_path: Path, change: dict, words: str):
         ({"head_dim": 32}, "head_dim"),
         ({"rope_theta": 5e5}, "rope_theta"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling"),
         ({"rope_scaling": {"type": "default", "partial_rotary_factor": 1.0}}, "rope_scaling"),
         ({"rope_scaling": {"type": "default", "rope_theta": 2e4}}, "rope_scaling"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from families_cases import CASES, config_class
 from transformers_models import CLASSES, SIZES_OF, written
 
 import moe_reduce
@@ -21,11 +22,13 @@ CHANGED = {  # a value of each type that is no default of any key
     str: lambda value: f"{value}x", list: lambda value: [*value, 7], dict: lambda value: value | {"other": 1},
     type(None): lambda _: "other",
 }  # fmt: skip
+KINDS = [*CLASSES, *CASES]
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 12))
 
 
 def config_of(kind: str, **changes) -> dict:
-    return CLASSES[kind][0](**SIZES_OF[kind] | changes).to_dict()
+    sizes = SIZES_OF[kind] if kind in SIZES_OF else CASES[kind][0]
+    return config_class(kind)(**sizes | changes).to_dict()
 
 
 def family_of(kind: str) -> HuggingFaceFamily:
@@ -42,15 +45,15 @@ def attempted(raw: dict) -> tuple[ModelConfig | None, str]:
         return None, str(error)
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_key_that_transformers_writes_is_in_a_table(kind: str):
     written_keys = {key for key in config_of(kind) if not key.startswith("_")}
-    written_keys |= {field.name for field in dataclasses.fields(CLASSES[kind][0]) if not field.name.startswith("_")}
+    written_keys |= {field.name for field in dataclasses.fields(config_class(kind)) if not field.name.startswith("_")}
     off = {"is_encoder_decoder"}  # false in every decoder, and refused otherwise
     assert written_keys - family_of(kind).known_keys <= off
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_key_changed_is_read_or_refused_by_name_or_changes_nothing(kind: str):
     raw, family = config_of(kind), family_of(kind)
     before = from_hf(raw)
@@ -63,7 +66,7 @@ def test_every_key_changed_is_read_or_refused_by_name_or_changes_nothing(kind: s
         assert key in message if message else neutral or after != before, f"{key} is accepted and not read: {message}"
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group", ["rope_parameters", "rope_scaling"])
 def test_every_key_within_the_groups_of_rotation(kind: str, group: str):
     family = family_of(kind)
@@ -73,9 +76,18 @@ def test_every_key_within_the_groups_of_rotation(kind: str, group: str):
     for name in ("factor", "original_max_position_embeddings", "low_freq_factor", "long_factor", "beta_fast", "other"):
         with pytest.raises(UserError, match=rf"{group}\.{name}"):
             from_hf(raw | {group: {"rope_type": "default", name: 2.0}})
-    for kind_of_rope in ("linear", "dynamic", "yarn", "llama3", "longrope"):
+    for kind_of_rope in ("longrope", "proportional", "other"):
         with pytest.raises(UserError, match=f"{group}.rope_type={kind_of_rope!r}"):
             from_hf(raw | {group: {"rope_type": kind_of_rope, "factor": 2.0}})
+    for kind_of_rope in ("linear", "dynamic", "yarn"):
+        for name in ("rope_type", "type"):
+            scaling = from_hf(raw | {group: {name: kind_of_rope, "factor": 2.0}}).rotary_scaling
+            assert scaling is not None
+            assert (scaling.kind, scaling.factor) == (kind_of_rope, 2.0)
+        with pytest.raises(UserError, match=f"{group}.other=1"):
+            from_hf(raw | {group: {"rope_type": kind_of_rope, "factor": 2.0, "other": 1}})
+        with pytest.raises(UserError, match=f"{group}.factor is missing"):
+            from_hf(raw | {group: {"rope_type": kind_of_rope}})
     (first, *_) = family.rope
     with pytest.raises(UserError, match=f"{first}=.* and {group}.rope_theta=.* contradict"):
         from_hf(raw | {first: 1e4, group: {"rope_type": "default", "rope_theta": 5e4}})

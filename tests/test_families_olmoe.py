@@ -95,9 +95,14 @@ def test_uneven_pruning_from_file_to_file_keeps_the_rest_of_the_architecture(tmp
     assert np.isfinite(small(TOKENS_BT)).all()
 
 
-def test_weights_that_are_not_renormalised_are_not_pooled(directory: Path):
-    with pytest.raises(UserError, match="norm_topk_prob"):
-        pool(moe_reduce.load(directory), PoolStage(canonical=False))
+def test_a_pool_computes_the_same_where_weights_are_not_renormalised(directory: Path):
+    """The bias acts inside the softmax, whose denominator is then that of the home layer."""
+    model = moe_reduce.load(directory)
+    pooled = pool(model, PoolStage(canonical=False))
+    logits = model(TOKENS_BT)
+    np.testing.assert_allclose(pooled(TOKENS_BT), logits, atol=1e-5 * np.abs(logits).max())
+    with pytest.raises(UserError, match="norm_topk_prob"):  # which σ(z - t) cannot reproduce
+        pool(model, PoolStage(canonical=False, score_function="sigmoid"))
 
 
 def test_grouping_equal_heads_changes_no_logit(tmp_path: Path):

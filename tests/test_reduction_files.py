@@ -13,7 +13,6 @@ import moe_reduce
 from moe_reduce.__main__ import main
 from moe_reduce.core import trees
 from moe_reduce.core.config import ExecutionConfig
-from moe_reduce.core.errors import UserError
 from moe_reduce.core.stages import PoolStage
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
@@ -197,8 +196,9 @@ def test_routers_of_layers_are_compared_each_with_its_own(model, tmp_path):
     np.testing.assert_array_equal(found, np.repeat(np.arange(3), 4))
 
 
-def test_uneven_pruning_needs_renormalised_weights(model, tmp_path):
+def test_uneven_pruning_of_weights_that_are_not_renormalised_biases_the_logits(model, tmp_path):
     moe = dataclasses.replace(model.config.moe, normalize=False)
     moe_reduce.save(dataclasses.replace(model, config=dataclasses.replace(model.config, moe=moe)), tmp_path / "model")
-    with pytest.raises(UserError, match="norm_topk_prob"):
-        files.pruned(files.open_directory(tmp_path / "model"), UNEVEN)
+    found = files.pruned(files.open_directory(tmp_path / "model"), UNEVEN).config.moe
+    assert found is not None
+    assert (found.placement, found.bias_on, found.normalize) == ("shared", "logits", False)

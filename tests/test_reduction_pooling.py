@@ -110,8 +110,9 @@ def test_what_cannot_be_pooled(model, tiny_dense, tiny_shared):
         with pytest.raises(UserError, match=part):
             pooling.pool(other, plain())
     moe = dataclasses.replace(model.config.moe, normalize=False)
+    raw = dataclasses.replace(model, config=dataclasses.replace(model.config, moe=moe))
     with pytest.raises(UserError, match="norm_topk_prob"):
-        pooling.pool(dataclasses.replace(model, config=dataclasses.replace(model.config, moe=moe)), plain())
+        pooling.pool(raw, plain(score_function="sigmoid"))
 
 
 @pytest.mark.parametrize(

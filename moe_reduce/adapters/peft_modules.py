@@ -34,17 +34,22 @@ class Submatrix:
 
     @property
     def layer(self) -> int:
-        """Number of its layer."""
+        """Place of its layer in the target's stack."""
         assert self.target.layers is not None
         return self.target.layers[self.index]
 
 
 def modules_of(targets: Sequence[Target], model: ModelConfig) -> dict[str, list[Submatrix]]:
-    """Adapted matrices by the name of their module, without shared pools, which transformers does not have."""
+    """Adapted matrices by the name of their module.
+
+    Without shared pools, which transformers does not have, and without experts that are one tensor, and no module.
+    """
     by_path = families.by_path(model)
     found: dict[str, list[Submatrix]] = {}
     for target in targets:
         leaf = by_path[target.path]
+        if leaf.stored_expert_axis is not None and target.experts is not None:
+            continue
         numbered = np.broadcast_to(np.arange(leaf.stored_shape[0])[:, None], leaf.stored_shape)
         rows = leaf.from_stored(numbered).reshape(target.in_features, target.out_features)[0]
         for index, layer in enumerate(target.layers or ()):

@@ -6,19 +6,26 @@ from moe_reduce.core.config import AdapterConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.parameters import Parameter, parameters
 
+# word -> name of the parameter; words of latent attention and of the block beside experts are our own
 NAMES = {
-    "q": "query", "k": "key", "v": "value", "o": "output", "gate": "gate", "up": "up", "down": "down",
-    "router": "weight",
+    "q": "query", "k": "key", "v": "value", "o": "output", "q_down": "query_down", "q_up": "query_up",
+    "kv_down": "latent", "kv_up": "latent_up", "gate": "gate", "up": "up", "down": "down", "shared_gate": "gate",
+    "shared_up": "up", "shared_down": "down", "router": "weight",
 }  # fmt: skip
-PRESETS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+PRESETS = {
+    "attention": ("q", "k", "v", "o", "q_down", "q_up", "kv_down", "kv_up"),
+    "mlp": ("gate", "up", "down", "shared_gate", "shared_up", "shared_down"),
+}
 COMPONENTS = ("attention", "feed_forward", "experts", "router")
+SHARED, SHARED_COMPONENTS = "shared_", ("shared_expert",)  # before words for the block beside experts
 
 
 @dataclass(frozen=True)
 class Target:
     """A parameter whose matrices the adapter changes, and the layers in which they change.
 
-    layers: ascending; None for a parameter that has no layer axis, such as a shared pool's experts.
+    layers: places in the parameter's stack of layers, ascending; None for a parameter that has no layer axis, such as a
+    shared pool's experts.
     """
 
     parameter: Parameter
@@ -28,6 +35,11 @@ class Target:
     def path(self) -> str:
         """Path of the parameter."""
         return self.parameter.path
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Numbers of the layers in the model."""
+        return tuple(self.parameter.first_layer + place for place in self.layers or ())
 
     @property
     def in_features(self) -> int:
@@ -63,34 +75,56 @@ def targets_of(config: AdapterConfig, model: ModelConfig) -> tuple[Target, ...]:
     for word in config.targets.split(","):
         name, at, layers = word.strip().partition("@")
         for member in PRESETS.get(name, (name,)):
-            parameter = _parameter(member, model)
-            if parameter is None and name in PRESETS:
+            parameters_of = _parameters(member, model)
+            if not parameters_of and name in PRESETS:
                 continue  # a GELU block has no gate
-            if parameter is None:
+            if not parameters_of:
                 known = ", ".join((*NAMES, *PRESETS))
                 raise UserError(f"adapter.targets: the model has no {word!r}; known: {known}")
-            if parameter.path in found:
-                raise UserError(f"adapter.targets={config.targets} names {member} twice: name it once")
-            if at and not parameter.stacked:
-                raise UserError(
-                    f"adapter.targets: {word!r} names layers, but the pool belongs to all layers: write {name}"
-                )
-            chosen = _layers(layers or config.layers, model.layers) if parameter.stacked else None
-            found[parameter.path] = Target(parameter, chosen)
+            chosen, known = _layers(layers or config.layers, model.layers), len(found)
+            for parameter in parameters_of:
+                if at and not parameter.stacked:
+                    raise UserError(
+                        f"adapter.targets: {word!r} names layers, but the pool belongs to all layers: write {name}"
+                    )
+                target = Target(parameter, _places(parameter, chosen))
+                if target.layers == ():
+                    continue  # the layers are in another stack
+                if parameter.path in found:
+                    raise UserError(f"adapter.targets={config.targets} names {member} twice: name it once")
+                found[parameter.path] = target
+            if len(found) == known and name not in PRESETS:
+                raise UserError(f"adapter.targets: the model has no {member!r} in these layers: {word!r}")
     return tuple(found[path] for path in sorted(found))
 
 
 def word_of(target: Target) -> str:
     """The word for this target in `adapter.targets`, such as q@0+3."""
-    word = next(word for word, name in NAMES.items() if name == target.parameter.name)
-    return word if target.layers is None else f"{word}@{'+'.join(map(str, target.layers))}"
+    parameter = target.parameter
+    word = next(
+        word for word, name in NAMES.items() if name == parameter.name and parameter.component in _components(word)
+    )
+    return word if target.layers is None else f"{word}@{'+'.join(map(str, target.numbers))}"
 
 
-def _parameter(word: str, model: ModelConfig) -> Parameter | None:
-    for record in parameters(model):
-        if record.is_matrix and record.component in COMPONENTS and record.name == NAMES.get(word):
-            return record
-    return None
+def _components(word: str) -> tuple[str, ...]:
+    return SHARED_COMPONENTS if word.startswith(SHARED) else COMPONENTS
+
+
+def _parameters(word: str, model: ModelConfig) -> list[Parameter]:
+    """Parameters that a word names: one for each stack of layers that has it."""
+    return [
+        record
+        for record in parameters(model)
+        if record.is_matrix and record.component in _components(word) and record.name == NAMES.get(word)
+    ]
+
+
+def _places(parameter: Parameter, layers: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Places in the parameter's stack of those layers that are in it; None without a stack."""
+    if not parameter.stacked:
+        return None
+    return tuple(layer - parameter.first_layer for layer in layers if layer in parameter.layers)
 
 
 def _layers(text: str, total: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import sys
 import types
@@ -13,7 +14,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from moe_reduce.core import config
+from moe_reduce.core import config, hub
 from moe_reduce.core.config import run_from_dict
 from moe_reduce.core.errors import UserError
 
@@ -39,7 +40,13 @@ def read(file: str, overrides: list[str], reader: Callable[[dict[str, Any]], T] 
             raise UserError(f"unknown argument {override}: overrides look like --config.train.steps=10")
     described = _read_config_dict(file, overrides)
     _refuse_hidden(described, overrides)
-    return config.parse(described, reader)
+    return {name: _with_local_model(run) for name, run in config.parse(described, reader).items()}
+
+
+def _with_local_model(run: Any) -> Any:
+    """The run with the directory of its model, where it names one of the Hugging Face hub."""
+    model = getattr(run, "model", None)
+    return dataclasses.replace(run, model=str(hub.local(Path(model)))) if isinstance(model, str) and model else run
 
 
 def _refuse_hidden(described: ml_collections.ConfigDict, overrides: list[str]) -> None:

@@ -57,7 +57,7 @@ def _kept_experts(model: "Model", dropped: list[int]) -> Any:
     if model.config.moe is None or model.config.moe.placement == "shared":
         return None
     rows = originals(model.config, model.chain)
-    return [row for layer, row in enumerate(rows) if layer not in dropped]
+    return [row for layer, row in enumerate(rows, model.config.dense_layers) if layer not in dropped]
 
 
 def _least_influential(arguments: argparse.Namespace, model: "Model") -> dict[str, Any]:
@@ -68,7 +68,8 @@ def _least_influential(arguments: argparse.Namespace, model: "Model") -> dict[st
 
     batches = model_arguments.batches(arguments, model.config.vocab_size, every_token=True)
     influence_N = block_influence(model, batches)
-    layers = sorted(np.argsort(influence_N, kind="stable")[: arguments.count].tolist())
+    order = [layer for layer in np.argsort(influence_N, kind="stable").tolist() if layer >= model.config.dense_layers]
+    layers = sorted(order[: arguments.count])
     influence = {f"layer {layer}": round(value, 6) for layer, value in enumerate(influence_N.tolist())}
     print(model_arguments.show({"block_influence": influence, "dropped": layers}, as_json=False))
     return {"count": arguments.count, "layers": layers, "block_influence": list(influence.values())}

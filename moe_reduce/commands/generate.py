@@ -123,10 +123,10 @@ def _check(prompts: list[list[int]], config: ModelConfig, max_tokens: int) -> No
 
     check_prompts(prompts, config.vocab_size)
     for number, prompt in enumerate(prompts, 1):
-        if len(prompt) + max_tokens > config.max_positions:
+        if len(prompt) + max_tokens > config.context:
             raise UserError(
                 f"prompt {number} ({len(prompt)} tokens) and --max-tokens={max_tokens} exceed the model's context of "
-                f"{config.max_positions}: shorten one of them"
+                f"{config.context}: shorten one of them"
             )
 
 

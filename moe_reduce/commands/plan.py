@@ -184,7 +184,7 @@ def plan(model: ModelConfig, context: int) -> dict[str, Any]:
     )
 
     total, moe = parameter_count(model), model.moe
-    experts = 0 if moe is None else moe.experts * (1 if moe.placement == "shared" else model.layers)
+    experts = 0 if moe is None else moe.experts * (1 if moe.placement == "shared" else model.expert_layers)
     return {
         "parameters": total,
         "experts": experts,
@@ -194,6 +194,7 @@ def plan(model: ModelConfig, context: int) -> dict[str, Any]:
         "weight_bytes": {"float32": 4 * total, "bfloat16": 2 * total},
         "training_state_bytes": {"weights": 4 * total, "gradients": 4 * total, "adam_moments": 8 * total},
         "context": context,
+        "largest_context": model.context,
         "forward_flops_per_token": forward_flops_per_token(model, context),
         "train_flops_per_token": train_flops_per_token(model, context),
     }

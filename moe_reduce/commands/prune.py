@@ -84,7 +84,7 @@ def _choose(arguments: argparse.Namespace, directory, found):
 
     moe = directory.moe
     values = found.of(arguments.criterion)
-    rows = 1 if moe.placement == "shared" else directory.config.layers
+    rows = 1 if moe.placement == "shared" else directory.config.expert_layers
     if values.shape != (rows, moe.experts):
         raise UserError(
             f"--scores={arguments.scores} hold {values.shape[0]} x {values.shape[1]} experts, the model has {rows} x "
@@ -93,11 +93,12 @@ def _choose(arguments: argparse.Namespace, directory, found):
     protected: frozenset = frozenset()
     if arguments.protect_super_experts:
         home_layer_NE = home_layers(directory.config, directory.chain)
-        protected = selection.super_experts(found.of("max_activation"), home_layer_NE, directory.config.layers)
+        protected = selection.super_experts(found.of("max_activation"), home_layer_NE, directory.config.expert_layers)
     if arguments.scope == "layer":
         if arguments.floor is not None:
             raise UserError("--floor is for --scope=global; with --scope=layer every layer keeps the same number")
-        return selection.keep_by_row(values, selection.count_of(arguments.keep, moe.experts), protected)
+        keep = selection.count_of(arguments.keep, moe.experts)
+        return selection.keep_by_row(values, keep, protected, moe.groups)
     floor = moe.active if arguments.floor is None else arguments.floor
     if floor < moe.active:
         raise UserError(f"--floor={floor} is below the {moe.active} experts that each token uses: raise it")

@@ -34,17 +34,18 @@ class Step:
 def originals(config: ModelConfig, chain: tuple[Step, ...]) -> list[list[list[int]]]:
     """Original (layer, index) of every expert, by row of experts, according to the chain.
 
-    Raises UserError when the chain lists other experts than the model can have, as a damaged manifest does.
+    Layers are counted from the first that has experts. Raises UserError when the chain lists other experts than the
+    model can have, as a damaged manifest does.
     """
     moe = config.moe
     assert moe is not None
     for step in reversed(chain):
         if step.kept_experts is not None:
-            _check_kept(step.kept_experts, 1 if moe.placement == "shared" else config.layers, moe.experts)
+            _check_kept(step.kept_experts, 1 if moe.placement == "shared" else config.expert_layers, moe.experts)
             return step.kept_experts
     if moe.placement == "shared":
         return [[[0, index] for index in range(moe.experts)]]
-    return [[[layer, index] for index in range(moe.experts)] for layer in range(config.layers)]
+    return [[[layer, index] for index in range(moe.experts)] for layer in range(config.expert_layers)]
 
 
 def _check_kept(kept: list[list[list[int]]], rows: int, experts: int) -> None:
@@ -65,15 +66,16 @@ def home_layers(config: ModelConfig, chain: tuple[Step, ...]) -> np.ndarray | No
     moe = config.moe
     assert moe is not None
     if moe.placement == "layer":
-        return np.repeat(np.arange(config.layers)[:, None], moe.experts, axis=1)
+        return np.repeat(np.arange(config.expert_layers)[:, None], moe.experts, axis=1)
     # the chain names layers by their index at the pooling step, which lists them all; later steps may drop some
     pooled = [*itertools.dropwhile(lambda step: step.kept_experts is None or len(step.kept_experts) > 1, chain)]
     layers = [*dict.fromkeys(layer for layer, _ in pooled[0].kept_experts[0])] if pooled else []
     for step in pooled[1:]:
         if step.command == "drop-layers":
-            layers = [layer for index, layer in enumerate(layers) if index not in step.arguments.get("layers", [])]
-    if len(layers) != config.layers:
+            dropped = [layer - config.dense_layers for layer in step.arguments.get("layers", [])]  # dense ones stay
+            layers = [layer for index, layer in enumerate(layers) if index not in dropped]
+    if len(layers) != config.expert_layers:
         return None
     present = {layer: index for index, layer in enumerate(layers)}
     (row,) = originals(config, chain)
-    return np.array([[present.get(layer, config.layers) for layer, _ in row]])
+    return np.array([[present.get(layer, config.expert_layers) for layer, _ in row]])

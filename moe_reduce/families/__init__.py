@@ -6,6 +6,7 @@ does, the model becomes one of our own (families/own.py). To add a family, write
 """
 
 import dataclasses
+import difflib
 import functools
 import json
 import re
@@ -13,12 +14,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_reduce.core import disk, json_files
+from moe_reduce.core import disk, hub, json_files
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.gguf_file import ARCHITECTURE, SUFFIX, is_gguf, read_gguf
 from moe_reduce.data.tokenizer_files import READ_AS
-from moe_reduce.families import gpt_neox, llama, olmoe, own, qwen3, qwen3_moe
+from moe_reduce.families import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe,
+    gpt_neox,
+    gpt_oss,
+    llama,
+    minimax_m2,
+    mistral,
+    mixtral,
+    olmoe,
+    own,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    text_part,
+)
 from moe_reduce.families.family import CARRIED, Family
 from moe_reduce.families.layout import Leaf, layouts, to_stored
 
@@ -28,14 +46,20 @@ __all__ = [
 ]  # fmt: skip
 
 CONFIG_FILE = "config.json"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # OWNER/NAME
 MODEL_TYPE = "model_type"  # key of config.json that names the family
 QUANTISATION = "quantization_config"  # key of config.json that says how quantised weights are stored
 QUANTISATION_METHOD = "quant_method"  # key of the layout's name within it
-LAYOUTS = ("moe_reduce", "compressed-tensors")  # of quantised weights that are read (storage/quantised.py)
+LAYOUTS = (
+    "moe_reduce",
+    "compressed-tensors",
+    "fp8",
+    "mxfp4",
+)  # of quantised weights that are read (storage/quantised.py)
 # Our own is last: it represents every config, and is asked after all others.
 FAMILIES: tuple[Family, ...] = (
-    llama.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, gpt_neox.FAMILY, olmoe.FAMILY, own.FAMILY,
+    llama.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, gpt_neox.FAMILY, olmoe.FAMILY, qwen2.FAMILY, mistral.FAMILY,
+    mixtral.FAMILY, qwen2_moe.FAMILY, gpt_oss.FAMILY, glm4_moe.FAMILY, deepseek_v3.FAMILY, deepseek_v2.FAMILY,
+    minimax_m2.FAMILY, own.FAMILY,
 )  # fmt: skip
 
 
@@ -43,7 +67,9 @@ def named(name: Any) -> Family:
     """The family of this name; UserError names those that are known."""
     found = {family.name: family for family in FAMILIES}
     if not isinstance(name, str) or name not in found:
-        raise UserError(f"{MODEL_TYPE} {name!r} is not supported; known: {', '.join(found)}")
+        near = difflib.get_close_matches(str(name), found, n=1, cutoff=0.5)
+        nearest = f"; the nearest is {near[0]}" if near else ""
+        raise UserError(f"{MODEL_TYPE} {name!r} is not supported; known: {', '.join(found)}{nearest}")
     return found[name]
 
 
@@ -114,7 +140,7 @@ def _read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 def _read_directory(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     file = directory / CONFIG_FILE
-    if not directory.exists() and HUB_NAME.fullmatch(str(directory)):
+    if not directory.exists() and hub.NAME.fullmatch(str(directory)):
         raise UserError(
             f"{directory} is not a directory: give a model directory; if this is a name on the Hugging Face hub, "
             f"hf download {directory} fetches the model and prints its directory"
@@ -126,9 +152,13 @@ def _read_directory(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
         )
     if not file.is_file():
         raise UserError(f"{directory} has no {CONFIG_FILE}: give a model directory, as transformers or we write it")
-    raw = json_files.read_object(file)
+    whole = json_files.read_object(file)
     try:
-        return from_hf(raw), raw
+        raw = text_part.config_of(whole)
+        config = from_hf(raw)
+        if raw != whole:  # a file of the language model alone names its class
+            raw["architectures"] = [named(config.family).architecture]
+        return config, raw
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 

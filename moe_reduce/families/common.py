@@ -1,6 +1,7 @@
 """Keys and tensor names that families of the LLaMA line share."""
 
 import re
+from collections.abc import Mapping
 
 from moe_reduce.families.key import Key
 from moe_reduce.families.layout import Tensor
@@ -45,6 +46,10 @@ ACCEPTED = {
     "rope_interleaved": (False, None),
 }
 NO_WINDOW = frozenset({"sliding_window", "max_window_layers"})  # read only where use_sliding_window is true
+# Extra layers that predict several tokens at once, which nothing here reads.
+NEXT_TOKENS = frozenset(
+    {"mtp_transformer_layers", "num_mtp_layers", "num_mtp_modules", "num_nextn_predict_layers", "use_mtp"}
+)
 CONSTANTS = {"attention_bias": False, "hidden_act": "silu"}
 
 LAYER = "model.layers.{layer}"
@@ -61,6 +66,19 @@ TENSORS = {
     "layers/attention/value": Tensor(f"{ATTENTION}.v_proj.weight"),
     "layers/attention/output": Tensor(f"{ATTENTION}.o_proj.weight"),
 }
+INPUT_BIAS_TENSORS = {
+    "layers/attention/query_bias": Tensor(f"{ATTENTION}.q_proj.bias"),
+    "layers/attention/key_bias": Tensor(f"{ATTENTION}.k_proj.bias"),
+    "layers/attention/value_bias": Tensor(f"{ATTENTION}.v_proj.bias"),
+}
+LATENT_TENSORS = {
+    "layers/attention/query_down": Tensor(f"{ATTENTION}.q_a_proj.weight"),
+    "layers/attention/query_down_norm/scale": Tensor(f"{ATTENTION}.q_a_layernorm.weight"),
+    "layers/attention/query_up": Tensor(f"{ATTENTION}.q_b_proj.weight"),
+    "layers/attention/latent": Tensor(f"{ATTENTION}.kv_a_proj_with_mqa.weight"),
+    "layers/attention/latent_norm/scale": Tensor(f"{ATTENTION}.kv_a_layernorm.weight"),
+    "layers/attention/latent_up": Tensor(f"{ATTENTION}.kv_b_proj.weight"),
+}
 QK_NORM_TENSORS = {
     "layers/attention/query_norm/scale": Tensor(f"{ATTENTION}.q_norm.weight"),
     "layers/attention/key_norm/scale": Tensor(f"{ATTENTION}.k_norm.weight"),
@@ -76,7 +94,18 @@ EXPERT_TENSORS = {
     "layers/experts/down": Tensor(f"{EXPERT}.down_proj.weight"),
     "layers/router/weight": Tensor(f"{LAYER}.mlp.gate.weight"),
 }
+SHARED_TENSORS = {
+    "layers/shared_expert/gate": Tensor(f"{LAYER}.mlp.shared_experts.gate_proj.weight"),
+    "layers/shared_expert/up": Tensor(f"{LAYER}.mlp.shared_experts.up_proj.weight"),
+    "layers/shared_expert/down": Tensor(f"{LAYER}.mlp.shared_experts.down_proj.weight"),
+}
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # transformers ignores them too
+
+
+def of_dense_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layouts of the same parameters in dense layers before experts, which have the same names on disk."""
+    return {f"dense_{path}": tensor for path, tensor in tensors.items() if path.startswith("layers/")}
+
 
 # GGUF files: key of config.json -> key of the metadata, after the name of the architecture
 GGUF_KEYS = {

@@ -33,6 +33,14 @@ class Family(ABC):
     ignored: re.Pattern[str] = NOTHING
     takes_unstated: bool = False
     gguf: Gguf | None = None
+    next_tokens: bool = False
+
+    def leaves_out(self, name: str, config: ModelConfig) -> bool:
+        """True for a tensor of a part that nothing here computes: layers that predict several tokens at once."""
+        if not self.next_tokens:
+            return False
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        return bool(re.match(r"(model\.)?mtp", name)) or (layer is not None and int(layer[1]) >= config.layers)
 
     @property
     def input_table(self) -> str:

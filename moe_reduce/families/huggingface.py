@@ -8,13 +8,14 @@ from typing import Any
 
 from moe_reduce.core.config import ModelConfig, MoEConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.families import rotary
 from moe_reduce.families.family import CARRIED, Family
 from moe_reduce.families.key import Key
 from moe_reduce.families.neutral_keys import NEUTRAL
 
 ROPE = {"rope_theta": "rope_theta"}
-ROPE_GROUPS = ("rope_scaling", "rope_parameters")  # keys of older and newer files that group what concerns rotation
 MOE = "moe."  # before the fields of MoEConfig
+LAYER_TYPES = "layer_types"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +23,12 @@ class HuggingFaceFamily(Family):
     """A family whose config.json transformers reads.
 
     Each key of a config.json is in one of these tables, or switched off (false, null, 0 or empty), or refused by name.
+    What no table can say, a subclass says by `derive` and `derived`.
 
     keys: keys of config.json by field of ModelConfig; fields of MoEConfig have "moe." in front. A family without a key
     for them has as many key/value heads as query heads, and a head width of width / query heads. fixed: fields with one
-    value in every model of the family.
+    value in every model of the family, named in the same way. derived_keys: keys that `derive` reads. derived_names:
+    which of them messages name for a field.
     defaults: values that transformers assumes for keys that a file leaves out. accepted: keys that change what a model
     computes, with the only values that the decoder supports; a key that `keys` reads is not checked against it, so a
     family supports one of common.ACCEPTED by reading it. constants: keys of a new file that no field gives. rope: key
@@ -37,16 +40,28 @@ class HuggingFaceFamily(Family):
     defaults: Mapping[str, Any]
     accepted: Mapping[str, tuple[Any, ...]]
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    derived_keys: Set[str] = frozenset()
+    derived_names: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     rope: Mapping[str, str] = field(default_factory=lambda: ROPE)
     aliases: Mapping[str, str] = field(default_factory=dict)
     neutral: Set[str] = frozenset()
 
+    def derive(self, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields that are not the value of one key, by their names in `keys`. flat: from `_flat`."""
+        del flat
+        return {}
+
+    def derived(self, config: ModelConfig) -> dict[str, Any]:
+        """Values of `derived_keys` for a config, in the spelling of published files."""
+        del config
+        return {}
+
     def read(self, raw: Mapping[str, Any]) -> ModelConfig:
         """The ModelConfig of a config.json; UserError names a key that cannot be represented."""
-        self._check(raw)
+        scaling = self._check(raw)
         flat = self._flat(raw)
-        values = {name: key.value(flat) for name, key in self.keys.items()} | dict(self.fixed)
+        values = {name: key.value(flat) for name, key in self.keys.items()} | dict(self.fixed) | self.derive(flat)
         experts = {name.removeprefix(MOE): values.pop(name) for name in list(values) if name.startswith(MOE)}
         heads, width = values["query_heads"], values["width"]
         values.setdefault("key_value_heads", heads)
@@ -54,24 +69,25 @@ class HuggingFaceFamily(Family):
             if heads > 0 and width % heads:
                 raise UserError(f"hidden_size ({width}) must be a multiple of num_attention_heads ({heads})")
             values["head_width"] = width // max(heads, 1)
-        return ModelConfig(**values, moe=MoEConfig(**experts) if experts else None, family=self.name)
+        moe = MoEConfig(**experts) if experts else None
+        return ModelConfig(**values, moe=moe, rotary_scaling=scaling, family=self.name)
 
     def key_of(self, field: str) -> str:
         """Key of config.json that gives a field of ModelConfig, or of MoEConfig with "moe." in front."""
-        return self.keys[field].name if field in self.keys else field
+        return self.keys[field].name if field in self.keys else self.derived_names.get(field, field)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """The keys of a new config.json."""
         values = self._values(config)
         raw = {key: value for key, value in values.items() if key not in self.rope}
         rope = {name: values[key] for key, name in self.rope.items()}
-        raw |= {"rope_parameters": {"rope_type": "default"} | rope, "bos_token_id": None, "eos_token_id": None}
-        return raw | dict(self.constants)
+        raw |= {"rope_parameters": rotary.write(config.rotary_scaling) | rope}
+        return raw | {"bos_token_id": None, "eos_token_id": None} | dict(self.constants)
 
     def update(self, raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
         """`raw` with the keys of changed fields replaced. Keys that it left out are added, as defaults may not fit."""
         flat, raw = self._flat(raw), dict(raw)
-        groups = [name for name in ROPE_GROUPS if raw.get(name)]
+        groups = [name for name in rotary.GROUPS if raw.get(name)]
         for key, value in self._values(config).items():
             names = [name for name in (key, *self._spellings(key)) if name in raw]
             if not names and not (groups and key in self.rope):
@@ -81,8 +97,8 @@ class HuggingFaceFamily(Family):
             raw |= dict.fromkeys(names, value)
             if key in self.rope:
                 raw |= {group: raw[group] | {self.rope[key]: value} for group in groups}
-        if raw.get("layer_types") is not None:
-            raw["layer_types"] = ["full_attention"] * config.layers
+        if raw.get(LAYER_TYPES) is not None and LAYER_TYPES not in self.derived_keys:
+            raw[LAYER_TYPES] = ["full_attention"] * config.layers
         return raw
 
     def represents(self, config: ModelConfig) -> bool:
@@ -113,11 +129,11 @@ class HuggingFaceFamily(Family):
         return {
             key.name: getattr(config.moe if name.startswith(MOE) else config, name.removeprefix(MOE))
             for name, key in self.keys.items()
-        }
+        } | self.derived(config)
 
     def _flat(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The keys in the spelling of published files, with keys that are left out filled in as transformers does."""
-        optional = {key.name for key in self.keys.values() if key.optional}
+        optional = {key.name for key in self.keys.values() if key.optional} | self.derived_keys
         given = {key: value for key, value in raw.items() if value is not None or key in optional}
         for key in (*self.rope, *self.aliases.values()):
             found = self._every_spelling(given, key)
@@ -137,20 +153,19 @@ class HuggingFaceFamily(Family):
     def _every_spelling(self, given: Mapping[str, Any], key: str) -> dict[str, Any]:
         """The values that a config.json gives for a key, by where it gives them."""
         found = {name: given[name] for name in (key, *self._spellings(key)) if name in given}
-        for group in ROPE_GROUPS if key in self.rope else ():
+        for group in rotary.GROUPS if key in self.rope else ():
             if self.rope[key] in given.get(group, {}):
                 found[f"{group}.{self.rope[key]}"] = given[group][self.rope[key]]
         return found
 
-    def _check(self, raw: Mapping[str, Any]) -> None:
-        read = {key.name for key in self.keys.values()}
+    def _check(self, raw: Mapping[str, Any]) -> Any:
+        """The rotary scaling; raises UserError for a key that is unknown, or says what the decoder does not compute."""
+        read = {key.name for key in self.keys.values()} | self.derived_keys
         for key, accepted in self.accepted.items():
             if key in raw and key not in read and raw[key] not in accepted:
                 raise UserError(f"{key}={raw[key]!r} is not supported, only {accepted[0]!r}")
-        for key in ROPE_GROUPS:
-            if raw.get(key) is not None:
-                self._check_rope(key, raw[key])
-        types = raw.get("layer_types")
+        scaling = rotary.read(raw, self.rope.values())
+        types = None if LAYER_TYPES in read else raw.get(LAYER_TYPES)
         if types is not None and (not isinstance(types, list) or any(one != "full_attention" for one in types)):
             raise UserError(f"layer_types={types!r} is not supported, only 'full_attention' in every layer")
         for key in sorted(set(raw) - self.known_keys):
@@ -159,20 +174,11 @@ class HuggingFaceFamily(Family):
                     f"{key}={reprlib.repr(raw[key])} is not supported in {self.name}: remove it if the model is the "
                     "same without it"
                 )
+        return scaling
 
     @property
     def known_keys(self) -> Set[str]:
         """Keys that are read, checked, or known to change nothing."""
-        read = {key.name for key in self.keys.values()} | {*self.rope, *self.aliases, *ROPE_GROUPS, "layer_types"}
+        read = {key.name for key in self.keys.values()} | self.derived_keys
+        read |= {*self.rope, *self.aliases, *rotary.GROUPS, LAYER_TYPES}
         return read | set(self.accepted) | set(CARRIED) | NEUTRAL | self.neutral
-
-    def _check_rope(self, key: str, rope: Any) -> None:
-        if not isinstance(rope, dict):
-            raise UserError(f"{key} must be an object, got {rope!r}")
-        names = self.rope.values()
-        for name, value in rope.items():
-            plain = name in ("rope_type", "type") and value == "default"
-            readable = name in names
-            neutral = name == "partial_rotary_factor" and name not in names and value == 1
-            if not (plain or readable or neutral):
-                raise UserError(f"{key}.{name}={value!r} is not supported, only rope_theta with rope_type 'default'")

@@ -1,9 +1,10 @@
 """Layout of a parameter on disk: names of its tensors, and the relation of their axes to those of the parameter.
 
 A family states a `Tensor` for each parameter path; everything else about the parameter comes from its record in
-models/parameters.py. Letters are those of moe_reduce.models. Rotated channels are in the order of Hugging Face.
+models/records.py. Letters are those of moe_reduce.models. Rotated channels are in the order of Hugging Face.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ class Tensor(NamedTuple):
     name: with {layer} and {expert} it names one tensor for each, stacked on the first axes of the parameter.
     axes: letters of the axes on disk: "HC D" is a matrix whose rows are heads times head width. A digit numbers the
     parts of a tensor that several parameters share: "H0C D", "H1C D" and "H2C D" under one name, interleaved by head.
+    In a tensor of one parameter a digit is an axis of size 1.
     None: [outputs, inputs] for a matrix, as torch's Linear stores it, and one flat axis for any other parameter.
     rotary_pairs: on disk, the two numbers of a head's width C that are rotated together lie side by side; in a
     parameter, they lie half of the width apart.
@@ -87,6 +89,11 @@ class Leaf:
         return sizes | {letter: self.parts for letter in "".join(self.stored_axes) if letter.isdigit()}
 
     @property
+    def stored_expert_axis(self) -> int | None:
+        """Axis of a tensor on disk that numbers experts; None where there is none, or each expert has its tensor."""
+        return self.stored_axes.index("E") if "E" in self.stored_axes else None
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of each tensor on disk."""
         sizes = self._sizes
@@ -95,6 +102,8 @@ class Leaf:
     def name(self, index: Sequence[int] = ()) -> str:
         """Name of the tensor at this index on the `numbered` axes."""
         numbers = dict(zip(self.numbered, index, strict=True))
+        if "N" in numbers:
+            numbers["N"] += self.record.first_layer
         return self.tensor.name.format(**{key: numbers.get(letter) for key, letter in NUMBERED.items()})
 
     def names(self) -> list[str]:
@@ -124,7 +133,8 @@ class Leaf:
         assert self.parts == 1, self.path
         axes = self._inner_axes
         array = self._pairs(array) if self.tensor.rotary_pairs else array
-        return array.transpose([axes.index(x) for x in "".join(self.stored_axes)]).reshape(self.stored_shape)
+        order = [axes.index(letter) for letter in "".join(self.stored_axes) if letter.isalpha()]
+        return array.transpose(order).reshape(self.stored_shape)
 
     def _halves(self, array: np.ndarray) -> np.ndarray:
         """Reorder the width of each head: the first number of each pair, then the second of each."""
@@ -174,8 +184,8 @@ class Leaf:
 def layouts(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Leaf]:
     """Layouts of all parameters of a model by path. tensors: by path, those of a family."""
     found = {record.path: (record, tensors[record.path]) for record in parameters(config)}
-    names = [tensor.name for _, tensor in found.values()]
-    return {path: Leaf(record, tensor, names.count(tensor.name)) for path, (record, tensor) in found.items()}
+    shared = collections.Counter((record.stack, tensor.name) for record, tensor in found.values())
+    return {path: Leaf(record, tensor, shared[record.stack, tensor.name]) for path, (record, tensor) in found.items()}
 
 
 def to_stored(pieces: Sequence[tuple[Leaf, np.ndarray]]) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 from moe_reduce.core import config as configuration
 from moe_reduce.core.config import ModelConfig, MoEConfig
 from moe_reduce.families import common
-from moe_reduce.families.common import ATTENTION, LAYER
+from moe_reduce.families.common import ATTENTION, EXPERT, LAYER
 from moe_reduce.families.family import CARRIED, Family
 from moe_reduce.families.layout import Tensor
 
@@ -69,31 +69,50 @@ def _without_defaults(fields: dict[str, Any], later: dict[str, Any]) -> dict[str
     return {key: value for key, value in fields.items() if key not in later or value != later[key]}
 
 
+LAYER_TENSORS = (
+    common.TENSORS
+    | common.QK_NORM_TENSORS
+    | common.LATENT_TENSORS
+    | common.DENSE_TENSORS
+    | {
+        "layers/attention/query_bias": Tensor(f"{ATTENTION}.q_proj.bias"),
+        "layers/attention/key_bias": Tensor(f"{ATTENTION}.k_proj.bias"),
+        "layers/attention/value_bias": Tensor(f"{ATTENTION}.v_proj.bias"),
+        "layers/attention/output_bias": Tensor(f"{ATTENTION}.o_proj.bias"),
+        "layers/attention/sinks": Tensor(f"{ATTENTION}.sinks"),
+    }
+)
+
 FAMILY = Own(
     name=NAME,
     architecture="MoeReduceForCausalLM",
     takes_unstated=True,
-    tensors=common.TENSORS
-    | common.QK_NORM_TENSORS
-    | common.DENSE_TENSORS
+    tensors=LAYER_TENSORS
+    | common.of_dense_layers(LAYER_TENSORS)
     | common.EXPERT_TENSORS
+    | common.SHARED_TENSORS
     | {
         "embedding/factor": Tensor("model.embed_tokens.factor"),
         "embedding/projection": Tensor("model.embed_tokens.projection", "K D"),
         "final_norm/bias": Tensor("model.norm.bias"),
         "layers/attention_norm/bias": Tensor(f"{LAYER}.input_layernorm.bias"),
         "layers/mlp_norm/bias": Tensor(f"{LAYER}.post_attention_layernorm.bias"),
-        "layers/attention/query_bias": Tensor(f"{ATTENTION}.q_proj.bias"),
-        "layers/attention/key_bias": Tensor(f"{ATTENTION}.k_proj.bias"),
-        "layers/attention/value_bias": Tensor(f"{ATTENTION}.v_proj.bias"),
-        "layers/attention/output_bias": Tensor(f"{ATTENTION}.o_proj.bias"),
         "layers/mlp/gate_bias": Tensor(f"{LAYER}.mlp.gate_proj.bias"),
         "layers/mlp/up_bias": Tensor(f"{LAYER}.mlp.up_proj.bias"),
         "layers/mlp/down_bias": Tensor(f"{LAYER}.mlp.down_proj.bias"),
         "experts/gate": Tensor("model.experts.{expert}.gate_proj.weight"),
         "experts/up": Tensor("model.experts.{expert}.up_proj.weight"),
         "experts/down": Tensor("model.experts.{expert}.down_proj.weight"),
+        "experts/gate_bias": Tensor("model.experts.{expert}.gate_proj.bias"),
+        "experts/up_bias": Tensor("model.experts.{expert}.up_proj.bias"),
+        "experts/down_bias": Tensor("model.experts.{expert}.down_proj.bias"),
+        "layers/experts/gate_bias": Tensor(f"{EXPERT}.gate_proj.bias"),
+        "layers/experts/up_bias": Tensor(f"{EXPERT}.up_proj.bias"),
+        "layers/experts/down_bias": Tensor(f"{EXPERT}.down_proj.bias"),
+        "layers/router/bias": Tensor(f"{LAYER}.mlp.gate.bias"),
+        "layers/shared_expert_gate": Tensor(f"{LAYER}.mlp.shared_expert_gate.weight", "0 D"),
         "router/weight": Tensor("model.router.weight"),
+        "router/bias": Tensor("model.router.bias"),
         "layers/router_bias": Tensor(f"{LAYER}.router_bias"),
         "layers/score_offset": Tensor(f"{LAYER}.score_offset"),
         "layers/output_gain": Tensor(f"{LAYER}.output_gain"),

@@ -242,7 +242,7 @@ def _prefill(program: Program, slots: int, params: Any, prompts: Prompts, choice
     filled = cache.of_prompts(new, slots, program.cache_dtype, STACK in params)
     ended_B = jnp.zeros(lengths_B.shape, bool)
     state = State(filled, lengths_B, lengths_B - 1, ended_B, jnp.int32(0), entries_B)
-    return _constrained(params, *_next(program, state, logits_B1V, choice))
+    return _constrained(program, params, *_next(program, state, logits_B1V, choice))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -266,14 +266,16 @@ def _decode(program: Program, params: Any, state: State, choice: Choice, steps: 
 
     ids_BX = jnp.full((state.last_B.shape[0], STEPS), NO_TOKEN, jnp.int32)
     _, state, ids_BX = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, ids_BX))
-    return _constrained(params, state, ids_BX)
+    return _constrained(program, params, state, ids_BX)
 
 
-def _constrained(params: Any, state: State, ids: jax.Array) -> tuple[State, jax.Array]:
+def _constrained(program: Program, params: Any, state: State, ids: jax.Array) -> tuple[State, jax.Array]:
     """Pin the shardings of state and cache on a mesh, so that the next call does not recompile."""
     if jax.sharding.get_abstract_mesh().empty:
         return state, ids
-    heads = PartitionSpec(*(None,) * (STACK in params), BATCH_AXES, "tensor")
+    # in latent attention all heads share one cache
+    split = "tensor" if program.config.latent is None else None
+    heads = PartitionSpec(*(None,) * (STACK in params), BATCH_AXES, split)
     rest, ids = jax.lax.with_sharding_constraint((state._replace(cache={}), ids), PartitionSpec())
     return rest._replace(cache=jax.lax.with_sharding_constraint(state.cache, heads)), ids
 

@@ -46,7 +46,7 @@ class Harness(TemplateLM):
         self._model, self._tokenizer, self._batch_size = prepared(model, mesh), tokenizer, batch_size
         self._ends = text.end_ids(model, tokenizer)
         self._encoded = functools.lru_cache(REMEMBERED)(self._encode)
-        self.max_length = max_length or model.config.max_positions
+        self.max_length = max_length or model.config.context
 
     @functools.cached_property
     def _decoding(self) -> Model:

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
+from moe_reduce.core.model_config import WINDOWED
 from moe_reduce.models import products
-from moe_reduce.models.attention.attention import Attention
+from moe_reduce.models.attention.attention import Attention, Windowed
+from moe_reduce.models.attention.latent import LatentAttention
 from moe_reduce.models.cache import CACHE, KEYS_VALUES
 from moe_reduce.models.collect import sow
 from moe_reduce.models.deltas import ADAPTER, BANK, every_layer
@@ -20,14 +22,14 @@ from moe_reduce.models.moe.experts import ExpertPool, Experts, Masters, Router, 
 from moe_reduce.models.moe.mixture import choose_experts, mixture_of_experts
 from moe_reduce.models.moe.routing import RouterWeights
 from moe_reduce.models.norms import residual_norm
-from moe_reduce.models.weights import Weight, read
+from moe_reduce.models.records import FIRST_STACK, STACK, Stack, stack_of, stacks
+from moe_reduce.models.weights import read
 
 REMAT_POLICIES = {
     # by name, because JAX's dots policies do not see products inside custom_vjp functions
     "dots": jax.checkpoint_policies.save_only_these_names(products.REMAT_SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-STACK = "layers"  # key of the stacked layers among the parameters
 COLLECT = ("routing", "assignments", "hidden", KEYS_VALUES)  # what a block sows when asked (see Model.apply)
 
 
@@ -35,7 +37,7 @@ class Shared(NamedTuple):
     """The shared expert pool and shared router that every block reads; None where layers have their own."""
 
     experts: Experts | None = None
-    router: Weight | None = None
+    router: RouterWeights | None = None
 
 
 class Block(nn.Module):
@@ -48,15 +50,22 @@ class Block(nn.Module):
 
     config: ModelConfig
     execution: ExecutionConfig
+    dense: bool | None = None  # True for a layer without experts; None: as config.moe says
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Masters], positions_BT, segments_BT, shared: Shared, real_BT=None
+        self,
+        carry: tuple[jax.Array, Masters],
+        positions_BT,
+        segments_BT,
+        shared: Shared,
+        real_BT=None,
+        windowed: Windowed = None,
     ) -> tuple[tuple[jax.Array, Masters], None]:
         x_BTD, masters = carry
         sow(self, "hidden", {"block_input": x_BTD})
-        x_BTD, normed_BTD = attention_half(self, x_BTD, positions_BT, segments_BT)
-        if self.config.moe is None:
+        x_BTD, normed_BTD = attention_half(self, x_BTD, positions_BT, segments_BT, windowed)
+        if self.config.moe is None if self.dense is None else self.dense:
             y_BTD = FeedForward(self.config, self.execution, name="mlp")(normed_BTD)
         else:
             y_BTD, masters = expert_half(self, normed_BTD, masters, shared, real_BT)
@@ -64,11 +73,15 @@ class Block(nn.Module):
         return (shard_batch(x_BTD + y_BTD), masters), None
 
 
-def attention_half(block: nn.Module, x_BTD, positions_BT, segments_BT) -> tuple[jax.Array, jax.Array]:
+def attention_half(
+    block: nn.Module, x_BTD, positions_BT, segments_BT, windowed: Windowed = None
+) -> tuple[jax.Array, jax.Array]:
     """Run the attention half in the module scope of `block`: (x after attention, normed input of the second half)."""
     config, execution = block.config, block.execution  # type: ignore[attr-defined]
     normed_BTD = residual_norm(config, "attention_norm")(x_BTD)
-    attended_BTD = x_BTD + Attention(config, execution, name="attention")(normed_BTD, positions_BT, segments_BT)
+    kind = Attention if config.latent is None else LatentAttention
+    attention = kind(config, execution, name="attention")
+    attended_BTD = x_BTD + attention(normed_BTD, positions_BT, segments_BT, windowed)
     read_BTD = x_BTD if config.parallel_residual else attended_BTD
     return attended_BTD, residual_norm(config, "mlp_norm")(read_BTD)
 
@@ -76,7 +89,7 @@ def attention_half(block: nn.Module, x_BTD, positions_BT, segments_BT) -> tuple[
 def expert_half(
     block: Any, normed_BTD: jax.Array, masters: Masters, shared: Shared, real_BT: jax.Array | None
 ) -> tuple[jax.Array, Masters]:
-    """Run the expert half in the module scope of `block`: (experts' output, master weights for the next block)."""
+    """Run the expert half in the module scope of `block`: (its output, master weights for the next block)."""
     config, execution = block.config, block.execution
     if shared.experts is None:
         experts, used_masters = ExpertPool(config, execution, name="experts")()
@@ -93,15 +106,27 @@ def expert_half(
     sow(block, "hidden", {"router_input": normed_BTD})
     sow(block, "routing", statistics)
     sow(block, "assignments", assignments)
+    if config.moe.shared_width is not None:
+        y_BTD = y_BTD + shared_block(block, normed_BTD)
     return y_BTD, masters if shared.experts is None else used_masters
 
 
-def router_weights(block: Any, shared: Weight | None) -> RouterWeights:
+def shared_block(block: Any, normed_BTD: jax.Array) -> jax.Array:
+    """Output of the block beside the experts, in the module scope of `block`."""
+    y_BTD = FeedForward(block.config, block.execution, name="shared_expert")(normed_BTD)
+    if not block.config.moe.shared_gate:
+        return y_BTD
+    gate_D = read(block, "shared_expert_gate").astype(jnp.float32)
+    share_BT1 = jax.nn.sigmoid(jnp.sum(normed_BTD.astype(jnp.float32) * gate_D[None, None], axis=-1, keepdims=True))
+    return (y_BTD.astype(jnp.float32) * share_BT1).astype(y_BTD.dtype)
+
+
+def router_weights(block: Any, shared: RouterWeights | None) -> RouterWeights:
     """Router weights of a block: the shared router or its own, and its own selection bias and score offset."""
     moe = block.config.moe
     router = Router(block.config, block.execution, name="router")() if shared is None else shared
     bias_E = read(block, "router_bias") if moe.selection_bias else None
-    return RouterWeights(router, bias_E, read(block, "score_offset") if moe.score_offset else None)
+    return router._replace(bias_E=bias_E, offset=read(block, "score_offset") if moe.score_offset else None)
 
 
 class AttentionHalf(nn.Module):
@@ -109,10 +134,35 @@ class AttentionHalf(nn.Module):
 
     config: ModelConfig
     execution: ExecutionConfig
+    windowed: bool | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None = None):
-        return attention_half(self, x_BTD, positions_BT, segments_BT)
+        return attention_half(self, x_BTD, positions_BT, segments_BT, self.windowed)
+
+
+class DenseLayer(nn.Module):
+    """A layer without experts as its own module, with the same parameter names, to run a model layer by layer."""
+
+    config: ModelConfig
+    execution: ExecutionConfig
+    windowed: bool | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        x_BTD, normed_BTD = attention_half(self, x_BTD, positions_BT, None, self.windowed)
+        return x_BTD + FeedForward(self.config, self.execution, name="mlp")(normed_BTD)
+
+
+class SharedBlock(nn.Module):
+    """The block beside a layer's experts as its own module, with the same parameter names."""
+
+    config: ModelConfig
+    execution: ExecutionConfig
+
+    @nn.compact
+    def __call__(self, normed_BTD: jax.Array) -> jax.Array:
+        return shared_block(self, normed_BTD)
 
 
 class LayerRouter(nn.Module):
@@ -160,8 +210,13 @@ class Decoder(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :], tokens_BT.shape)
         shared, masters = self._shared()
-        layers = self._layers() if self.stacked else self._one_by_one
-        (x_BTD, _), _ = layers((x_BTD, masters), positions, segments, shared, real_BT)
+        carry, arguments = (x_BTD, masters), (positions, segments, shared, real_BT)
+        if self.stacked:
+            for stack in stacks(config):
+                carry, _ = self._layers(stack)(carry, *arguments, _windowed(config, stack))
+        else:
+            carry = self._one_by_one(carry, *arguments)
+        x_BTD, _ = carry
         if last is not None:
             x_BTD = x_BTD[jnp.arange(x_BTD.shape[0]), last][:, None]
         x_BTD = residual_norm(config, "final_norm")(x_BTD)
@@ -179,7 +234,7 @@ class Decoder(nn.Module):
             router = jax.tree.map(replicated, Router(self.config, self.execution, name="router")())
         return Shared(experts, router), masters
 
-    def _layers(self) -> nn.Module:
+    def _layers(self, stack: Stack) -> nn.Module:
         block: Any = Block
         if self.execution.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.execution.remat], prevent_cse=False)
@@ -187,16 +242,38 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0, ADAPTER: 0, CACHE: 0, **dict.fromkeys(COLLECT, 0)},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,  # type: ignore[arg-type]
-            length=self.config.layers,
-            unroll=min(self.execution.scan_unroll, self.config.layers),
+            in_axes=(*(nn.broadcast,) * 4, 0),  # type: ignore[arg-type]
+            length=stack.layers,
+            unroll=min(self.execution.scan_unroll, stack.layers),
         )
-        return scanned(self.config, self.execution, name=STACK)
+        return scanned(self.config, self.execution, stack.dense, name=stack.key)
 
     def _one_by_one(self, carry, *arguments):
         for number in range(self.config.layers):
-            carry, _ = Block(self.config, self.execution, name=_name(number))(carry, *arguments)
-        return carry, None
+            block = Block(self.config, self.execution, stack_of(self.config, number).dense, name=_name(number))
+            carry, _ = block(carry, *arguments, layer_windowed(self.config, number))
+        return carry
+
+
+def layer_windowed(config: ModelConfig, layer: int) -> bool | None:
+    """True if a layer has a sliding window; None if all layers are alike."""
+    return None if config.window_pattern is None else config.window_pattern[layer] == WINDOWED
+
+
+def _windowed(config: ModelConfig, stack: Stack) -> jax.Array | None:
+    """`layer_windowed` of each layer of a stack: layers with and without a window have equal parameters."""
+    if config.window_pattern is None:
+        return None
+    return jnp.array([config.window_pattern[stack.first + layer] == WINDOWED for layer in range(stack.layers)])
+
+
+def joined(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Values that the layers of all stacks sowed, by name, stacked over the layers that sow them."""
+    found: dict[str, list[jax.Array]] = {}
+    for stack in (FIRST_STACK, STACK):
+        for name, values in sown.get(stack, {}).items():
+            found.setdefault(name, []).append(values)
+    return {name: values[0] if len(values) == 1 else jnp.concatenate(values) for name, values in found.items()}
 
 
 def unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,13 +281,20 @@ def unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
 
     A CPU copies a stacked matrix at each use, which takes most of the time of decoding one token.
     """
-    found = {name: tree for name, tree in params.items() if name not in (STACK, ADAPTER, BANK)}
-    found |= {name: unstacked(every_layer(params)) for name in (ADAPTER, BANK) if name in params}
-    if STACK not in params:
-        return found
-    leaves, structure = jax.tree.flatten(params[STACK])
-    layers = zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True)
-    return found | {_name(number): structure.unflatten(layer) for number, layer in enumerate(layers)}
+    first = len(jax.tree.leaves(params[FIRST_STACK])[0]) if FIRST_STACK in params else 0
+    found = _unstacked({name: tree for name, tree in params.items() if name not in (ADAPTER, BANK)}, first)
+    return found | {name: _unstacked(every_layer(params), first) for name in (ADAPTER, BANK) if name in params}
+
+
+def _unstacked(tree: Mapping[str, Any], first: int) -> dict[str, Any]:
+    """A tree without stacks. first: number of the first layer of the stack that has experts, if one has."""
+    found = {name: branch for name, branch in tree.items() if name not in (FIRST_STACK, STACK)}
+    for stack, start in ((FIRST_STACK, 0), (STACK, first)):
+        if stack in tree:
+            leaves, structure = jax.tree.flatten(tree[stack])
+            layers = zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True)
+            found |= {_name(number): structure.unflatten(layer) for number, layer in enumerate(layers, start)}
+    return found
 
 
 def _name(number: int) -> str:

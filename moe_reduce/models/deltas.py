@@ -41,6 +41,7 @@ from moe_reduce.models import products
 ADAPTER = "adapter"
 BANK = "adapters"
 ENTRY = "entry"
+STACKS = ("dense_layers", "layers")  # branches of parameters whose leaves are stacked over layers (models/records.py)
 SMALLEST_SQUARE = 1e-30  # lower bound of ‖w + Δw‖² of an output; DoRA divides by its square root
 RADIX = 16  # size of the matrices that compute the Hadamard transform, which is faster than butterfly additions
 Delta = Mapping[str, Any]
@@ -59,22 +60,26 @@ def variables(params: Mapping[str, Any], entries_B: jax.Array | None = None) -> 
         return {"params": base}
     deltas = every_layer(params)
     if entries_B is not None:
-        layers = _layers(params)
-        stacked = entries_B if layers is None else jnp.broadcast_to(entries_B, (layers, *entries_B.shape))
-        given = {name: stacked if name == "layers" else entries_B for name in deltas}
-        deltas = {name: _with_entries(branch, given[name]) for name, branch in deltas.items()}
+        deltas = {name: _with_entries(branch, _stacked(params, name, entries_B)) for name, branch in deltas.items()}
     return {"params": base, ADAPTER: deltas}
 
 
 def every_layer(params: Mapping[str, Any]) -> dict[str, Any]:
     """The adapter or bank in `params`, with zeros in the layers that it does not cover."""
-    deltas, layers = params[BANK if BANK in params else ADAPTER], _layers(params)
-    return dict(deltas) if layers is None else _spread(deltas, layers)  # unstacked: zeros have been put in
+    deltas = params[BANK if BANK in params else ADAPTER]
+    layers = {name: _layers(params, name) for name in deltas}
+    return {name: _spread(branch, layers[name]) for name, branch in deltas.items()}
 
 
-def _layers(params: Mapping[str, Any]) -> int | None:
-    """Number of stacked layers; None if they are unstacked."""
-    return jax.tree.leaves(params["layers"])[0].shape[0] if "layers" in params else None
+def _layers(params: Mapping[str, Any], name: str) -> int | None:
+    """Number of layers in the branch of this name; None if it is no stack of layers."""
+    return jax.tree.leaves(params[name])[0].shape[0] if name in STACKS and name in params else None
+
+
+def _stacked(params: Mapping[str, Any], name: str, entries_B: jax.Array) -> jax.Array:
+    """Entries of the batch rows for a branch of deltas, repeated for each layer of a stack."""
+    layers = _layers(params, name)
+    return entries_B if layers is None else jnp.broadcast_to(entries_B, (layers, *entries_B.shape))
 
 
 def _with_entries(tree: Mapping[str, Any], entries: jax.Array) -> dict[str, Any]:
@@ -84,7 +89,10 @@ def _with_entries(tree: Mapping[str, Any], entries: jax.Array) -> dict[str, Any]
     return {name: _with_entries(branch, entries) for name, branch in tree.items()}
 
 
-def _spread(tree: Mapping[str, Any], layers: int) -> dict[str, Any]:
+def _spread(tree: Mapping[str, Any], layers: int | None) -> dict[str, Any]:
+    """Deltas with zeros in the layers that they do not cover; None: not stacked, or unstacked after that was done."""
+    if layers is None:
+        return dict(tree)
     if "scale" not in tree:
         return {name: _spread(branch, layers) for name, branch in tree.items()}
     rest = {name: leaf for name, leaf in tree.items() if name != "layer_numbers"}

@@ -16,7 +16,7 @@ from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
 from moe_reduce.models.cache import CACHE, KEYS_VALUES
-from moe_reduce.models.decoder import STACK, Decoder
+from moe_reduce.models.decoder import STACK, Decoder, joined
 from moe_reduce.models.deltas import variables
 
 
@@ -58,7 +58,8 @@ class Model:
         statistics), `last` [B] (one position of each row: logits are then [B, 1, V], of that position only), `noise`
         [B, T, D] (added to the embedded tokens), and, if and only if a bank of adapters is active, `adapter` int32 [B]
         (the bank's entry of each row).
-        collect: names among COLLECT. Each is stacked over layers, [N, …]:
+        collect: names among COLLECT. Each is stacked over the layers that have it, [N, …]; only layers with experts
+            have routing, assignments and router_input:
             routing      counts_E, probability_E, z and dropped of each layer's router call
             assignments  expert, weight, and norm, maximum and largest of the expert's output, [N, B, T, A]
             hidden       block_input, router_input, block_output, [N, B, T, D]
@@ -77,7 +78,7 @@ class Model:
             return Output(logits_BTV, {})
         found: Any = run(mutable=list(collect))
         logits_BTV, sown = found
-        unwrapped = {name: sown[name] if name == KEYS_VALUES else sown[name][STACK] for name in collect}
+        unwrapped = {name: sown[name] if name == KEYS_VALUES else joined(sown[name]) for name in collect}
         return Output(logits_BTV, unwrapped)
 
 

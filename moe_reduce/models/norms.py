@@ -9,17 +9,21 @@ from moe_reduce.models.weights import read
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale over the last `axes` axes, in fp32 (arXiv:1910.07467)."""
+    """x / rms(x) · scale over the last `axes` axes, in fp32 (arXiv:1910.07467).
+
+    epsilon: added to the mean square; None: the model's norm_epsilon.
+    """
 
     config: ModelConfig
     axes: int = 1
+    epsilon: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         over = tuple(range(-self.axes, 0))
         x_float = x.astype(jnp.float32)
         mean = jnp.mean(jnp.square(x_float), axis=over, keepdims=True)
-        inverse = jax.lax.rsqrt(mean + self.config.norm_epsilon)
+        inverse = jax.lax.rsqrt(mean + (self.config.norm_epsilon if self.epsilon is None else self.epsilon))
         scale = jnp.broadcast_to(read(self, "scale").astype(jnp.float32), x.shape)
         return (x_float * inverse * scale).astype(x.dtype)
 

@@ -17,7 +17,7 @@ def active_parameters(config: ModelConfig) -> int:
     experts = [record for record in parameters(config) if record.per_expert]
     total = sum(math.prod(record.shape) for record in experts)
     one = sum(math.prod(record.matrix_shape) for record in experts)
-    return parameter_count(config) - total + min(total, config.layers * config.moe.active * one)
+    return parameter_count(config) - total + min(total, config.expert_layers * config.moe.active * one)
 
 
 def matmul_parameters_per_token(config: ModelConfig) -> int:
@@ -28,9 +28,12 @@ def matmul_parameters_per_token(config: ModelConfig) -> int:
 def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of a forward pass: 2 for each matmul parameter, plus 4 · head width for each key that a query reads.
 
+    In latent attention half of these are for keys and half for values, which have a width of their own.
+
     The input embedding is a lookup and costs nothing, except for its projection if it is factorised.
     """
-    attention = 4 * config.head_width * Visibility(config).keys_per_token(sequence_length)
+    width = config.head_width if config.latent is None else (config.head_width + config.latent.value_width) / 2
+    attention = 4 * width * Visibility(config).keys_per_token(sequence_length)
     projection = 2 * (config.embedding_factor or 0) * config.width
     return 2 * matmul_parameters_per_token(config) + attention + projection
 
@@ -45,6 +48,6 @@ def _products(config: ModelConfig, record: Parameter) -> int:
     if not record.is_matrix or (record.component == "embedding" and not config.tied_embeddings):
         return 0  # an untied input embedding is only looked up
     if record.per_expert and config.moe is not None:
-        return config.layers * config.moe.active
+        return config.expert_layers * config.moe.active
     # every layer uses a shared router
-    return config.layers if record.stacked or record.expert_axis is not None else 1
+    return len(record.layers) if record.stacked else config.expert_layers if record.expert_axis is not None else 1

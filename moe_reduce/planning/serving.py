@@ -64,13 +64,18 @@ def weight_bytes(parameters: int, bits: float) -> int:
 
 
 def cache_bytes(model: ModelConfig, context: int, batch: int, bits: float) -> int:
-    """Bytes of the keys and values of all layers, 2 · N · G · C · T · B · bits / 8; without an int8 cache's scales."""
-    return round(2 * model.layers * model.key_value_heads * model.head_width * context * batch * bits / 8)
+    """Bytes of the keys and values of all layers, 2 · N · G · C · T · B · bits / 8; without an int8 cache's scales.
+
+    Latent attention caches one vector of its own width for all heads.
+    """
+    heads = 2 * model.key_value_heads * model.head_width
+    width = heads if model.latent is None else model.latent.cached_width
+    return round(model.layers * width * context * batch * bits / 8)
 
 
 def activation_bytes(model: ModelConfig, batch: int) -> int:
     """Bytes of the fp32 logits, and of a layer's widest activations in 16 bits."""
-    hidden = model.feed_forward_width or (model.moe.active * model.moe.width if model.moe else 0)
+    hidden = (model.moe.active * model.moe.width if model.moe else model.feed_forward_width) or 0
     return batch * (4 * model.vocab_size + 2 * (2 * model.width + 3 * hidden))
 
 
@@ -92,7 +97,7 @@ def weights_read(serving: Serving) -> dict[str, int]:
         counts["embedding"] = 0
     if model.moe is not None:
         one = sum(math.prod(record.matrix_shape) for record in parameters(model) if record.per_expert)
-        used = model.layers * min(model.moe.experts, serving.batch * model.moe.active) * one
+        used = model.expert_layers * min(model.moe.experts, serving.batch * model.moe.active) * one
         counts["experts"] = min(counts["experts"], used)
     return counts
 

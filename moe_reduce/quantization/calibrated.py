@@ -105,6 +105,7 @@ class Calibration:
     """One pass over the layers of a model; holds what the pool's experts have seen, and the errors so far."""
 
     def __init__(self, config: ModelConfig, execution: ExecutionConfig, settings: Settings):
+        _check(config)
         self.config, self.execution, self.settings = config, execution, settings
         self.report = Report()
         self.pool = config.moe is not None and config.moe.placement == "shared"
@@ -254,6 +255,22 @@ class Calibration:
             one: Any = Router(self.config, self.execution)
             router = one.apply({"params": tree["router"]})
         return Shared(experts, router)
+
+
+def _check(config: ModelConfig) -> None:
+    """Raise UserError for a model with a part whose inputs are not measured."""
+    moe = config.moe
+    parts = {
+        "latent attention": config.latent is not None,
+        "a window in some layers only": config.window_pattern is not None,
+        "dense layers before experts": config.dense_layers > 0,
+        "a clamped SwiGLU": config.feed_forward == "clamped_swiglu",
+        "a block beside the experts": moe is not None and moe.shared_width is not None,
+        "biased experts": moe is not None and moe.biases,
+    }
+    for part, present in parts.items():
+        if present:
+            raise UserError(f"calibration measures no model with {part}: choose --method=rtn")
 
 
 EXPERT = ("gate", "up", "down")

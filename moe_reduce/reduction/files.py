@@ -1,5 +1,6 @@
 """Pruning from file to file: copies the bytes of kept experts, so that the model need not fit into memory."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from moe_reduce.reduction.selection import KeptExperts
 from moe_reduce.reduction.transform import abstract_model
 from moe_reduce.storage import manifest, quantised
 from moe_reduce.storage.model_directory import Contents
-from moe_reduce.storage.parameter_tensors import check_names, check_weight, open_tensors, widest
+from moe_reduce.storage.parameter_tensors import check_names, check_weight, left_out, open_tensors, widest
 from moe_reduce.storage.tensors import TensorItem, Tensors
 from moe_reduce.storage.weight_parts import Part
 
@@ -87,7 +88,9 @@ def prune_files(directory: Directory, kept: KeptExperts, step: Step) -> Contents
     UserError as `pruned` does.
     """
     config = pruned(directory, kept).config
-    items = _pooled_items if _uneven(directory, kept) else _smaller_items
+    uneven = _uneven(directory, kept)
+    items = _pooled_items(directory, config, kept) if uneven else _smaller_items(directory, config, kept)
+    carried = () if uneven else _carried_items(directory)
     # config.json states the dtype of the first parameter that is not quantised, which is usually the embedding
     first = next(leaf for leaf in leaves(directory.config) if leaf.path not in directory.quantised)
     dtype = str(directory.files.entries[first.names()[0]].dtype)
@@ -95,7 +98,8 @@ def prune_files(directory: Directory, kept: KeptExperts, step: Step) -> Contents
     schemes = {leaf.path: directory.schemes[_source(directory, leaf).path] for leaf in leaves(config)
                if leaf.path != ROUTER_BIAS}  # fmt: skip
     stated = quantised.restated(directory.files, schemes)
-    return Contents(config, items(directory, config, kept), dtype, directory.path, directory.raw, chain, stated)
+    items = itertools.chain(items, carried)
+    return Contents(config, items, dtype, directory.path, directory.raw, chain, stated)
 
 
 def pruned(directory: Directory, kept: KeptExperts) -> Model:
@@ -126,19 +130,31 @@ def _layouts(directory: Directory) -> dict[str, Leaf]:
 
 def _smaller_items(directory: Directory, config: ModelConfig, kept: KeptExperts) -> Iterator[TensorItem]:
     """Tensors of a model that keeps equally many experts in each row."""
-    by_layer = len(kept) > 1
+    by_layer, written = len(kept) > 1, set()
     for before, part in _parts(directory, config):
         leaf = part.leaf
         axis, numbered = leaf.record.expert_axis, len(leaf.stacked)
         for index in np.ndindex(leaf.stacked):
-            row = kept[index[0] if by_layer and index else 0]
-            old, source = list(index), None
+            old, source, row = list(index), None, ()
+            if axis is not None:
+                row = kept[index[0] if by_layer else 0]
             if axis is not None and axis < numbered:  # each expert has a tensor of its own, which is copied whole
                 old[axis] = row[index[axis]]
             name, files = before.leaf.name(tuple(old)), directory.files
             if axis is not None and axis >= numbered:
                 source = partial(_taken, files.read, (before, part), name, axis - numbered, row)
-            yield leaf.name(index), part.stored_shape, files.entries[name].dtype, source or files.source(name)
+                if leaf.parts > 1:
+                    source = partial(_taken_of_all, files.read, before.leaf, name, row)
+            if leaf.name(index) not in written:  # several parameters may share a tensor
+                yield leaf.name(index), part.stored_shape, files.entries[name].dtype, source or files.source(name)
+            written.add(leaf.name(index))
+
+
+def _carried_items(directory: Directory) -> Iterator[TensorItem]:
+    """Tensors of parts that nothing computes, as they are."""
+    for name in left_out(directory.files, directory.config):
+        entry = directory.files.entries[name]
+        yield name, entry.shape, entry.dtype, directory.files.source(name)
 
 
 def _parts(directory: Directory, config: ModelConfig) -> Iterator[tuple[Part, Part]]:
@@ -166,6 +182,18 @@ def _taken(
     return after.to_disk([(after.leaf, np.take(before.from_disk(read(name)), np.asarray(row), axis=axis))])
 
 
+def _taken_of_all(read: Callable[[str], np.ndarray], leaf: Leaf, name: str, row: tuple[int, ...]) -> np.ndarray:
+    """Kept slices of a tensor that several parameters share, for all of them."""
+    assert leaf.stored_expert_axis is not None, leaf.path
+    return np.take(read(name), np.asarray(row), axis=leaf.stored_expert_axis)
+
+
+def _one_expert(read: Callable[[str], np.ndarray], parts: tuple[Part, Part], name: str, expert: int) -> np.ndarray:
+    """One expert's slice of a tensor that holds all experts of a layer, converted to the new layout."""
+    before, after = parts
+    return after.to_disk([(after.leaf, np.asarray(before.from_disk(read(name))[expert]))])
+
+
 def _source(directory: Directory, leaf: Leaf) -> Leaf:
     """Layout of the parameter whose values a pruned model's parameter holds."""
     if leaf.record.component in ("experts", "router"):
@@ -181,7 +209,8 @@ def _pooled_items(directory: Directory, config: ModelConfig, kept: KeptExperts) 
         if component in ("router", "router_bias"):
             for index in np.ndindex(leaf.stacked):
                 if component == "router":
-                    dtype, make = _router_dtype(directory), partial(_router, directory, leaf, kept)
+                    old = directory.layout("router", leaf.record.name)
+                    dtype, make = _widest(directory, old), partial(_router, directory, (old, leaf), kept)
                 else:
                     dtype, make = np.dtype(np.float32), partial(_bias, directory, kept, index[0])
                 yield leaf.name(index), leaf.stored_shape, dtype, make
@@ -189,21 +218,25 @@ def _pooled_items(directory: Directory, config: ModelConfig, kept: KeptExperts) 
         old, files = _source(directory, leaf), directory.files
         for source, target in zip(quantised.parts_of(old, files), quantised.like(files, old, leaf), strict=True):
             for index in np.ndindex(target.leaf.stacked):
-                name = source.leaf.name(origins[index[0]] if component == "experts" else index)
-                yield target.leaf.name(index), target.stored_shape, files.entries[name].dtype, files.source(name)
+                place = origins[index[0]] if component == "experts" else index
+                name = source.leaf.name(place[: len(source.leaf.stacked)])
+                data = files.source(name)
+                if len(source.leaf.stacked) < len(place):
+                    data = partial(_one_expert, files.read, (source, target), name, place[1])
+                yield target.leaf.name(index), target.stored_shape, files.entries[name].dtype, data
 
 
-def _router(directory: Directory, leaf: Leaf, kept: KeptExperts) -> np.ndarray:
-    """Kept columns of the routers of all layers, side by side."""
-    router = directory.layout("router")
-    columns = [directory.view(router, (layer,))[:, list(row)] for layer, row in enumerate(kept)]
-    dtype = _router_dtype(directory)
-    return leaf.to_stored(np.concatenate([column.astype(dtype) for column in columns], axis=1))
+def _router(directory: Directory, layouts: tuple[Leaf, Leaf], kept: KeptExperts) -> np.ndarray:
+    """Kept columns of the routers of all layers, or of their biases, side by side. layouts: before and after."""
+    before, after = layouts
+    columns = [directory.view(before, (layer,))[..., list(row)] for layer, row in enumerate(kept)]
+    dtype = _widest(directory, before)
+    return after.to_stored(np.concatenate([column.astype(dtype) for column in columns], axis=-1))
 
 
-def _router_dtype(directory: Directory) -> np.dtype:
-    """Dtype that holds the values of all layers' routers."""
-    return widest({directory.files.entries[name].dtype for name in directory.layout("router").names()})
+def _widest(directory: Directory, leaf: Leaf) -> np.dtype:
+    """Dtype that holds the values of a parameter in all layers."""
+    return widest({directory.files.entries[name].dtype for name in leaf.names()})
 
 
 def _bias(directory: Directory, kept: KeptExperts, layer: int) -> np.ndarray:
@@ -226,8 +259,10 @@ def exclusive_layers(directory: Directory) -> np.ndarray | None:
     if directory.moe.placement == "layer" or not directory.moe.selection_bias:
         return None
     bias = directory.layout("router_bias")
-    bias_NE = np.stack([directory.view(bias, (layer,)).astype(np.float32) for layer in range(directory.config.layers)])
-    reach_NE = _largest_logits(directory)
+    layers = range(directory.config.expert_layers)
+    bias_NE = np.stack([directory.view(bias, (layer,)).astype(np.float32) for layer in layers])
+    # scores are from 0 to 1
+    reach_NE = np.float32(1) if directory.moe.bias_on == "scores_of_choice" else _largest_logits(directory)
     # a layer never chooses an expert whose largest biased logit is below the smallest ones of A others
     least_N1 = np.sort(bias_NE - reach_NE, axis=1)[:, -directory.moe.active, None]
     selectable_NE = (bias_NE > -LOSSLESS_BIAS / 2) & (bias_NE + reach_NE >= least_N1)
@@ -235,14 +270,21 @@ def exclusive_layers(directory: Directory) -> np.ndarray | None:
 
 
 def _largest_logits(directory: Directory) -> np.ndarray:
-    """Upper bound of the magnitude of router logits, fp32 [N, E]: ‖scale·w‖₂·√D, since inputs have an RMS of 1."""
+    """Upper bound of the magnitude of router logits, fp32 [N, E]: ‖scale·w‖₂·√D, since inputs have an RMS of 1.
+
+    A bias of the logits adds its magnitude.
+    """
     config, router = directory.config, directory.layout("router")
     scale = _layouts(directory)[ffn_norm_scale(config).path]
     found = []
-    for layer in range(config.layers):
+    for layer in range(config.expert_layers):
         w_DE = directory.view(router, (layer,) if router.stacked else ()).astype(np.float32)
         scale_D = directory.view(scale, (layer,)).astype(np.float32)
-        found.append(np.linalg.norm(w_DE * scale_D[:, None], axis=0) * np.sqrt(np.float32(config.width)))
+        largest_E = np.linalg.norm(w_DE * scale_D[:, None], axis=0) * np.sqrt(np.float32(config.width))
+        if directory.moe.biases:
+            bias = directory.layout("router", "bias")
+            largest_E += np.abs(directory.view(bias, (layer,) if bias.stacked else ()).astype(np.float32))
+        found.append(largest_E)
     return np.stack(found)
 
 

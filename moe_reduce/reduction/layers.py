@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.model_config import FULL, WINDOWED
 from moe_reduce.models.model import Model
-from moe_reduce.models.parameters import parameters
-from moe_reduce.models.weights import map_parts
+from moe_reduce.models.parameters import Parameter, parameters
+from moe_reduce.models.weights import Value, map_parts
 from moe_reduce.reduction.transform import Leaves, transform
 from moe_reduce.training.task import Batch
 
@@ -29,13 +31,36 @@ def drop_layers(model: Model, layers: Sequence[int]) -> Model:
         raise UserError(f"layers={list(layers)} names one twice: name each layer once")
     if len(layers) == total:
         raise UserError(f"layers names all {total} layers: leave at least one")
-    kept = np.array([layer for layer in range(total) if layer not in layers])
+    first = model.config.dense_layers
+    if min(layers, default=first) < first:
+        raise UserError(f"layers={list(layers)}: the first {first} have no experts and cannot be dropped: name others")
+    kept = [layer for layer in range(total) if layer not in layers]
+    if first and len(kept) == first:
+        raise UserError(f"layers names all {total - first} layers with experts: leave at least one")
     stacked = [record for record in parameters(model.config) if record.stacked]
 
     def drop(leaves: Leaves) -> Leaves:
-        return {record.path: map_parts(lambda _, part: part[kept], record, leaves[record.path]) for record in stacked}
+        return {record.path: _kept(leaves[record.path], record, kept) for record in stacked}
 
-    return transform(model, dataclasses.replace(model.config, layers=len(kept)), stacked, drop, slices=True)
+    return transform(model, _with_layers(model.config, kept), stacked, drop, slices=True)
+
+
+def _kept(value: Value, record: Parameter, kept: list[int]) -> Value:
+    """The kept layers of a stack."""
+    places = np.array([layer - record.first_layer for layer in kept if layer in record.layers])
+    return map_parts(lambda _, part: part[places], record, value)
+
+
+def _with_layers(config: ModelConfig, kept: list[int]) -> ModelConfig:
+    """The configuration of the kept layers; a pattern that has become uniform is left out."""
+    config = dataclasses.replace(config, layers=len(kept))
+    if config.window_pattern is None:
+        return config
+    pattern = "".join(config.window_pattern[layer] for layer in kept)
+    if FULL not in pattern:
+        return dataclasses.replace(config, window_pattern=None)
+    window = config.sliding_window if WINDOWED in pattern else None
+    return dataclasses.replace(config, sliding_window=window, window_pattern=None if window is None else pattern)
 
 
 def block_influence(model: Model, batches: Iterable[Batch]) -> np.ndarray:

@@ -3,6 +3,7 @@
 Each layer runs on the whole calibration set before the next is read, so that each weight is read once.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,11 +18,12 @@ from moe_reduce.core import trees
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.families import Leaf, leaves
-from moe_reduce.models.decoder import STACK, AttentionHalf, LayerRouter
+from moe_reduce.models.activations import Gated
+from moe_reduce.models.decoder import AttentionHalf, DenseLayer, LayerRouter, SharedBlock, layer_windowed
 from moe_reduce.models.moe.dispatch import Assigned
-from moe_reduce.models.moe.experts import Experts, cast_experts
+from moe_reduce.models.moe.experts import MATRICES, Experts, cast_experts
 from moe_reduce.models.moe.mixture import some_experts
-from moe_reduce.models.parameters import by_path
+from moe_reduce.models.records import Stack, stack_of
 from moe_reduce.models.weights import Weight
 from moe_reduce.reduction.files import Directory
 from moe_reduce.reduction.scores import Sums, combining, fetched, sums_of
@@ -29,7 +31,8 @@ from moe_reduce.storage.parameter_tensors import widest
 from moe_reduce.training.task import Batch
 
 CHUNK_BYTES = 40 * 1024**2  # size of the experts that are in memory at a time
-ATTENTION_HALF = ("attention", "norm", "bias")  # components of a layer other than router and experts
+ATTENTION_HALF = ("attention", "norm", "bias", "sinks")  # components of the attention half of a layer
+DENSE_LAYER = (*ATTENTION_HALF, "feed_forward")
 
 
 def collect(directory: Directory, batches: Sequence[Batch], execution: ExecutionConfig) -> Sums:
@@ -52,6 +55,11 @@ def collect(directory: Directory, batches: Sequence[Batch], execution: Execution
     weights = [jnp.asarray(batch["weights"]) for batch in batches]
     layers = []
     for layer in tqdm(range(config.layers), unit="layer", disable=not sys.stderr.isatty()):
+        if layer < config.dense_layers:
+            params = _layer_params(directory, layer, DENSE_LAYER)
+            windowed = layer_windowed(config, layer)
+            states = [_dense(config, execution, windowed, params, x_BTD) for x_BTD in states]
+            continue
         states, sums = _layer(directory, layer, states, weights, execution)
         layers.append(sums)
     tokens = sum(int(np.sum(np.asarray(batch["weights"]) > 0)) for batch in batches)
@@ -67,23 +75,25 @@ def _embed(directory: Directory, tokens_BT: Any, dtype: jnp.dtype) -> jax.Array:
 
 def _layer(directory: Directory, layer: int, states: list, weights: list, execution: ExecutionConfig):
     """Run one layer on all batches; return their new states and the summed statistics of its experts, [E] each."""
-    config, moe = directory.config, directory.moe
-    half = trees.unflatten(dict(_attention_half(directory, layer)))[STACK]
-    router: dict[str, Any] = {"router": {"weight": _read(directory, directory.layout("router"), layer)}}
-    for name, present in (("router_bias", moe.selection_bias), ("score_offset", moe.score_offset)):
-        if present:
-            router[name] = _read(directory, directory.layout(name), layer)
-    gain_D = _read(directory, directory.layout("output_gain"), layer) if moe.output_gain else jnp.ones(config.width)
-    attended = [attend(config, execution, half, router, x_BTD) for x_BTD in states]
+    config, moe, row = directory.config, directory.moe, layer - directory.config.dense_layers
+    half = _layer_params(directory, layer, ATTENTION_HALF)
+    router = _layer_params(directory, layer, ("router", "router_bias", "score_offset"))
+    shared = _layer_params(directory, layer, ("shared_expert",))
+    gain_D = _read(directory, directory.layout("output_gain"), row) if moe.output_gain else jnp.ones(config.width)
+    windowed = layer_windowed(config, layer)
+    attended = [attend(config, execution, half, router, x_BTD, windowed) for x_BTD in states]
     outputs: list[Any] = [None] * len(states)
-    for first, experts in _chunks(directory, layer, execution.products):
+    for first, experts in _chunks(directory, row, execution.products):
         for batch, (_, normed_BTD, chosen_BTA, weights_BTA) in enumerate(attended):
             rows = Assigned(normed_BTD, chosen_BTA, weights_BTA)
             chunk_outputs = _experts(execution, moe.experts, rows, experts, jnp.int32(first))
             outputs[batch] = chunk_outputs if outputs[batch] is None else _add(outputs[batch], chunk_outputs)
     new_states, totals = [], None
-    for (x_BTD, _, *routed), (y_BTD, sizes), weights_BT in zip(attended, outputs, weights, strict=True):
-        new_states.append(x_BTD + (y_BTD * gain_D[None, None]).astype(x_BTD.dtype))
+    for (x_BTD, normed_BTD, *routed), (y_BTD, sizes), weights_BT in zip(attended, outputs, weights, strict=True):
+        y_BTD = (y_BTD * gain_D[None, None]).astype(x_BTD.dtype)
+        if moe.shared_width is not None:
+            y_BTD = y_BTD + _beside(config, execution, shared, normed_BTD)
+        new_states.append(x_BTD + y_BTD)
         assignments = dict(zip(("expert", "weight"), routed, strict=True)) | sizes._asdict()
         sums = fetched(_sums(assignments, weights_BT, moe.experts))
         totals = sums if totals is None else {name: combining(name)(totals[name], sums[name]) for name in sums}
@@ -94,11 +104,28 @@ _sums = jax.jit(sums_of, static_argnums=2)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def attend(config: ModelConfig, execution: ExecutionConfig, half, router, x_BTD):
+def _beside(config: ModelConfig, execution: ExecutionConfig, shared, normed_BTD) -> jax.Array:
+    """Run the block beside a layer's experts."""
+    y_BTD: Any = SharedBlock(config, execution).apply({"params": shared}, normed_BTD)
+    return y_BTD
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _dense(config: ModelConfig, execution: ExecutionConfig, windowed: bool | None, params, x_BTD) -> jax.Array:
+    """Run a layer without experts."""
+    new_BTD: Any = DenseLayer(config, execution, windowed).apply({"params": params}, x_BTD, _positions(x_BTD))
+    return new_BTD
+
+
+def _positions(x_BTD: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None], x_BTD.shape[:2])
+
+
+@partial(jax.jit, static_argnums=(0, 1, 5))
+def attend(config: ModelConfig, execution: ExecutionConfig, half, router, x_BTD, windowed: bool | None = None):
     """Return the residual stream after attention, the experts' input, and the chosen experts with their weights."""
     batch, time, _ = x_BTD.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32)[None], (batch, time))
-    applied: Any = AttentionHalf(config, execution).apply({"params": half}, x_BTD, positions_BT)
+    applied: Any = AttentionHalf(config, execution, windowed).apply({"params": half}, x_BTD, _positions(x_BTD))
     x_BTD, normed_BTD = applied
     routing: Any = LayerRouter(config, execution).apply({"params": router}, normed_BTD)
     shape = (batch, time, -1)
@@ -119,30 +146,45 @@ def _add(left, right):
     return jax.tree.map(jnp.add, left, right)  # an assignment's sizes are 0 in all chunks but its expert's
 
 
-def _read(directory: Directory, leaf: Leaf, layer: int) -> jax.Array:
-    return jnp.asarray(leaf.from_stored(directory.files.read_whole(leaf.name((layer,)))))
+def _read(directory: Directory, leaf: Leaf, row: int) -> jax.Array:
+    """Values of one layer. row: its place in its stack."""
+    return jnp.asarray(leaf.from_stored(directory.files.read_whole(leaf.name((row,)))))
 
 
-def _attention_half(directory: Directory, layer: int) -> Iterator[tuple[str, jax.Array]]:
-    records = by_path(directory.config)
-    for leaf in leaves(directory.config):
-        if records[leaf.path].stacked and records[leaf.path].component in ATTENTION_HALF:
-            yield leaf.path, _read(directory, leaf, layer)
+def _layer_params(directory: Directory, layer: int, components: Sequence[str]) -> dict[str, Any]:
+    """Parameters of these components in one layer, as its modules name them; {} if it has none."""
+    stack: Stack = stack_of(directory.config, layer)
+    found = {
+        leaf.path: _read(directory, leaf, layer - stack.first)
+        for leaf in leaves(directory.config)
+        if leaf.record.stack == stack.key and leaf.record.component in components
+    }
+    return trees.unflatten(found).get(stack.key, {})
 
 
-def _chunks(directory: Directory, layer: int, layout: str) -> Iterator[tuple[int, Experts]]:
-    """Read a layer's experts in chunks of equal size: (number of the first expert, matrices of the chunk)."""
-    layouts = [directory.layout("experts", name) for name in ("gate", "up", "down")]
-    names = [[leaf.name((layer, expert)) for leaf in layouts] for expert in range(directory.moe.experts)]
-    expert_bytes = sum(directory.files.entries[name].stop - directory.files.entries[name].start for name in names[0])
-    count = max(1, min(directory.moe.experts, CHUNK_BYTES // expert_bytes))
-    while directory.moe.experts % count:
+def _chunks(directory: Directory, row: int, layout: str) -> Iterator[tuple[int, Experts]]:
+    """Read a layer's experts in chunks of equal size: (number of the first expert, weights of the chunk)."""
+    moe, activation = directory.moe, Gated.of(directory.config)
+    matrices = [directory.layout("experts", name) for name in MATRICES]
+    biases = [directory.layout("experts", f"{name}_bias") for name in MATRICES if moe.biases]
+    sizes = (directory.files.entries[leaf.name((row, 0)[: len(leaf.stacked)])].dtype.itemsize for leaf in matrices)
+    expert_bytes = sum(size * math.prod(leaf.shape[2:]) for size, leaf in zip(sizes, matrices, strict=True))
+    count = max(1, min(moe.experts, CHUNK_BYTES // expert_bytes))
+    while moe.experts % count:
         count -= 1
-    for first in range(0, directory.moe.experts, count):
-        matrices = []
-        for place, leaf in enumerate(layouts):
-            tensors = (directory.files.read_whole(names[first + number][place]) for number in range(count))
-            stacked = [leaf.from_stored(tensor) for tensor in tensors]
-            dtype = widest({tensor.dtype for tensor in stacked})
-            matrices.append(jnp.asarray(np.stack([tensor.astype(dtype, copy=False) for tensor in stacked])))
-        yield first, Experts(*(Weight(matrix, layout=layout) for matrix in matrices))
+    for first in range(0, moe.experts, count):
+        numbers = range(first, first + count)
+        values = {leaf.record.name: jnp.asarray(_expert_values(directory, leaf, row, numbers)) for leaf in matrices}
+        added = tuple(jnp.asarray(_expert_values(directory, leaf, row, numbers))[:, None] for leaf in biases)
+        weights = {name: Weight(value, layout=layout) for name, value in values.items()}
+        yield first, Experts(**weights, biases=added, activation=activation)
+
+
+def _expert_values(directory: Directory, leaf: Leaf, row: int, numbers: range) -> np.ndarray:
+    """Values of some experts of a layer, whose tensors hold one expert each, or all of them."""
+    files = directory.files
+    if len(leaf.stacked) == 1:
+        return np.array(directory.view(leaf, (row,))[numbers.start : numbers.stop])
+    stacked = [leaf.from_stored(files.read_whole(leaf.name((row, number)))) for number in numbers]
+    dtype = widest({tensor.dtype for tensor in stacked})
+    return np.stack([tensor.astype(dtype, copy=False) for tensor in stacked])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_reduce.core.config import ModelConfig
+from moe_reduce.core.config import ModelConfig, MoEConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Parameter, parameters
@@ -46,8 +46,19 @@ def check_kept(config: ModelConfig, kept: KeptExperts) -> None:
     if min(sizes) < moe.active:
         raise UserError(f"{min(sizes)} experts kept are fewer than the {moe.active} active for a token: keep more")
     for row in kept:
+        _check_groups(row, moe)
         if list(row) != sorted(set(row)) or row[0] < 0 or row[-1] >= moe.experts:
             raise UserError(f"kept experts {row} are not ascending numbers below {moe.experts}: correct them")
+
+
+def _check_groups(row: tuple[int, ...], moe: MoEConfig) -> None:
+    """Raises UserError unless a row keeps equally many experts of each group that the router chooses among."""
+    kept = [sum(index // (moe.experts // moe.groups) == group for index in row) for group in range(moe.groups)]
+    if len(set(kept)) > 1:
+        raise UserError(
+            f"the router's groups of experts would keep between {min(kept)} and {max(kept)}: keep equally many of each "
+            f"of the {moe.groups} groups"
+        )
 
 
 def _keep(value: Value, record: Parameter, kept: KeptExperts) -> Value:

@@ -17,12 +17,17 @@ SUPER_SHARE = 0.1  # they exceed this share of the largest activation of any exp
 SUPER_LAYERS = 0.75  # they are sought in this share of the layers, counted from the first
 
 
-def keep_by_row(scores_NE: np.ndarray, keep: int, protected: frozenset[tuple[int, int]] = frozenset()) -> KeptExperts:
+def keep_by_row(
+    scores_NE: np.ndarray, keep: int, protected: frozenset[tuple[int, int]] = frozenset(), groups: int = 1
+) -> KeptExperts:
     """Keep the `keep` best experts of each row, protected ones first; ties keep the lower index.
 
-    Raises UserError when a row has fewer than `keep` experts, or more protected ones.
+    groups: number of equal groups of a row's experts that the router chooses among; each keeps equally many. Raises
+    UserError when a row has fewer than `keep` experts, or more protected ones, or `groups` do not divide `keep`.
     """
     rows, experts = scores_NE.shape
+    if groups > 1:
+        return _keep_by_group(scores_NE, keep, protected, groups)
     _check_keep(keep, experts)
     kept = []
     for row in range(rows):
@@ -34,6 +39,18 @@ def keep_by_row(scores_NE: np.ndarray, keep: int, protected: frozenset[tuple[int
         others = [int(expert) for expert in _best(scores_NE[row]) if (row, int(expert)) not in protected]
         kept.append(tuple(sorted(guarded + others[: keep - len(guarded)])))
     return tuple(kept)
+
+
+def _keep_by_group(scores_NE: np.ndarray, keep: int, protected: frozenset[tuple[int, int]], groups: int) -> KeptExperts:
+    if keep % groups:
+        raise UserError(f"{keep} experts cannot be kept equally of {groups} groups: keep a multiple of {groups}")
+    rows, size = scores_NE.shape[0], scores_NE.shape[1] // groups
+    guarded = frozenset((row * groups + index // size, index % size) for row, index in protected)
+    kept = keep_by_row(scores_NE.reshape(rows * groups, size), keep // groups, guarded)
+    return tuple(
+        tuple(group * size + index for group in range(groups) for index in kept[row * groups + group])
+        for row in range(rows)
+    )
 
 
 def keep_overall(

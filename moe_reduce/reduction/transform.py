@@ -68,8 +68,8 @@ def moe_of(config: ModelConfig) -> MoEConfig:
 
 
 def expert_rows(config: ModelConfig) -> int:
-    """Number of rows in the (row, index) numbers of experts: one for each layer, or 1 for a shared pool."""
-    return 1 if moe_of(config).placement == "shared" else config.layers
+    """Number of rows in the (row, index) numbers of experts: one for each layer with experts, or 1 for a pool."""
+    return 1 if moe_of(config).placement == "shared" else config.expert_layers
 
 
 def expert_count(config: ModelConfig) -> int:

@@ -1,4 +1,4 @@
-"""Fill the marked tables of a document from results, so that no number in a table is typed by hand."""
+"""Fill the marked tables of a document from results or from the code, so that none is typed by hand."""
 
 import re
 from pathlib import Path
@@ -6,14 +6,15 @@ from typing import Any
 
 from moe_reduce.core.disk import read_json
 from moe_reduce.core.errors import UserError
-from moe_reduce.reports import tables
+from moe_reduce.reports import families_table, tables
 from moe_reduce.reports.finished_runs import SUMMARY
 
 MARKERS = re.compile(r"(<!-- results:(\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+FAMILIES = re.compile(r"(<!-- families -->\n).*?(<!-- /families -->)", re.DOTALL)
 
 
 def fill(document: Path, results: Path) -> str:
-    """The document's text, with every marked table regenerated from results/NAME/summary.json.
+    """The document's text, with every marked table regenerated from results/NAME/summary.json, or from the families.
 
     Raises UserError when the document, one of its results, or every marker is missing.
     """
@@ -24,7 +25,8 @@ def fill(document: Path, results: Path) -> str:
     if not document.is_file():
         raise UserError(f"--document={document} does not exist")
     text, count = MARKERS.subn(table, document.read_text())
-    if count == 0:
+    text, of_families = FAMILIES.subn(lambda match: f"{match[1]}{families_table.markdown()}{match[2]}", text)
+    if count + of_families == 0:
         raise UserError(f"{document} has no markers for a table: write <!-- results:NAME --> and <!-- /results -->")
     return text
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from moe_reduce import families
-from moe_reduce.core import outputs, trees
+from moe_reduce.core import hub, outputs, trees
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.core.gguf_file import is_gguf
 from moe_reduce.core.provenance import Step
@@ -41,12 +41,14 @@ def load(
 ) -> Model:
     """Load a model directory, ours or a Hugging Face one of a family in moe_reduce.families, or a GGUF file.
 
+    path: a path, or the name of a model on the Hugging Face hub, which is fetched into the hub's cache.
+
     dtype: dtype of the parameters, such as "bfloat16"; None keeps the stored one. execution: how to compute; None
     chooses by platform. shardings: tree of jax.sharding.Sharding with the structure of the parameters; each device then
     reads only its own slices. Quantised tensors of a GGUF file are dequantised to fp32. Raises UserError, naming the
     file and the tensor or key, when the model is not whole.
     """
-    place = Path(path)
+    place = hub.local(Path(path))
     config, raw = families.read_config(place)
     params = read_params(open_tensors(place, config), config, dtype, shardings)
     execution = (execution or ExecutionConfig()).resolve(jax.default_backend())

@@ -5,6 +5,7 @@ A quantised weight consists of several tensors: see quantised.py.
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from moe_reduce.core import memory, trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.gguf_file import is_gguf
-from moe_reduce.families import Leaf, by_path, leaves, of_config
+from moe_reduce.families import Leaf, by_path, leaves, of_config, text_part
 from moe_reduce.storage import quantised
 from moe_reduce.storage.gguf import GgufTensors
 from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem, Tensors
@@ -37,12 +38,14 @@ def check_names(files: Tensors, config: ModelConfig) -> None:
 
     Raises UserError when a tensor is missing, unknown or of another shape. An output table that is stored although
     config.json ties it to the embedding is read and must equal it. The one table of tied embeddings may be stored under
-    the name of the output table; it is then renamed in `files`.
+    the name of the output table; it is then renamed in `files`. Tensors of parts that nothing computes are named on
+    stderr.
     """
     family = of_config(config)
     tied = config.tied_embeddings and config.embedding_factor is None
     if tied and family.input_table not in files.entries and family.output_table in files.entries:
         files.entries[family.input_table] = files.entries.pop(family.output_table)
+    _keep_language_model(files, config)
     parts = [part for leaf in leaves(config) for part in quantised.parts_of(leaf, files)]
     expected = {name: part.stored_shape for part in parts for name in part.leaf.names()}
     for name, shape in expected.items():
@@ -52,6 +55,13 @@ def check_names(files: Tensors, config: ModelConfig) -> None:
         if entry.shape != shape:
             raise UserError(f"tensor {name} in {entry.file} has shape {entry.shape}, config.json says {shape}: fix one")
     unknown = [name for name in files.entries if name not in expected and not family.ignored.fullmatch(name)]
+    left = left_out(files, config)
+    if left:
+        print(
+            f"{files.directory}: {len(left)} tensors, such as {left[0]}, predict further tokens and are not read",
+            file=sys.stderr,
+        )
+        unknown = [name for name in unknown if name not in set(left)]
     output = family.output_table
     if tied and output in unknown:
         _check_tied(files, family.input_table, output)
@@ -61,6 +71,27 @@ def check_names(files: Tensors, config: ModelConfig) -> None:
             f"tensor {min(unknown)} in {files.entries[min(unknown)].file} has no place in this model "
             f"({len(unknown)} such): remove it, or correct config.json"
         )
+
+
+def _keep_language_model(files: Tensors, config: ModelConfig) -> None:
+    """Rename the tensors of the language model of a multimodal one, and forget the others, which stderr says."""
+    expected = [name for leaf in leaves(config) for name in leaf.names()]
+    names = text_part.renamed(files.entries, expected, of_config(config).input_table)
+    others = sorted(set(files.entries) - set(names.values()))
+    if not names:
+        return
+    kept = {name: files.entries[there] for name, there in names.items()}
+    files.entries.clear()
+    files.entries.update(kept)
+    if others:
+        what = f"{len(others)} tensors, such as {others[0]}, are not of the language model"
+        print(f"{files.directory}: {what} and are not read", file=sys.stderr)
+
+
+def left_out(files: Tensors, config: ModelConfig) -> list[str]:
+    """Names of tensors of parts that nothing here computes, such as layers that predict several tokens at once."""
+    family = of_config(config)
+    return sorted(name for name in files.entries if family.leaves_out(name, config))
 
 
 def _check_tied(files: Tensors, input_name: str, output_name: str) -> None:

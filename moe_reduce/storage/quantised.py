@@ -1,8 +1,8 @@
 """Weights on disk: one tensor for an array, and several for a quantised matrix.
 
 `quantization_config` in config.json says which layout a model directory has: that of compressed-tensors
-(compressed_tensors.py), or ours (native_layout.py) with the scheme of each parameter. Without it, a matrix with scales
-beside it is int8 in our layout, as earlier versions wrote it.
+(compressed_tensors.py), one of a model's makers (published_layouts.py), or ours (native_layout.py) with the scheme of
+each parameter. Without it, a matrix with scales beside it is int8 in our layout, as earlier versions wrote it.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from moe_reduce.core.schemes import Scheme
 from moe_reduce.families import CONFIG_FILE, QUANTISATION, QUANTISATION_METHOD, Leaf
 from moe_reduce.models.weights import Quantised
 from moe_reduce.models.weights.scales import DoubleScales
-from moe_reduce.storage import compressed_tensors, native_layout
+from moe_reduce.storage import compressed_tensors, native_layout, published_layouts
 from moe_reduce.storage.tensors import Tensors
 from moe_reduce.storage.weight_parts import Part
 
@@ -55,12 +55,14 @@ def restated(files: Tensors, schemes: Mapping[str, Scheme | None]) -> dict[str, 
 
 
 def names_modules(files: Tensors) -> bool:
-    """True where the layout names modules of the target program, so that a model of another family cannot have it."""
-    return _layout(files) is compressed_tensors
+    """True where the layout is that of another program, so that a model of another family cannot have it."""
+    return _layout(files) is not native_layout
 
 
 def _layout(files: Tensors) -> Any:
     named = files.quantisation.get(QUANTISATION_METHOD)
+    if named in published_layouts.METHODS:
+        return published_layouts
     return compressed_tensors if named == compressed_tensors.METHOD else native_layout
 
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Protocol
 import ml_dtypes
 import numpy as np
 
-from moe_reduce.core import json_files
+from moe_reduce.core import hub, json_files
 from moe_reduce.core.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
@@ -107,6 +107,8 @@ class TensorFiles:
         self.entries: dict[str, Entry] = {}
         self._maps: dict[Path, np.memmap] = {}
         file, index = directory / single, directory / INDEX_FILE
+        if not hub.fetch(file) and single == SINGLE_FILE:
+            hub.fetch(index)
         if single == SINGLE_FILE and file.exists() and index.exists():
             shards = sorted(set(_weight_map(index).values()) - {single})
             if any((directory / name).exists() for name in shards):
@@ -128,6 +130,7 @@ class TensorFiles:
         weight_map = _weight_map(index)
         for name in sorted(set(weight_map.values())):
             file = self.directory / name
+            hub.fetch(file)
             if not file.is_file():
                 raise UserError(f"{index} names {name}, which is missing: fetch that file again")
             for tensor, entry in _read_header(file).items():

@@ -73,7 +73,7 @@ def layout_of(config: HypernetworkConfig, base: ModelConfig) -> Layout:
         Place(
             path=target.path,
             name=target.parameter.name,
-            layers=(base.layers,) if target.layers is None else target.layers,
+            layers=(base.layers,) if target.layers is None else target.numbers,
             stacked=target.layers is not None,
             experts=target.experts,
             inputs=target.in_features,

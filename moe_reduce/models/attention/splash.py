@@ -22,16 +22,15 @@ LANES = 128  # width of a TPU's registers; the last axis in memory is padded to 
 TILES = (512, 256, LANES)
 
 
-def attention(
-    q_BTHC: jax.Array, k_BTGC: jax.Array, v_BTGC: jax.Array, visibility: Visibility, interpret: bool
-) -> jax.Array:
+def attention(q_BTHC, k_BTGC, v_BTGC, visibility: Visibility, scale: float, interpret: bool) -> jax.Array:
     """Softmax attention of a row's tokens to one another, [B, T, H, C]; query head h reads key/value head h·G/H.
 
-    On the mesh in context each device computes its rows and, along `tensor`, its heads.
+    scale: factor of the scores. On the mesh in context each device computes its rows and, along `tensor`, its heads.
     """
     segments_BT = visibility.segments_BT
     if segments_BT is None:
         segments_BT = jnp.zeros(q_BTHC.shape[:2], jnp.int32)
+    q_BTHC = q_BTHC * jnp.asarray(scale, q_BTHC.dtype)
     attend = partial(_attention, visibility=visibility, interpret=interpret)
     if not on_one_device():
         rows, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, "tensor")
@@ -62,7 +61,6 @@ def _attention(q_BTHC, k_BTGC, v_BTGC, segments_BT, visibility: Visibility, inte
     def row(q_HTC, k_GTC, v_GTC, segments_T):
         return attend(q_HTC, k_GTC, v_GTC, segment_ids=kernels.SegmentIds(segments_T, segments_T))
 
-    q_BTHC = q_BTHC * jnp.asarray(width**-0.5, q_BTHC.dtype)
     # padded positions come last, so the causal mask hides them from real ones
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, padded - time)))
     mixed_BHTC: Any = row(laid_out(q_BTHC), laid_out(k_BTGC), laid_out(v_BTGC), segments_BT)

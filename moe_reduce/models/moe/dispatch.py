@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.models import products
+from moe_reduce.models.activations import SWIGLU
 from moe_reduce.models.deltas import of_groups
 from moe_reduce.models.moe import chunks, expert_loop
 from moe_reduce.models.moe.assignments import Order, Result, combined, gather_rows, sizes_of, sort_by_group
@@ -52,7 +53,7 @@ def dispatch_blocks(
     order = sort_by_group(rows.groups_SA, experts.groups)
     x_MD = gather_rows(rows.x_SD, order)
     tile_rows = expert_loop.tile_rows(execution.block_rows, x_MD.shape[0], experts.groups)
-    settings = expert_loop.Settings(tile_rows, experts.layout)
+    settings = expert_loop.Settings(tile_rows, experts.layout, experts.activation)
     deltas = {name: of_groups(delta, experts.number) for name, delta in experts.deltas.items()}
     found: Any = expert_loop.loop_swiglu(x_MD, order.counts_J, experts.values, masters, deltas, settings)
     y_MD, masters = found
@@ -93,12 +94,15 @@ def _sizes(counts_J: jax.Array, matrices: jax.Array) -> jax.Array:
 def dispatch_grouped(
     rows: Assigned, experts: Experts, masters: Masters, execution: ExecutionConfig, share: float = 1.0
 ) -> Result:
-    """Exact and dropless: kernels over sorted rows (moe/triton_kernels.py); adapter deltas are not fused."""
+    """Exact and dropless: kernels over sorted rows (moe/triton_kernels.py).
+
+    Experts with adapter deltas, with biases or with another activation than SwiGLU take a kernel for each matrix.
+    """
     from moe_reduce.models.moe import triton_kernels  # imported here: a later jax may lack Pallas' Triton
 
     order = sort_by_group(rows.groups_SA, experts.groups)
     assignments, interpret = rows.groups_SA.size, execution.platform != "gpu"
-    if experts.deltas:
+    if experts.deltas or experts.biases or experts.activation != SWIGLU:
 
         def product(rows_MI: jax.Array, matrices: jax.Array) -> jax.Array:
             groups = triton_kernels.groups_of(_sizes(order.counts_J, matrices), assignments)

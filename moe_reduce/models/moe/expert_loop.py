@@ -1,4 +1,4 @@
-"""SwiGLU experts on rows sorted by group, as a loop over tiles of rows: exact, and only routed rows are computed.
+"""Gated experts on rows sorted by group, as a loop over tiles of rows: exact, and only routed rows are computed.
 
 XLA on CPU has no dense operation whose cost follows the number of rows that each expert gets. So this is a loop over
 groups of rows (moe/assignments.py) and their tiles, with a trip count known only at run time. A group's last tile may
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_reduce.models import deltas
+from moe_reduce.models.activations import SWIGLU, Gated
 from moe_reduce.models.moe.gradients import Trained, as_leaves, instantiate_zeros, primal_values, where_trained
 from moe_reduce.models.products import dot, product
 from moe_reduce.models.weights import multiply
@@ -23,10 +24,11 @@ TILE_MULTIPLES = (1, 2, 3, 4)  # sizes of tiles, in units of the smallest; each 
 
 
 class Settings(NamedTuple):
-    """Static settings of the loop: rows of the smallest tile, and the layout of operands (models/products.py)."""
+    """Static settings of the loop: rows of the smallest tile, layout of operands (models/products.py), activation."""
 
     tile_rows: int
     layout: str
+    activation: Gated = SWIGLU
 
 
 def tile_rows(most: int, rows: int, groups: int) -> int:
@@ -39,12 +41,13 @@ def tile_rows(most: int, rows: int, groups: int) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def loop_swiglu(x_MD, counts_J, matrices, masters, group_deltas, settings: Settings):
-    """(down(silu(gate·x) · up·x) of each row by its expert, the masters).
+    """(down(activation(gate·x, up·x)) of each row by its expert, the masters).
 
     Args:
         x_MD: rows, in the compute dtype, sorted by group.
         counts_J: rows of each group, int32; rows past their sum give zero. Each expert has equally many groups.
-        matrices: values of gate [E, D, F], up [E, D, F] and down [E, F, D]. No gradient flows into them.
+        matrices: values of gate [E, D, F], up [E, D, F] and down [E, F, D], then their biases [E, 1, ·] if there are
+            any. No gradient flows into them.
         masters: master weights, returned unread; empty if experts are frozen. In the backward pass their cotangent
             already holds the gradient of all later calls, and this call adds its own in place. (Otherwise each layer
             would allocate a gradient of the whole shared pool and add it to the total.)
@@ -112,9 +115,17 @@ def _of_group(group_deltas, group):
     return jax.tree.map(lambda leaf: _values(leaf[group] if leaf.ndim == 3 else leaf), group_deltas)
 
 
-def _linear(x, matrix, delta, layout: str):
+def _linear(x, matrix, bias, delta, layout: str):
     y = multiply(x, matrix, layout).astype(x.dtype)
+    if bias is not None:
+        y = y + jnp.broadcast_to(bias, y.shape)
     return y if delta is None else y + _added(x, delta, y.shape[1], layout)
+
+
+def _by_name(mine) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(matrices of an expert by name, its biases by name; None without them)."""
+    names = ("gate", "up", "down")
+    return dict(zip(names, mine[:3], strict=True)), dict(zip(names, mine[3:] or (None,) * 3, strict=True))
 
 
 def _added(x, delta, outputs: int, layout: str):
@@ -129,7 +140,7 @@ def _marked_forward(x_MD, counts_J, matrices, masters, group_deltas, settings: S
 
 
 def _forward(x_MD, counts_J, matrices, masters, group_deltas, settings: Settings):
-    smallest, layout = settings
+    smallest, layout, activation = settings
     rows, model_width = x_MD.shape
     expert_width, dtype = matrices[0].shape[2], x_MD.dtype
     x_MD = jnp.pad(x_MD, ((0, smallest * TILE_MULTIPLES[-1]), (0, 0)))
@@ -137,15 +148,15 @@ def _forward(x_MD, counts_J, matrices, masters, group_deltas, settings: Settings
 
     def body(carry, group, mine, size, start, left):
         y, gates, ups = carry
-        gate_DF, up_DF, down_FD = mine
-        local_deltas = _of_group(bits, group)
+        (weights, biases), local_deltas = _by_name(mine), _of_group(bits, group)
         x = _slice(x_MD, start, size)
-        gate, up = (
-            _linear(x, gate_DF, local_deltas.get("gate"), layout),
-            _linear(x, up_DF, local_deltas.get("up"), layout),
-        )
+
+        def linear(x, name):
+            return _linear(x, weights[name], biases[name], local_deltas.get(name), layout)
+
+        gate, up = linear(x, "gate"), linear(x, "up")
         valid = (jnp.arange(size) < left)[:, None]
-        tile = jnp.where(valid, _linear(jax.nn.silu(gate) * up, down_FD, local_deltas.get("down"), layout), 0)
+        tile = jnp.where(valid, linear(activation(gate, up), "down"), 0)
         return _update(y, tile, start), _update(gates, gate, start), _update(ups, up, start)
 
     empty = tuple(_padded(rows, columns, smallest, dtype) for columns in (model_width, expert_width, expert_width))
@@ -154,7 +165,7 @@ def _forward(x_MD, counts_J, matrices, masters, group_deltas, settings: Settings
 
 
 def _backward(settings: Settings, saved, cotangents):
-    smallest, layout = settings
+    smallest, layout, activation = settings
     x_MD, counts_J, matrices, group_deltas, gates, ups, trained = saved
     dy_MD, dmasters = jax.tree.map(instantiate_zeros, cotangents)
     rows, dtype = dy_MD.shape[0], dy_MD.dtype
@@ -164,18 +175,16 @@ def _backward(settings: Settings, saved, cotangents):
 
     def body(carry, group, mine, size, start, left):
         dx, dmasters, dgroup_deltas = carry
-        gate_DF, up_DF, down_FD = mine
-        local_deltas = _of_group(bits, group)
+        (gate_DF, up_DF, down_FD, *biases), local_deltas = mine, _of_group(bits, group)
         valid = (jnp.arange(size) < left)[:, None]
         # dy is zero in rows of the next group, so those rows add nothing to any gradient below
         dy = jnp.where(valid, _slice(dy_MD, start, size), 0)
         gate, up, x = _slice(gates, start, size), _slice(ups, start, size), _slice(x_MD, start, size)
-        activation, silu_vjp = jax.vjp(jax.nn.silu, gate)
+        hidden, activation_vjp = jax.vjp(activation, gate, up)
         dhidden = multiply(dy, down_FD, layout, transposed=True).astype(dtype)
-        more, dgroup_deltas = _delta_vjp("down", (local_deltas, activation * up, dy), dgroup_deltas, group, layout)
+        more, dgroup_deltas = _delta_vjp("down", (local_deltas, hidden, dy), dgroup_deltas, group, layout)
         dhidden = dhidden + more
-        (dgate,) = silu_vjp(dhidden * up)
-        dup = dhidden * activation
+        dgate, dup = activation_vjp(dhidden)
         dx_here = multiply(dgate, gate_DF, layout, transposed=True) + multiply(dup, up_DF, layout, transposed=True)
         dx_here = dx_here.astype(dtype)
         for name, dinner in (("gate", dgate), ("up", dup)):
@@ -183,7 +192,9 @@ def _backward(settings: Settings, saved, cotangents):
             dx_here = dx_here + more
         dx = _update(dx, dx_here, start)
         if dmasters:
-            here = (dot(x, dgate, 0, 0, layout), dot(x, dup, 0, 0, layout), dot(activation * up, dy, 0, 0, layout))
+            here = (dot(x, dgate, 0, 0, layout), dot(x, dup, 0, 0, layout), dot(hidden, dy, 0, 0, layout))
+            if biases:
+                here += tuple(jnp.sum(d.astype(jnp.float32), axis=0, keepdims=True) for d in (dgate, dup, dy))
             dmasters = _add(dmasters, here, lax.div(group, groups_per_expert))
         return dx, dmasters, dgroup_deltas
 

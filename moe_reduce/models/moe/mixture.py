@@ -90,11 +90,12 @@ def _specs(experts: Experts) -> Any:
 
     inward, outward = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor")
     placed = {}
-    for name, one in experts._asdict().items():
+    for name, one in experts.matrices.items():
         spec = outward if name == "down" else inward
         delta = None if one.delta is None else _delta_specs(name, one.delta)
         placed[name] = Weight(value(spec, one), delta, one.input_axes, one.layout, one.exact)
-    return Experts(**placed)
+    biases = (inward, inward, PartitionSpec("expert")) if experts.biases else ()
+    return experts._replace(**placed, biases=biases)
 
 
 def _delta_specs(name: str, delta: Delta) -> Any:
@@ -114,6 +115,7 @@ def _delta_specs(name: str, delta: Delta) -> Any:
 
 
 def _sharded(rows: Assigned, experts: Experts, execution: ExecutionConfig):
+    experts = experts.with_bias_share(1 / jax.lax.axis_size("tensor"))  # outputs are summed over this axis
     experts, masters = cast_experts(experts, rows.x_SD.dtype, execution.expert_gradients)
     result = _flattened(exchange, rows, experts, masters, execution)
     y_BTD = jax.lax.psum(result.y_SD, "tensor")

@@ -12,15 +12,18 @@ MANY = 2048  # with this number of experts or more, ranking by groups is faster
 
 
 class RouterWeights(NamedTuple):
-    """Weights of a layer's router: matrix [D, E], selection bias [E], and a scalar offset of the logits."""
+    """Weights of a layer's router: matrix [D, E], selection bias [E], a scalar offset and a bias [E] of the logits."""
 
     weight: Weight
     bias_E: jax.Array | None = None
     offset: jax.Array | None = None
+    logit_bias_E: jax.Array | None = None
 
     def logits(self, x_SD: jax.Array) -> jax.Array:
-        """fp32 logits [S, E], minus the offset."""
+        """fp32 logits [S, E], plus their bias and minus the offset."""
         logits_SE = matmul(x_SD, self.weight)
+        if self.logit_bias_E is not None:
+            logits_SE = logits_SE + self.logit_bias_E[None].astype(logits_SE.dtype)
         return logits_SE if self.offset is None else logits_SE - self.offset
 
 
@@ -44,14 +47,16 @@ def route(
 ) -> Routing:
     """The top A experts of each token, and their combine weights.
 
-    bias_E affects which experts are chosen, never their weights (arXiv:2408.15664). It is added to the logits, not the
-    scores, so that its scale suits both score functions. Scores grow with logits, so they would give the same ranking.
-    real_S: False for padding, which would dominate the statistics of short texts; None counts every token.
+    bias_E affects which experts are chosen; only where config.bias_on says so does it change weights as well. Added to
+    the logits, it suits both score functions by its scale (arXiv:2408.15664 adds it to the scores); scores grow with
+    logits, so they would give the same ranking. It gets no gradient. real_S: False for padding, which would dominate
+    the statistics of short texts; None counts every token.
     """
-    ranking_SE = (
-        logits_SE if bias_E is None else logits_SE + jax.lax.stop_gradient(bias_E)[None, :].astype(logits_SE.dtype)
-    )
-    experts_SA = top_experts(jax.lax.stop_gradient(ranking_SE), config.active)
+    bias_1E = None if bias_E is None else jax.lax.stop_gradient(bias_E)[None, :].astype(logits_SE.dtype)
+    if bias_1E is not None and config.bias_on == "logits":
+        logits_SE, bias_1E = logits_SE + bias_1E, None
+    ranking_SE = jax.lax.stop_gradient(_ranking(logits_SE, bias_1E, config))
+    experts_SA = top_experts(ranking_SE, config.active)
     # scores of the chosen experts only: with thousands of experts, a pass over [S, E] costs as much as top_k
     largest_S1 = jax.lax.stop_gradient(jnp.max(logits_SE, axis=1, keepdims=True))
     shifted_SE = logits_SE - largest_S1
@@ -66,11 +71,33 @@ def route(
     weights_SA = jax.nn.softmax(chosen_SA) if config.normalize else jnp.exp(chosen_SA)
     return Routing(
         experts_SA=experts_SA,
-        weights_SA=weights_SA,
+        weights_SA=weights_SA if config.weight_scale == 1 else weights_SA * config.weight_scale,
         counts_E=_counts(only_real(experts_SA, real_S, config.experts), config.experts),
         probability_E=_mean(probability_SE, real_S),
         z=_mean(jnp.square(largest_S1 + total_S1), real_S)[0],
     )
+
+
+def _ranking(logits_SE: jax.Array, bias_1E: jax.Array | None, config: MoEConfig) -> jax.Array:
+    """Numbers whose order is that of the experts, -inf in groups that are not chosen."""
+    ranking_SE = logits_SE
+    if config.bias_on == "scores_of_choice" or (config.groups > 1 and config.group_score == "best_two"):
+        softmax = config.score_function == "softmax"
+        ranking_SE = jax.nn.softmax(logits_SE) if softmax else jax.nn.sigmoid(logits_SE)
+    if bias_1E is not None:
+        ranking_SE = ranking_SE + bias_1E
+    return ranking_SE if config.groups == 1 else _in_best_groups(ranking_SE, config)
+
+
+def _in_best_groups(ranking_SE: jax.Array, config: MoEConfig) -> jax.Array:
+    """The ranking in each token's best groups, and -inf in the others (arXiv:2405.04434)."""
+    tokens, experts = ranking_SE.shape
+    ranking_SGE = ranking_SE.reshape(tokens, config.groups, -1)
+    best = jax.lax.top_k(ranking_SGE, 1 if config.group_score == "maximum" else 2)[0]
+    chosen_SX = jax.lax.top_k(jnp.sum(best, axis=2), config.active_groups)[1]
+    numbers_G = jnp.arange(config.groups, dtype=chosen_SX.dtype)
+    open_SG = jnp.any(chosen_SX[:, :, None] == numbers_G[None, None], axis=1)
+    return jnp.where(open_SG[:, :, None], ranking_SGE, -jnp.inf).reshape(tokens, experts)
 
 
 def only_real(experts_SA: jax.Array, real_S: jax.Array | None, experts: int) -> jax.Array:

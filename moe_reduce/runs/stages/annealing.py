@@ -36,7 +36,7 @@ def foreign_experts(config: ModelConfig, chain: tuple[Step, ...]) -> np.ndarray:
             "the manifest of this pool does not say which layer each expert came from, which bias_from needs: "
             "leave it out, or pool the model anew"
         )
-    return home_1E != np.arange(config.layers)[:, None]
+    return home_1E != np.arange(config.expert_layers)[:, None]
 
 
 def start_annealing(model: Model, stage: TuneStage, foreign_NE: np.ndarray) -> Model:

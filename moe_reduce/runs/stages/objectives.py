@@ -106,7 +106,7 @@ class RouterImitation(Objective):
         _, collected = teacher.with_params(teacher_params).apply(batch, collect=("hidden",))
         inputs_NBTD = collected["hidden"]["router_input"]
         wanted_NDE = trees.flatten(teacher_params)[only_record(teacher.config, "router").path]
-        found_NDE = home_slices(student.config, student_params, teacher.config.layers)
+        found_NDE = home_slices(student.config, student_params, teacher.config.expert_layers)
 
         def layer(arrays: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             x_BTD, wanted_DE, found_DE = arrays

@@ -7,7 +7,7 @@ from moe_reduce.core.stages import PruneStage
 from moe_reduce.models.model import Model
 from moe_reduce.reduction import scores, selection
 from moe_reduce.reduction.prune import prune
-from moe_reduce.reduction.transform import expert_rows
+from moe_reduce.reduction.transform import expert_rows, moe_of
 from moe_reduce.runs.stages.scoring import experts_per_row, kept_originals, score_experts
 from moe_reduce.runs.stages.stage import Result, RunContext, Stage, StageContext
 
@@ -32,8 +32,8 @@ class Prune(Stage):
         protected: frozenset = frozenset()
         if stage.protect_super_experts:
             home_layer_NE = home_layers(model.config, model.chain)
-            protected = selection.super_experts(found.of("max_activation"), home_layer_NE, model.config.layers)
+            protected = selection.super_experts(found.of("max_activation"), home_layer_NE, model.config.expert_layers)
         keep = experts_per_row(stage.keep, model.config, context.first)
-        kept = selection.keep_by_row(found.of(stage.criterion), keep, protected)
+        kept = selection.keep_by_row(found.of(stage.criterion), keep, protected, moe_of(model.config).groups)
         figures = {"tokens": 0, "calibration_tokens": found.tokens}
         return Result(prune(model, kept), kept_originals(model, kept), figures)
