@@ -110,19 +110,19 @@ def _selection_bias(config: ModelConfig, leaves: Leaves, strength: float) -> jax
     sizes = (moe_of(config).experts,) * config.expert_layers
     bias_NP = jnp.asarray(foreign_bias(sizes, strength))
     if not moe_of(config).selection_bias:
-        return bias_NE
-    before = leaves[only_record(config, "router_bias").path].astype(jnp.float32)  # [N, experts of a layer]
-    return jnp.where(home_experts(sizes), before.reshape(1, -1), bias_NE)
+        return bias_NP
+    bias_NE = leaves[only_record(config, "router_bias").path].astype(jnp.float32)
+    return jnp.where(home_experts(sizes), bias_NE.reshape(1, -1), bias_NP)
 
 
 def home_experts(sizes: Sequence[int]) -> np.ndarray:
-    """Mask of the home experts of each layer of a pool, [N, E]; the pool holds sizes[0] of layer 0 first, and so on."""
+    """Mask of the home experts of each layer of a pool, [N, P]; the pool holds sizes[0] of layer 0 first, and so on."""
     layers = np.arange(len(sizes))
     return layers[:, None] == np.repeat(layers, sizes)[None]
 
 
 def foreign_bias(sizes: Sequence[int], strength: float) -> np.ndarray:
-    """Bias 0 on a layer's home experts and -strength on all others, fp32 [N, E]; sizes: as in `home_experts`."""
+    """Bias 0 on a layer's home experts and -strength on all others, fp32 [N, P]; sizes: as in `home_experts`."""
     return np.where(home_experts(sizes), np.float32(0), np.float32(-strength))
 
 
