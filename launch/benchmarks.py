@@ -31,15 +31,14 @@ MEAN = "mean"
 class Benchmark:
     """A benchmark of a domain.
 
-    task: its name in lm-eval. local: name of the task that reads a copy, if it differs. metrics: those shown; the first
-    is a share of right answers, and counts in the domain's mean.
+    task: its name in lm-eval. metrics: those shown; the first is a share of right answers, and counts in the domain's
+    mean. executes: whether answers are programs, which are run.
     """
 
     domain: str
     name: str
     task: str
     metrics: tuple[str, ...]
-    local: str | None = None
     executes: bool = False
 
 
@@ -47,13 +46,15 @@ EXACT = "exact_match,flexible-extract"
 BENCHMARKS = (
     Benchmark("multiple choice", "ARC easy", "arc_easy", ("acc_norm",)),
     Benchmark("multiple choice", "ARC challenge", "arc_challenge", ("acc_norm",)),
-    Benchmark("multiple choice", "BoolQ", "boolq", ("acc",), "boolq_without_passage"),
+    Benchmark("multiple choice", "BoolQ", "boolq", ("acc",)),
     Benchmark("mathematics", "GSM8K", "gsm8k", (EXACT,)),
     Benchmark("mathematics", "SVAMP", "svamp", (EXACT,)),
     Benchmark("code", "HumanEval", "humaneval", ("pass_at_1",), executes=True),
     Benchmark("code", "MBPP", "mbpp", ("pass_at_1",), executes=True),
     Benchmark("text", "LAMBADA", "lambada_openai", ("acc", "perplexity")),
 )
+COPIED = {"boolq": Benchmark("multiple choice", "BoolQ without passages", "boolq_without_passage", ("acc",))}
+ALL = ",".join(one.task for one in BENCHMARKS)
 
 
 def main() -> int:
@@ -68,7 +69,7 @@ def main() -> int:
             is_result = (given.baseline / SETTINGS).is_file()
             place = given.baseline if is_result else given.out / "baseline"
             theirs = stored(place) if is_result else measured(given, chosen, given.baseline, None, place)
-        result = _result(given, table(chosen, _named(ours, given), theirs and _named(theirs, given)), ours)
+        result = _result(given, table(chosen, ours, theirs), ours)
     except UserError as error:
         print(f"benchmarks.sh: {error}", file=sys.stderr)
         return error.status
@@ -88,8 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--allow-code", action="store_true", help="run HumanEval and MBPP, which execute what is written"
     )
-    names = ",".join(one.task for one in BENCHMARKS)
-    parser.add_argument("--tasks", default=names, help="some of the benchmarks, comma separated (default: %(default)s)")
+    parser.add_argument("--tasks", default=ALL, help="some of the benchmarks, comma separated (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="requests in a batch (default: %(default)s)")
     parser.add_argument("--compute-dtype", default="float32", help="of matrix products (default: %(default)s)")
     parser.add_argument("--tensor", type=int, default=1, help="devices to split each matrix over (default: 1)")
@@ -104,7 +104,7 @@ def _name(model: Path) -> str:
 
 
 def _chosen(given: argparse.Namespace) -> list[Benchmark]:
-    """The benchmarks asked for, but for those that execute programs unless that is allowed."""
+    """The benchmarks asked for, as copies have them, but for those that execute programs unless that is allowed."""
     names = given.tasks.split(",")
     known = {one.task: one for one in BENCHMARKS}
     for name in names:
@@ -114,7 +114,8 @@ def _chosen(given: argparse.Namespace) -> list[Benchmark]:
     left_out = [one.task for one in found if one.executes and not given.allow_code]
     if left_out:
         print(f"left out, because they execute what the model writes: {', '.join(left_out)} (--allow-code)")
-    return [one for one in found if one.task not in left_out]
+    kept = [one for one in found if one.task not in left_out]
+    return [COPIED.get(one.task, one) for one in kept] if given.data else kept
 
 
 def measured(
@@ -123,7 +124,7 @@ def measured(
     """Results of a model by task, measuring those that `out` does not have yet."""
     _check_settings(given, model, adapter, out)
     for one in chosen:
-        name = _task(one, given)
+        name = one.task
         if (out / name / SUMMARY).is_file():
             print(f"{name}: finished earlier", file=sys.stderr)
             continue
@@ -132,11 +133,7 @@ def measured(
             status = run(["evaluate", *_evaluate_arguments(given, name, model, adapter), f"--out={out / name}"])
         if status:
             raise UserError(f"{name} was not measured: see the line above")
-    return {name: metrics for one in chosen for name, metrics in _stored_task(out, _task(one, given)).items()}
-
-
-def _task(one: Benchmark, given: argparse.Namespace) -> str:
-    return one.local if one.local and given.data else one.task
+    return {name: metrics for one in chosen for name, metrics in _stored_task(out, one.task).items()}
 
 
 def _evaluate_arguments(given: argparse.Namespace, name: str, model: Path, adapter: Path | None) -> Iterator[str]:
@@ -177,12 +174,6 @@ def stored(out: Path) -> tasks.Results:
 
 def _stored_task(out: Path, name: str) -> tasks.Results:
     return task_files.read(out / name / QUESTIONS)
-
-
-def _named(results: tasks.Results, given: argparse.Namespace) -> tasks.Results:
-    """Results by the names that benchmarks have in lm-eval; the task of a copy may have another one."""
-    names = {_task(one, given): one.task for one in BENCHMARKS}
-    return {names[task]: metrics for task, metrics in results.items() if task in names}
 
 
 def table(chosen: list[Benchmark], ours: tasks.Results, theirs: tasks.Results | None) -> list[list[str]]:
@@ -273,6 +264,7 @@ def _interval(low: float, high: float, shown: Any) -> str:
 def _result(given: argparse.Namespace, rows: list[list[str]], ours: tasks.Results) -> dict[str, Any]:
     """The result as `moe-reduce report --document` reads it."""
     options = [f"--limit={given.limit}"] if given.limit is not None else []
+    options += [f"--tasks={given.tasks}"] if given.tasks != ALL else []
     options += ["--allow-code"] if given.allow_code else []
     options += ["--adapter=DIR"] if given.adapter else []
     options += ["--data=DIR"] if given.data else []

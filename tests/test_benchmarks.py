@@ -287,16 +287,18 @@ def script(launched, monkeypatch, capsys, *arguments):
 
 def test_the_table_is_by_domain_resumed_and_beside_a_baseline(launched, monkeypatch, capsys, model, tmp_path):
     data, out = write_copies(tmp_path / "data"), tmp_path / "out"
-    given = [f"--data={data}", "--tasks=arc_easy,arc_challenge,lambada_openai,mbpp"]
+    given = [f"--data={data}", "--tasks=arc_easy,arc_challenge,boolq,lambada_openai,mbpp"]
     status, printed, error = script(launched, monkeypatch, capsys, model, *given, f"--out={out}")
     assert (status, "left out, because they execute what the model writes: mbpp" in printed) == (0, True), error
     assert printed.splitlines()[-1] == str(out / "summary.json")
     result = json.loads((out / "summary.json").read_text())
     assert [row[:4] for row in result["rows"]] == [
         ["multiple choice", "ARC easy", "acc_norm", "2"], ["multiple choice", "ARC challenge", "acc_norm", "4"],
-        ["multiple choice", "mean", "", "6"], ["text", "LAMBADA", "acc", "6"], ["text", "LAMBADA", "perplexity", "6"],
+        ["multiple choice", "BoolQ without passages", "acc", "2"], ["multiple choice", "mean", "", "8"],
+        ["text", "LAMBADA", "acc", "6"], ["text", "LAMBADA", "perplexity", "6"],
     ]  # fmt: skip
     assert str(data) not in json.dumps(result)
+    assert result["command"] == f"./launch/benchmarks.sh {model} {given[1]} --data=DIR"
     assert {len(row) for row in result["rows"]} == {len(result["columns"])} == {6}
     shutil.rmtree(out / "arc_challenge")
     before = os.stat(out / "arc_easy/summary.json").st_mtime_ns
