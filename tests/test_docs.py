@@ -18,7 +18,7 @@ from training_runs import MODELS, unmeasured_peak
 import moe_reduce
 from moe_reduce.__main__ import COMMANDS, main
 from moe_reduce.commands import config_file
-from moe_reduce.core.config import ExecutionConfig, any_from_dict
+from moe_reduce.core.config import ExecutionConfig, any_from_dict, text_to_lora_from_dict
 from moe_reduce.data.tokenizer_training import train_tokenizer
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
@@ -75,8 +75,9 @@ def commands(document, run_only=False):
 
 
 @cache
-def runs_of(file, *overrides):
-    return config_file.read(file, list(overrides), any_from_dict)
+def runs_of(command, file, *overrides):
+    reader = text_to_lora_from_dict if command == "text-to-lora" else any_from_dict
+    return config_file.read(file, list(overrides), reader)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=identified)
@@ -141,7 +142,7 @@ def test_every_command_parses(words, monkeypatch):
     if getattr(parsed, "config", None) is None:
         assert overrides == []
         return
-    runs = runs_of(parsed.config, *overrides)  # raises for a key that does not exist
+    runs = runs_of(command, parsed.config, *overrides)  # raises for a key that does not exist
     assert set(parsed.variant or ()) <= set(runs)
 
 
