@@ -250,7 +250,7 @@ class Decoder(nn.Module):
 
     def _one_by_one(self, carry, *arguments):
         for number in range(self.config.layers):
-            block = Block(self.config, self.execution, stack_of(self.config, number).dense, name=_name(number))
+            block: Any = Block(self.config, self.execution, stack_of(self.config, number).dense, name=_name(number))
             carry, _ = block(carry, *arguments, layer_windowed(self.config, number))
         return carry
 
