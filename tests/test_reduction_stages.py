@@ -87,7 +87,7 @@ def test_a_quantised_model_is_the_end_of_a_chain_of_stages(tmp_path):
     run = _run(pool=PoolStage(), quantise=stage, half=PruneStage(keep=0.5))
     assert [config.moe.experts for _, config in configurations(first, run)] == [8, 8, 4]
     model = Model(first, init_params(first, jax.random.key(0)), run.execution)
-    context: Any = StageContext(run, "quantise", first, lambda: model)
+    context: Any = StageContext(run, "quantise", first, lambda: model, lambda _: model)
     result = stage_of(stage).run(model, context)
     moe_reduce.save(result.model, tmp_path / "model")
     found = trees.flatten(moe_reduce.load(tmp_path / "model").params)
