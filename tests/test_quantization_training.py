@@ -99,7 +99,7 @@ def test_what_is_evaluated_is_what_is_saved(tmp_path):
     ("schemes", "part"),
     [
         ("int3", "qat.schemes: scheme 'int3' is unknown"),
-        ("experts=int8", "qat.schemes: the model has no matrices of 'experts' to quantise; it has "),
+        ("experts=int8", "qat.schemes: the model has no component 'experts'; it has "),
         ("int4", "qat.schemes: int4.*: groups of .* do not divide the 16 inputs of embedding/table"),
         ("int8,attention=int4-g32", "groups of 32 do not divide the 16 inputs of"),
     ],

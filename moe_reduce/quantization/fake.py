@@ -12,17 +12,16 @@ from functools import partial
 
 import jax
 
-from moe_reduce.core import schemes, trees
+from moe_reduce.core import trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.schemes import Scheme
 from moe_reduce.models.parameters import Parameter, by_path
 from moe_reduce.models.rounded import Rounded
 from moe_reduce.models.weights import quantise
-from moe_reduce.quantization.round_to_nearest import every_component, schemes_by_path
+from moe_reduce.quantization.choice import choose
+from moe_reduce.quantization.round_to_nearest import KEPT, schemes_by_path
 from moe_reduce.training.task import Params, Task
-
-KEEP = "keep"  # in place of a scheme
 
 
 @dataclass(frozen=True)
@@ -41,19 +40,13 @@ def parse(text: str, config: ModelConfig) -> dict[str, Scheme]:
 
     Raises UserError for an unknown scheme, a component without matrices, and groups that do not divide a matrix.
     """
-    chosen: dict[str, Scheme] = {}
+    if not text:
+        return {}
     try:
-        for part in sorted(filter(None, text.split(",")), key=lambda part: "=" in part):
-            component, named, name = part.rpartition("=")
-            if not named:
-                chosen |= every_component(config, schemes.parse(name))
-            elif name == KEEP:
-                chosen.pop(component, None)
-            else:
-                chosen[component] = schemes.parse(name)
-        return schemes_by_path(config, chosen)
+        return schemes_by_path(config, choose(config, text, KEPT, "qat.schemes"))
     except UserError as error:
-        raise UserError(f"qat.schemes: {error}") from None
+        prefix = "" if str(error).startswith("qat.schemes") else "qat.schemes: "
+        raise UserError(f"{prefix}{error}") from None
 
 
 def quantisation_aware(task: Task, config: ModelConfig, by_path: Mapping[str, Scheme]) -> Task:
