@@ -56,6 +56,21 @@ def merge(model: Model, adapter: Adapter) -> Model:
     return dataclasses.replace(base, params=trees.update(replaced, merged), chain=(*base.chain, step))
 
 
+def requantised(merged: Model, base: Model, adapter: Adapter) -> Model:
+    """The merged model with the matrices that were quantised in the base rounded to nearest in the same schemes.
+
+    Layers that the adapter leaves out keep their codes. Returns `merged` itself if the adapter changed no quantised
+    matrix.
+    """
+    before, after = trees.flatten(base.params), trees.flatten(merged.params)
+    found = {
+        target.path: _requantised(target, after[target.path], before[target.path])
+        for target in targets_of(adapter.config, base.config)
+        if weights.is_quantised(before[target.path])
+    }
+    return dataclasses.replace(merged, params=trees.update(merged.params, found)) if found else merged
+
+
 def unmerge(model: Model) -> Model:
     """The base of a model with an active adapter. Raises UserError if none is active: a merge cannot be undone.
 
@@ -124,6 +139,19 @@ def _merged_layers(target: Target, weight: Any, delta: Delta) -> jax.Array:
     layers = np.asarray(target.layers)
     merged = jax.lax.map(lambda pair: _merged_layer(target, *pair), (weight[layers], delta))  # one layer at a time
     return weight.at[layers].set(merged, unique_indices=True)
+
+
+def _requantised(target: Target, matrix: Any, before: Any) -> Any:
+    """A merged parameter in the scheme that it had before."""
+
+    def run(matrix: jax.Array, before: Any) -> Any:
+        value = weights.quantise(matrix, target.parameter, before.scheme)
+        if target.layers is None:
+            return value
+        layers = np.asarray(target.layers)
+        return jax.tree.map(lambda kept, new: kept.at[layers].set(new[layers], unique_indices=True), before, value)
+
+    return jax.eval_shape(run, matrix, before) if is_abstract((matrix, before)) else jax.jit(run)(matrix, before)
 
 
 def _merged_layer(target: Target, weight: jax.Array, delta: Delta) -> jax.Array:

@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--adapter", required=True, type=Path, help="an adapter directory written by adapt or by PEFT")
     model_arguments.add_out(parser, required=True, what="model directory")
+    parser.add_argument(
+        "--full-precision", action="store_true", help="leave the merged matrices of a quantised base in float32"
+    )
     model_arguments.add_corpus(parser, required=False, purpose="text to compare logits on (default: random tokens)")
 
 
@@ -40,19 +43,25 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     base_input = manifest.input_of(arguments.model)
     adapter = adapter_directory.load(arguments.adapter, base.config, base_input)
     merged = merging.merge(base, adapter)
-    report = equivalence.equivalence(base, adapter, merged, _sample(arguments, base.config.vocab_size))
+    sample = _sample(arguments, base.config.vocab_size)
+    report = equivalence.equivalence(base, adapter, merged, sample)
     equivalence.check(report)
+    stored = merged if arguments.full_precision else merging.requantised(merged, base, adapter)
+    if stored is not merged:
+        report["requantised"] = equivalence.requantising(merged, stored, sample)
     *earlier, step = merged.chain
     inputs = (base_input, Input(str(arguments.adapter), step.arguments["adapter"]))
     step = dataclasses.replace(step, inputs=inputs, quality={"perplexity": report["perplexity"]["merged"]})
-    merged = dataclasses.replace(merged, chain=tuple(earlier))
+    stored = dataclasses.replace(stored, chain=tuple(earlier))
 
     def reports(directory: Path, files: Mapping[str, str]) -> Collection[str]:
         equivalence.write_reports(directory, files, base_input, adapter, report)
         return equivalence.MERGE_LOG, equivalence.EQUIVALENCE
 
-    save(merged, arguments.out, step, overwrite=arguments.overwrite, also=reports)
+    save(stored, arguments.out, step, overwrite=arguments.overwrite, also=reports)
     shown = {name: report[name] for name in ("largest_logit_difference", "perplexity", "latency_seconds")}
+    if "requantised" in report:
+        shown["requantised"] = equivalence.shown(report["requantised"])
     print(model_arguments.show(shown, as_json=False))
     return arguments.out
 

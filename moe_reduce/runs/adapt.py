@@ -68,6 +68,8 @@ def adapt(run: AdaptConfig, workdir: Path, name: str = "") -> dict[str, Any]:
     schedule = run.train.over(tokens.rows(TRAIN, run.data.sequence_length))
     with writing(workdir):
         base = load(run.model, None if run.dtype == "stored" else run.dtype, run.execution, shardings)
+        if run.adapter is None and any(map(weights.is_quantised, trees.flatten(base.params).values())):
+            raise UserError(f"model={run.model} is quantised, which cannot train: give an adapter, or its origin")
         start = base if run.adapter is None else adapters.activate(base, adapters.init(run.adapter, base))
         flops = None if run.adapter else train_flops_per_token(config, run.data.sequence_length)
         task = adapt_task(run, config, tokens)
@@ -204,22 +206,23 @@ def _finish(
     """Write adapter/, the merged model, its reports and the summary, which is returned."""
     assert run.base_sha256 is not None
     base_input = Input(run.model, run.base_sha256)
-    count, merged, report = parameter_count(trained.config), trained, lambda: None
+    count, stored, report = parameter_count(trained.config), trained, lambda: None
     if run.adapter is not None:
         adapter, base = Adapter(run.adapter, trained.params[ADAPTER]), merging.unmerge(trained)
         count, merged = adapters.count(adapter), merging.merge(base, adapter)
+        stored = merging.requantised(merged, base, adapter)
         if jax.process_index() == 0:
             _write_adapter(adapter, base, base_input, workdir)
         sample = partial(validation_batches, tokens, run.data, run.train.batch_size, SAMPLE_BATCHES)
-        report = partial(_report, workdir, base_input, base, adapter, merged, sample)
-    total = parameter_count(merged.config)
+        report = partial(_report, workdir, base_input, (base, adapter, merged, stored), sample)
+    total = parameter_count(stored.config)
     summary = {
         "name": name,
         "method": run.adapter.method if run.adapter else "full",
         "adapter": to_dict(run.adapter) if run.adapter else None,
         "learning_rate": run.train.learning_rate,
         "seed": run.train.seed,
-        **describe(merged.config),
+        **describe(stored.config),
         "trained_parameters": count,
         "trained_share": count / total,
         "optimizer_bytes": 8 * count,  # Adam's two moments in fp32
@@ -235,15 +238,22 @@ def _finish(
         parameters_after=total,
         quality=summary["validation"] | summary["measured"],
     )
-    finish(workdir, merged, step, summary, report)
+    finish(workdir, stored, step, summary, report)
     return summary
 
 
 def _report(
-    workdir: Path, base_input: Input, base: Model, adapter: Adapter, merged: Model, sample: Callable[[], list[Any]]
+    workdir: Path, base_input: Input, models: tuple[Model, Adapter, Model, Model], sample: Callable[[], list[Any]]
 ) -> None:
-    """Write the merge reports; a difference above the tolerance prints a warning and the result stays."""
+    """Write the merge reports; a difference above the tolerance prints a warning and the result stays.
+
+    models: base, adapter, the merged model, and the model as it is stored: the merged one, or requantised.
+    """
+    base, adapter, merged, stored = models
     found = equivalence.equivalence(base, adapter, merged, sample())
+    if stored is not merged:
+        found["requantised"] = equivalence.requantising(merged, stored, sample())
+        print(equivalence.shown(found["requantised"]), flush=True)
     described = manifest.read(workdir / "model")
     assert described is not None, "save wrote a manifest"
     equivalence.write_reports(workdir, described["files"], base_input, adapter, found)

@@ -21,6 +21,7 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input
 from moe_reduce.inference.evaluate import measure
 from moe_reduce.models.model import Model
+from moe_reduce.models.weights import dequantised, is_quantised
 from moe_reduce.storage import manifest
 
 MERGE_LOG = "merge.json"
@@ -59,6 +60,33 @@ def equivalence(base: Model, adapter: Adapter, merged: Model, batches: Sequence[
         "latency_seconds": {name: _latency(model, tokens_BT) for name, model in models.items()},
     }
     return report | {"equivalent": report["largest_logit_difference"] <= report["tolerance"] * largest}
+
+
+def requantising(merged: Model, stored: Model, batches: Sequence[Any]) -> dict[str, Any]:
+    """Cost of rounding merged matrices to the base's schemes again: perplexity before and after, and their errors.
+
+    relative_errors: norm of the error of each matrix, relative to the norm of the matrix, by path.
+    """
+    before, after = trees.flatten(merged.params), trees.flatten(stored.params)
+    errors = {}
+    for path, value in after.items():
+        if is_quantised(value) and not is_quantised(before[path]):
+            wide = np.asarray(before[path], np.float64)
+            error = np.asarray(dequantised(value, np.float32), np.float64) - wide
+            errors[path] = float(np.linalg.norm(error) / max(np.linalg.norm(wide), 1e-30))
+    models = {"before": merged, "after": stored}
+    return {
+        "perplexity": {name: measure(_in_float32(model), batches)["perplexity"] for name, model in models.items()},
+        "parameter_bytes": {name: _bytes(model) for name, model in models.items()},
+        "relative_errors": errors,
+    }
+
+
+def shown(requantised: dict[str, Any]) -> str:
+    """Cost of requantising, in one line."""
+    before, after = (requantised["perplexity"][name] for name in ("before", "after"))
+    largest = max(requantised["relative_errors"].values())
+    return f"perplexity {before:.4f} merged, {after:.4f} requantised; matrices changed by at most {largest:.2%}"
 
 
 def _in_float32(model: Model) -> Model:
