@@ -1,6 +1,6 @@
 """moe-reduce quantize: store the matrices of a model in fewer bits.
 
-Rounding to nearest holds one layer at a time in memory; GPTQ and AWQ, which need calibration text, hold the model.
+One layer at a time is in memory, with GPTQ and AWQ twice, beside the calibration text; of a pool the whole model.
 """
 
 import argparse
@@ -74,8 +74,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> Path:
     chosen = _chosen(arguments, directory.config)
     by_path = schemes_by_path(directory.config, chosen)
     make = files.Target.native if arguments.format == "native" else files.Target.compressed_tensors
-    write = _from_file_to_file if arguments.method == NEAREST else _with_calibration
-    print(write(arguments, directory, make(directory.config, by_path), chosen))
+    print(_write(arguments, directory, make(directory.config, by_path), chosen))
     return arguments.out
 
 
@@ -89,43 +88,36 @@ def _check_data(arguments: argparse.Namespace) -> None:
         model_arguments.data_config(arguments)
 
 
-def _from_file_to_file(
-    arguments: argparse.Namespace, directory: "Directory", target: Any, chosen: Mapping[str, Scheme]
-) -> str:
-    """Rounds to nearest, tensor by tensor, and writes --out; returns the table."""
-    from moe_reduce.quantization import clipping, files
+def _rounding(arguments: argparse.Namespace, directory: "Directory", target: Any) -> Any:
+    """Makes the rounding of --method; GPTQ and AWQ calibrate each layer when its first tensor is asked for."""
+    from moe_reduce.quantization import calibrated, clipping, files, streamed
+
+    config, ranges = directory.config, clipping.ranges(arguments.clip)
+    if arguments.method == NEAREST:
+        return files.ToNearest(target.schemes, ranges)
+    settings = calibrated.Settings(arguments.method, target.schemes, ranges)
+    batches = list(model_arguments.batches(arguments, config.vocab_size, every_token=True))
+    return streamed.calibrated(directory, model_arguments.execution(arguments), settings, batches)
+
+
+def _write(arguments: argparse.Namespace, directory: "Directory", target: Any, chosen: Mapping[str, Scheme]) -> str:
+    """Quantises layer by layer and writes --out; returns the table, and the experts seen too seldom."""
+    from moe_reduce.quantization import files
     from moe_reduce.storage.model_directory import write_directory
 
+    rounding = _rounding(arguments, directory, target)
     beside = arguments.out.with_name(f"{arguments.out.name}.parts")
     with disk.writing(arguments.out, "choose another --out"), disk.temporary_beside(beside) as spool:
-        rounding = files.to_nearest(target.schemes, clipping.ranges(arguments.clip))
         items, report = files.quantise_files(directory, target, spool, rounding)
-        step = _step(arguments, directory.config, chosen, report)
+        calibration = None if arguments.method == NEAREST else rounding.report
+        errors = None if calibration is None else calibration.errors()
+        step = _step(arguments, directory.config, chosen, report, errors)
         write_directory(files.contents(directory, target, items, step), arguments.out, arguments.overwrite)
-    return _table(directory.config, chosen, report)
-
-
-def _with_calibration(
-    arguments: argparse.Namespace, directory: "Directory", target: Any, chosen: Mapping[str, Scheme]
-) -> str:
-    """Quantises by GPTQ or AWQ in memory, and writes --out; returns the table, and the experts seen too seldom."""
-    from moe_reduce.quantization import calibrated, clipping, files
-    from moe_reduce.quantization.choice import of_components
-    from moe_reduce.storage.model_directory import write_directory
-
-    config = directory.config
-    settings = calibrated.Settings(arguments.method, of_components(config, chosen), clipping.ranges(arguments.clip))
-    model = model_arguments.load_model(arguments)
-    batches = model_arguments.batches(arguments, config.vocab_size)
-    after, calibration = calibrated.quantise(model, batches, settings)
-    report = files.compared(model, after)
-    step = _step(arguments, config, chosen, report, calibration.errors())
-    write_directory(files.contents_of(after, target, step), arguments.out, arguments.overwrite)
     rare = [
         f"expert {expert} of layer {layer} got {tokens} tokens: rounded to nearest"
-        for layer, expert, tokens in calibration.rare
+        for layer, expert, tokens in (() if calibration is None else calibration.rare)
     ]
-    return "\n".join([_table(config, chosen, report), *rare])
+    return "\n".join([_table(directory.config, chosen, report), *rare])
 
 
 def _chosen(arguments: argparse.Namespace, config: ModelConfig) -> dict[str, Scheme]:

@@ -46,7 +46,7 @@ MINIMUM_ROWS = 64  # tokens of an expert below which its matrices are rounded to
 
 @dataclass(frozen=True)
 class Settings:
-    """Choice of method and of the scheme of each component; a component without one stays as it is."""
+    """Choice of method and of the scheme of each matrix by path; a matrix without one stays as it is."""
 
     method: Literal["rtn", "gptq", "awq"]
     schemes: Mapping[str, Scheme]
@@ -66,6 +66,11 @@ class Report:
         """Count the error of one matrix."""
         self.changed[component] = self.changed.get(component, 0.0) + float(rounded.changed)
         self.size[component] = self.size.get(component, 0.0) + float(rounded.size)
+
+    @property
+    def squares(self) -> dict[str, tuple[float, float]]:
+        """Squared change and squared size of the products, by component."""
+        return {name: (self.changed[name], self.size[name]) for name in self.changed}
 
     def errors(self) -> dict[str, float]:
         """Squared error of the products of each component, relative to their squared size."""
@@ -150,23 +155,19 @@ class Calibration:
         return self._experts(0, rest, routed)
 
     def _matrices(self) -> list[Parameter]:
-        return [
-            record
-            for record in parameters(self.config)
-            if record.is_matrix and record.stacked and record.component in self.settings.schemes
-        ]
+        return [record for record in parameters(self.config) if record.stacked and record.path in self.settings.schemes]
 
     def _of_pool(self, path: str) -> bool:
         return self.pool and any(path == only_record(self.config, "experts", name).path for name in EXPERT)
 
     def _plain(self, path: str, leaf: Any) -> Any:
         record = next(record for record in parameters(self.config) if record.path == path)
-        if not record.is_matrix or record.component not in self.settings.schemes:
+        if path not in self.settings.schemes:
             return leaf
-        return nearest_rounded(leaf, record, self.settings.schemes[record.component], self.settings.ranges).value
+        return nearest_rounded(leaf, record, self.settings.schemes[record.path], self.settings.ranges).value
 
     def _rounded(self, record: Parameter, matrix: jax.Array, seen: Moments, calibrate: bool = True) -> Any:
-        scheme = self.settings.schemes[record.component]
+        scheme = self.settings.schemes[record.path]
         gptq = self.settings.method == "gptq" and calibrate
         found = (gptq_rounded if gptq else nearest_rounded)(matrix, record, scheme, self.settings.ranges, seen)
         self.report.add(record.component, found)
@@ -184,11 +185,11 @@ class Calibration:
 
     def _scales(self, fold: Fold, leaves: Leaves, seen: Moments) -> jax.Array | None:
         """Scales of the readers' inputs; None if no reader is quantised."""
-        chosen = [record for record in fold.readers if record.component in self.settings.schemes]
+        chosen = [record for record in fold.readers if record.path in self.settings.schemes]
         if not chosen:
             return None
         matrices = [as_matrix(leaves[record.path], record) for record in chosen]
-        rounded = Values(self.settings.schemes[chosen[0].component], self.settings.ranges)
+        rounded = Values(self.settings.schemes[chosen[0].path], self.settings.ranges)
         return awq.input_scales(matrices, fold.shared(seen.mean_size_I), seen.hessian_II, rounded)[0]
 
     def _mixture(self, number: int, layer: Leaves, rest: Leaves, text: Text) -> Leaves:
@@ -215,7 +216,7 @@ class Calibration:
     def _experts(self, number: int, leaves: Leaves, routed: RoutedRows) -> Leaves:
         """Quantise experts one after the other, each from its own tokens."""
         gate, up, down = (only_record(self.config, "experts", name) for name in EXPERT)
-        if gate.component not in self.settings.schemes:
+        if gate.path not in self.settings.schemes:
             return leaves
         values: dict[str, list[Any]] = {record.path: [] for record in (gate, up, down)}
         assert self.config.moe is not None

@@ -1,13 +1,12 @@
 """The scheme of each component, from a text such as int4,attention=int8,router=keep."""
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from moe_reduce.core import schemes
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.schemes import KEEP, Scheme
-from moe_reduce.models.parameters import counts_by_component, parameters
+from moe_reduce.models.parameters import counts_by_component
 from moe_reduce.quantization.round_to_nearest import every_component
 
 
@@ -32,12 +31,3 @@ def choose(config: ModelConfig, text: str, keep: Collection[str], what: str) -> 
     if not found:
         raise UserError(f"{what}={text} quantises nothing: name a scheme, such as int8 or int4-g64")
     return found
-
-
-def of_components(config: ModelConfig, chosen: Mapping[str, Scheme]) -> dict[str, Scheme]:
-    """The schemes with one size of groups for each component; UserError where none divides all of its matrices."""
-    inputs = {
-        name: math.gcd(*(p.matrix_shape[0] for p in parameters(config) if p.is_matrix and p.component == name))
-        for name in chosen
-    }
-    return {name: scheme.fitted(inputs[name], name) for name, scheme in chosen.items()}

@@ -3,35 +3,41 @@
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from moe_reduce.core import trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
 from moe_reduce.core.schemes import Scheme
 from moe_reduce.families import Leaf, leaves, of_config, own_config
-from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Parameter, by_path
 from moe_reduce.models.weights import Quantised, quantise
 from moe_reduce.models.weights.scales import Ranges, extremes
 from moe_reduce.reduction.files import Directory
 from moe_reduce.storage import compressed_tensors, native_layout, quantised
 from moe_reduce.storage.model_directory import Contents
-from moe_reduce.storage.parameter_tensors import write_items
 from moe_reduce.storage.tensors import TensorFiles, TensorItem, write_file
 from moe_reduce.storage.weight_parts import Part
 
-Rounding = Callable[[Parameter, tuple[int, ...], np.ndarray], Quantised]  # (record, layer and expert, matrix) -> value
+
+class Rounding(Protocol):
+    """Rounding of a model's matrices, called for each tensor in the order of layers."""
+
+    def __call__(self, record: Parameter, index: tuple[int, ...], matrix: np.ndarray) -> Quantised:
+        """Quantise one tensor of a parameter. index: its layer and expert, as far as it is numbered."""
+        ...
+
+    def changed(self, record: Parameter, index: tuple[int, ...]) -> np.ndarray | None:
+        """New values of a tensor that is not quantised; None where it stays as it is."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -88,10 +94,24 @@ def _squares(matrix: jax.Array, value: Quantised) -> tuple[jax.Array, jax.Array]
     return jnp.sum(jnp.square(value.dequantised() - wide)), jnp.sum(jnp.square(wide))
 
 
-def to_nearest(schemes: Mapping[str, Scheme], ranges: Ranges = extremes) -> Rounding:
+@dataclass(frozen=True)
+class ToNearest:
     """Rounding to nearest. schemes: by path. ranges: chooses the range of values that a scale covers."""
-    run: Any = jax.jit(quantise, static_argnums=(1, 2, 3))
-    return lambda record, _, matrix: run(matrix, record, schemes[record.path], ranges)
+
+    schemes: Mapping[str, Scheme]
+    ranges: Ranges = extremes
+
+    def __call__(self, record: Parameter, index: tuple[int, ...], matrix: np.ndarray) -> Quantised:
+        """Round one tensor by itself."""
+        del index
+        return _nearest(matrix, record, self.schemes[record.path], self.ranges)
+
+    def changed(self, record: Parameter, index: tuple[int, ...]) -> None:
+        """Leave every other tensor as it is."""
+        del record, index
+
+
+_nearest: Any = jax.jit(quantise, static_argnums=(1, 2, 3))
 
 
 def quantise_files(
@@ -137,6 +157,12 @@ def _layer(
     items: dict[str, TensorItem] = {}
     for _, leaf, index in pieces:
         source, component = sources[leaf.path], leaf.record.component
+        changed = None if leaf.path in target.schemes else rounding.changed(records[leaf.path], index)
+        if changed is not None:
+            changed = changed.astype(directory.files.entries[source.name(index)].dtype)
+            report.add(component, changed.nbytes, changed.nbytes)
+            tensors.setdefault(leaf.name(index), []).append((Part("", leaf), changed))
+            continue
         if leaf.path not in target.schemes:
             item = _kept(directory, (source, leaf), index)
             size = math.prod(item[1]) * item[2].itemsize // leaf.parts
@@ -175,21 +201,3 @@ def contents(directory: Directory, target: Target, items: list[TensorItem], step
     dtype = str(directory.files.entries[first.names()[0]].dtype)
     chain = (*directory.chain, step)
     return Contents(target.config, items, dtype, directory.path, directory.raw, chain, target.stated)
-
-
-def compared(before: Model, after: Model) -> Report:
-    """Bytes and errors of a model that was quantised in memory."""
-    report, flat, records = Report(), trees.flatten(before.params), by_path(before.config)
-    for path, value in trees.flatten(after.params).items():
-        component = records[path].component
-        report.add(component, flat[path].nbytes, sum(leaf.nbytes for leaf in jax.tree.leaves(value)))
-        if isinstance(value, Quantised):
-            report.compare(component, flat[path], value)
-    return report
-
-
-def contents_of(model: Model, target: Target, step: Step) -> Contents:
-    """A model that was quantised in memory, as input of `write_directory`. step: appended to its chain."""
-    items = write_items(model.params, target.config, partial(quantised.arrays_of, layout=target.parts))
-    dtype = next(str(leaf.dtype) for leaf in trees.flatten(model.params).values() if not isinstance(leaf, Quantised))
-    return Contents(target.config, items, dtype, model.source, model.hf_config, (*model.chain, step), target.stated)
