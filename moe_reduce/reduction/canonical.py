@@ -89,15 +89,15 @@ def _output_sizes(experts: dict[str, jax.Array], activation: Gated, seed: int) -
 
     experts: matrices [N, E, ·, ·] and biases [N, E, ·] by name.
     """
-    x_PD = jax.random.normal(jax.random.key(seed), (PROBES, experts["gate"].shape[2]), jnp.float32)
-    x_PD = x_PD / jnp.sqrt(jnp.mean(jnp.square(x_PD), axis=-1, keepdims=True))
+    x_SD = jax.random.normal(jax.random.key(seed), (PROBES, experts["gate"].shape[2]), jnp.float32)
+    x_SD = x_SD / jnp.sqrt(jnp.mean(jnp.square(x_SD), axis=-1, keepdims=True))
 
     def mean_square(expert: dict[str, jax.Array]) -> jax.Array:
         def linear(x: jax.Array, name: str) -> jax.Array:
             y = x @ expert[name]
             return y + expert[f"{name}_bias"][None] if f"{name}_bias" in expert else y
 
-        return jnp.mean(jnp.square(linear(activation(linear(x_PD, "gate"), linear(x_PD, "up")), "down")))
+        return jnp.mean(jnp.square(linear(activation(linear(x_SD, "gate"), linear(x_SD, "up")), "down")))
 
     def layer(experts: dict[str, jax.Array]) -> jax.Array:
         return jnp.sqrt(jnp.mean(jax.lax.map(mean_square, experts)))

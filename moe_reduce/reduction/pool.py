@@ -1,16 +1,17 @@
 """All experts of a per-layer MoE in one shared pool, without changing what the model computes.
 
-This is our own derivation. Expert e of layer l becomes expert l·E + e of the pool, and l is its home layer; in every
-other layer it is foreign. The pool's router G is the concatenation of the layers' routers. Each layer has a selection
-bias over the pool, 0 on its home experts and -c on foreign ones. With c above any difference of logits, the pooled
-model computes the original logits: softmax scores renormalised over the chosen experts, and sigmoid scores, do not
-depend on other experts; for softmax scores that are not renormalised the bias acts on the logits, so that foreign
-experts add nothing to the denominator. To turn renormalised softmax scores into sigmoid ones, each layer subtracts an
-offset t from its logits z: if z is far below t, σ(z - t) ≈ e^(z - t), so that renormalised combine weights equal those
-of softmax up to a relative error of about e^(max z - t). Training then lowers c towards 0.
+This is our own derivation. If each layer has n experts, expert e of layer l becomes expert l·n + e of the pool; l is
+its home layer, and in every other layer it is foreign. The pool's router is the concatenation of the layers' routers.
+Each layer has a selection bias over the pool, 0 on its home experts and -c on foreign ones. With c above any difference
+of logits, the pooled model computes the original logits. This holds for sigmoid scores and for softmax scores that are
+renormalised over the chosen experts, because neither depends on experts that are not chosen; for other softmax scores
+the bias acts on the logits, so that foreign experts add nothing to the denominator. To turn renormalised softmax scores
+into sigmoid ones, each layer subtracts an offset t from its logits z: if z is far below t, σ(z - t) ≈ e^(z - t), so
+that renormalised combine weights equal those of softmax up to a relative error of about e^(max z - t). Training then
+brings c to 0, so that layers may choose foreign experts too.
 
-What a layer has beside its experts, and dense layers before them, stay as they are. Layers are counted from the first
-that has experts.
+A block beside the experts, and dense layers before them, stay as they are. N counts the layers that have experts, and E
+the experts of the pool.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ def pool(model: Model, options: PoolStage, seed: int = 0) -> Model:
 
     options.start: `lossless` (concatenated routers, a bias of -c on foreign experts), `concat` (the same without a
     bias) or `random` (a new router, no bias). options.router: one for all layers, or one for each. options.bias: c in
-    units of the logits; None means LOSSLESS_BIAS, which is exact. options.score_function: that of the pool; a model
+    units of the logits; None means LOSSLESS_BIAS: no logit changes. options.score_function: that of the pool; a model
     with sigmoid scores keeps them. options.offset: t of sigmoid scores made of softmax ones, the same in each layer.
     options.canonical: first bring the model into canonical form. seed: seeds a random router and the random inputs of
     the canonical form. Raises UserError when the model has no per-layer experts, when the pool's scores cannot
@@ -106,23 +107,23 @@ def _concatenated(router: jax.Array, pooled: Parameter) -> jax.Array:
 
 
 def _selection_bias(config: ModelConfig, leaves: Leaves, strength: float) -> jax.Array:
-    """Selection bias, fp32 [N, P]: -strength on foreign experts; on home experts, the bias that their layer had."""
+    """Selection bias, fp32 [N, E]: -strength on foreign experts; on home experts, the bias that their layer had."""
     sizes = (moe_of(config).experts,) * config.expert_layers
-    bias_NP = jnp.asarray(foreign_bias(sizes, strength))
+    bias_NE = jnp.asarray(foreign_bias(sizes, strength))
     if not moe_of(config).selection_bias:
-        return bias_NP
-    bias_NE = leaves[only_record(config, "router_bias").path].astype(jnp.float32)
-    return jnp.where(home_experts(sizes), bias_NE.reshape(1, -1), bias_NP)
+        return bias_NE
+    before = leaves[only_record(config, "router_bias").path].astype(jnp.float32)  # [N, experts of a layer]
+    return jnp.where(home_experts(sizes), before.reshape(1, -1), bias_NE)
 
 
 def home_experts(sizes: Sequence[int]) -> np.ndarray:
-    """Mask of the home experts of each layer of a pool, [N, P]; the pool holds sizes[0] of layer 0 first, and so on."""
+    """Mask of the home experts of each layer of a pool, [N, E]; the pool holds sizes[0] of layer 0 first, and so on."""
     layers = np.arange(len(sizes))
     return layers[:, None] == np.repeat(layers, sizes)[None]
 
 
 def foreign_bias(sizes: Sequence[int], strength: float) -> np.ndarray:
-    """Bias 0 on a layer's home experts and -strength on all others, fp32 [N, P]; sizes: as in `home_experts`."""
+    """Bias 0 on a layer's home experts and -strength on all others, fp32 [N, E]; sizes: as in `home_experts`."""
     return np.where(home_experts(sizes), np.float32(0), np.float32(-strength))
 
 

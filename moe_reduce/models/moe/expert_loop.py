@@ -1,4 +1,4 @@
-"""Gated experts on rows sorted by group, as a loop over tiles of rows: exact, and only routed rows are computed.
+"""Gated experts on rows sorted by group, as a loop over tiles of rows that computes routed rows only.
 
 XLA on CPU has no dense operation whose cost follows the number of rows that each expert gets. So this is a loop over
 groups of rows (moe/assignments.py) and their tiles, with a trip count known only at run time. A group's last tile may
