@@ -40,11 +40,11 @@ def pool(model: Model, options: PoolStage, seed: int = 0) -> Model:
 
     options.start: `lossless` (concatenated routers, a bias of -c on foreign experts), `concat` (the same without a
     bias) or `random` (a new router, no bias). options.router: one for all layers, or one for each. options.bias: c in
-    units of the logits; None means LOSSLESS_BIAS: no logit changes. options.score_function: that of the pool; a model
-    with sigmoid scores keeps them. options.offset: t of sigmoid scores made of softmax ones, the same in each layer.
-    options.canonical: first bring the model into canonical form. seed: seeds a random router and the random inputs of
-    the canonical form. Raises UserError when the model has no per-layer experts, when the pool's scores cannot
-    reproduce its combine weights, or when the options contradict each other.
+    units of the logits; None means LOSSLESS_BIAS, with which no foreign expert is chosen. options.score_function: that
+    of the pool; a model with sigmoid scores keeps them. options.offset: t of sigmoid scores made of softmax ones, the
+    same in each layer. options.canonical: first bring the model into canonical form. seed: seeds a random router and
+    the random inputs of the canonical form. Raises UserError when the model has no per-layer experts, when the pool's
+    scores cannot reproduce its combine weights, or when the options contradict each other.
     """
     check_options(options)
     _check_poolable(model.config, options)
