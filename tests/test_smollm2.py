@@ -126,7 +126,7 @@ def test_an_adapter_of_smollm2_gives_the_same_logits_merged(file: Path):
     model = moe_reduce.load(file)
     fresh = adapters.init(AdapterConfig(rank=4, targets="q,v,down"), model)
     draw = np.random.default_rng(0)
-    leaves = jax.tree.map(lambda leaf: draw.normal(0.0, 0.05, leaf.shape).astype(np.float32), fresh.tree)
+    leaves = jax.tree.map(lambda leaf: draw.normal(0.0, 0.3, leaf.shape).astype(np.float32), fresh.tree)
     adapter = dataclasses.replace(fresh, tree=leaves)
     tokens = np.array([load_tokenizer(file).encode("The capital of France is Paris, and that of Italy is Rome.")])
     active = adapters.activate(model, adapter)
