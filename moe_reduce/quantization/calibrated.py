@@ -39,7 +39,6 @@ from moe_reduce.quantization.moments import (
 )
 from moe_reduce.quantization.rounding import Rounded, Values, gptq_rounded, nearest_rounded
 from moe_reduce.reduction.layerwise import attend
-from moe_reduce.training.task import Batch
 
 MINIMUM_ROWS = 64  # tokens of an expert below which its matrices are rounded to nearest
 
@@ -85,7 +84,7 @@ class Text:
     weights: list[jax.Array]  # [B, T] of each batch; tokens of weight 0 do not count
 
 
-def quantise(model: Model, batches: Iterable[Batch], settings: Settings) -> tuple[Model, Report]:
+def quantise(model: Model, batches: Iterable[Mapping[str, Any]], settings: Settings) -> tuple[Model, Report]:
     """Quantise the matrices of a model in memory; return it with the errors.
 
     Raises UserError without a batch.
@@ -120,7 +119,7 @@ class Calibration:
         """Round the matrices outside layers but those of a pool, to nearest: their inputs are token ids or states."""
         return {path: leaf if self._of_pool(path) else self._plain(path, leaf) for path, leaf in rest.items()}
 
-    def begin(self, rest: Leaves, batches: Iterable[Batch]) -> Text:
+    def begin(self, rest: Leaves, batches: Iterable[Mapping[str, Any]]) -> Text:
         """Embed the calibration text."""
         embedding: Any = Embedding(self.config, self.execution)
         params = {"params": trees.unflatten(rest)["embedding"]}

@@ -1,6 +1,6 @@
 """Calibrated quantisation from file to file: roundings for `files.quantise_files` that have seen a text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +17,10 @@ from moe_reduce.quantization.calibrated import Calibration, Report, Settings, Te
 from moe_reduce.quantization.folds import Leaves
 from moe_reduce.reduction.files import Directory
 from moe_reduce.storage.model_directory import load
-from moe_reduce.training.task import Batch
 
 
 def calibrated(
-    directory: Directory, execution: ExecutionConfig, settings: Settings, batches: Sequence[Batch]
+    directory: Directory, execution: ExecutionConfig, settings: Settings, batches: Sequence[Mapping[str, Any]]
 ) -> "Streamed | Whole":
     """Make the rounding of a model's matrices: one layer at a time is in memory, or a whole model with a pool."""
     if directory.config.moe is not None and directory.config.moe.placement == "shared":
@@ -32,7 +31,7 @@ def calibrated(
 class Whole:
     """Values of a model that was quantised in memory, such as one with a pool, which every layer reads."""
 
-    def __init__(self, model: Model, settings: Settings, batches: Sequence[Batch]):
+    def __init__(self, model: Model, settings: Settings, batches: Sequence[Mapping[str, Any]]):
         self._folds = settings.method == "awq"
         found, self.report = quantise(model, batches, settings)
         self._flat = trees.flatten(found.params)
@@ -54,7 +53,9 @@ class Streamed:
     In memory are one layer, its quantised values, and the residual stream of the text.
     """
 
-    def __init__(self, directory: Directory, execution: ExecutionConfig, settings: Settings, batches: Sequence[Batch]):
+    def __init__(
+        self, directory: Directory, execution: ExecutionConfig, settings: Settings, batches: Sequence[Mapping[str, Any]]
+    ):
         self._directory, self._records = directory, by_path(directory.config)
         self._calibration = Calibration(directory.config, execution, settings)
         self._batches = batches
