@@ -52,7 +52,7 @@ def gguf_vocabulary(source: Path, vocab_size: int) -> dict[str, Any]:
 def _add_tokens(found: dict[str, Any], file: Path) -> None:
     """Add the tokens that follow SentencePiece's own, such as those of a chat, from a tokenizer.json beside it."""
     count = len(found["tokens"])
-    added = json.loads(file.read_text()).get("added_tokens", ()) if file.is_file() else ()
+    added = json_files.read_object(file).get("added_tokens", ()) if file.is_file() else ()
     for token in sorted(added, key=lambda token: token["id"]):
         if token["id"] == len(found["tokens"]):
             found["tokens"].append(token["content"])
@@ -77,7 +77,7 @@ def _special(tokens: list[str], settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _byte_level(file: Path) -> dict[str, Any]:
     """The vocabulary of a byte-level BPE."""
-    content = json.loads(file.read_text())
+    content = json_files.read_object(file)
     model = content.get("model", {})
     if model.get("type") != "BPE" or "ByteLevel" not in json.dumps(content.get("pre_tokenizer")):
         raise UserError(f"{file} is no byte-level BPE, the only kind of {JSON_FILE} that is written to GGUF")
