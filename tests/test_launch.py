@@ -171,6 +171,9 @@ def test_no_file_names_a_text_that_only_its_authors_have():
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_source_is_public(file):
     """A fresh clone has no files of text, so that sources are made, generated or on the hub."""
+    if file.stem.startswith("text_to_lora"):  # the directory of tasks is always given
+        assert "directory=" not in file.read_text().split('"""')[2]
+        return
     given = ["--config.model=any"] if file.stem in FOR_ANY_MODEL else []
     for run in config_file.read(str(file), given, any_from_dict).values():
         named = [run.data.source, run.data.validation_source, getattr(run, "test_source", None)]

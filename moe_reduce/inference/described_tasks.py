@@ -198,5 +198,5 @@ def _scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise UserError("answers are scored by the package rouge-score: pip install 'moe_reduce[evaluate]'") from None
+        raise UserError("answers are scored by the package rouge-score: pip install -e '.[evaluate]'") from None
     return RougeScorer(["rougeL"], use_stemmer=True)
