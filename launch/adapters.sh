@@ -2,6 +2,7 @@
 # SkeMA against LoRA and full fine-tuning on a CPU: UUID memorisation and WikiText-2 -> docs/results. Hours; resumable.
 # Runs every learning rate with the first seed, then the best one of each method and size with the other seeds.
 # SEEDS="0 1 2" TASKS="uuid wikitext2" ./launch/adapters.sh; the base model is the one of ./launch/reduce_small.sh.
+# TASKS="smollm2_uuid smollm2_wikitext2" does the same with SmolLM2-135M-Instruct as the base: hours a variant on a CPU.
 # Downloads its texts once. Offline: TEXT='my/*.txt' for the base model, and for the task wikitext2
 # WIKITEXT2=DIR, a directory with train.txt.gz, valid.txt.gz and test.txt.gz.
 set -euo pipefail
@@ -12,10 +13,13 @@ source launch/jobs.sh
 declare -A TITLES=(
   [uuid]="UUID memorisation: correct characters on learned pairs (and on others), best of the learning rates"
   [wikitext2]="WikiText-2: perplexity, best learning rate by validation"
+  [smollm2_uuid]="UUID memorisation on SmolLM2-135M-Instruct: 1,000 pairs, best of the learning rates"
+  [smollm2_wikitext2]="WikiText-2 on SmolLM2-135M-Instruct: three epochs, best learning rate by validation"
 )
 MADE_BY="${TEXT:+TEXT='$TEXT' }${WIKITEXT2:+WIKITEXT2='$WIKITEXT2' }./launch/adapters.sh"
 read -ra seeds <<<"${SEEDS:-0 1 2}"
 uuid_text=()
+smollm2_uuid_text=()
 wikitext2_text=()
 if [[ -n "${WIKITEXT2:-}" ]]; then
   wikitext2_text=(
@@ -23,6 +27,7 @@ if [[ -n "${WIKITEXT2:-}" ]]; then
     "--config.test_source=$WIKITEXT2/test.txt.gz"
   )
 fi
+smollm2_wikitext2_text=("${wikitext2_text[@]}")
 
 # adaptations TASK SEED VARIANT...: queues them
 adaptations() {
@@ -48,10 +53,14 @@ table() {
 
 best() { "$PYTHON" -c "import json, sys; print(*json.load(open(sys.argv[1]))['best'])" "docs/results/adapt_$1/summary.json"; }
 
-queue small_qwen3_moe train --config=configs/small_qwen3_moe.py --workdir=runs/small_qwen3_moe --config.mesh.data=1 \
-  "${TEXT_OVERRIDE[@]}"
+TASKS="${TASKS:-uuid wikitext2}"
+if [[ " $TASKS" == *" smollm2"* && ! -d runs/smollm2 ]]; then ./launch/smollm2.sh; fi
+if [[ " $TASKS " == *" uuid "* || " $TASKS " == *" wikitext2 "* ]]; then
+  queue small_qwen3_moe train --config=configs/small_qwen3_moe.py --workdir=runs/small_qwen3_moe \
+    --config.mesh.data=1 "${TEXT_OVERRIDE[@]}"
+fi
 run_queue
-for task in ${TASKS:-uuid wikitext2}; do
+for task in $TASKS; do
   names="$(variants "configs/adapt_$task.py")" # not inline, so that a failure ends the script
   adaptations "$task" "${seeds[0]}" $names
   run_queue

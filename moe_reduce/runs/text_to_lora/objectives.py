@@ -23,6 +23,7 @@ from moe_reduce.training.task import Batch, Params, Sums, Task
 from moe_reduce.training.validation import Mean
 
 Metrics = dict[str, jax.Array]
+LIBRARY = "library"  # key of the oracles that are reconstructed, [Z, ...] by path
 
 
 def oracles(base: Model, library: Sequence[Adapter]) -> tuple[Task, dict[str, Any]]:
@@ -70,20 +71,21 @@ def multitask(base: Model, new: Adapter, run: TextToLoraConfig) -> Task:
     )
 
 
-def reconstruction(new: Hypernetwork, library: Sequence[Adapter], target: str) -> Task:
-    """Task that writes the adapters of a library from the embeddings of their tasks, by L1 (arXiv:2506.06105).
+def reconstruction(new: Hypernetwork, library: Sequence[Adapter], target: str) -> tuple[Task, dict[str, Any]]:
+    """(task that writes the adapters of a library from the embeddings of their tasks; its frozen leaves).
 
-    new: with the library's statistics. target: `factors`, the z-scores of all emitted leaves, or `product`, each ΔW.
-    Validation also gives `relative_l1`: Σ|ΔW − oracle's ΔW| / Σ|oracle's ΔW|.
+    By L1, as in Text-to-LoRA (arXiv:2506.06105). new: with the library's statistics. target: `factors`, the z-scores of
+    all emitted leaves, or `product`, each ΔW. Validation also gives `relative_l1`: Σ|ΔW − oracle's ΔW| / Σ|oracle's ΔW|.
     """
     emitted = [hypernetworks.emitted_of(new, adapter) for adapter in library]
     wanted = {path: jnp.stack([leaves[path] for leaves in emitted]) for path in emitted[0]}
+    frozen = {LIBRARY: trees.unflatten(wanted)}  # not constants, which would be compiled into the program
 
     def compared(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(loss, Σ|ΔW − oracle's ΔW|, Σ|oracle's ΔW|)."""
         hypernetwork = hypernetworks.with_leaves(new, params)
         found = hypernetworks.emit(hypernetwork, batch["embedding"], key)
-        chosen = {path: leaf[batch["task"]] for path, leaf in wanted.items()}
+        chosen = {path: leaf[batch["task"]] for path, leaf in trees.flatten(params[LIBRARY]).items()}
         difference, size = _distance(hypernetwork.fixed, found, chosen)
         if target == "product":
             return difference / size, difference, size
@@ -97,7 +99,9 @@ def reconstruction(new: Hypernetwork, library: Sequence[Adapter], target: str) -
         error, difference, size = compared(params, batch, None)
         return {"loss": Mean(error, jnp.ones(())), "relative_l1": Mean(difference, size)}
 
-    return Task(loss=loss, evaluate=evaluate, records=hypernetworks.records(new), trainable=_of_hypernetwork)
+    records = dict(hypernetworks.records(new)) | dict(hypernetworks.replicated(frozen))
+    task = Task(loss=loss, evaluate=evaluate, records=records, trainable=_of_hypernetwork)
+    return task, frozen | hypernetworks.frozen(new)
 
 
 def supervised(base: Model, new: Hypernetwork, run: TextToLoraConfig) -> Task:

@@ -192,8 +192,8 @@ def _reconstruction(setup: Setup) -> Problem:
     config = dataclasses.replace(run.hypernetwork, adapter=library[0].config, seed=setup.seed)
     new = hypernetworks.init(config, Model(setup.model, {}, run.execution), setup.material.width)
     new = hypernetworks.z_scored(new, library)
-    task = objectives.reconstruction(new, library, run.target)
-    job = setup.job(task, {HYPERNETWORK: new.params}, hypernetworks.frozen(new))
+    task, frozen = objectives.reconstruction(new, library, run.target)
+    job = setup.job(task, {HYPERNETWORK: new.params}, frozen)
     return Problem(job, lambda params: _write(setup, new.with_params(params[HYPERNETWORK])))
 
 
