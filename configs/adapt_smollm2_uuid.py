@@ -1,11 +1,12 @@
 """UUID memorisation on a published model, SmolLM2-135M-Instruct: LoRA, SkeMA and full fine-tuning.
 
-1,000 random pairs of UUIDs are learned, and 100 others are the control, where only chance is possible. Recall is measured
-every 100 steps, so that 300, 500, 700 and 900 steps can be compared. LoRA has rank 8 on queries and values of all
-layers, 460,800 parameters; SkeMA has as many (k = 87), or as much arithmetic (k = 8). Cores that start at zero, at random
-or as a product of two thin factors, and the three kinds of projections, share one budget.
+1,000 random pairs of UUIDs are learned, and 100 others are the control, where only chance is possible. Recall is
+measured every 100 steps, so that 300, 500, 700 and 900 steps can be compared. LoRA has rank 8 on queries and values of
+all layers, 460,800 parameters; SkeMA has as many (k = 87), or as much arithmetic (k = 8). Cores that start at zero, at
+random or as a product of two thin factors, and the three kinds of projections, share one budget.
 The base is runs/smollm2, from ./launch/smollm2.sh.
-Cost: 900 steps of 16 x 96 tokens a variant, two hours on two cores. Expected: the table in docs/results once it has run.
+Cost: 900 steps of 16 x 96 tokens a variant, two hours on two cores. Expected: not run yet; ./launch/adapters.sh makes
+the table.
 Command: TASKS=smollm2_uuid ./launch/adapters.sh, or
 moe-reduce adapt --config=adapt_smollm2_uuid --workdir=runs/adapt_smollm2_uuid --variant=skema_87_rate_300
 """

@@ -3,8 +3,8 @@
 Three epochs of the training text. Each learning rate is judged on the validation text; the test text is read once, by
 the finished model. Adapters are those of configs/adapt_smollm2_uuid.py.
 The base is runs/smollm2, from ./launch/smollm2.sh.
-Cost: three epochs of 2.4M tokens a variant, fifteen hours on two cores, minutes on a GPU. Expected: the table in
-docs/results once it has run.
+Cost: three epochs of 2.4M tokens a variant, fifteen hours on two cores, minutes on a GPU. Expected: not run
+yet; ./launch/adapters.sh makes the table.
 Command: TASKS=smollm2_wikitext2 ./launch/adapters.sh, or
 moe-reduce adapt --config=adapt_smollm2_wikitext2 --workdir=runs/adapt_smollm2_wikitext2 --variant=skema_87_rate_300
 """

@@ -74,7 +74,7 @@ def test_plan_of_a_reduction_is_a_table_with_a_row_for_each_stage(capsys):
     ("arguments", "message"),
     [
         (["prun", "--help"], "unknown command 'prun': did you mean prune? (see moe-reduce --help)"),
-        (["evalute"], "unknown command 'evalute': did you mean evaluate? (see moe-reduce --help)"),
+        (["evalute"], "unknown command 'evalute': did you mean evaluate or evaluate-tasks? (see moe-reduce --help)"),
         (["xyz"], "unknown command 'xyz' (see moe-reduce --help)"),
     ],
 )

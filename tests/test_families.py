@@ -125,7 +125,12 @@ def test_every_family_is_walked():
     assert [family.name for family in FAMILIES] == list(CONFIGS)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guides/adapt.md", "docs/guides/evaluate.md"])
+def test_the_readme_counts_the_families():
+    numbers = {14: "fourteen", 15: "fifteen", 16: "sixteen"}
+    assert f"**Model families:** {numbers[len(PUBLISHED)]} of Hugging Face" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["docs/guides/adapt.md", "docs/guides/evaluate.md"])
 def test_documents_list_every_family(page: str):
     lists = re.findall(r"`\w+`(?:(?:,| and| or)\s`\w+`){2,}", (ROOT / page).read_text())
     (listed,) = [names for names in (re.findall(r"\w+(?=`)", found) for found in lists) if "llama" in names]

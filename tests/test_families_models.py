@@ -169,11 +169,11 @@ def test_a_pool_computes_the_same(tmp_path: Path, kind: str, number: int, canoni
 def test_layers_that_predict_further_tokens_are_named_and_carried_through_pruning(tmp_path: Path, capsys):
     written(tmp_path / "model", "deepseek_v3", 0)
     expected = moe_reduce.load(tmp_path / "model")
-    scores = scores_of(tmp_path / "model")
     file = tmp_path / "model" / SINGLE_FILE
     arrays = safetensors.numpy.load_file(file)
     extra = {f"model.layers.3.{name}": np.arange(6, dtype=np.float32) + 1 for name in ("eh_proj.weight", "norm.weight")}
     safetensors.numpy.save_file(arrays | extra, file)
+    scores = scores_of(tmp_path / "model")
     capsys.readouterr()
     found = moe_reduce.load(tmp_path / "model")
     (line,) = capsys.readouterr().err.splitlines()

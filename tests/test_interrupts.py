@@ -11,7 +11,7 @@ from training_runs import command, environment, token_data, write_config
 
 from moe_reduce.__main__ import COMMANDS, main
 
-RESUMED = ("train", "reduce", "adapt")
+RESUMED = ("train", "reduce", "adapt", "text-to-lora")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -50,7 +50,8 @@ def test_keys_that_cannot_change_the_result_may_change(begun, run, key, value):
 
 
 def test_every_key_that_may_change_is_tried():
-    assert {key if key in workdirs.MAY_CHANGE else key.split(".")[0] for key in FREE} == set(workdirs.MAY_CHANGE)
+    tried = {key if key in workdirs.MAY_CHANGE else key.split(".")[0] for key in FREE}
+    assert tried == set(workdirs.MAY_CHANGE) - {"tasks.cache"}, "that one belongs to text-to-lora"
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def _read(group: str, rope: Any, also: set[str]) -> RotaryScaling | None:
     if not isinstance(rope, dict):
         raise UserError(f"{group} must be an object, got {rope!r}")
     kind = rope.get("rope_type", rope.get("type", DEFAULT))
-    if kind != DEFAULT and kind not in KINDS:
+    if kind not in (DEFAULT, *KINDS):  # a tuple, since a damaged file may hold a list here
         name = "rope_type" if "rope_type" in rope else "type"
         raise UserError(f"{group}.{name}={kind!r} is not supported, only {', '.join((DEFAULT, *KINDS))}")
     keys = KINDS.get(kind, {})

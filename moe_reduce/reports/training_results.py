@@ -55,7 +55,7 @@ def _row(name: str, runs: list[Summary], first: list[Summary]) -> list[str]:
         f"{runs[0]['parameters']:,}",
         f"{runs[0]['parameters'] / first[0]['parameters']:.1%}",
         f"{runs[0]['train_flops_per_token'] / 1e6:.2f}",
-        f"{runs[0]['tokens'] / 1e6:.2f} M",
+        _tokens(runs[0]),
         ", ".join(str(run["seed"]) for run in sorted(runs, key=lambda run: run["seed"])),
         spread([run["validation"]["loss"] for run in runs]),
         "" if runs is first else spread(gaps, "+.4f"),
@@ -64,6 +64,12 @@ def _row(name: str, runs: list[Summary], first: list[Summary]) -> list[str]:
         f"{entropy(np.mean(use, axis=0)):.2f}" if use else "",
         f"{np.mean([entropy(layer) for layer in use]):.2f}" if use else "",
     ]
+
+
+def _tokens(run: Summary) -> str:
+    """Tokens read, and how often that is the whole training text, if the run says how long that is."""
+    text = run.get("data", {}).get("training_tokens")
+    return f"{run['tokens'] / 1e6:.2f} M" + (f", {run['tokens'] / text:.1f}× its text" if text else "")
 
 
 def _curve(one: FinishedRun) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from moe_reduce.core.config import DataConfig, ModelConfig, to_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
 from moe_reduce.data.batches import fingerprint
+from moe_reduce.data.pieces import TRAIN
 from moe_reduce.data.shards import TokenSource
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import counts_by_component, parameter_count
@@ -178,11 +179,12 @@ def machine() -> dict[str, Any]:
 
 
 def describe_data(data: DataConfig, tokens: TokenSource) -> dict[str, Any]:
-    """Name the text of a run as its configuration does, with the fingerprint of its tokens."""
+    """Name the text of a run as its configuration does, with the fingerprint and number of its training tokens."""
     return {
         "source": data.source,
         "validation_source": data.validation_source,
         "fingerprint": fingerprint(tokens, data),
+        "training_tokens": tokens.rows(TRAIN, data.sequence_length) * data.sequence_length,
     }
 
 

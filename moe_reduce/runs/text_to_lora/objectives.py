@@ -75,7 +75,8 @@ def reconstruction(new: Hypernetwork, library: Sequence[Adapter], target: str) -
     """(task that writes the adapters of a library from the embeddings of their tasks; its frozen leaves).
 
     By L1, as in Text-to-LoRA (arXiv:2506.06105). new: with the library's statistics. target: `factors`, the z-scores of
-    all emitted leaves, or `product`, each ΔW. Validation also gives `relative_l1`: Σ|ΔW − oracle's ΔW| / Σ|oracle's ΔW|.
+    all emitted leaves, or `product`, each ΔW. Validation also gives `relative_l1`, Σ|ΔW − oracle's ΔW| divided by
+    Σ|oracle's ΔW|.
     """
     emitted = [hypernetworks.emitted_of(new, adapter) for adapter in library]
     wanted = {path: jnp.stack([leaves[path] for leaves in emitted]) for path in emitted[0]}
