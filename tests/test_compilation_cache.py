@@ -73,6 +73,7 @@ def test_a_damaged_entry_is_one_warning_and_is_repaired(configuration, first, tm
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == model
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_share_an_empty_cache(configuration, first, tmp_path):
     _, model, _ = first
     with ThreadPoolExecutor() as pool:

@@ -34,6 +34,7 @@ DENSE = ("qwen2", "mistral")
 MIXTURES = [(kind, number) for kind, number in KINDS if kind not in DENSE]
 # the second configuration of each family, whose programs are compiled anew, with the slow tests
 LATER = [pytest.param(*case, marks=pytest.mark.slow) if case[1] else case for case in MIXTURES]
+EVERY = [pytest.param(*case, marks=pytest.mark.slow) if case[1] else case for case in KINDS]
 
 
 def assert_close(ours: Any, theirs: Any, name: str, tolerance: float = TOLERANCE):
@@ -89,7 +90,7 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path: Path, kind: st
     assert used >= 0.7 * experts
 
 
-@pytest.mark.parametrize(("kind", "number"), KINDS)
+@pytest.mark.parametrize(("kind", "number"), EVERY)
 def test_saving_gives_the_same_directory_and_transformers_opens_it(tmp_path: Path, kind: str, number: int):
     theirs = written(tmp_path / "theirs", kind, number)
     model = moe_reduce.load(tmp_path / "theirs")
@@ -106,7 +107,7 @@ def test_saving_gives_the_same_directory_and_transformers_opens_it(tmp_path: Pat
     assert_close(logits_of(opened, TOKENS_BT), logits_of(theirs, TOKENS_BT), "logits", 1e-6)
 
 
-@pytest.mark.parametrize(("kind", "number"), KINDS)
+@pytest.mark.parametrize(("kind", "number"), EVERY)
 def test_generation_with_a_cache_is_that_of_transformers(tmp_path: Path, kind: str, number: int):
     theirs = written(tmp_path, kind, number)
     model = moe_reduce.load(tmp_path)

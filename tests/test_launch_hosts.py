@@ -64,7 +64,11 @@ def kill(workdir: str, process: int) -> None:
 
 @pytest.mark.parametrize(
     ("processes", "victim"),
-    [(2, 1), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(4, 3, marks=pytest.mark.slow)],
+    [
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        pytest.param(4, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_process_ends_the_others_and_all_go_on(tmp_path, processes, victim):
     hosts = Hosts(tmp_path, processes)

@@ -238,7 +238,9 @@ def test_routing_that_has_collapsed_stops_training(tmp_path, capsys):
     assert "expert_entropy 0.000 is under balance.entropy_floor" in line
 
 
-@pytest.mark.parametrize("mesh", [(), ("data", "fsdp", "expert")], ids=["one", "eight"])
+@pytest.mark.parametrize(
+    "mesh", [(), pytest.param(("data", "fsdp", "expert"), marks=pytest.mark.slow)], ids=["one", "eight"]
+)
 def test_an_adapter_recovers_the_kept_experts(finished, tmp_path, mesh):
     """It trains beside frozen experts, and is merged into them behind the stage."""
     file = tmp_path / "config.py"
