@@ -7,16 +7,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/env.sh
 source launch/jobs.sh
 
-OVERRIDES=(--config.mesh.data=1 "${TEXT_OVERRIDE[@]}" "$@")
-queue small_qwen3_moe train --config=configs/small_qwen3_moe.py --workdir=runs/small_qwen3_moe "${OVERRIDES[@]}"
-run_queue
-for seed in ${SEEDS:-0 1 2}; do
-  for variant in $(variants configs/distillation.py); do
-    queue "distillation-$seed-$variant" reduce --config=configs/distillation.py \
-      --workdir="runs/distillation/seed$seed" --variant="$variant" --config.train.seed="$seed" "${OVERRIDES[@]}"
-  done
-done
-run_queue
-"$PYTHON" -m moe_reduce report --runs runs/distillation/seed* --out=docs/results/distillation --overwrite \
-  --title="A fifth of a small Qwen3-MoE's experts: fine-tuning and distillation at equal tokens (accuracy kept)" \
-  --made-by="${TEXT:+TEXT='$TEXT' }./launch/distillation.sh"
+reduce_small_mixture distillation distillation distillation \
+  "A fifth of a small Qwen3-MoE's experts: fine-tuning and distillation at equal tokens (accuracy kept)" "$@"

@@ -8,16 +8,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/env.sh
 source launch/jobs.sh
 
-OVERRIDES=(--config.mesh.data=1 "${TEXT_OVERRIDE[@]}" "$@")
-queue small_qwen3_moe train --config=configs/small_qwen3_moe.py --workdir=runs/small_qwen3_moe "${OVERRIDES[@]}"
-run_queue
-for seed in ${SEEDS:-0 1 2}; do
-  for variant in $(variants configs/reduce_global_router.py); do
-    queue "reduce_global-$seed-$variant" reduce --config=configs/reduce_global_router.py \
-      --workdir="runs/reduce_global/seed$seed" --variant="$variant" --config.train.seed="$seed" "${OVERRIDES[@]}"
-  done
-done
-run_queue
-"$PYTHON" -m moe_reduce report --runs runs/reduce_global/seed* --out=docs/results/reduce_global_router --overwrite \
-  --title="One global router, and each part of its design changed: validation loss (accuracy kept)" \
-  --made-by="${TEXT:+TEXT='$TEXT' }./launch/global_router.sh"
+reduce_small_mixture reduce_global reduce_global_router reduce_global_router \
+  "One global router, and each part of its design changed: validation loss (accuracy kept)" "$@"
