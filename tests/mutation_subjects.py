@@ -20,6 +20,7 @@ import transformers  # noqa: F401
 import zstandard
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_llama
+from quantised_models import quantise_int8
 
 import moe_reduce
 from moe_reduce.__main__ import main
@@ -39,7 +40,6 @@ from moe_reduce.data.tokenizer_training import train_tokenizer
 from moe_reduce.data.tokenizers import load_tokenizer
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
-from moe_reduce.quantization.round_to_nearest import quantise_int8
 from moe_reduce.reduction import scores
 from moe_reduce.reports import comparison, results
 from moe_reduce.runs import workdir

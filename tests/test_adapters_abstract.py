@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quantised_models import quantise_int8
 from test_adapters import ADAPTER_METHODS, disturbed, model_of
 from training_runs import random_batch
 
@@ -15,7 +16,6 @@ from moe_reduce.adapters.targets import targets_of
 from moe_reduce.core import trees
 from moe_reduce.core.config import AdapterConfig
 from moe_reduce.models.model import Model
-from moe_reduce.quantization.round_to_nearest import quantise_int8
 
 KINDS = ("dense", "neox", "layer", "pool", "shared")  # neox: biases, GELU; layer, pool, shared: experts
 MIXTURES = ("layer", "pool", "shared")

@@ -6,6 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from quantised_models import quantise_int8
 from test_adapters_peft import TOKENS, assert_equals_peft, refused
 from transformers_models import tiny, written
 
@@ -15,7 +16,6 @@ from moe_reduce.adapters import adapter as adapters
 from moe_reduce.adapters import adapter_directory, bank, merging
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Input
-from moe_reduce.quantization.round_to_nearest import quantise_int8
 from moe_reduce.storage.tensors import TensorFiles
 
 pytestmark = [

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quantised_models import quantise_int8
 from test_adapters import ADAPTER_METHODS, EXECUTION, disturbed, model_of
 from test_generate import PROMPTS, whole_greedy
 from test_generate import model_of as unprepared
@@ -20,7 +21,6 @@ from moe_reduce.inference.generate import generate, ready
 from moe_reduce.models.deltas import BANK
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import records
-from moe_reduce.quantization.round_to_nearest import quantise_int8
 from moe_reduce.training import sharding
 
 ROWS = (2, 0, 1, 3, 2)  # entries; 3 is none

@@ -8,10 +8,7 @@ import pytest
 
 from moe_reduce.adapters.hypernetwork import splits, tasks
 from moe_reduce.adapters.hypernetwork.leaks import leaks
-from moe_reduce.core.config import DataConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.data.completions import Completions
-from moe_reduce.data.tokenizer_training import train_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 INPUT = "the {0} cat of number {0} sat on mat {0} and looked at bird {0} in tree {0}"
@@ -72,16 +69,6 @@ def test_prompts_and_completions(tmp_path):
         f"Count.\n\nInput: one cat\nOutput: 1\n\nInput: two cats\nOutput: 2\n\n{given}", " 0"
     )  # fmt: skip
     refused("has 2 positive examples, not 3", tasks.pairs, task, examples=3)
-
-
-def test_an_adapt_run_reads_written_pairs(tmp_path):
-    (task,) = read(tmp_path, {"task1": content(1)})
-    tasks.write_pairs([task], tmp_path / "pairs.jsonl")
-    data = DataConfig(
-        source=str(tmp_path / "pairs.jsonl"), text_field="prompt", completion_field="completion", sequence_length=200
-    )
-    rows = Completions(data, train_tokenizer(["".join(pair) for pair in tasks.pairs(task)] * 20, 295))
-    assert rows.pairs == tasks.pairs(task)
 
 
 def test_instances_are_held_out(tmp_path):

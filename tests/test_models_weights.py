@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from expert_weights import experts_of
+from quantised_models import quantise_int8
 from quantised_values import INT8, int8
 
 from moe_reduce.adapters import adapter as adapters
@@ -20,7 +21,6 @@ from moe_reduce.models.moe.dispatch import DISPATCHES, Assigned
 from moe_reduce.models.moe.experts import cast_experts
 from moe_reduce.models.parameters import abstract_params, parameters
 from moe_reduce.models.weights import Quantised, Weight, dequantised, grouped_matmul, logits, lookup, matmul, quantise
-from moe_reduce.quantization.round_to_nearest import quantise_int8
 
 EXECUTION = ExecutionConfig(platform="cpu", dispatch="blocks", block_rows=4)
 

@@ -41,12 +41,12 @@ def _matrix(path, kind="dense", scale=1.0):
 def test_ternary_by_hand(path):
     """Each matrix of each expert has its own mean magnitude as scale (arXiv:2402.17764)."""
     record, values = _matrix(path, "layer")
-    found = np.asarray(fake.Rounding(TERNARY)(jnp.asarray(values), record))
+    found = np.asarray(fake.SchemeRounding(TERNARY)(jnp.asarray(values), record))
     matrices, rounded = (x.reshape(-1, *x.shape[-2:]).astype(np.float64) for x in (values, found))
     scale = np.abs(matrices).mean(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(rounded, np.clip(np.round(matrices / scale), -1, 1) * scale, rtol=1e-5)
     if record.stacked:
-        np.testing.assert_allclose(fake.Rounding(TERNARY)(jnp.asarray(values[0]), record), found[0], rtol=1e-6)
+        np.testing.assert_allclose(fake.SchemeRounding(TERNARY)(jnp.asarray(values[0]), record), found[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "dispatch"), [("dense", "reference"), ("layer", "blocks"), ("shared", "ragged")])

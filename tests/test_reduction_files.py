@@ -8,6 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from quantised_models import quantise_int8
 
 import moe_reduce
 from moe_reduce.__main__ import main
@@ -16,7 +17,6 @@ from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.core.stages import PoolStage
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
-from moe_reduce.quantization.round_to_nearest import quantise_int8
 from moe_reduce.reduction import files, scores
 from moe_reduce.reduction.pool import pool
 from moe_reduce.reduction.prune import prune

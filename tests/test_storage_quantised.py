@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from quantised_models import quantise_int8
 
 import moe_reduce
 from moe_reduce.__main__ import main
@@ -17,7 +18,6 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
 from moe_reduce.models.weights import Quantised
-from moe_reduce.quantization.round_to_nearest import quantise_int8
 from moe_reduce.storage.tensors import SINGLE_FILE, TensorFiles
 from moe_reduce.training import sharding
 

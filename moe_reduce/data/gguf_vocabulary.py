@@ -8,11 +8,10 @@ from typing import Any
 from moe_reduce.core import json_files
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.gguf_file import is_gguf, read_gguf
-from moe_reduce.data.gguf_tokenizer import BYTE_LEVEL, PREFIX, SENTENCEPIECE, TEMPLATE
+from moe_reduce.data.gguf_tokenizer import BYTE_LEVEL, NAMES, PREFIX, SENTENCEPIECE, TEMPLATE
 from moe_reduce.data.tokenizer_files import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
-SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 SPACE = "▁"  # in pieces of SentencePiece
 TEMPLATE_FILE = "chat_template.jinja"
 LLAMA3_DIGITS = r"\p{N}{1,3}"  # a part of Llama 3's splitting pattern that others lack
@@ -64,7 +63,7 @@ def _add_tokens(found: dict[str, Any], file: Path) -> None:
 
 def _special(tokens: list[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, key in SPECIAL.items():
+    for name, key in NAMES.items():
         token = settings.get(name)
         text = token.get("content") if isinstance(token, Mapping) else token
         if text in tokens:

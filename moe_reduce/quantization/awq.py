@@ -13,12 +13,12 @@ import jax.numpy as jnp
 POINTS = 20  # exponents that are tried, from 0 (no scaling) to 0.95
 SMALLEST = 1e-4  # of the scales before they are centred
 
-Rounding = Callable[[jax.Array], jax.Array]  # matrices [..., I, O] -> their rounded values; hashable
+RoundMatrices = Callable[[jax.Array], jax.Array]  # matrices [..., I, O] -> their rounded values; hashable
 
 
 @partial(jax.jit, static_argnums=3)
 def input_scales(
-    matrices: Sequence[jax.Array], size_I: jax.Array, hessian_II: jax.Array, rounded: Rounding
+    matrices: Sequence[jax.Array], size_I: jax.Array, hessian_II: jax.Array, rounded: RoundMatrices
 ) -> tuple[jax.Array, jax.Array]:
     """(scales s, fp32 [I], squared error of the products with each exponent [POINTS]) for matrices with one input.
 
@@ -40,7 +40,7 @@ def centred(size_I: jax.Array, exponent: jax.Array) -> jax.Array:
 
 
 def scaled_error(
-    matrices: Sequence[jax.Array], scale_I: jax.Array, hessian_II: jax.Array, rounded: Rounding
+    matrices: Sequence[jax.Array], scale_I: jax.Array, hessian_II: jax.Array, rounded: RoundMatrices
 ) -> jax.Array:
     """Squared error of all products when the scaled matrices are rounded: Σ tr(Δᵀ H Δ), Δ = round(W·s)/s − W."""
     total = jnp.zeros(())

@@ -37,7 +37,7 @@ from moe_reduce.quantization.moments import (
     positions,
     source_of,
 )
-from moe_reduce.quantization.rounding import Rounded, Values, gptq_rounded, nearest_rounded
+from moe_reduce.quantization.rounding import CalibratedMatrix, Values, gptq_rounded, nearest_rounded
 from moe_reduce.reduction.layerwise import attend
 
 MINIMUM_ROWS = 64  # tokens of an expert below which its matrices are rounded to nearest
@@ -54,14 +54,14 @@ class Settings:
 
 
 @dataclass
-class Report:
+class CalibrationReport:
     """Squared change of the products over calibration and their squared size, by component; and rare experts."""
 
     changed: dict[str, float] = field(default_factory=dict)
     size: dict[str, float] = field(default_factory=dict)
     rare: list[tuple[int, int, int]] = field(default_factory=list)  # (layer, expert, tokens); layer 0 for a pool
 
-    def add(self, component: str, rounded: Rounded) -> None:
+    def add(self, component: str, rounded: CalibratedMatrix) -> None:
         """Count the error of one matrix."""
         self.changed[component] = self.changed.get(component, 0.0) + float(rounded.changed)
         self.size[component] = self.size.get(component, 0.0) + float(rounded.size)
@@ -84,7 +84,7 @@ class Text:
     weights: list[jax.Array]  # [B, T] of each batch; tokens of weight 0 do not count
 
 
-def quantise(model: Model, batches: Iterable[Mapping[str, Any]], settings: Settings) -> tuple[Model, Report]:
+def quantise(model: Model, batches: Iterable[Mapping[str, Any]], settings: Settings) -> tuple[Model, CalibrationReport]:
     """Quantise the matrices of a model in memory; return it with the errors.
 
     Raises UserError without a batch.
@@ -111,7 +111,7 @@ class Calibration:
     def __init__(self, config: ModelConfig, execution: ExecutionConfig, settings: Settings):
         _check(config)
         self.config, self.execution, self.settings = config, execution, settings
-        self.report = Report()
+        self.report = CalibrationReport()
         self.pool = config.moe is not None and config.moe.placement == "shared"
         self._seen_by_pool: list[tuple[Any, Any, Any]] = []  # (normed, chosen, weights) of each layer and batch
 

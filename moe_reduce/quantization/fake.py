@@ -25,7 +25,7 @@ from moe_reduce.training.task import Params, Task
 
 
 @dataclass(frozen=True)
-class Rounding:
+class SchemeRounding:
     """Rounding of a matrix to the nearest values of a scheme."""
 
     scheme: Scheme
@@ -65,7 +65,7 @@ def quantisation_aware(task: Task, config: ModelConfig, by_path: Mapping[str, Sc
 def wrapped(by_path: Mapping[str, Scheme], params: Params) -> Params:
     """Parameters in which matrices with a scheme are `Rounded`."""
     return trees.map_with_path(
-        lambda path, leaf: Rounded(leaf, Rounding(by_path[path])) if path in by_path else leaf, params
+        lambda path, leaf: Rounded(leaf, SchemeRounding(by_path[path])) if path in by_path else leaf, params
     )
 
 

@@ -28,7 +28,7 @@ from moe_reduce.storage.tensors import TensorFiles, TensorItem, write_file
 from moe_reduce.storage.weight_parts import Part
 
 
-class Rounding(Protocol):
+class Quantiser(Protocol):
     """Rounding of a model's matrices, called for each tensor in the order of layers."""
 
     def __call__(self, record: Parameter, index: tuple[int, ...], matrix: np.ndarray) -> Quantised:
@@ -115,7 +115,7 @@ _nearest: Any = jax.jit(quantise, static_argnums=(1, 2, 3))
 
 
 def quantise_files(
-    directory: Directory, target: Target, spool: Path, rounding: Rounding
+    directory: Directory, target: Target, spool: Path, rounding: Quantiser
 ) -> tuple[list[TensorItem], Report]:
     """Quantise layer by layer into files of an empty directory `spool`: (tensors of the result, report).
 
@@ -148,7 +148,7 @@ def _pieces(config: ModelConfig) -> Iterator[tuple[int, Leaf, tuple[int, ...]]]:
 
 
 def _layer(
-    directory: Directory, target: Target, rounding: Rounding, pieces: list[Any], report: Report
+    directory: Directory, target: Target, rounding: Quantiser, pieces: list[Any], report: Report
 ) -> list[TensorItem]:
     """The tensors of one layer: quantised ones as arrays, the others as functions that read them."""
     sources = {leaf.path: leaf for leaf in leaves(directory.config)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from moe_reduce.core import schemes, trees
+from moe_reduce.core import trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.schemes import Scheme
@@ -38,11 +38,6 @@ def quantise(model: Model, chosen: Mapping[str, Scheme], ranges: Ranges = extrem
         abstract = isinstance(flat[path], jax.ShapeDtypeStruct)
         leaves[path] = (jax.eval_shape if abstract else _run)(run, flat[path])
     return dataclasses.replace(model, params=trees.update(model.params, leaves))
-
-
-def quantise_int8(model: Model, keep: Collection[str] = KEPT) -> Model:
-    """The model with its matrices as int8, one fp32 scale for each output; keep: components that stay as they are."""
-    return quantise(model, every_component(model.config, schemes.parse("int8"), keep))
 
 
 def every_component(config: ModelConfig, scheme: Scheme, keep: Collection[str] = KEPT) -> dict[str, Scheme]:

@@ -18,7 +18,7 @@ from moe_reduce.quantization.gptq import gptq
 from moe_reduce.quantization.moments import Moments
 
 
-class Rounded(NamedTuple):
+class CalibratedMatrix(NamedTuple):
     """A quantised matrix, the squared change of its products over calibration, and their squared size."""
 
     value: Quantised
@@ -48,13 +48,15 @@ class NearestPoint:
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def nearest_rounded(
     matrix: jax.Array, record: Parameter, scheme: Scheme, ranges: Ranges = extremes, seen: Moments | None = None
-) -> Rounded:
+) -> CalibratedMatrix:
     """Round one matrix to the nearest code points. seen: moments of its inputs; None: the error is not measured."""
     return _measured(matrix, record, quantise(matrix, record, scheme, ranges), seen)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def gptq_rounded(matrix: jax.Array, record: Parameter, scheme: Scheme, ranges: Ranges, seen: Moments) -> Rounded:
+def gptq_rounded(
+    matrix: jax.Array, record: Parameter, scheme: Scheme, ranges: Ranges, seen: Moments
+) -> CalibratedMatrix:
     """Round one matrix by GPTQ, on the grid that rounding to nearest would use."""
     value = quantise(matrix, record, scheme, ranges)
     flat_IO, points = as_matrix(matrix, record).astype(jnp.float32), value.grid
@@ -65,12 +67,12 @@ def gptq_rounded(matrix: jax.Array, record: Parameter, scheme: Scheme, ranges: R
     return _measured(matrix, record, dataclasses.replace(value, codes=codes), seen)
 
 
-def _measured(matrix: jax.Array, record: Parameter, value: Quantised, seen: Moments | None) -> Rounded:
+def _measured(matrix: jax.Array, record: Parameter, value: Quantised, seen: Moments | None) -> CalibratedMatrix:
     if seen is None:
-        return Rounded(value, jnp.zeros(()), jnp.zeros(()))
+        return CalibratedMatrix(value, jnp.zeros(()), jnp.zeros(()))
     before_IO, after_IO = (as_matrix(x, record).astype(jnp.float32) for x in (matrix, value.dequantised()))
     changed = output_error(after_IO - before_IO, seen.hessian_II)
-    return Rounded(value, changed, output_error(before_IO, seen.hessian_II))
+    return CalibratedMatrix(value, changed, output_error(before_IO, seen.hessian_II))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from moe_reduce.families import Leaf, leaves
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Parameter, by_path, select
 from moe_reduce.models.weights import Quantised, is_quantised
-from moe_reduce.quantization.calibrated import Calibration, Report, Settings, Text, quantise
+from moe_reduce.quantization.calibrated import Calibration, CalibrationReport, Settings, Text, quantise
 from moe_reduce.quantization.folds import Leaves
 from moe_reduce.reduction.files import Directory
 from moe_reduce.storage.model_directory import load
@@ -64,7 +64,7 @@ class Streamed:
         self._number, self._layer = -1, Leaves()
 
     @property
-    def report(self) -> Report:
+    def report(self) -> CalibrationReport:
         """Errors and rare experts so far."""
         return self._calibration.report
 

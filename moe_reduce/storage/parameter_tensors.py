@@ -202,19 +202,16 @@ class Piece(NamedTuple):
         return np.asarray(self.array[self.numbers])
 
 
-def write_items(
-    params: Mapping[str, Any], config: ModelConfig, arrays_of: quantised.ArraysOf = quantised.arrays_of
-) -> Iterator[TensorItem]:
+def write_items(params: Mapping[str, Any], config: ModelConfig) -> Iterator[TensorItem]:
     """Tensors for `write_tensors`, ordered by layer; only one tensor at a time is copied to the host.
 
-    arrays_of: layout of quantised matrices.
     Raises UserError when the parameters do not match the configuration.
     """
     flat = trees.flatten(params)
     _check_params(flat, config)
     tensors: dict[str, list[Piece]] = {}
     for leaf in leaves(config):
-        for part, array in arrays_of(leaf, flat[leaf.path]):
+        for part, array in quantised.arrays_of(leaf, flat[leaf.path]):
             for index in np.ndindex(part.leaf.stacked):
                 tensors.setdefault(part.leaf.name(index), []).append(Piece(part, index, array))
     for name in sorted(tensors, key=_natural):

@@ -21,7 +21,6 @@ from moe_reduce.storage.tensors import Tensors
 from moe_reduce.storage.weight_parts import Part
 
 Layout = Callable[[Leaf, Scheme], list[Part]]
-ArraysOf = Callable[[Leaf, Any], list[tuple[Part, Any]]]
 
 
 def stated(directory: Path) -> dict[str, Any]:

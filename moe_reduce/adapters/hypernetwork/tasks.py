@@ -6,7 +6,6 @@ JSON file {name: [wording, ...]}.
 """
 
 import gzip
-import json
 import random
 import zlib
 from collections.abc import Mapping, Sequence
@@ -119,19 +118,6 @@ def pairs(task: DescribedTask, description: str = "", examples: int = 0) -> list
     shots = [f"{PROMPT.format(example.text)} {example.outputs[0]}" for example in task.examples[:examples]]
     before = "".join(f"{part}\n\n" for part in (*([description] if description else []), *shots))
     return [(before + PROMPT.format(instance.text), f" {instance.outputs[0]}") for instance in task.instances]
-
-
-def write_pairs(tasks: Sequence[DescribedTask], file: Path) -> None:
-    """Write prompts and completions as jsonl, which `adapt` reads.
-
-    Set data.source=FILE, data.text_field=prompt and data.completion_field=completion.
-    """
-    rows = [
-        json.dumps({"task": task.name, "prompt": prompt, "completion": completion}, ensure_ascii=False)
-        for task in tasks
-        for prompt, completion in pairs(task)
-    ]
-    file.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
 
 def _with_wordings(task: DescribedTask, file: Path, more: Mapping[str, Any], limit: int) -> DescribedTask:
