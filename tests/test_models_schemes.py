@@ -15,7 +15,7 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.core.schemes import NAMES, SCHEMES, Scheme, parse
 from moe_reduce.models.parameters import Parameter
 from moe_reduce.models.weights import Weight, grouped_matmul, logits, lookup, matmul, quantise
-from moe_reduce.models.weights.codes import NF4, pack, unpack
+from moe_reduce.models.weights.codes import E2M1, NF4, nearest, pack, points, unpack
 
 INPUTS, OUTPUTS = 128, 6
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -40,6 +40,14 @@ def normal(shape: tuple[int, ...], seed: int = 0) -> Any:
 def rounded(matrix, record: Parameter, scheme: Scheme):
     value = quantise(matrix, record, scheme)
     return value, value.dequantised()
+
+
+def test_ties_between_four_bit_floats_go_to_the_even_one():
+    """As in the conversion of IEEE floats, which ml_dtypes does."""
+    middles = (E2M1[1:] + E2M1[:-1]) / 2
+    values = np.concatenate([middles, -middles, E2M1, -E2M1])
+    found = points(nearest(jnp.asarray(values), "mxfp4"), "mxfp4")
+    np.testing.assert_array_equal(found, values.astype(ml_dtypes.float4_e2m1fn).astype(np.float32))
 
 
 def all_points(scheme: Scheme) -> np.ndarray:
