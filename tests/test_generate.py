@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -118,6 +119,37 @@ def test_an_int8_cache_is_close(platform):
     for found, expected in zip(logits, whole_logits(model, rows_BT), strict=True):
         difference = np.abs(found - expected).max() / np.abs(expected).max()
         assert 0 < difference < 0.03
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize(("dtype", "stored", "worst"), [("fp8", "float8_e4m3fn", 0.1), ("int4", "uint8", 0.4)])
+def test_smaller_caches_are_as_close_as_their_steps(platform, dtype, stored, worst):
+    model = model_of("dense", platform)
+    rows_BT = random_rows(model)
+    logits, held = cached_logits(model, rows_BT, dtype=dtype)
+    _, whole = cached_logits(model, rows_BT)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(held)} == {stored, "float32"}
+    for (small, exact), name in itertools.product(layers_of(held, whole)[:1], cache.SCALES):
+        scale = np.asarray(small[cache.SCALES[name]])[..., None]
+        found = np.asarray(cache.values(small, name, jnp.float32)) * scale
+        largest = {"fp8": 448, "int4": 7}[dtype]
+        np.testing.assert_allclose(scale[..., 0], np.abs(exact[name]).max(-1) / largest, rtol=1e-5)
+        # later layers read what the first has rounded; only its keys and values are those of the exact cache
+        half_step = scale / 2 if dtype == "int4" else np.maximum(np.abs(exact[name]) / 16, scale * 2.0**-10)
+        assert np.all(np.abs(found - exact[name]) <= 1.001 * half_step + 1e-6), name
+    for found, expected in zip(logits, whole_logits(model, rows_BT), strict=True):
+        difference = np.abs(found - expected).max() / np.abs(expected).max()
+        assert 0 < difference < worst
+
+
+def layers_of(*caches):
+    """The layers of several caches side by side, whether they are stacked or not."""
+    if "keys" not in caches[0]:
+        return [pair for name in caches[0] for pair in layers_of(*(one[name] for one in caches))]
+    if caches[0]["keys"].ndim == 4:
+        return [caches]
+    numbers = range(len(caches[0]["keys"]))
+    return [tuple({name: leaf[number] for name, leaf in one.items()} for one in caches) for number in numbers]
 
 
 def test_a_bfloat16_cache_is_close():
