@@ -16,6 +16,7 @@ COMMANDS = {
     "text-to-lora": "train adapters of tasks, or a hypernetwork that writes an adapter from a description",
     "merge": "merge an adapter into its base model",
     "generate": "continue a prompt",
+    "chat": "talk with a model, whose adapter may change from turn to turn",
     "evaluate": "measure loss and accuracy on a corpus, or on tasks of the EleutherAI harness",
     "evaluate-tasks": "compare prompts, adapters and hypernetworks on described tasks",
     "monitor": "record CPU, memory and GPU load while models answer",

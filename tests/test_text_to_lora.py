@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import io
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -129,9 +131,7 @@ def test_oracles_are_adapters_of_each_task(place, runs):
     assert all(
         np.any(np.asarray(x)) for a in found for path, x in trees.flatten(a.tree).items() if path.endswith("out/matrix")
     )
-    assert (
-        json.loads((place / "oracles/splits.json").read_text())["train"] == sorted(NAMES[:4], key=NAMES.index) or True
-    )
+    assert json.loads((place / "oracles/splits.json").read_text())["train"] == NAMES[:4]
 
 
 def test_an_oracle_in_the_bank_trains_as_it_would_alone():
@@ -335,6 +335,76 @@ def test_generate_writes_adapters_for_descriptions(place, capsys, monkeypatch):
         )
         assert (out / "adapter_config.json").is_file(), "PEFT opens it"
     assert sorted((place / "runs/written_adapters").glob("*/adapter.json")) == cached, "written once"
+
+
+TEMPLATE = """{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}
+{% endfor %}assistant:"""
+CHAT = """/task Count the cats.
+the cat of number 7 sat
+the bird?
+/task
+/adapter nowhere
+/new
+/task Name the bird.
+the cat of number 7 sat
+
+/adapter none
+/new
+the cat of number 7 sat
+/quit
+not read
+"""
+
+
+@pytest.fixture(scope="module")
+def chat(place):
+    """Arguments of a chat with the base."""
+    shutil.copytree(place / "tokenizer", place / "chat")
+    (place / "chat/tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    return [f"--model={place / 'base'}", f"--tokenizer={place / 'chat'}"]
+
+
+@pytest.mark.usefixtures("runs")
+def test_a_chat_changes_its_task_between_turns(place, chat, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    hypernetwork = f"--hypernetwork={place / 'learned/hypernetwork'}"
+
+    def answer(message, *more):
+        assert main(["generate", *chat, "--chat", f"--prompt={message}", "--max-tokens=6", *more]) == 0
+        return capsys.readouterr().out.removesuffix("\n")
+
+    question = "the cat of number 7 sat"
+    tasks_ = [(hypernetwork, f"--task={task}") for task in ("Count the cats.", "Name the bird.")]
+    first, other, base = (answer(question, *more) for more in (*tasks_, ()))
+    # the same text as of three messages
+    second = answer(f"{question}\nassistant: {first}\nuser: the bird?", *tasks_[0])
+    assert len({first, other, base}) > 1
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(CHAT))
+    assert main(["chat", *chat, "--max-tokens=6", hypernetwork]) == 0
+    found = capsys.readouterr()
+    assert found.out == "".join(f"{text}\n" for text in (first, second, other, base, ""))
+    errors = [line for line in found.err.splitlines() if line.startswith("moe-reduce chat: ")]
+    assert len(errors) == 2
+    assert "description 1 is empty" in errors[0]
+    assert "nowhere is not a directory" in errors[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "lines", "part"),
+    [
+        (["--max-tokens=600"], "hello\n", "exceed the model's context of 512: /new starts another"),
+        ([], "/task Count.\n", "a task needs --hypernetwork=DIR"),
+        ([], "/help\n", "/task DESCRIPTION"),
+        (["--adapter=nowhere"], "", "nowhere is not a directory"),
+        (["--task=a", "--task=b"], "", "there are 2 --task: give one"),
+        (["--task=a", "--adapter=b"], "", "choose one"),
+    ],
+)
+def test_what_a_chat_answers_to_mistakes(chat, capsys, monkeypatch, words, lines, part):
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert main(["chat", *chat, *words]) == (0 if lines else 2)
+    assert part in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

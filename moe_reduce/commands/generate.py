@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_reduce.commands import adapter_arguments, hypernetwork_arguments, model_arguments
+from moe_reduce.commands import adapter_arguments, hypernetwork_arguments, model_arguments, sampling_arguments
 from moe_reduce.core.config import GenerateConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 
@@ -15,12 +15,9 @@ if TYPE_CHECKING:
     from moe_reduce.inference.text import Continuation
     from moe_reduce.models.model import Model
 
-SHOWN_AT_ONCE = 4  # tokens, on a terminal
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    default = GenerateConfig()
     parser.add_argument(
         "--model", required=True, type=Path, help="a model directory, ours or from Hugging Face, or a .gguf file"
     )
@@ -32,38 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="treat prompts as user messages, in the model's chat template"
     )
-    parser.add_argument(
-        "--tokenizer", type=Path, help="tokenizer.model, tokenizer.json or a directory (default: --model)"
-    )
-    parser.add_argument(
-        "--max-tokens",
-        type=int,
-        default=default.max_tokens,
-        help="most tokens of each continuation (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=default.temperature,
-        help="sampling temperature; 0 takes the most probable token (default: 0)",
-    )
-    parser.add_argument("--top-k", type=int, help="sample from the k most probable tokens")
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=default.top_p,
-        help="sample from the most probable tokens whose probabilities sum to this (default: %(default)s, all)",
-    )
-    parser.add_argument("--seed", type=int, default=default.seed, help="seed of sampling (default: %(default)s)")
-    parser.add_argument(
-        "--stop", action="append", default=[], help="end a continuation before this string; may be repeated"
-    )
-    parser.add_argument(
-        "--cache-dtype",
-        choices=("auto", "int8", "fp8", "int4"),
-        default=default.cache_dtype,
-        help="dtype of cached keys and values; auto: the compute dtype (default: %(default)s)",
-    )
+    sampling_arguments.add(parser)
     model_arguments.add_compute_dtype(parser)
     model_arguments.add_tensor(parser)
 
@@ -74,7 +40,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     from moe_reduce.inference.generate import ready
     from moe_reduce.inference.text import Continuation, end_ids
 
-    _settings(arguments, ()).check()
+    sampling_arguments.settings(arguments).check()
     model_arguments.check_utf8("--prompt", *arguments.prompt)
     adapters = _adapters(arguments)
     config = model_arguments.directory_config(arguments.model)
@@ -84,8 +50,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
     mesh = model_arguments.tensor_mesh(arguments, arguments.model)
     model = model_arguments.load_model(arguments, mesh=mesh)
     model, entries = adapter_arguments.with_adapters(model, adapters, arguments.model, arguments.tensor)
-    settings = _settings(arguments, end_ids(model, tokenizer))
-    _name_unapplied(arguments)
+    settings = sampling_arguments.settings(arguments, end_ids(model, tokenizer))
+    sampling_arguments.name_unapplied(arguments)
     model = ready(model, mesh)  # possibly a copy, so the loaded model is let go
     if len(rows) == 1:
         print(arguments.prompt[0], end="\n" if arguments.chat else "", file=sys.stderr, flush=True)
@@ -130,40 +96,16 @@ def _check(prompts: list[list[int]], config: ModelConfig, max_tokens: int) -> No
             )
 
 
-def _settings(arguments: argparse.Namespace, end_ids: tuple[int, ...]) -> GenerateConfig:
-    return GenerateConfig(
-        max_tokens=arguments.max_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        end_ids=end_ids,
-        cache_dtype=arguments.cache_dtype,
-    )
-
-
 def _prompts(arguments: argparse.Namespace) -> tuple["Tokenizer", list[list[int]]]:
-    from moe_reduce.data.tokenizers import JSON_FILE, load_tokenizer
-    from moe_reduce.inference.chat import chat_tokenizer, format_message
+    from moe_reduce.data.tokenizers import load_tokenizer
+    from moe_reduce.inference.chat import chat_tokenizer, encode_chat, user
 
     place = arguments.tokenizer or arguments.model
     if not arguments.chat:
         tokenizer = load_tokenizer(place)
         return tokenizer, [tokenizer.encode_prompt(prompt) for prompt in arguments.prompt]
-    place = place.parent if place.name == JSON_FILE else place  # the chat template lies beside it
     tokenizer = chat_tokenizer(place)
-    return tokenizer, [tokenizer.encode(format_message(tokenizer, place, prompt)) for prompt in arguments.prompt]
-
-
-def _name_unapplied(arguments: argparse.Namespace) -> None:
-    """Says on stderr which settings of generation_config.json this command does not follow."""
-    from moe_reduce.inference.text import GENERATION_FILE, unapplied_settings
-
-    given = {"top_k", "top_p", "temperature", "do_sample"} if arguments.temperature else set()
-    found = {key: value for key, value in unapplied_settings(arguments.model).items() if key not in given}
-    if found:
-        named = ", ".join(f"{key}={value}" for key, value in found.items())
-        print(f"note: {arguments.model}/{GENERATION_FILE} says {named}; only options set these", file=sys.stderr)
+    return tokenizer, [encode_chat(tokenizer, place, [user(prompt)]) for prompt in arguments.prompt]
 
 
 def _print(model: "Model", rows: list["Continuation"], settings: GenerateConfig, entries: list[int] | None) -> None:
@@ -173,7 +115,7 @@ def _print(model: "Model", rows: list["Continuation"], settings: GenerateConfig,
 
     compile_for(model, [row.prompt for row in rows], settings, entries)
     times = [time.perf_counter()]
-    for pieces in stream(model, rows, settings, SHOWN_AT_ONCE, entries):
+    for pieces in stream(model, rows, settings, sampling_arguments.SHOWN_AT_ONCE, entries):
         times.append(time.perf_counter())
         if len(rows) == 1:
             print(pieces[0], end="", flush=True)
