@@ -44,4 +44,5 @@ if stage supervised; then run "${learned[@]}"; fi
 if stage compare; then
   "$PYTHON" launch/text_to_lora.py --workdir="$W" --runs "${learned[@]}"
   "$PYTHON" launch/text_to_lora_pictures.py --tasks="$tasks" --workdir="$W" --maps "${heads[0]}_${seeds[0]}"
+  "$PYTHON" launch/text_to_lora_steering.py --run="$W/${heads[0]}_${seeds[0]}"
 fi
