@@ -31,13 +31,17 @@ def test_a_training_run_is_interrupted_and_goes_on(tmp_path):
     changes = {"train": {"checkpoint_every": 5, "steps": 10**6}, "execution": {"dispatch": "reference"}}
     file, work = write_config(tmp_path, token_data(tmp_path), **changes), tmp_path / "run"
     started = command(f"--config={file}", f"--workdir={work}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so do children
     run = subprocess.Popen(
         started, env=environment(devices=1, cache=None), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    while run.poll() is None and not (work / "checkpoints/10").exists():
-        time.sleep(0.1)
-    os.kill(run.pid, signal.SIGINT)
-    _, errors = run.communicate(timeout=120)
+    try:
+        while run.poll() is None and not (work / "checkpoints/10").exists():
+            time.sleep(0.1)
+        os.kill(run.pid, signal.SIGINT)
+        _, errors = run.communicate(timeout=120)
+    finally:
+        run.kill()
     assert run.returncode == 130
     assert errors.splitlines()[-1] == "moe-reduce train: interrupted: run the same command again to go on"
     assert "Traceback" not in errors
