@@ -98,7 +98,7 @@ def test_eight_devices_run_a_bank_as_one_does(kind, exchange):
     np.testing.assert_allclose(found, run(active, rows, entries), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["dense", "layer", pytest.param("pool", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["layer", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dense", "pool"))])
 def test_gradients_of_an_entry_are_those_of_its_rows_alone(kind):
     model = model_of(kind)
     tree = bank.stack(trained_adapters("lora", model)[:2] + trained_adapters("lora", model)[:1], model.config)

@@ -3,6 +3,7 @@
 import ast
 import os
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import pytest
@@ -10,7 +11,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MINUTES = ("2_reduce_a_mixture", "3_skema_and_lora")  # these train for more than three minutes
+MINUTES = ("1_shared_pool", "2_reduce_a_mixture", "3_skema_and_lora")  # these train for minutes
 OF_TESTS = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # of tests/conftest.py: eight devices, slow code
 
 
@@ -26,6 +27,21 @@ def test_notebook_runs_and_ends_in_a_picture(file, tmp_path):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
     assert "image/png" in [*outputs[-1].get("data", {}), *outputs[-2].get("data", {})]
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_names_that_a_notebook_uses_exist(file):
+    """Names of the package alone: whether they still do what the notebook needs, the slow test shows."""
+    cells = [cell.source for cell in nbformat.read(file, as_version=4).cells if cell.cell_type == "code"]
+    nodes = [node for source in cells for node in ast.walk(ast.parse(source))]
+    names = {}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("moe_reduce"):
+            exec(ast.unparse(node), names)
+    used = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    modules = [(names[node.value.id], node.attr) for node in used if isinstance(names.get(node.value.id), ModuleType)]
+    assert modules
+    assert not [(module.__name__, name) for module, name in modules if not hasattr(module, name)]
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)

@@ -32,6 +32,7 @@ MESHES = {
     "dense": ["data=8", "data=2 fsdp=4", "data=4 tensor=2", "data=2 fsdp=2 tensor=2"],
     "shared": ["data=8", "data=2 fsdp=4", "data=2 fsdp=2 expert=2", "data=2 expert=2 tensor=2"],
 }
+IN_OTHERS = ("data=8",)  # the other meshes split batches too
 
 
 def parameters(workdir):
@@ -74,7 +75,14 @@ def test_first_losses_are_the_golden_ones(on_one_device, kind):
     np.testing.assert_allclose(losses(on_one_device(kind))[:5], GOLDEN[kind], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "shape"), [(kind, shape) for kind, shapes in MESHES.items() for shape in shapes])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        pytest.param(kind, shape, marks=[pytest.mark.slow] * (shape in IN_OTHERS))
+        for kind, shapes in MESHES.items()
+        for shape in shapes
+    ],
+)
 def test_eight_devices_compute_what_one_does(on_one_device, tmp_path, kind, shape):
     mesh = MeshConfig(**{"data": 1} | {axis: int(size) for axis, size in (part.split("=") for part in shape.split())})
     expected = on_one_device(kind)
