@@ -168,7 +168,8 @@ WRONG_KEYS = {
     "width": ({"llama.feed_forward_length": 95}, "has shape"),
     "scaling": ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type='yarn' is not supported, only 'none'"),
     "unknown": ({"llama.logit_scale": 2.0}, "llama.logit_scale=2.0 is not known"),
-    "experts": ({"llama.expert_count": 8}, "llama.expert_count=8 is not supported, only 0"),
+    "experts": ({"llama.expert_count": 8}, "llama.expert_used_count is missing"),
+    "no experts": ({"llama.expert_used_count": 2}, "llama.expert_used_count=2 is not supported, only 0"),
     "partial": ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count=8 is not supported, only 16"),
     "parts": ({"split.count": 3}, "is one of 3 parts"),
 }  # fmt: skip

@@ -141,16 +141,16 @@ def execution(arguments: argparse.Namespace) -> "ExecutionConfig":
 
 
 def load_model(arguments: argparse.Namespace, directory: Path | None = None, mesh: "Mesh | None" = None) -> "Model":
-    """Loads --model or another directory; on a mesh, each device loads only its own part."""
+    """Loads --model or another directory to run it; on a mesh, each device loads only its own part."""
     from moe_reduce import load
 
     place: Path = directory or arguments.model
     if mesh is None:
-        return load(place, execution=execution(arguments))
+        return load(place, execution=execution(arguments), blocks=True)
     from moe_reduce.training import sharding
 
     places = sharding.model_shardings(mesh, directory_config(place))
-    return load(place, execution=execution(arguments), shardings=places)
+    return load(place, execution=execution(arguments), shardings=places, blocks=True)
 
 
 def add_tensor(parser: argparse.ArgumentParser) -> None:

@@ -24,12 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read(arguments: argparse.Namespace, overrides: list[str]) -> "Model":
     """Loads --model; mistakes in --out and --data are reported before any weight is read."""
     model_arguments.no_overrides(overrides)
+    from moe_reduce import load
     from moe_reduce.storage.model_directory import KIND
 
     model_arguments.check_out(arguments, KIND)
     if arguments.data is not None:
         model_arguments.data_config(arguments)
-    return model_arguments.load_model(arguments)
+    return load(arguments.model, execution=model_arguments.execution(arguments))
 
 
 def write(

@@ -108,7 +108,15 @@ def _rule(file: Path, splitter: Mapping[str, Any], model: Mapping[str, Any]) -> 
     pattern = json.dumps(steps[0]).replace("\\\\", "\\")
     if kinds == ["Split", "ByteLevel"] and LLAMA3_DIGITS in pattern and model.get("ignore_merges"):
         return "llama-bpe"
+    if kinds == ["Split", "ByteLevel"] and steps[0]["pattern"].get("Regex") == _qwen2_pattern():
+        return "qwen2"
     raise UserError(f"{file} splits text by a rule that is not known here, so it cannot be written to GGUF")
+
+
+def _qwen2_pattern() -> str:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    return GGUF_PRE_TOKENIZER_SPLITS["qwen2"]
 
 
 def _sentencepiece(file: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,14 @@ from moe_reduce.families import (
     text_part,
 )
 from moe_reduce.families.family import CARRIED, Family
+from moe_reduce.families.gguf import EXPERTS, Gguf
+from moe_reduce.families.huggingface import HuggingFaceFamily
 from moe_reduce.families.layout import Leaf, layouts, to_stored
 
 __all__ = [
     "CONFIG_FILE", "FAMILIES", "MODEL_TYPE", "QUANTISATION", "QUANTISATION_METHOD", "Leaf", "by_path", "dumps",
-    "from_hf", "gguf_leaves", "leaves", "named", "of_config", "own_config", "read_config", "to_hf", "to_stored",
+    "from_hf", "gguf_leaves", "gguf_values", "leaves", "named", "of_config", "own_config", "read_config", "to_hf",
+    "to_stored", "unwritten",
 ]  # fmt: skip
 
 CONFIG_FILE = "config.json"
@@ -67,10 +70,15 @@ def named(name: Any) -> Family:
     """The family of this name; UserError names those that are known."""
     found = {family.name: family for family in FAMILIES}
     if not isinstance(name, str) or name not in found:
-        near = difflib.get_close_matches(str(name), found, n=1, cutoff=0.5)
-        nearest = f"; the nearest is {near[0]}" if near else ""
-        raise UserError(f"{MODEL_TYPE} {name!r} is not supported; known: {', '.join(found)}{nearest}")
+        message = f"{MODEL_TYPE} {name!r} is not supported; known: {', '.join(found)}"
+        raise UserError(message + _nearest(name, found))
     return found[name]
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    """The end of a message: which known name is the nearest to one that is unknown."""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"; the nearest is {near[0]}" if near else ""
 
 
 def of_config(config: ModelConfig) -> Family:
@@ -126,16 +134,49 @@ def read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 def _read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     file = read_gguf(path)
-    known = {family.gguf.architecture: (family, family.gguf) for family in FAMILIES if family.gguf is not None}
-    stated = str(file.metadata.get(ARCHITECTURE))
-    if stated not in known:
-        raise UserError(f"{path}: {ARCHITECTURE} {stated!r} is not supported as GGUF; known: {', '.join(known)}")
-    family, gguf = known[stated]
     try:
+        family, gguf = _gguf_family(file.metadata)
         raw = {MODEL_TYPE: family.name, "architectures": [family.architecture], **gguf.read(file)}
         return from_hf(raw), raw
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _gguf_family(metadata: Mapping[str, Any]) -> tuple[Family, Gguf]:
+    """The family of a GGUF file; two share an architecture, one of them with experts."""
+    found = [(family, family.gguf) for family in FAMILIES if family.gguf is not None]
+    stated, known = str(metadata.get(ARCHITECTURE)), list(dict.fromkeys(gguf.architecture for _, gguf in found))
+    if stated not in known:
+        message = f"{ARCHITECTURE} {stated!r} is not supported as GGUF; known: {', '.join(known)}"
+        raise UserError(message + _nearest(stated, known))
+    alike = [(family, gguf) for family, gguf in found if gguf.architecture == stated]
+    mixture = bool(metadata.get(f"{stated}.{EXPERTS}"))
+    return next((pair for pair in alike if pair[1].has_experts == mixture), alike[0])
+
+
+def unwritten(config: ModelConfig) -> str | None:
+    """Field of a config that a GGUF file of its family cannot state, as "field=value"; None if there is none."""
+    family = of_config(config)
+    assert isinstance(family, HuggingFaceFamily)
+    assert family.gguf is not None
+    values = gguf_values(config)
+    names = ("vocab_size", "tie_word_embeddings")  # which the tensors of a file tell
+    raw = family.gguf.described(family.gguf.write(values)) | {name: values[name] for name in names}
+    read = family.read({MODEL_TYPE: family.name} | family.gguf.in_config(raw))
+    for field in dataclasses.fields(config):
+        left, right = getattr(config, field.name), getattr(read, field.name)
+        if field.name == "moe" and left is not None:
+            right = dataclasses.replace(right, init_scale=left.init_scale)
+        if left != right and field.compare and field.name != "init_std":
+            return f"{field.name}={left!r}"
+    return None
+
+
+def gguf_values(config: ModelConfig) -> dict[str, Any]:
+    """Keys of config.json that the metadata of a GGUF file are made of."""
+    family = of_config(config)
+    assert isinstance(family, HuggingFaceFamily)
+    return family.published(config) | {"head_dim": config.head_width}
 
 
 def _read_directory(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:

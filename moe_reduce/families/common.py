@@ -145,3 +145,34 @@ GGUF_DENSE_TENSORS = {
     "layers/mlp/up": Tensor(f"{BLOCK}.ffn_up.weight"),
     "layers/mlp/down": Tensor(f"{BLOCK}.ffn_down.weight"),
 }
+GGUF_QK_NORM_TENSORS = {
+    "layers/attention/query_norm/scale": Tensor(f"{BLOCK}.attn_q_norm.weight"),
+    "layers/attention/key_norm/scale": Tensor(f"{BLOCK}.attn_k_norm.weight"),
+}
+GGUF_INPUT_BIAS_TENSORS = {
+    "layers/attention/query_bias": Tensor(f"{BLOCK}.attn_q.bias"),
+    "layers/attention/key_bias": Tensor(f"{BLOCK}.attn_k.bias"),
+    "layers/attention/value_bias": Tensor(f"{BLOCK}.attn_v.bias"),
+}
+# llama.cpp rotates neighbours in a head in `llama` files, as in the first LLaMA, and halves of a head in all others.
+GGUF_NEIGHBOURS = {
+    path: GGUF_TENSORS[path]._replace(rotary_pairs=True) for path in ("layers/attention/query", "layers/attention/key")
+}
+# Of files that state it, how a router scores: softmax is 1 in llama.cpp.
+GGUF_EXPERT_ACCEPTED = GGUF_ACCEPTED | {"expert_gating_func": (1,), "expert_weights_scale": (1.0,)}
+GGUF_EXPERT_TENSORS = {
+    "layers/experts/gate": Tensor(f"{BLOCK}.ffn_gate_exps.weight", "E F D"),
+    "layers/experts/up": Tensor(f"{BLOCK}.ffn_up_exps.weight", "E F D"),
+    "layers/experts/down": Tensor(f"{BLOCK}.ffn_down_exps.weight", "E D F"),
+    "layers/router/weight": Tensor(f"{BLOCK}.ffn_gate_inp.weight"),
+}
+
+
+def gguf_expert_keys(experts: str = "num_experts", width: str = "moe_intermediate_size") -> dict[str, Key]:
+    """Keys of a mixture in GGUF files, by those of config.json."""
+    names = {
+        experts: "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        width: "expert_feed_forward_length" if width == "moe_intermediate_size" else "feed_forward_length",
+    }
+    return GGUF_KEYS | {name: Key(key, int) for name, key in names.items()}

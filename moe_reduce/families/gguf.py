@@ -4,8 +4,8 @@ The container is read by core/gguf_file.py, the values of its tensors by storage
 """
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 from moe_reduce.core.errors import UserError
@@ -18,6 +18,7 @@ TOKEN_IDS = {
     "eos_token_id": "tokenizer.ggml.eos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
+EXPERTS = "expert_count"  # key of the number of experts, after the name of the architecture
 END_OF_TURN = "tokenizer.ggml.eot_token_id"
 
 
@@ -27,30 +28,48 @@ class Gguf:
 
     architecture: `general.architecture`, and the prefix of the keys below. keys: key of config.json -> key of the
     metadata. equal: further keys of the metadata -> the key of config.json that has the same value. accepted: further
-    keys that change what a model computes, with the only values that the decoder computes. tensors: layout by path of
-    the parameter.
+    keys that change what a model computes, with the only values that the decoder computes. constants: keys of
+    config.json that llama.cpp takes for granted. unread: further keys that change nothing. unstated: those of `keys`
+    that the family's config.json has no place for. tensors: layout by path of the parameter.
     """
 
     architecture: str
     keys: Mapping[str, Key]
     equal: Mapping[str, str]
     accepted: Mapping[str, tuple[Any, ...]]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    unread: Set[str] = frozenset()
+    unstated: Set[str] = frozenset()
     tensors: Mapping[str, Tensor]
+
+    @property
+    def has_experts(self) -> bool:
+        """True if the files are mixtures of experts."""
+        return any(key.name == EXPERTS for key in self.keys.values())
 
     def read(self, file: GgufFile) -> dict[str, Any]:
         """Keys of a config.json for a file; UserError names a key that is missing, unknown or not supported."""
+        raw = self.described(file.metadata) | {"vocab_size": self._rows(file)}
+        raw |= {"tie_word_embeddings": not self._has_output(file), "dtype": "float32"}
         prefix = f"{self.architecture}."
-        keys = {name: dataclasses.replace(key, name=prefix + key.name) for name, key in self.keys.items()}
-        found = {name: key.value(file.metadata) for name, key in keys.items()}
-        raw = {name: value for name, value in found.items() if value is not None}
-        heads = raw["num_attention_heads"]
-        raw.setdefault("head_dim", raw["hidden_size"] // max(heads, 1))
-        raw |= {"vocab_size": self._rows(file), "tie_word_embeddings": not self._has_output(file), "dtype": "float32"}
-        known = {key.name for key in keys.values()}
+        known = {prefix + name for name in (*(key.name for key in self.keys.values()), *self.unread)}
         for key, value in file.metadata.items():
             if key.startswith(prefix) and key not in known:
                 self._check(key, value, raw)
-        return raw | _token_ids(file.metadata)
+        return self.in_config(raw) | _token_ids(file.metadata)
+
+    def described(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Keys of a config.json that the metadata of a file give, without those that its tensors give."""
+        prefix = f"{self.architecture}."
+        keys = {name: dataclasses.replace(key, name=prefix + key.name) for name, key in self.keys.items()}
+        found = {name: key.value(metadata) for name, key in keys.items()}
+        raw = {name: value for name, value in found.items() if value is not None}
+        raw.setdefault("head_dim", raw["hidden_size"] // max(raw["num_attention_heads"], 1))
+        return raw | dict(self.constants)
+
+    def in_config(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys among these that a config.json of the family may have."""
+        return {key: value for key, value in raw.items() if key not in self.unstated}
 
     def write(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Metadata of a file, from the keys of a config.json in the spelling of published files."""

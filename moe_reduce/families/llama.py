@@ -4,8 +4,6 @@ from moe_reduce.families import common
 from moe_reduce.families.gguf import Gguf
 from moe_reduce.families.huggingface import HuggingFaceFamily
 
-ROTATED = ("layers/attention/query", "layers/attention/key")  # llama.cpp rotates neighbours in a head
-
 FAMILY = HuggingFaceFamily(
     name="llama",
     architecture="LlamaForCausalLM",
@@ -21,8 +19,6 @@ FAMILY = HuggingFaceFamily(
         keys=common.GGUF_KEYS | common.GGUF_DENSE_KEYS,
         equal=common.GGUF_EQUAL,
         accepted=common.GGUF_ACCEPTED,
-        tensors=common.GGUF_TENSORS
-        | common.GGUF_DENSE_TENSORS
-        | {path: common.GGUF_TENSORS[path]._replace(rotary_pairs=True) for path in ROTATED},
+        tensors=common.GGUF_TENSORS | common.GGUF_DENSE_TENSORS | common.GGUF_NEIGHBOURS,
     ),
 )

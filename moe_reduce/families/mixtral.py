@@ -2,6 +2,7 @@
 
 from moe_reduce.families import common
 from moe_reduce.families.common import LAYER
+from moe_reduce.families.gguf import Gguf
 from moe_reduce.families.huggingface import HuggingFaceFamily
 from moe_reduce.families.key import Key
 from moe_reduce.families.layout import Tensor
@@ -42,4 +43,11 @@ FAMILY = HuggingFaceFamily(
     neutral=NEUTRAL,
     tensors=common.TENSORS | EXPERT_TENSORS,
     ignored=common.IGNORED,
+    gguf=Gguf(
+        architecture="llama",  # with experts
+        keys=common.gguf_expert_keys("num_local_experts", "intermediate_size"),
+        equal=common.GGUF_EQUAL,
+        accepted=common.GGUF_EXPERT_ACCEPTED | {"expert_weights_norm": (True,)},
+        tensors=common.GGUF_TENSORS | common.GGUF_EXPERT_TENSORS | common.GGUF_NEIGHBOURS,
+    ),
 )

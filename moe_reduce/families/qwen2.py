@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.families import common, windows
+from moe_reduce.families.gguf import Gguf
 from moe_reduce.families.huggingface import HuggingFaceFamily
 
 WINDOW_KEYS = frozenset({"use_sliding_window", "sliding_window", "layer_types"})
@@ -69,4 +70,11 @@ FAMILY = Qwen2(
     neutral=UNREAD,
     tensors=common.TENSORS | common.INPUT_BIAS_TENSORS | common.DENSE_TENSORS,
     ignored=common.IGNORED,
+    gguf=Gguf(
+        architecture="qwen2",
+        keys=common.GGUF_KEYS | common.GGUF_DENSE_KEYS,
+        equal=common.GGUF_EQUAL,
+        accepted=common.GGUF_ACCEPTED,
+        tensors=common.GGUF_TENSORS | common.GGUF_DENSE_TENSORS | common.GGUF_INPUT_BIAS_TENSORS,
+    ),
 )

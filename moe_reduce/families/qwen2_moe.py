@@ -6,6 +6,7 @@ from typing import Any
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.families import common
 from moe_reduce.families.common import LAYER
+from moe_reduce.families.gguf import Gguf
 from moe_reduce.families.huggingface import HuggingFaceFamily
 from moe_reduce.families.key import Key
 from moe_reduce.families.layout import Tensor
@@ -67,4 +68,22 @@ FAMILY = Qwen2MoE(
         "layers/shared_expert_gate": Tensor(f"{LAYER}.mlp.shared_expert_gate.weight", "0 D"),
     },
     ignored=common.IGNORED,
+    gguf=Gguf(
+        architecture="qwen2moe",
+        keys=common.gguf_expert_keys()
+        | {"shared_expert_intermediate_size": Key("expert_shared_feed_forward_length", int)},
+        equal=common.GGUF_EQUAL,
+        accepted=common.GGUF_EXPERT_ACCEPTED | {"expert_weights_norm": (False,)},
+        constants={"norm_topk_prob": False},
+        unread=frozenset({"feed_forward_length"}),
+        tensors=common.GGUF_TENSORS
+        | common.GGUF_INPUT_BIAS_TENSORS
+        | common.GGUF_EXPERT_TENSORS
+        | {
+            "layers/shared_expert/gate": Tensor(f"{common.BLOCK}.ffn_gate_shexp.weight"),
+            "layers/shared_expert/up": Tensor(f"{common.BLOCK}.ffn_up_shexp.weight"),
+            "layers/shared_expert/down": Tensor(f"{common.BLOCK}.ffn_down_shexp.weight"),
+            "layers/shared_expert_gate": Tensor(f"{common.BLOCK}.ffn_gate_inp_shexp.weight", "D"),
+        },
+    ),
 )

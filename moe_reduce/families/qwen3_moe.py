@@ -4,6 +4,7 @@ from typing import Any
 
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.families import common
+from moe_reduce.families.gguf import Gguf
 from moe_reduce.families.huggingface import HuggingFaceFamily
 from moe_reduce.families.key import Key
 
@@ -30,4 +31,13 @@ FAMILY = Qwen3MoE(
     neutral=common.NO_WINDOW | {"intermediate_size"},  # the width of dense layers, which there are none of
     tensors=common.TENSORS | common.QK_NORM_TENSORS | common.EXPERT_TENSORS,
     ignored=common.IGNORED,
+    gguf=Gguf(
+        architecture="qwen3moe",
+        keys=common.gguf_expert_keys(),
+        equal=common.GGUF_EQUAL,
+        accepted=common.GGUF_EXPERT_ACCEPTED | {"expert_weights_norm": (True,)},
+        constants={"norm_topk_prob": True},
+        unread=frozenset({"feed_forward_length"}),
+        tensors=common.GGUF_TENSORS | common.GGUF_QK_NORM_TENSORS | common.GGUF_EXPERT_TENSORS,
+    ),
 )

@@ -14,6 +14,10 @@ def _reads(family: Family) -> str:
     return "safetensors" if family.gguf is None else "safetensors, GGUF"
 
 
+def _exports(family: Family) -> str:
+    return "itself, ONNX, StableHLO" + ("" if family.gguf is None else ", GGUF")
+
+
 COLUMNS: dict[str, Callable[[Family], str]] = {
     "`model_type`": lambda family: f"`{family.name}`",
     "class in transformers": lambda family: f"`{family.architecture}`",
@@ -22,7 +26,7 @@ COLUMNS: dict[str, Callable[[Family], str]] = {
     "scores and prunes experts": lambda family: YES if is_mixture(family) else NO,
     "pools": lambda family: YES if is_mixture(family) else NO,
     "trains": lambda _: YES,
-    "exports": lambda _: "itself, ONNX, StableHLO",
+    "exports": _exports,
     "leaves out": lambda family: "layers that predict further tokens" if family.next_tokens else NO,
 }
 

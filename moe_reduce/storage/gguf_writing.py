@@ -24,6 +24,7 @@ FILE_TYPES = {"f16": 1, "q4_0": 2, "q8_0": 7}  # general.file_type
 QUANTISATION_VERSION = 2  # of llama.cpp's blocks
 DTYPES = {Kind.F32: np.dtype(np.float32), Kind.F16: np.dtype(np.float16)}
 BLOCK = 32  # values that share a scale in q8_0 and q4_0
+REMEDY = "give another program the directory"
 
 
 def check(path: Path, config: ModelConfig, kind: str) -> None:
@@ -32,9 +33,12 @@ def check(path: Path, config: ModelConfig, kind: str) -> None:
     if family.gguf is None or not isinstance(family, HuggingFaceFamily):
         known = ", ".join(family.name for family in families.FAMILIES if family.gguf is not None)
         raise UserError(f"{path} is of the family {family.name}, and GGUF files are written of {known}")
+    lost = families.unwritten(config)
+    if lost is not None:
+        raise UserError(f"{path} has {lost}, which GGUF files of {family.gguf.architecture} cannot state: {REMEDY}")
     for leaf in families.leaves(config) if kind != "f16" else ():
         inputs = leaf.record.matrix_shape[0]
-        if leaf.record.is_matrix and inputs % BLOCK:
+        if _is_coded(leaf) and inputs % BLOCK:
             raise UserError(
                 f"{kind} has blocks of {BLOCK}, which do not divide the {inputs} inputs of {leaf.path}: choose f16"
             )
@@ -56,7 +60,7 @@ def write(path: Path, config: ModelConfig, file: Path, kind: str) -> None:
     writer.add_name(path.stem)
     writer.add_uint32("general.quantization_version", QUANTISATION_VERSION)
     writer.add_uint32("general.file_type", FILE_TYPES[kind])
-    metadata = family.gguf.write(family.published(config)) | gguf_vocabulary(path, config.vocab_size)
+    metadata = family.gguf.write(families.gguf_values(config)) | gguf_vocabulary(path, config.vocab_size)
     for key, value in metadata.items():
         _add(writer, key, value)
     layouts = list(zip(families.leaves(config), families.gguf_leaves(config), strict=True))
@@ -70,9 +74,14 @@ def write(path: Path, config: ModelConfig, file: Path, kind: str) -> None:
     writer.close()
 
 
+def _is_coded(leaf: Leaf) -> bool:
+    """True for a parameter that is not stored in fp32, as vectors and routers are."""
+    return leaf.record.is_matrix and len(leaf.stored_shape) > 1 and leaf.record.component != "router"
+
+
 def _announce(writer: GGUFWriter, leaf: Leaf, kind: Kind) -> None:
     """Add the names, shapes and types of a parameter's tensors to the header."""
-    kind = Kind.F32 if len(leaf.stored_shape) == 1 else kind
+    kind = kind if _is_coded(leaf) else Kind.F32
     dtype, shape = DTYPES.get(kind), leaf.stored_shape
     if dtype is None:
         dtype, shape = np.dtype(np.uint8), quant_shape_to_byte_shape(shape, kind)
@@ -84,12 +93,18 @@ def _values(tensors: Tensors, layouts: list[tuple[Leaf, Leaf]], kind: Kind) -> I
     """Data of each tensor, in the order of the file."""
     for source, leaf in layouts:
         for index in np.ndindex(leaf.stacked):
-            values = source.from_stored(tensors.read(source.name(index)))
-            stored = np.ascontiguousarray(leaf.to_stored(values).astype(np.float32))
-            if stored.ndim == 1:
+            stored = np.ascontiguousarray(leaf.to_stored(_gathered(tensors, source, index)).astype(np.float32))
+            if not _is_coded(leaf):
                 yield stored
             else:
                 yield stored.astype(np.float16) if kind == Kind.F16 else quantize(stored, kind)
+
+
+def _gathered(tensors: Tensors, source: Leaf, index: tuple[int, ...]) -> np.ndarray:
+    """Values of one tensor of the file; those of the experts of a layer lie in several tensors of the model."""
+    rest = source.stacked[len(index) :]
+    values = [source.from_stored(tensors.read(source.name((*index, *place)))) for place in np.ndindex(rest)]
+    return np.stack(values).reshape(*rest, *values[0].shape)
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:

@@ -38,6 +38,7 @@ def load(
     dtype: Any = None,
     execution: ExecutionConfig | None = None,
     shardings: trees.Tree | None = None,
+    blocks: bool = False,
 ) -> Model:
     """Load a model directory, ours or a Hugging Face one of a family in moe_reduce.families, or a GGUF file.
 
@@ -45,12 +46,13 @@ def load(
 
     dtype: dtype of the parameters, such as "bfloat16"; None keeps the stored one. execution: how to compute; None
     chooses by platform. shardings: tree of jax.sharding.Sharding with the structure of the parameters; each device then
-    reads only its own slices. Quantised tensors of a GGUF file are dequantised to fp32. Raises UserError, naming the
-    file and the tensor or key, when the model is not whole.
+    reads only its own slices. Quantised tensors of a GGUF file are dequantised to fp32. blocks: those of Q8_0 and Q4_0
+    stay quantised instead, where all layers of a matrix have them. Raises UserError, naming the file and the tensor or
+    key, when the model is not whole.
     """
     place = hub.local(Path(path))
     config, raw = families.read_config(place)
-    params = read_params(open_tensors(place, config), config, dtype, shardings)
+    params = read_params(open_tensors(place, config, blocks), config, dtype, shardings)
     execution = (execution or ExecutionConfig()).resolve(jax.default_backend())
     return Model(config, params, execution, place, raw, manifest.read_chain(place))
 

@@ -17,7 +17,8 @@ from moe_reduce.storage.weight_parts import Part
 METHOD = "moe_reduce"  # name of the layout in config.json
 SCHEMES = "schemes"  # key of the schemes by path of the parameter
 INT8 = schemes.parse("int8")
-FLOAT32, BFLOAT16, FP8 = (np.dtype(x) for x in (np.float32, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn))
+FLOAT32, FLOAT16 = np.dtype(np.float32), np.dtype(np.float16)
+BFLOAT16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 INTEGERS, BYTES = np.dtype(np.int8), np.dtype(np.uint8)
 CODES = {"int8": INTEGERS, "fp8": FP8}  # dtype of packed codes; those of other schemes are bytes
 SCALES = {"mxfp4": BYTES, "nf4": INTEGERS}  # dtype of scales; those of other schemes are floating-point
@@ -42,7 +43,7 @@ def parts(leaf: Leaf, scheme: Scheme) -> list[Part]:
     shape = None
     if scheme.scope in ("channel", "tensor"):
         shape = tuple(size for axis, size in zip(scales.stored_axes, scales.stored_shape, strict=True) if axis != "I")
-    found.append(Part("scales", scales, (_scale_dtype(scheme),), shape))
+    found.append(Part("scales", scales, _scale_dtypes(scheme), shape))
     if scheme.affine:
         found.append(Part("zeros", leaf.part("_zero_point", groups, outer), (INTEGERS,), shape))
     if scheme.code == "nf4":
@@ -54,8 +55,11 @@ def parts(leaf: Leaf, scheme: Scheme) -> list[Part]:
     return found
 
 
-def _scale_dtype(scheme: Scheme) -> np.dtype:
-    return SCALES.get(scheme.code, BFLOAT16 if scheme.scope == "group" else FLOAT32)
+def _scale_dtypes(scheme: Scheme) -> tuple[np.dtype, ...]:
+    """Dtypes that scales may have: those of integers that another program rounded stay as that program stored them."""
+    if scheme.code in SCALES:
+        return (SCALES[scheme.code],)
+    return (BFLOAT16, FLOAT16, FLOAT32) if scheme.scope == "group" else (FLOAT32, BFLOAT16)
 
 
 def described(by_path: Mapping[str, Scheme]) -> dict[str, Any] | None:

@@ -24,10 +24,13 @@ from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem, Tensors
 from moe_reduce.storage.weight_parts import Part
 
 
-def open_tensors(path: Path, config: ModelConfig) -> Tensors:
-    """Open the tensors of a model directory, or of a GGUF file; UserError when they are not whole."""
+def open_tensors(path: Path, config: ModelConfig, blocks: bool = False) -> Tensors:
+    """Open the tensors of a model directory, or of a GGUF file; UserError when they are not whole.
+
+    blocks: matrices of a GGUF file stay quantised if they have blocks of a scheme of ours.
+    """
     if is_gguf(path):
-        return GgufTensors(path, config)
+        return GgufTensors(path, config, blocks)
     files = TensorFiles(path)
     files.quantisation = quantised.stated(path)
     return files
