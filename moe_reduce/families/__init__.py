@@ -52,12 +52,8 @@ CONFIG_FILE = "config.json"
 MODEL_TYPE = "model_type"  # key of config.json that names the family
 QUANTISATION = "quantization_config"  # key of config.json that says how quantised weights are stored
 QUANTISATION_METHOD = "quant_method"  # key of the layout's name within it
-LAYOUTS = (
-    "moe_reduce",
-    "compressed-tensors",
-    "fp8",
-    "mxfp4",
-)  # of quantised weights that are read (storage/quantised.py)
+# of quantised weights that are read (storage/quantised.py)
+LAYOUTS = ("moe_reduce", "compressed-tensors", "fp8", "mxfp4", "gptq", "awq")
 # Our own is last: it represents every config, and is asked after all others.
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, gpt_neox.FAMILY, olmoe.FAMILY, qwen2.FAMILY, mistral.FAMILY,

@@ -58,6 +58,7 @@ def check_names(files: Tensors, config: ModelConfig) -> None:
         if entry.shape != shape:
             raise UserError(f"tensor {name} in {entry.file} has shape {entry.shape}, config.json says {shape}: fix one")
     unknown = [name for name in files.entries if name not in expected and not family.ignored.fullmatch(name)]
+    unknown = [name for name in unknown if not quantised.is_spare(name, files)]
     left = left_out(files, config)
     if left:
         print(
@@ -132,6 +133,7 @@ def _check_room(files: Tensors, config: ModelConfig, dtype: Any) -> None:
 
 def _read(files: Tensors, leaf: Leaf, dtype: Any, sharding: Any) -> Any:
     parts, scheme = quantised.parts_of(leaf, files), quantised.scheme_of(leaf, files)
+    quantised.check_runs(leaf, files)
     found = {}
     for part in parts:
         part.check_dtypes(files)

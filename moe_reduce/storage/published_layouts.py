@@ -1,6 +1,6 @@
 """Layouts of quantised matrices in which models are published by their makers.
 
-fp8     of DeepSeek-V3: NAME float8_e4m3fn [outputs, inputs], and NAME_scale_inv fp32 [blocks, blocks], by which
+fp8     of DeepSeek-V3: NAME float8_e4m3fn [outputs, inputs], and NAME_scale_inv fp32 or bf16 [blocks, blocks], by which
         the codes of a block of 128 outputs by 128 inputs are multiplied
 mxfp4   of gpt-oss: NAME_blocks uint8 [experts, outputs, groups, 16] and NAME_scales uint8 [experts, outputs, groups]
         of the experts' matrices, whose inputs come last, unlike those of the matrices that are not quantised
@@ -13,7 +13,7 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.core.schemes import BLOCK, Scheme, parse
 from moe_reduce.families import QUANTISATION, QUANTISATION_METHOD, Leaf
 from moe_reduce.storage import native_layout
-from moe_reduce.storage.native_layout import FLOAT32, FP8
+from moe_reduce.storage.native_layout import BFLOAT16, FLOAT32, FP8
 from moe_reduce.storage.tensors import Tensors
 from moe_reduce.storage.weight_parts import Part
 
@@ -46,7 +46,7 @@ def parts_like(stored: Leaf, leaf: Leaf, scheme: Scheme, files: Tensors) -> list
         return native_layout.parts(_inputs_last(leaf), scheme)
     groups, shared = scheme.scales(*leaf.record.matrix_shape)
     codes, scales = leaf.part("", leaf.record.matrix_shape[0]), leaf.part(SCALES, groups, shared)
-    return [Part("codes", codes, (FP8,)), Part("scales", scales, (FLOAT32,))]
+    return [Part("codes", codes, (FP8,)), Part("scales", scales, (FLOAT32, BFLOAT16))]
 
 
 def _inputs_last(leaf: Leaf) -> Leaf:

@@ -1,14 +1,18 @@
 """Weights on disk: one tensor for an array, and several for a quantised matrix.
 
 `quantization_config` in config.json says which layout a model directory has: that of compressed-tensors
-(compressed_tensors.py), one of a model's makers (published_layouts.py), or ours (native_layout.py) with the scheme of
-each parameter. Without it, a matrix with scales beside it is int8 in our layout, as earlier versions wrote it.
+(compressed_tensors.py), of GPTQ or AWQ (packed_words.py), one of a model's makers (published_layouts.py), or ours
+(native_layout.py) with the scheme of each parameter. Without it, a matrix with scales beside it is int8 in our layout,
+as earlier versions wrote it.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_reduce.core import json_files
@@ -16,7 +20,7 @@ from moe_reduce.core.schemes import Scheme
 from moe_reduce.families import CONFIG_FILE, QUANTISATION, QUANTISATION_METHOD, Leaf
 from moe_reduce.models.weights import Quantised
 from moe_reduce.models.weights.scales import DoubleScales
-from moe_reduce.storage import compressed_tensors, native_layout, published_layouts
+from moe_reduce.storage import compressed_tensors, native_layout, packed_words, published_layouts
 from moe_reduce.storage.tensors import Tensors
 from moe_reduce.storage.weight_parts import Part
 
@@ -46,6 +50,18 @@ def like(files: Tensors, stored: Leaf, leaf: Leaf) -> list[Part]:
     return [Part("", leaf)] if scheme is None else layout.parts_like(stored, leaf, scheme, files)
 
 
+def check_runs(leaf: Leaf, files: Tensors) -> None:
+    """Raise UserError for a quantised weight that products cannot read, although its values can be had."""
+    scheme = scheme_of(leaf, files)
+    if scheme is not None and _layout(files) is packed_words:
+        packed_words.check_order(leaf, scheme, files)
+
+
+def is_spare(name: str, files: Tensors) -> bool:
+    """True for a tensor that a program adds to quantised models and that changes nothing."""
+    return _layout(files) is packed_words and packed_words.is_spare(name, files)
+
+
 def restated(files: Tensors, schemes: Mapping[str, Scheme | None]) -> dict[str, Any] | None:
     """`quantization_config` of a model that holds parts of these files, from the schemes of its parameters by path."""
     if names_modules(files):
@@ -62,6 +78,8 @@ def _layout(files: Tensors) -> Any:
     named = files.quantisation.get(QUANTISATION_METHOD)
     if named in published_layouts.METHODS:
         return published_layouts
+    if named in packed_words.METHODS:
+        return packed_words
     return compressed_tensors if named == compressed_tensors.METHOD else native_layout
 
 
@@ -95,6 +113,43 @@ def value_of(leaf: Leaf, scheme: Scheme | None, arrays: dict[str, Any]) -> Any:
         arrays["codes"], held, arrays.get("zeros"), scheme, tuple(sizes[x] for x in record.inputs), len(record.outputs),
         record.outputs_first,
     )  # fmt: skip
+
+
+def read_value(leaf: Leaf, files: Tensors, index: tuple[int, ...], experts: slice = slice(None)) -> Any:
+    """One tensor's values: an array, or a quantised matrix. index: of its layer and expert, as far as it is numbered.
+
+    experts: those that are read of a tensor that holds all of a layer.
+    """
+    scheme = scheme_of(leaf, files)
+    places = (experts,) if leaf.record.axes[len(index) :].startswith("E") else ()
+    read = files.read if places else files.read_whole
+    found = {
+        part.key: part.from_disk(read(part.leaf.name(index)))[(*places, ...)]
+        for part in parts_of(leaf, files)
+        if part.key or scheme is None
+    }
+    return value_of(leaf, scheme, found)
+
+
+def read_values(leaf: Leaf, files: Tensors, index: tuple[int, ...], experts: slice = slice(None)) -> Any:
+    """The same as `read_value`, dequantised to fp32."""
+    value, scheme = read_value(leaf, files, index, experts), scheme_of(leaf, files)
+    if not isinstance(value, Quantised) or scheme is None:
+        return value
+    order = packed_words.order_of(leaf, scheme, files, index) if _layout(files) is packed_words else None
+    return _dequantised(jax.tree.map(jnp.asarray, value)) if order is None else _by_group(value, order)
+
+
+@jax.jit
+def _dequantised(value: Quantised) -> jax.Array:
+    return value.dequantised()
+
+
+def _by_group(value: Quantised, groups: np.ndarray) -> np.ndarray:
+    """Values of a matrix whose groups are not neighbours. groups: the group of each input."""
+    points, grid = np.asarray(value.unpacked(), np.float32), value.grid
+    zeros = np.asarray(grid.zeros, np.float32)[groups]
+    return ((points - zeros) * np.asarray(grid.scales)[groups]).reshape(value.shape)
 
 
 def sharding_of(part: Part, leaf: Leaf, sharding: Any) -> Any:
