@@ -27,6 +27,7 @@ from moe_reduce.models.records import Stack, stack_of
 from moe_reduce.models.weights import Weight
 from moe_reduce.reduction.files import Directory
 from moe_reduce.reduction.scores import Sums, combining, fetched, sums_of
+from moe_reduce.storage import quantised
 from moe_reduce.storage.parameter_tensors import widest
 from moe_reduce.training.task import Batch
 
@@ -38,16 +39,15 @@ DENSE_LAYER = (*ATTENTION_HALF, "feed_forward")
 def collect(directory: Directory, batches: Sequence[Batch], execution: ExecutionConfig) -> Sums:
     """Collect the same sums as scores.collect, with the attention and a few experts of one layer in memory at a time.
 
-    For each token, three hidden states of D values of 4 bytes stay in memory too. Raises UserError for a shared pool,
-    whose experts every layer needs, for a factorised embedding, for quantised weights, and without a batch.
+    For each token, three hidden states of D values of 4 bytes stay in memory too. Quantised weights are dequantised as
+    they are read. Raises UserError for a shared pool, whose experts every layer needs, for a factorised embedding, and
+    without a batch.
     """
     config = directory.config
     if directory.moe.placement == "shared":
         raise UserError(f"{directory.path} has one pool for all layers: score it without --layer-wise")
     if config.embedding_factor is not None:
         raise UserError(f"{directory.path} has a factorised embedding: score it without --layer-wise")
-    if directory.quantised:
-        raise UserError(f"{directory.path} holds quantised weights: score it without --layer-wise")
     if not batches:
         raise UserError("no tokens to score with: give a larger --data")
     dtype = jnp.dtype(execution.compute_dtype)
@@ -69,8 +69,11 @@ def collect(directory: Directory, batches: Sequence[Batch], execution: Execution
 
 def _embed(directory: Directory, tokens_BT: Any, dtype: jnp.dtype) -> jax.Array:
     """Embed tokens; reads only the table rows of tokens that occur."""
-    rows = directory.view(directory.layout("embedding"))[np.asarray(tokens_BT)]
-    return jnp.asarray(rows).astype(dtype)
+    tokens_BT, table = np.asarray(tokens_BT), directory.layout("embedding")
+    if table.path not in directory.quantised:
+        return jnp.asarray(directory.view(table)[tokens_BT]).astype(dtype)
+    value = jax.tree.map(jnp.asarray, quantised.read_value(table, directory.files, ()))
+    return value.rows(tokens_BT, dtype)
 
 
 def _layer(directory: Directory, layer: int, states: list, weights: list, execution: ExecutionConfig):
@@ -148,7 +151,7 @@ def _add(left, right):
 
 def _read(directory: Directory, leaf: Leaf, row: int) -> jax.Array:
     """Values of one layer. row: its place in its stack."""
-    return jnp.asarray(leaf.from_stored(directory.files.read_whole(leaf.name((row,)))))
+    return jnp.asarray(quantised.read_values(leaf, directory.files, (row,)))
 
 
 def _layer_params(directory: Directory, layer: int, components: Sequence[str]) -> dict[str, Any]:
@@ -167,8 +170,7 @@ def _chunks(directory: Directory, row: int, layout: str) -> Iterator[tuple[int, 
     moe, activation = directory.moe, Gated.of(directory.config)
     matrices = [directory.layout("experts", name) for name in MATRICES]
     biases = [directory.layout("experts", f"{name}_bias") for name in MATRICES if moe.biases]
-    sizes = (directory.files.entries[leaf.name((row, 0)[: len(leaf.stacked)])].dtype.itemsize for leaf in matrices)
-    expert_bytes = sum(size * math.prod(leaf.shape[2:]) for size, leaf in zip(sizes, matrices, strict=True))
+    expert_bytes = sum(_itemsize(directory, leaf, row) * math.prod(leaf.shape[2:]) for leaf in matrices)
     count = max(1, min(moe.experts, CHUNK_BYTES // expert_bytes))
     while moe.experts % count:
         count -= 1
@@ -180,11 +182,18 @@ def _chunks(directory: Directory, row: int, layout: str) -> Iterator[tuple[int, 
         yield first, Experts(**weights, biases=added, activation=activation)
 
 
+def _itemsize(directory: Directory, leaf: Leaf, row: int) -> int:
+    """Bytes of a value of an expert's matrix, as it is in memory."""
+    if leaf.path in directory.quantised:
+        return np.dtype(np.float32).itemsize
+    return directory.files.entries[leaf.name((row, 0)[: len(leaf.stacked)])].dtype.itemsize
+
+
 def _expert_values(directory: Directory, leaf: Leaf, row: int, numbers: range) -> np.ndarray:
     """Values of some experts of a layer, whose tensors hold one expert each, or all of them."""
     files = directory.files
     if len(leaf.stacked) == 1:
-        return np.array(directory.view(leaf, (row,))[numbers.start : numbers.stop])
-    stacked = [leaf.from_stored(files.read_whole(leaf.name((row, number)))) for number in numbers]
-    dtype = widest({tensor.dtype for tensor in stacked})
-    return np.stack([tensor.astype(dtype, copy=False) for tensor in stacked])
+        return np.array(quantised.read_values(leaf, files, (row,), slice(numbers.start, numbers.stop)))
+    stacked = [quantised.read_values(leaf, files, (row, number)) for number in numbers]
+    dtype = widest({np.dtype(values.dtype) for values in stacked})
+    return np.stack([values.astype(dtype) for values in stacked])
