@@ -23,7 +23,7 @@ from moe_reduce.reduction.transform import abstract_model
 from moe_reduce.storage import manifest, quantised
 from moe_reduce.storage.model_directory import Contents
 from moe_reduce.storage.parameter_tensors import check_names, check_weight, left_out, open_tensors, widest
-from moe_reduce.storage.tensors import TensorItem, Tensors
+from moe_reduce.storage.tensors import Entry, Source, TensorItem, Tensors
 from moe_reduce.storage.weight_parts import Part
 
 
@@ -142,9 +142,7 @@ def _smaller_items(directory: Directory, config: ModelConfig, kept: KeptExperts)
                 old[axis] = row[index[axis]]
             name, files = before.leaf.name(tuple(old)), directory.files
             if axis is not None and axis >= numbered:
-                source = partial(_taken, files.read, (before, part), name, axis - numbered, row)
-                if leaf.parts > 1:
-                    source = partial(_taken_of_all, files.read, before.leaf, name, row)
+                source = _slices(files, (before, part), name, axis - numbered, row)
             if leaf.name(index) not in written:  # several parameters may share a tensor
                 yield leaf.name(index), part.stored_shape, files.entries[name].dtype, source or files.source(name)
             written.add(leaf.name(index))
@@ -172,6 +170,16 @@ def _check_router(leaf: Leaf, scheme: Scheme) -> None:
     """Raise UserError where the columns of a router share scales."""
     if scheme.shares_outputs or scheme.code == "nf4":
         raise UserError(f"{leaf.path} is quantised, and its experts share a scale: prune, then quantise")
+
+
+def _slices(files: Tensors, parts: tuple[Part, Part], name: str, axis: int, row: tuple[int, ...]) -> Source:
+    """Kept slices of a tensor of all experts; where these lie whole on disk, they are copied without being read."""
+    (before, after), whole = parts, files.source(name)
+    if isinstance(whole, Entry) and before.is_by_expert and before.leaf.stored_axes == after.leaf.stored_axes:
+        return whole.rows(row)
+    if before.leaf.parts > 1:
+        return partial(_taken_of_all, files.read, before.leaf, name, row)
+    return partial(_taken, files.read, parts, name, axis, row)
 
 
 def _taken(

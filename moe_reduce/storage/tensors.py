@@ -64,8 +64,15 @@ class Entry:
     start: int
     stop: int
 
+    def rows(self, numbers: Sequence[int]) -> tuple["Entry", ...]:
+        """Locations of some slices along the first axis."""
+        size = (self.stop - self.start) // self.shape[0]
+        starts = [self.start + number * size for number in numbers]
+        return tuple(Entry(self.file, self.shape[1:], self.dtype, start, start + size) for start in starts)
 
-Source = Entry | Callable[[], np.ndarray]  # location in another file to copy from, or a function that returns an array
+
+# location in another file to copy from, several that follow each other, or a function that returns an array
+Source = Entry | tuple[Entry, ...] | Callable[[], np.ndarray]
 TensorItem = tuple[str, tuple[int, ...], np.dtype, np.ndarray | Source]  # name, shape, dtype, data
 
 
@@ -336,6 +343,13 @@ def _write_tensor(hashed: _Hashed, item: TensorItem) -> None:
         if (source.shape, source.dtype) != (shape, dtype):
             raise ValueError(f"tensor {name} was announced as {shape} {dtype}, got {source.shape} {source.dtype}")
         hashed.copy(source)
+        return
+    if isinstance(source, tuple):
+        found = sum(piece.stop - piece.start for piece in source)
+        if found != _bytes(item):
+            raise ValueError(f"tensor {name} was announced as {shape} {dtype}, got pieces of {found} bytes")
+        for piece in source:
+            hashed.copy(piece)
         return
     array = source() if callable(source) else source
     if array.shape != shape or array.dtype != dtype:

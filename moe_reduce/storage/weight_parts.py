@@ -27,6 +27,11 @@ class Part:
     memory: np.dtype | None = None
 
     @property
+    def is_by_expert(self) -> bool:
+        """True where the first axis of a tensor on disk numbers experts. Kinds that pack values anew say False."""
+        return self.leaf.stored_expert_axis == 0 and type(self) is Part
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of each tensor on disk."""
         return self.leaf.stored_shape if self.shape is None else self.shape
