@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from training_runs import MODELS, assert_close, losses, token_data, unmeasured_peak
+from training_runs import MODELS, assert_close, losses, metrics, token_data, unmeasured_peak
 
 import moe_reduce
 from moe_reduce.__main__ import main
@@ -20,6 +20,7 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.core.stages import PruneStage, TuneStage
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
+from moe_reduce.models.weights import is_quantised
 from moe_reduce.reduction import scores
 from moe_reduce.runs import reduce as run_module
 from moe_reduce.runs import stages
@@ -260,6 +261,23 @@ def test_an_adapter_recovers_the_kept_experts(finished, tmp_path, mesh):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     trained = json.loads((tmp_path / "run/04-recover_50/summary.json").read_text())["validation"]["loss"]
     assert summary["stages"][-1]["validation"]["loss"] == trained < summary["stages"][-2]["validation"]["loss"]
+
+
+def test_what_a_stage_rounds_while_it_trains_is_what_it_stores(tmp_path):
+    file = write(tmp_path)
+    settings = 'components="norm,experts", qat="int4-channel,experts=int8"'
+    text = file.read_text().replace('components="router,norm", teacher_weight=0.5', settings)
+    file.write_text(text.replace("evaluate_every=100", "evaluate_every=4"))
+    assert _reduce(file, tmp_path / "run", "--config.order=recover_50") == 0
+    place = tmp_path / "run/01-recover_50"
+    found = trees.flatten(moe_reduce.load(place / "model").params)
+    schemes = {path: str(leaf.scheme) for path, leaf in found.items() if is_quantised(leaf)}
+    assert schemes["layers/experts/up"] == "int8"
+    assert schemes["layers/attention/query"] == "int4-channel"
+    assert "layers/router/weight" not in schemes
+    stored = json.loads((place / "summary.json").read_text())["validation"]["loss"]
+    trained = metrics(place, "validation")[-1]["loss"]
+    assert stored == pytest.approx(trained, rel=1e-5), "evaluation during training is that of the stored model"
 
 
 def test_each_stage_reads_text_of_its_own(finished, tmp_path):

@@ -103,6 +103,27 @@ def test_a_quantised_model_is_the_end_of_a_chain_of_stages(tmp_path):
         list(configurations(first, _run(quantise=QuantizeStage(scheme="mlp=int8"))))
 
 
+def test_a_stage_that_rounds_while_it_trains_makes_a_quantised_model():
+    first = _first(2, 4)
+    stage = TuneStage(steps=2, components="experts", qat="experts=int8")
+    context: Any = StageContext(_run(learn=stage), "learn", first, lambda: None, lambda _: None)
+    planned = trees.flatten(stage_of(stage).after(abstract_model(first), context).model.params)
+    assert {path for path, leaf in planned.items() if isinstance(leaf, Quantised)} == {
+        f"layers/experts/{name}" for name in ("gate", "up", "down")
+    }
+    with pytest.raises(UserError, match=r"^stages.learn: qat trains matrices that are not quantised: put the stage "):
+        list(configurations(first, _run(quantise=QuantizeStage(scheme="attention=int8,experts=int8"), learn=stage)))
+    with pytest.raises(UserError, match=r"^stages.learn: qat: the model has no component 'mlp'"):
+        list(configurations(first, _run(learn=dataclasses.replace(stage, qat="mlp=int8"))))
+    run = _run()
+    for change, part in (
+        ({"qat": "int5"}, r"^learn.qat: scheme 'int5' is unknown"),
+        ({"adapter": AdapterConfig(rank=2)}, r"^learn.qat rounds what trains, and an adapter leaves its base frozen"),
+    ):
+        with pytest.raises(UserError, match=part):
+            dataclasses.replace(stage, **change).check("learn", run.mesh, run.train)
+
+
 def test_every_kind_of_configuration_has_a_stage():
     assert KINDS.keys() == STAGES.keys() == {"pool", "prune", "tune", "quantize"}
 
@@ -113,6 +134,7 @@ def test_every_kind_of_configuration_has_a_stage():
         ({"objective": "lm"}, "objective 'lm' is unknown; known: language_model, router"),
         ({"objective": "router", "teacher_weight": 0.5}, "teacher_weight is for objective=language_model"),
         ({"objective": "router", "adapter": AdapterConfig(rank=2)}, "adapter learns nothing from objective=router"),
+        ({"objective": "router", "qat": "int8"}, "qat learns nothing from objective=router"),
         ({"objective": "router", "components": "router,norm"}, "objective=router trains routers only"),
         ({"components": "router,experts", "adapter": AdapterConfig(rank=2)}, "components names experts"),
     ],

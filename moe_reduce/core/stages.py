@@ -63,6 +63,8 @@ class TuneStage:
     objective: str = "language_model"
     components: str = "router"  # comma separated component names, as `plan` lists them
     adapter: AdapterConfig | None = None  # trains as well, and is merged into the model at the end
+    # schemes of quantisation-aware training, as in core/qat_config.py, in which the model is stored at the end
+    qat: str = ""
     # distillation, as in core/distill_config.py
     teacher_weight: float = 0.0  # share of KL(teacher ‖ this model) in the loss
     teacher_temperature: float = 1.0
@@ -93,6 +95,9 @@ class TuneStage:
         if not 0 <= self.teacher_weight <= 1:
             raise UserError(f"{path}.teacher_weight must be from 0 to 1, got {self.teacher_weight}")
         positive(path, self, "teacher_temperature")
+        if self.qat and self.adapter is not None:
+            raise UserError(f"{path}.qat rounds what trains, and an adapter leaves its base frozen: leave one out")
+        _check_schemes(f"{path}.qat", self.qat)
         for name in ("teacher", "teacher_logits"):
             if getattr(self, name) is not None and not (getattr(self, name) and self.teacher_weight):
                 raise UserError(f"{path}.{name} needs a value and {path}.teacher_weight above 0: leave it out")
@@ -126,13 +131,18 @@ class QuantizeStage:
     def check(self, path: str, mesh: MeshConfig, train: TrainConfig) -> None:
         """Raise UserError for a scheme that is unknown; path: the stage's name in the configuration."""
         del mesh, train
-        usual, named = schemes.split(self.scheme)
-        for name in (usual, *named.values()):
-            if name not in (None, schemes.KEEP):
-                try:
-                    schemes.parse(name)
-                except UserError as error:
-                    raise UserError(f"{path}.scheme: {error}") from None
+        _check_schemes(f"{path}.scheme", self.scheme)
+
+
+def _check_schemes(key: str, text: str) -> None:
+    """Raise UserError for a scheme that is unknown. key: names the text in the configuration."""
+    usual, named = schemes.split(text)
+    for name in (usual, *named.values()):
+        if name not in (None, schemes.KEEP):
+            try:
+                schemes.parse(name)
+            except UserError as error:
+                raise UserError(f"{key}: {error}") from None
 
 
 StageConfig = PoolStage | PruneStage | TuneStage | QuantizeStage

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 
@@ -35,17 +36,18 @@ class SchemeRounding:
         return quantise(values, record, self.scheme).dequantised(values.dtype)
 
 
-def parse(text: str, config: ModelConfig) -> dict[str, Scheme]:
-    """Read `qat.schemes` for a model: the scheme by path of each matrix that is rounded; {} for none.
+def parse(text: str, config: ModelConfig, key: str = "qat.schemes") -> dict[str, Scheme]:
+    """Read the schemes of training for a model: the scheme by path of each matrix that is rounded; {} for none.
 
-    Raises UserError for an unknown scheme, a component without matrices, and groups that do not divide a matrix.
+    key: names the text in the configuration. Raises UserError for an unknown scheme, a component without matrices, and
+    groups that do not divide a matrix.
     """
     if not text:
         return {}
     try:
-        return schemes_by_path(config, choose(config, text, KEPT, "qat.schemes"))
+        return schemes_by_path(config, choose(config, text, KEPT, key))
     except UserError as error:
-        prefix = "" if str(error).startswith("qat.schemes") else "qat.schemes: "
+        prefix = "" if str(error).startswith(key) else f"{key}: "
         raise UserError(f"{prefix}{error}") from None
 
 
@@ -70,7 +72,20 @@ def wrapped(by_path: Mapping[str, Scheme], params: Params) -> Params:
 
 
 def quantised(params: Params, config: ModelConfig, schemes: Mapping[str, Scheme]) -> Params:
-    """Parameters in which matrices with a scheme hold, as quantised values, what products read of the masters."""
-    run, records = jax.jit(quantise, static_argnums=(1, 2)), by_path(config)
-    flat = trees.flatten(params)
-    return trees.unflatten(flat | {path: run(flat[path], records[path], scheme) for path, scheme in schemes.items()})
+    """Parameters in which matrices with a scheme hold, as quantised values, what products read of the masters.
+
+    Leaves may be abstract.
+    """
+    flat, records = trees.flatten(params), by_path(config)
+    return trees.unflatten(
+        flat | {path: _rounded(flat[path], records[path], scheme) for path, scheme in schemes.items()}
+    )
+
+
+def _rounded(leaf: Any, record: Parameter, scheme: Scheme) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.eval_shape(partial(quantise, record=record, scheme=scheme), leaf)
+    return _quantise(leaf, record, scheme)
+
+
+_quantise = jax.jit(quantise, static_argnums=(1, 2))

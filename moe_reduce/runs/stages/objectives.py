@@ -76,8 +76,9 @@ class RouterImitation(Objective):
         """Raise UserError unless routers alone train, in a pool of all the first model's experts."""
         if stage.teacher_weight:
             raise UserError("teacher_weight is for objective=language_model: leave it out")
-        if stage.adapter is not None:
-            raise UserError("adapter learns nothing from objective=router: leave it out")
+        for name in ("adapter", "qat"):
+            if getattr(stage, name):
+                raise UserError(f"{name} learns nothing from objective=router: leave it out")
         if stage.components != "router":
             raise UserError("objective=router trains routers only: set components=router")
         pooled_here = moe_of(model).placement == "shared" and moe_of(first).placement == "layer"

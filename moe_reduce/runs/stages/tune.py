@@ -1,4 +1,4 @@
-"""The stage that trains some components, with or without an adapter that is merged at the end."""
+"""The stage that trains some components: an adapter that is merged at the end, or matrices rounded as they train."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,10 +10,13 @@ from moe_reduce.adapters.checks import check_split
 from moe_reduce.core import trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
+from moe_reduce.core.schemes import Scheme
 from moe_reduce.core.stages import TuneStage
 from moe_reduce.models.deltas import ADAPTER
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import by_path
+from moe_reduce.models.weights import cast, is_quantised
+from moe_reduce.quantization import fake
 from moe_reduce.reduction.transform import moe_of
 from moe_reduce.runs import teaching
 from moe_reduce.runs.stages import annealing, recovery
@@ -46,7 +49,17 @@ class Tune(Stage):
         if stage.bias_from is not None:
             annealing.check_pool(model.config)
             annealing.foreign_experts(model.config, model.chain)
-        return Result(model if stage.adapter is None else merging.merge(model, adapters.init(stage.adapter, model)))
+        if stage.adapter is not None:
+            return Result(merging.merge(model, adapters.init(stage.adapter, model)))
+        schemes = self._schemes(model)
+        return Result(model.with_params(fake.quantised(model.params, model.config, schemes)))
+
+    def _schemes(self, model: Model) -> dict[str, Scheme]:
+        """Return the scheme by path of each matrix that is rounded; raises UserError if one is quantised already."""
+        schemes, flat = fake.parse(self.config.qat, model.config, "qat"), trees.flatten(model.params)
+        if any(is_quantised(flat[path]) for path in schemes):
+            raise UserError("qat trains matrices that are not quantised: put the stage before `quantize`")
+        return schemes
 
     def job(self, model: Model, context: StageContext) -> Job:
         """Return the job: the model with the stage's adapter, bias and teacher."""
@@ -62,6 +75,7 @@ class Tune(Stage):
         teacher_config = context.first if teacher is None else teacher.config
         student = Model(model.config, {}, run.execution)
         task = recovery.recovery_task(student, teacher_config, stage, run.balance, foreign_NE)
+        task = fake.quantisation_aware(task, model.config, self._schemes(model))
         schedule = dataclasses.replace(stage.schedule(run.train), seed=text_seed(context))
         stored = stage.teacher_logits is not None
         return Job(task, model.config, model.params, run.execution, run.data, schedule, frozen, stored)
@@ -73,7 +87,8 @@ class Tune(Stage):
             text = teaching.Text(tokens, job.data, job.train.batch_size)
             tokens = teaching.stored(self.config.distillation(context.run.model), text, job.execution, context.mesh)
         trained, figures = fit(job, context.mesh, tokens, context.directory)
-        params = _as_stored(model.config, trained, job.initial)
+        rounded = fake.quantised(trained, model.config, self._schemes(model))
+        params = _as_stored(model.config, rounded, job.initial)
         tuned = dataclasses.replace(model, params=params)
         if self.config.adapter is not None:
             whole = sharding.to_host(context.mesh, {ADAPTER: params[ADAPTER]})
@@ -88,6 +103,6 @@ def _as_stored(config: ModelConfig, trained: Any, initial: Any) -> dict[str, Any
 
     def stored(path: str, leaf: Any) -> Any:
         stays = path in records and records[path].precision == "float32_stored"
-        return leaf if stays else leaf.astype(dtypes[path])
+        return leaf if stays else cast(leaf, dtypes[path])
 
     return trees.map_with_path(stored, trained)
