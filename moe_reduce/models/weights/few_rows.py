@@ -14,6 +14,7 @@ from moe_reduce.models.weights.quantised import Quantised
 
 MOST_ROWS = 32
 CHUNK = 2**19  # values of a chunk: 2 MB in fp32
+OFFSET: dict[Code, float] = {"int4": 8.0, "ternary": 1.0}  # of what `_planes` gives
 HALF = {"fp8": (7, 8.0), "mxfp4": (9, 14.0)}  # shift of the magnitude into the bits of a float16, and power of two lost
 
 
@@ -34,14 +35,14 @@ def _by_inputs(x_SI: jax.Array, matrix: Quantised) -> jax.Array:
     """Product with a matrix [I, O], in chunks of inputs."""
     code, grouped = matrix.scheme.code, matrix.scheme.scope == "group"
     size, outputs = matrix.codes.shape
-    grid = matrix.grid
-    zeros = _offset(grid.zeros, grid.scales.shape, code)
-    groups = grid.scales.shape[0] if grouped else 1
+    groups = matrix.grid.scales.shape[0] if grouped else 1
     chunks = _chunks(groups if grouped else size, size * PER_BYTE[code] * outputs)
     # [chunk, place in the byte, row, byte]
     x = x_SI.reshape(x_SI.shape[0], chunks, -1, PER_BYTE[code]).transpose(1, 3, 0, 2)
-    packed = _bytes(matrix.codes).reshape(chunks, groups // chunks if grouped else 1, -1, outputs)
-    of_groups = tuple(part.reshape(chunks, -1, 1, outputs) for part in (grid.scales, zeros)) if grouped else ()
+    # no axis of size 1: XLA would copy the matrix to give it another layout
+    shape = (groups // chunks, -1, outputs) if grouped and groups > chunks else (-1, outputs)
+    packed = _bytes(matrix.codes).reshape(chunks, *shape)
+    of_groups = tuple(part.reshape(chunks, -1, outputs) for part in _offset_and_scales(matrix)) if grouped else ()
 
     def add(y_SO: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         x, packed, *of_groups = chunk
@@ -52,36 +53,46 @@ def _by_inputs(x_SI: jax.Array, matrix: Quantised) -> jax.Array:
 
     start = jnp.zeros((x_SI.shape[0], outputs), jnp.float32)
     y_SO, _ = jax.lax.scan(add, start, (x, packed, *of_groups))
-    return y_SO if grouped else (y_SO - jnp.sum(x_SI, axis=1, keepdims=True) * zeros) * grid.scales
+    return y_SO if grouped else _after(y_SO, x_SI, matrix)
 
 
-def _scaled(values: jax.Array, scales: jax.Array, zeros: jax.Array) -> jax.Array:
+def _scaled(values: jax.Array, zeros: jax.Array, scales: jax.Array) -> jax.Array:
+    """Values [groups, inputs, O], or [inputs, O] of one group, from those that `_planes` gives. zeros: [groups, O]."""
+    zeros, scales = (part.reshape(*values.shape[:-2], 1, values.shape[-1]) for part in (zeros, scales))
     return (values - jnp.broadcast_to(zeros, values.shape)) * jnp.broadcast_to(scales, values.shape)
+
+
+def _after(y_SO: jax.Array, x_SI: jax.Array, matrix: Quantised) -> jax.Array:
+    """Product with a matrix without groups, from the product with what `_planes` gives."""
+    zeros, scales = _offset_and_scales(matrix)
+    if matrix.zeros is not None or matrix.scheme.code in OFFSET:
+        y_SO = y_SO - jnp.sum(x_SI, axis=1, keepdims=True) * zeros
+    return y_SO * scales
 
 
 def _by_outputs(x_SI: jax.Array, matrix: Quantised) -> jax.Array:
     """Product with a matrix [O, I], such as a token table, in chunks of outputs."""
-    code = matrix.scheme.code
+    code, grouped = matrix.scheme.code, matrix.scheme.scope == "group"
     outputs, size = matrix.codes.shape
-    grid = matrix.grid
     chunks = _chunks(outputs, size * PER_BYTE[code] * outputs)
     x = x_SI.reshape(x_SI.shape[0], size, PER_BYTE[code])
-    shape = (grid.scales.shape[0], outputs)
-    scales, zeros = (
-        jnp.broadcast_to(part, shape).T.reshape(chunks, outputs // chunks, -1, 1)
-        for part in (grid.scales, _offset(grid.zeros, grid.scales.shape, code))
-    )
+    parts = _offset_and_scales(matrix) if grouped else ()
+    of_groups = tuple(part.T.reshape(chunks, outputs // chunks, -1) for part in parts)
 
-    def some(chunk: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        packed, scales, zeros = chunk
+    def some(chunk: tuple[jax.Array, ...]) -> jax.Array:
+        packed, *of_groups = chunk
         total = jnp.zeros((), jnp.float32)
-        for place, plane in enumerate(_planes(packed, code)):
-            values = _scaled(plane.reshape(*scales.shape[:2], -1), scales, zeros)
-            total = total + dot(x[:, :, place], values.reshape(plane.shape), 1, 1, "plain")
+        for place, values in enumerate(_planes(packed, code)):
+            if of_groups:
+                zeros, scales = (jnp.repeat(part, size // part.shape[1], axis=1) for part in of_groups)
+                values = (values - zeros) * scales
+            total = total + dot(x[:, :, place], values, 1, 1, "plain")
         return total
 
-    found = jax.lax.map(some, (_bytes(matrix.codes).reshape(chunks, -1, size), scales, zeros))
-    return found.transpose(1, 0, 2).reshape(x_SI.shape[0], outputs)
+    packed = _bytes(matrix.codes).reshape(chunks, -1, size)
+    found = jax.lax.map(some, (packed, *of_groups))
+    y_SO = found.transpose(1, 0, 2).reshape(x_SI.shape[0], outputs)
+    return y_SO if grouped else _after(y_SO, x_SI, matrix)
 
 
 def _bytes(packed: jax.Array) -> jax.Array:
@@ -95,10 +106,11 @@ def _chunks(units: int, values: int) -> int:
     return next(count for count in range(min(least, units), units + 1) if units % count == 0)
 
 
-def _offset(zeros: jax.Array | None, shape: tuple[int, ...], code: Code) -> jax.Array:
-    """The number that is subtracted from what `_planes` gives, fp32, for each scale."""
-    offset = jnp.full(shape, {"int4": 8.0, "ternary": 1.0}.get(code, 0.0), jnp.float32)
-    return offset if zeros is None else offset + zeros.astype(jnp.float32)
+def _offset_and_scales(matrix: Quantised) -> tuple[jax.Array, jax.Array]:
+    """The number that is subtracted from what `_planes` gives, fp32, for each scale; and the scales, fp32 [GI, GO]."""
+    grid = matrix.grid
+    offset = jnp.full(grid.scales.shape, OFFSET.get(matrix.scheme.code, 0.0), jnp.float32)
+    return (offset if grid.zeros is None else offset + grid.zeros.astype(jnp.float32)), grid.scales
 
 
 def _planes(packed: jax.Array, code: Code) -> list[jax.Array]:
