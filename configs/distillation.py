@@ -1,10 +1,11 @@
-"""Distillation beside fine-tuning at equal tokens: configs/small_qwen3_moe.py with a fifth of its experts, recovered.
+"""Distillation beside fine-tuning at equal tokens: configs/small_qwen3_moe.py with a fifth of its experts, in int4.
 
 Every variant scores and prunes the same experts of the same model, then trains routers, norms and experts on the same
-text in the same order: on the next token alone (`tuned`), or mixed with the distribution of the unpruned model at a
-weight and a temperature.
-Cost: 15 minutes a variant on one core; `tuned` 10.
-Expected: distillation recovers more than fine-tuning on as many tokens.
+text in the same order: on the next token alone (`tuned`), or mixed with the distribution of the unpruned model. Then it
+rounds all matrices but the routers to int4, except where they were rounded while they trained (`_int4`, `_ternary`).
+`unrecovered` is pruned and rounded only.
+Cost: two minutes a variant on one core.
+Expected: the table in docs/results/distillation.
 Command: ./launch/distillation.sh, or
 moe-reduce reduce --config=configs/distillation.py --config.model=runs/small_qwen3_moe/model --workdir=runs/distillation
 """
@@ -15,26 +16,41 @@ from configs import reduce_small, small_qwen3_moe
 from moe_reduce.core import config as defaults
 
 KEEP = 48.0  # of 240 experts
-STEPS = 1500  # of recovery; 4,096 tokens each
+STEPS = 200  # of recovery; 4,096 tokens each
 LOSSES = {
     "tuned": {},
     "half": {"teacher_weight": 0.5},
     "whole": {"teacher_weight": 1.0},
-    "warm": {"teacher_weight": 0.5, "teacher_temperature": 2.0},
+}
+ROUNDED = {  # while they train
+    "tuned_int4": LOSSES["tuned"] | {"qat": "int4"},
+    "half_int4": LOSSES["half"] | {"qat": "int4"},
+    "half_ternary": LOSSES["half"] | {"qat": "ternary"},
 }
 
 
 def get_config() -> ml_collections.ConfigDict:
     """One variant for each loss; they share the stage that prunes."""
-    variants = {name: defaults.in_order(stages(**loss)) for name, loss in LOSSES.items()}
+    chains = {"unrecovered": pruned() | rounded("int4")}
+    chains |= {name: pruned() | recovered(**loss) | rounded("int4") for name, loss in LOSSES.items()}
+    chains |= {name: pruned() | recovered(**loss) for name, loss in ROUNDED.items()}
+    chains["half_rounded_to_ternary"] = pruned() | recovered(**LOSSES["half"]) | rounded("ternary")
+    variants = {name: defaults.in_order(stages) for name, stages in chains.items()}
     config = reduce_small.reducing(small_qwen3_moe.get_config(), "runs/small_qwen3_moe/model", variants)
-    config.train.update(evaluate_every=250, checkpoint_every=500)
+    config.train.update(evaluate_every=200, checkpoint_every=200)
     return config
 
 
-def stages(**loss) -> dict:
-    """Pruning to a fifth of the experts, and recovery with a loss."""
-    return {
-        "prune": defaults.stage("prune", keep=KEEP, criterion="reap"),
-        "recover": reduce_small.tune(STEPS, components="router,norm,experts", **loss),
-    }
+def pruned() -> dict:
+    """Pruning to a fifth of the experts."""
+    return {"prune": defaults.stage("prune", keep=KEEP, criterion="reap")}
+
+
+def recovered(**settings) -> dict:
+    """Recovery with a loss, and possibly rounding."""
+    return {"recover": reduce_small.tune(STEPS, components="router,norm,experts", **settings)}
+
+
+def rounded(scheme: str) -> dict:
+    """Rounding of all matrices but the routers to nearest."""
+    return {"round": defaults.stage("quantize", scheme=scheme)}

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Compares distillation with fine-tuning at equal tokens on a pruned small Qwen3-MoE -> docs/results/distillation.
-# Hours; resumable. SEEDS="0 1 2": seeds of the calibration text and of recovery.
+# A small Qwen3-MoE at a fifth of its experts and in int4, recovered by distillation or by fine-tuning at equal tokens:
+# quality and bytes after every step -> docs/results/distillation.
+# Half an hour on two cores for each seed; resumable. SEEDS="0 1 2": seeds of the calibration text and of recovery.
 # Downloads its text once (50 MB). Offline: TEXT='my/*.txt' ./launch/distillation.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/env.sh
 source launch/jobs.sh
 
-reduce_small_mixture distillation distillation distillation \
-  "A fifth of a small Qwen3-MoE's experts: fine-tuning and distillation at equal tokens (accuracy kept)" "$@"
+run_small_mixture distillation distillation "$@"
+"$PYTHON" launch/distillation.py --runs=runs/distillation --made-by="${TEXT:+TEXT='$TEXT' }./launch/distillation.sh"

@@ -1,9 +1,11 @@
 # Sourced by scripts that run many small jobs on a CPU, one on each core. Resumable: the same script again continues.
 # queue LABEL ARGUMENTS...  remembers `moe-reduce ARGUMENTS...`
 # run_queue                 runs all queued jobs, with logs in runs/logs/LABEL.log; ends the script if one fails
-# reduce_small_mixture NAME CONFIG RESULT TITLE OVERRIDES...
+# run_small_mixture NAME CONFIG OVERRIDES...
 #                           trains configs/small_qwen3_moe.py, runs each variant of configs/CONFIG.py with each of SEEDS
-#                           in runs/NAME, and collects them in docs/results/RESULT
+#                           in runs/NAME
+# reduce_small_mixture NAME CONFIG RESULT TITLE OVERRIDES...
+#                           the same, collected in docs/results/RESULT
 # TEXT=SOURCE in the environment replaces the corpus of the configurations, which need the network: files such as
 # 'my/*.txt', or python-stdlib. Scripts pass it on as "${TEXT_OVERRIDE[@]}".
 PYTHON="${PYTHON:-.venv/bin/python}"
@@ -45,9 +47,9 @@ run_queue() {
   : >"$QUEUE"
 }
 
-reduce_small_mixture() {
-  local name="$1" config="configs/$2.py" result="$3" title="$4" seed variant
-  local overrides=(--config.mesh.data=1 "${TEXT_OVERRIDE[@]}" "${@:5}")
+run_small_mixture() {
+  local name="$1" config="configs/$2.py" seed variant
+  local overrides=(--config.mesh.data=1 "${TEXT_OVERRIDE[@]}" "${@:3}")
   queue small_qwen3_moe train --config=configs/small_qwen3_moe.py --workdir=runs/small_qwen3_moe "${overrides[@]}"
   run_queue
   for seed in ${SEEDS:-0 1 2}; do
@@ -57,6 +59,11 @@ reduce_small_mixture() {
     done
   done
   run_queue
+}
+
+reduce_small_mixture() {
+  local name="$1" config="$2" result="$3" title="$4"
+  run_small_mixture "$name" "$config" "${@:5}"
   "$PYTHON" -m moe_reduce report --runs "runs/$name"/seed* --out="docs/results/$result" --overwrite --title="$title" \
     --made-by="${TEXT:+TEXT='$TEXT' }./launch/${0##*/}"
 }
