@@ -203,7 +203,9 @@ def test_every_script_parses(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.parametrize("document", ["shared_moe", "reduction", "adapters", "speed", "scale", "benchmarks"])
+@pytest.mark.parametrize(
+    "document", ["shared_moe", "reduction", "adapters", "speed", "scale", "benchmarks", "quantisation"]
+)
 def test_tables_of_documents_are_the_generated_ones(document):
     results = ROOT / "docs/results"
     assert main(["report", f"--document={results / document}.md", f"--results={results}", "--check"]) == 0
