@@ -32,7 +32,7 @@ def cached_losses(model: Model, batch: Mapping[str, Any], start: int, dtype: Cac
 
 
 class Kind(NamedTuple):
-    """What a program is compiled for, besides shapes."""
+    """Everything that a program is compiled for, besides shapes."""
 
     config: ModelConfig
     execution: ExecutionConfig
