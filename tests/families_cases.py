@@ -29,6 +29,16 @@ MLA = SIZES | {
 }  # fmt: skip
 MSCALE = YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}
 EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
+DELTA_NET = SIZES | {
+    "num_hidden_layers": 3, "head_dim": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 5,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "moe_intermediate_size": 12, "num_experts": 6,
+    "shared_expert_intermediate_size": 16, "num_experts_per_tok": 2,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+}  # fmt: skip
+IN_TURN = {
+    "num_hidden_layers": 4, "layer_types": ["full_attention", "linear_attention"] * 2, "linear_num_value_heads": 2,
+    "linear_conv_kernel_dim": 2, "attention_bias": True, "tie_word_embeddings": True,
+}  # fmt: skip
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2": (
         SIZES | {"rope_parameters": LLAMA3},
@@ -97,7 +107,21 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         SIZES | EXPERTS | {"head_dim": 8, "rotary_dim": 4},
         SIZES | EXPERTS | {"head_dim": 8, "tie_word_embeddings": True, "num_experts_per_tok": 3},
     ),
+    "qwen3_next": (
+        DELTA_NET | {"partial_rotary_factor": 0.5},
+        DELTA_NET
+        | IN_TURN
+        | {"norm_topk_prob": False, "rms_norm_eps": 1e-2, "rope_parameters": LINEAR | {"partial_rotary_factor": 1.0}},
+    ),
+    "qwen3_5_moe_text": (
+        DELTA_NET | {"rope_parameters": {
+            "rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5, "mrope_interleaved": True,
+            "mrope_section": [1, 1, 0],
+        }},
+        DELTA_NET | IN_TURN | {"rms_norm_eps": 1e-2, "num_experts_per_tok": 3, "linear_conv_kernel_dim": 3},
+    ),
 }  # fmt: skip
+CENTRED = ("qwen3_next", "qwen3_5_moe_text")  # norms store a scale's difference from 1
 KINDS = [(kind, number) for kind in CASES for number in range(2)]
 
 
@@ -121,6 +145,8 @@ def tiny(kind: str, number: int, **changes: Any) -> Any:
         for name, parameter in (*model.named_parameters(), *model.named_buffers()):
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+                if kind in CENTRED and "linear_attn" not in name:
+                    parameter.sub_(1.0)
             elif "inv_freq" not in name:
                 parameter.normal_(0.0, 0.2)
     return model

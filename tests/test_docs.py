@@ -22,6 +22,7 @@ from moe_reduce.core.config import ExecutionConfig, any_from_dict, text_to_lora_
 from moe_reduce.data.tokenizer_training import train_tokenizer
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
+from moe_reduce.reports import documents
 from moe_reduce.training import job
 
 ROOT = Path(__file__).parent.parent
@@ -105,6 +106,12 @@ def test_modules_that_documents_name_exist(document):
     found = [name for name in named if name.split("/")[0] in ROOMS]
     assert len(found) > 5
     assert [name for name in found if not (ROOT / "moe_reduce" / name).exists()] == []
+
+
+def test_the_table_of_families_is_made_from_the_code():
+    guide = ROOT / "docs/guides/families.md"
+    current = documents.fill(guide, ROOT / "results")
+    assert current == guide.read_text(), "run moe-reduce report --document=docs/guides/families.md"
 
 
 def test_the_readme_is_short():

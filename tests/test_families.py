@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_reduce import families
-from moe_reduce.core.attention_config import LatentAttention, RotaryScaling
+from moe_reduce.core.attention_config import LatentAttention, LinearAttention, RotaryScaling
 from moe_reduce.core.config import MeshConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig, to_dict
 from moe_reduce.core.config_dict import completed
 from moe_reduce.core.errors import UserError
@@ -41,6 +41,12 @@ AIR = SIZES | {"rotary_share": 2 / 3, "dense_layers": 1, "feed_forward_width": 4
 LATENT = LatentAttention(rank=10, rotary_width=4, value_width=5, query_rank=14)
 V3 = AIR | {"key_value_heads": 4, "head_width": 10, "rotary_share": 1.0, "rotary_interleaved": True, "latent": LATENT}
 V2 = V3 | {"moe": dataclasses.replace(EXPERTS, experts=6, shared_width=40)}
+LINEAR = LinearAttention(key_heads=2, value_heads=4, key_width=3, value_width=5, taps=3, pattern="lls")
+NEXT = SIZES | {
+    "qk_norm": True, "output_gate": True, "norm": "centred_rms", "rotary_share": 1 / 3, "linear": LINEAR,
+    "moe": dataclasses.replace(SHARED_EXPERT, normalize=True),
+}  # fmt: skip
+JOINED = {"linear": dataclasses.replace(LINEAR, joined=True)}
 OWN_ATTENTION = {"attention_biases": "all", "sinks": True, "sliding_window": 3, "feed_forward": "clamped_swiglu"}
 YARN = RotaryScaling("yarn", factor=4.0, original_positions=16, mscale=0.7, mscale_all_dim=1.2, truncate=False)
 LLAMA3 = RotaryScaling("llama3", factor=8.0, original_positions=32)
@@ -95,7 +101,15 @@ CONFIGS = {  # several of each family, which between them have all of its parame
         ModelConfig(**OLMOE | {"moe": SIGMOID}, rotary_share=1 / 3),
         ModelConfig(**OLMOE | {"moe": SIGMOID}, **UNTIED),
     ],
+    "qwen3_next": [
+        ModelConfig(**NEXT | JOINED | {"moe": SHARED_EXPERT}),
+        ModelConfig(**NEXT | JOINED, **UNTIED, attention_biases="all"),
+        ModelConfig(**NEXT | {"linear": None}),
+    ],
+    "qwen3_5_moe_text": [ModelConfig(**NEXT, attention_biases="all"), ModelConfig(**NEXT, **UNTIED)],
     "moe_reduce": [
+        ModelConfig(**NEXT | {"moe": POOL}),
+        ModelConfig(**DENSE, **JOINED),
         ModelConfig(**SIZES, qk_norm=True, moe=POOL, embedding_factor=6),
         ModelConfig(**SIZES, **UNTIED, moe=dataclasses.replace(POOL, router="layer")),
         ModelConfig(**SIZES, moe=EXPERTS),

@@ -135,7 +135,8 @@ def test_changed_fields_only(tmp_path: Path, kind: str):
     config_of(kind).save_pretrained(tmp_path)
     model, raw = read_config(tmp_path)
     first = model.dense_layers + 1
-    changed = dataclasses.replace(model, layers=first, rope_theta=5e5, window_pattern=None)
+    linear = model.linear and dataclasses.replace(model.linear, pattern=model.linear.pattern[:first])
+    changed = dataclasses.replace(model, layers=first, rope_theta=5e5, window_pattern=None, linear=linear)
     written = to_hf(changed, raw, "float32")
     assert from_hf(written) == changed
     different = {key for key in written if key not in raw or written[key] != raw[key]}

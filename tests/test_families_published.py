@@ -1,4 +1,9 @@
-"""Configurations as published: each builds abstractly with the number of parameters that its card states."""
+"""Configurations as published: each builds abstractly with the number of parameters that is known of its files.
+
+SOURCES says where each number is from. No weights were opened for this: an index (`model.safetensors.index.json`)
+states the bytes of all tensors, two for each parameter; the others are what the hub, GGUF files or readers of headers
+count.
+"""
 
 import math
 from typing import Any
@@ -34,6 +39,14 @@ OSS = COMMON | {
         "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
         "rope_type": "yarn", "truncate": False,
     },
+}  # fmt: skip
+DELTA_NET = COMMON | {
+    "attention_bias": False, "full_attention_interval": 4, "head_dim": 256, "hidden_size": 2048,
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32, "linear_value_head_dim": 128, "max_position_embeddings": 262144,
+    "moe_intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-6, "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 512, "tie_word_embeddings": False,
 }  # fmt: skip
 LLAMA3 = {
     "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
@@ -229,9 +242,56 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int | None, int]] = {
             "tie_word_embeddings": False, "use_mtp": True, "use_qk_norm": True, "use_routing_bias": True,
             "vocab_size": 200064,
         },
-        None, 196_608,
+        228_689_764_864, 196_608,
+    ),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": (
+        DELTA_NET
+        | {
+            "model_type": "qwen3_next", "decoder_sparse_step": 1, "intermediate_size": 5120, "mlp_only_layers": [],
+            "norm_topk_prob": True, "num_experts": 512, "num_experts_per_tok": 10, "num_hidden_layers": 48,
+            "output_router_logits": False, "rope_scaling": None, "rope_theta": 10000000,
+            "use_sliding_window": False, "vocab_size": 151936,
+        },
+        79_674_391_296, 262_144,
+    ),
+    "Qwen/Qwen3.5-35B-A3B": (
+        DELTA_NET
+        | {
+            "model_type": "qwen3_5_moe_text", "attn_output_gate": True, "mamba_ssm_dtype": "float32",
+            "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 10, "mtp_num_hidden_layers": 1,
+            "mtp_use_dedicated_embeddings": False, "num_experts": 256, "num_experts_per_tok": 8,
+            "num_hidden_layers": 40, "pad_token_id": None, "vocab_size": 248320,
+            "rope_parameters": {
+                "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+                "rope_theta": 10000000, "rope_type": "default",
+            },
+        },
+        34_660_610_688, 262_144,
     ),
 }  # fmt: skip
+SOURCES = {
+    "Qwen/Qwen2.5-0.5B": "sum over the headers of its file",
+    "Qwen/Qwen2.5-7B-Instruct": "index, 15,231,233,024 bytes",
+    "meta-llama/Llama-3.1-8B": "index, 16,060,522,496 bytes",
+    "HuggingFaceTB/SmolLM2-135M": "the hub's count, 269,030,016 bytes in bfloat16",
+    "mistralai/Mistral-7B-v0.1": "index, 14,483,464,192 bytes",
+    "mistralai/Mixtral-8x7B-v0.1": "index, 93,405,585,408 bytes",
+    "mistralai/Mixtral-8x22B-v0.1": "sum over the headers of its 59 files, 281,241,268,224 bytes",
+    "Qwen/Qwen1.5-MoE-A2.7B": "index, 28,631,568,384 bytes",
+    "Qwen/Qwen3-30B-A3B": "index, 61,064,245,248 bytes",
+    "allenai/OLMoE-1B-7B-0924": "sum over the headers of its files",
+    "openai/gpt-oss-20b": "general.parameter_count of its GGUF file",
+    "openai/gpt-oss-120b": "general.parameter_count of its GGUF file",
+    "deepseek-ai/DeepSeek-V2-Lite": "index, 31,412,968,448 bytes",
+    "deepseek-ai/DeepSeek-V2": "the hub's count",
+    "deepseek-ai/DeepSeek-V3": "sum over the headers of its files, without scales and MTP layer",
+    "moonshotai/Moonlight-16B-A3B": "counted by transformers; the card says 16B",
+    "zai-org/GLM-4.5-Air": "the hub's count of its fine-tuning INTELLECT-3, which lacks the MTP layer",
+    "MiniMaxAI/MiniMax-M2": "general.parameter_count of GGUF files; the hub's count",
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": "index, 162,649,725,440 bytes, less 1,650,471,424 parameters of MTP layers",
+    "Qwen/Qwen3.5-35B-A3B": "general.parameter_count of GGUF files; 35,951,822,704 in all, less 844,640,768 of MTP"
+    " layers and 446,571,248 of the vision tower",
+}
 
 
 def counted(raw: dict[str, Any]) -> int:
@@ -245,7 +305,8 @@ def counted(raw: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_config_has_the_parameters_of_its_card(name: str):
+def test_a_published_config_has_the_parameters_of_its_files(name: str):
+    assert SOURCES[name]
     raw, parameters, context = PUBLISHED[name]
     config = from_hf(raw)
     assert of_config(config).name == raw["model_type"]

@@ -6,18 +6,22 @@ from moe_reduce.core.config import AdapterConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.parameters import Parameter, parameters
 
-# word -> name of the parameter; words of latent attention and of the block beside experts are our own
+# word -> name of the parameter; words of latent and linear attention and of the block beside experts are our own
 NAMES = {
     "q": "query", "k": "key", "v": "value", "o": "output", "q_down": "query_down", "q_up": "query_up",
     "kv_down": "latent", "kv_up": "latent_up", "gate": "gate", "up": "up", "down": "down", "shared_gate": "gate",
-    "shared_up": "up", "shared_down": "down", "router": "weight",
+    "shared_up": "up", "shared_down": "down", "router": "weight", "linear_in": "inputs", "linear_rates": "rates",
+    "linear_gate": "gate", "linear_beta": "beta", "linear_decay": "decay", "linear_out": "output",
 }  # fmt: skip
 PRESETS = {
-    "attention": ("q", "k", "v", "o", "q_down", "q_up", "kv_down", "kv_up"),
+    "attention": (
+        "q", "k", "v", "o", "q_down", "q_up", "kv_down", "kv_up", "linear_in", "linear_rates", "linear_gate",
+        "linear_beta", "linear_decay", "linear_out",
+    ),
     "mlp": ("gate", "up", "down", "shared_gate", "shared_up", "shared_down"),
-}
+}  # fmt: skip
 COMPONENTS = ("attention", "feed_forward", "experts", "router")
-SHARED, SHARED_COMPONENTS = "shared_", ("shared_expert",)  # before words for the block beside experts
+PREFIXES = {"shared_": "shared_expert", "linear_": "linear_attention"}  # of words -> component that they name
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Target:
     @property
     def numbers(self) -> tuple[int, ...]:
         """Numbers of the layers in the model."""
-        return tuple(self.parameter.first_layer + place for place in self.layers or ())
+        return tuple(self.parameter.layers[place] for place in self.layers or ())
 
     @property
     def in_features(self) -> int:
@@ -108,7 +112,7 @@ def word_of(target: Target) -> str:
 
 
 def _components(word: str) -> tuple[str, ...]:
-    return SHARED_COMPONENTS if word.startswith(SHARED) else COMPONENTS
+    return next(((component,) for prefix, component in PREFIXES.items() if word.startswith(prefix)), COMPONENTS)
 
 
 def _parameters(word: str, model: ModelConfig) -> list[Parameter]:
@@ -124,7 +128,7 @@ def _places(parameter: Parameter, layers: tuple[int, ...]) -> tuple[int, ...] | 
     """Places in the parameter's stack of those layers that are in it; None without a stack."""
     if not parameter.stacked:
         return None
-    return tuple(layer - parameter.first_layer for layer in layers if layer in parameter.layers)
+    return tuple(place for place, layer in enumerate(parameter.layers) if layer in layers)
 
 
 def _layers(text: str, total: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Parts of a model's architecture that only some attention layers have: rotary scaling and latent attention."""
+"""Parts of a model's architecture that only some attention layers have: rotary scaling, latent and linear attention."""
 
 import math
 from dataclasses import dataclass
@@ -6,6 +6,8 @@ from typing import Literal
 
 from moe_reduce.core.checks import positive
 from moe_reduce.core.errors import UserError
+
+LINEAR, SOFTMAX = "l", "s"  # letters of LinearAttention.pattern
 
 
 @dataclass(frozen=True)
@@ -95,4 +97,67 @@ class LatentAttention:
             raise UserError(
                 f"model.latent.rotary_width must be even and below model.head_width ({head_width}), got "
                 f"{self.rotary_width}"
+            )
+
+
+@dataclass(frozen=True)
+class LinearAttention:
+    """Gated DeltaNet (arXiv:2412.06464) in some layers: a state of fixed size in place of keys and values.
+
+    A causal convolution over each channel precedes queries, keys and values. A key head serves value_heads / key_heads
+    neighbouring value heads.
+    """
+
+    key_heads: int = 0  # of queries too
+    value_heads: int = 0  # R
+    key_width: int = 0  # width of a head's query and key
+    value_width: int = 0  # width of a head's value
+    taps: int = 4  # P, inputs that the convolution reads, the newest included
+    joined: bool = (
+        False  # queries, keys, values and gates are made by one matrix, whose outputs are in groups by key head
+    )
+    pattern: str = ""  # a letter for each layer: "l" with linear attention, "s" with softmax attention
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with linear attention."""
+        return tuple(layer for layer, letter in enumerate(self.pattern) if letter == LINEAR)
+
+    @property
+    def group(self) -> int:
+        """Value heads of a key head."""
+        return self.value_heads // self.key_heads
+
+    @property
+    def keys(self) -> int:
+        """Width of the keys of all heads."""
+        return self.key_heads * self.key_width
+
+    @property
+    def values(self) -> int:
+        """Width of the values of all heads."""
+        return self.value_heads * self.value_width
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: queries, keys and values of all heads."""
+        return 2 * self.keys + self.values
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of the state of a layer, without the inputs that the convolution keeps."""
+        return self.value_heads * self.key_width * self.value_width
+
+    def check(self, layers: int) -> None:
+        """Raise UserError when the sizes contradict each other."""
+        positive("model.linear", self, "key_heads", "value_heads", "key_width", "value_width", "taps")
+        if self.value_heads % self.key_heads:
+            raise UserError(
+                f"model.linear.value_heads ({self.value_heads}) must be a multiple of model.linear.key_heads "
+                f"({self.key_heads})"
+            )
+        if len(self.pattern) != layers or LINEAR not in self.pattern or not set(self.pattern) <= {LINEAR, SOFTMAX}:
+            raise UserError(
+                f"model.linear.pattern={self.pattern!r} must have a letter for each of {layers} layers, {LINEAR!r} or "
+                f"{SOFTMAX!r}, and at least one {LINEAR!r}: leave model.linear out if no layer has linear attention"
             )

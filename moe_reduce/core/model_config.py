@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_reduce.core.attention_config import LatentAttention, RotaryScaling
+from moe_reduce.core.attention_config import LINEAR, LatentAttention, LinearAttention, RotaryScaling
 from moe_reduce.core.checks import at_most, positive
 from moe_reduce.core.errors import UserError
 
@@ -97,7 +97,8 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of queries and keys
     qk_norm_scope: Literal["head", "projection"] = "head"  # normalise each head | all heads of a token together
     clip_qkv: float | None = None  # clip queries, keys and values to ±clip_qkv, after their norm
-    norm: Literal["rms", "layer"] = "rms"  # layer: LayerNorm with a bias
+    # layer: LayerNorm with a bias; centred_rms: RMSNorm whose scale is stored as its difference from 1
+    norm: Literal["rms", "layer", "centred_rms"] = "rms"
     biases: bool = False  # on every linear map of attention and feed-forward
     attention_biases: Literal["none", "inputs", "all"] = "none"  # inputs: on queries, keys and values
     parallel_residual: bool = False  # attention and feed-forward read the same x, and both outputs are added to it
@@ -113,7 +114,9 @@ class ModelConfig:
     # A letter for each layer, "w" where the window applies and "f" where a query sees all positions; None: all "w"
     window_pattern: str | None = None
     sinks: bool = False  # a learned logit for each head that takes part in the softmax, and has no value
+    output_gate: bool = False  # scale each channel of a head's output by sigmoid(g), g made beside the head's query
     latent: LatentAttention | None = None
+    linear: LinearAttention | None = None  # in some layers, in place of softmax attention
     dense_layers: int = 0  # first layers of a mixture of experts that have a feed-forward block in place of experts
     norm_epsilon: float = 1e-6
     max_positions: int = 2048  # context length before rotary scaling; `context` is the one that the model can read
@@ -136,6 +139,10 @@ class ModelConfig:
         """Sliding window of a layer, counted from 0; None where a query sees all positions."""
         return self.sliding_window if self.window_pattern is None or self.window_pattern[layer] == WINDOWED else None
 
+    def is_linear(self, layer: int) -> bool:
+        """True if a layer, counted from 0, has linear attention."""
+        return self.linear is not None and self.linear.pattern[layer] == LINEAR
+
     def check(self) -> None:
         """Raise UserError when the sizes contradict each other."""
         positive(
@@ -157,6 +164,9 @@ class ModelConfig:
                 raise UserError("model.embedding_factor needs model.tied_embeddings=True: the factors serve both ends")
         self._check_blocks()
         self._check_windows()
+        if self.linear is not None:
+            self.linear.check(self.layers)
+            self._check_linear()
 
     def _check_blocks(self) -> None:
         """Raise UserError unless each layer has one feed-forward block, or experts."""
@@ -219,16 +229,23 @@ class ModelConfig:
             )
         for name, only in (
             ("qk_norm", False), ("clip_qkv", None), ("biases", False), ("attention_biases", "none"), ("sinks", False),
-            ("rotary_share", 1.0), ("sliding_window", None),
+            ("rotary_share", 1.0), ("sliding_window", None), ("output_gate", False),
         ):  # fmt: skip
             if getattr(self, name) != only:
                 raise UserError(f"model.{name}={getattr(self, name)} is not for latent attention: set it to {only}")
+
+    def _check_linear(self) -> None:
+        """Raise UserError for an option that a model with linear attention does not have."""
+        for name, only in (("latent", None), ("sliding_window", None), ("dense_layers", 0), ("biases", False)):
+            if getattr(self, name) != only:
+                raise UserError(
+                    f"model.{name}={getattr(self, name)} is not for models with linear attention: set it to {only}"
+                )
 
     def _check_dense_only(self) -> None:
         """Raise UserError for an option that the decoder supports only without experts."""
         if self.feed_forward == "gelu":
             raise UserError("model.feed_forward=gelu is for dense models: with model.moe set it to swiglu")
-        for name, only in (("biases", False), ("norm", "rms")):
-            value = getattr(self, name)
-            if value != only:
+        for name, value, only in (("biases", True, False), ("norm", "layer", "rms")):
+            if getattr(self, name) == value:
                 raise UserError(f"model.{name}={value} is for dense models: with model.moe set it to {only}")

@@ -34,7 +34,9 @@ from moe_reduce.families import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     text_part,
 )
 from moe_reduce.families.family import CARRIED, Family
@@ -58,7 +60,7 @@ LAYOUTS = ("moe_reduce", "compressed-tensors", "fp8", "mxfp4", "gptq", "awq")
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, gpt_neox.FAMILY, olmoe.FAMILY, qwen2.FAMILY, mistral.FAMILY,
     mixtral.FAMILY, qwen2_moe.FAMILY, gpt_oss.FAMILY, glm4_moe.FAMILY, deepseek_v3.FAMILY, deepseek_v2.FAMILY,
-    minimax_m2.FAMILY, own.FAMILY,
+    minimax_m2.FAMILY, qwen3_next.FAMILY, qwen3_5_moe.FAMILY, own.FAMILY,
 )  # fmt: skip
 
 

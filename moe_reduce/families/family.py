@@ -3,7 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moe_reduce.core.config import ModelConfig
@@ -24,7 +24,9 @@ class Family(ABC):
     parameter. ignored: names of constants that old checkpoints store and nothing reads. takes_unstated: whether a
     config that states no family, such as that of a fresh training run, may be written as this one. False for a family
     that is added later, so that an old config is always written as it was before. gguf: its form in GGUF files, if
-    those are read.
+    those are read. next_tokens: whether files may hold layers that predict several tokens at once. fused: name of a
+    tensor [experts, outputs, inputs] that files may hold in place of the tensors of each expert -> names of these,
+    whose outputs follow one another in it.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Family(ABC):
     takes_unstated: bool = False
     gguf: Gguf | None = None
     next_tokens: bool = False
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def leaves_out(self, name: str, config: ModelConfig) -> bool:
         """True for a tensor of a part that nothing here computes: layers that predict several tokens at once."""

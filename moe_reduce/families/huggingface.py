@@ -32,7 +32,8 @@ class HuggingFaceFamily(Family):
     defaults: values that transformers assumes for keys that a file leaves out. accepted: keys that change what a model
     computes, with the only values that the decoder supports; a key that `keys` reads is not checked against it, so a
     family supports one of common.ACCEPTED by reading it. constants: keys of a new file that no field gives. rope: key
-    of published files -> name within `rope_parameters`, as transformers 5 writes it. aliases: other spelling -> key.
+    of published files -> name within `rope_parameters`, as transformers 5 writes it. neutral_rope: keys within
+    `rope_parameters` that change nothing in this family. aliases: other spelling -> key.
     neutral: keys that change nothing in this family, beside those that never do (neutral_keys.py).
     """
 
@@ -44,6 +45,7 @@ class HuggingFaceFamily(Family):
     derived_names: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     rope: Mapping[str, str] = field(default_factory=lambda: ROPE)
+    neutral_rope: Set[str] = frozenset()
     aliases: Mapping[str, str] = field(default_factory=dict)
     neutral: Set[str] = frozenset()
 
@@ -164,7 +166,7 @@ class HuggingFaceFamily(Family):
         for key, accepted in self.accepted.items():
             if key in raw and key not in read and raw[key] not in accepted:
                 raise UserError(f"{key}={raw[key]!r} is not supported, only {accepted[0]!r}")
-        scaling = rotary.read(raw, self.rope.values())
+        scaling = rotary.read(raw, {*self.rope.values(), *self.neutral_rope})
         types = None if LAYER_TYPES in read else raw.get(LAYER_TYPES)
         if types is not None and (not isinstance(types, list) or any(one != "full_attention" for one in types)):
             raise UserError(f"layer_types={types!r} is not supported, only 'full_attention' in every layer")

@@ -103,7 +103,7 @@ class Leaf:
         """Name of the tensor at this index on the `numbered` axes."""
         numbers = dict(zip(self.numbered, index, strict=True))
         if "N" in numbers:
-            numbers["N"] += self.record.first_layer
+            numbers["N"] = self.record.layers[numbers["N"]]
         return self.tensor.name.format(**{key: numbers.get(letter) for key, letter in NUMBERED.items()})
 
     def names(self) -> list[str]:

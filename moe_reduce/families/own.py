@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_reduce.core import config as configuration
 from moe_reduce.core.config import ModelConfig, MoEConfig
-from moe_reduce.families import common
+from moe_reduce.families import common, delta_net
 from moe_reduce.families.common import ATTENTION, EXPERT, LAYER
 from moe_reduce.families.family import CARRIED, Family
 from moe_reduce.families.layout import Tensor
@@ -91,7 +91,10 @@ FAMILY = Own(
     | common.of_dense_layers(LAYER_TENSORS)
     | common.EXPERT_TENSORS
     | common.SHARED_TENSORS
+    | delta_net.COMMON_TENSORS
+    | delta_net.SEPARATE_TENSORS
     | {
+        "layers/linear_attention/rates": Tensor(f"{delta_net.LINEAR_ATTENTION}.in_proj_ba.weight"),
         "embedding/factor": Tensor("model.embed_tokens.factor"),
         "embedding/projection": Tensor("model.embed_tokens.projection", "K D"),
         "final_norm/bias": Tensor("model.norm.bias"),

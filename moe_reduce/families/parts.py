@@ -5,6 +5,7 @@ from moe_reduce.families.family import Family
 # part -> end of the path of a parameter that only architectures with this part have
 PARTS = {
     "latent attention": "attention/latent",
+    "linear attention": "linear_attention/output",
     "q/k norm": "key_norm/scale",
     "sinks": "attention/sinks",
     "attention biases": "attention/key_bias",

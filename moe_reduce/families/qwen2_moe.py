@@ -31,6 +31,12 @@ class Qwen2MoE(HuggingFaceFamily):
 
 
 SHARED = f"{LAYER}.mlp.shared_expert"
+SHARED_TENSORS = {
+    "layers/shared_expert/gate": Tensor(f"{SHARED}.gate_proj.weight"),
+    "layers/shared_expert/up": Tensor(f"{SHARED}.up_proj.weight"),
+    "layers/shared_expert/down": Tensor(f"{SHARED}.down_proj.weight"),
+    "layers/shared_expert_gate": Tensor(f"{LAYER}.mlp.shared_expert_gate.weight", "0 D"),
+}
 
 FAMILY = Qwen2MoE(
     name="qwen2_moe",
@@ -58,15 +64,7 @@ FAMILY = Qwen2MoE(
     constants={"hidden_act": "silu", "decoder_sparse_step": 1, "mlp_only_layers": []},
     aliases=common.EXPERT_ALIASES,
     neutral=UNREAD | {"intermediate_size"},  # the width of dense layers, which there are none of
-    tensors=common.TENSORS
-    | common.INPUT_BIAS_TENSORS
-    | common.EXPERT_TENSORS
-    | {
-        "layers/shared_expert/gate": Tensor(f"{SHARED}.gate_proj.weight"),
-        "layers/shared_expert/up": Tensor(f"{SHARED}.up_proj.weight"),
-        "layers/shared_expert/down": Tensor(f"{SHARED}.down_proj.weight"),
-        "layers/shared_expert_gate": Tensor(f"{LAYER}.mlp.shared_expert_gate.weight", "0 D"),
-    },
+    tensors=common.TENSORS | common.INPUT_BIAS_TENSORS | common.EXPERT_TENSORS | SHARED_TENSORS,
     ignored=common.IGNORED,
     gguf=Gguf(
         architecture="qwen2moe",

@@ -28,7 +28,7 @@ from moe_reduce.core.generate_config import CacheDtype
 from moe_reduce.inference.lengths import bucket
 from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.models import cache, weights
-from moe_reduce.models.cache import KEYS_VALUES
+from moe_reduce.models.cache import HISTORY, KEYS_VALUES
 from moe_reduce.models.decoder import STACK, unstacked
 from moe_reduce.models.deltas import BANK, bank_size
 from moe_reduce.models.mesh import BATCH_AXES
@@ -164,7 +164,9 @@ def ready(model: Model, mesh: Mesh | None = None) -> Model:
     if STACK not in model.params:  # prepared already
         return model
     model = prepared(model, mesh)
-    return model.with_params(unstacked(model.params)) if model.execution.platform == "cpu" else model
+    if model.execution.platform != "cpu":
+        return model
+    return model.with_params(unstacked(model.params, model.config))
 
 
 def mesh_of(model: Model) -> Mesh | None:
@@ -238,7 +240,10 @@ def _choice(settings: GenerateConfig) -> Choice:
 def _prefill(program: Program, slots: int, params: Any, prompts: Prompts, choice: Choice):
     """Read the prompts and make the first token of each: (state, ids_B)."""
     tokens_BT, lengths_B, entries_B = prompts
-    logits_B1V, new = program.run(params, {"tokens": tokens_BT, "last": lengths_B - 1, "adapter": entries_B})
+    batch = {"tokens": tokens_BT, "last": lengths_B - 1, "adapter": entries_B}
+    if program.config.linear is not None:  # a state must not read the padding
+        batch["weights"] = (jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]).astype(jnp.float32)
+    logits_B1V, new = program.run(params, batch)
     filled = cache.of_prompts(new, slots, program.cache_dtype, STACK in params)
     ended_B = jnp.zeros(lengths_B.shape, bool)
     state = State(filled, lengths_B, lengths_B - 1, ended_B, jnp.int32(0), entries_B)
@@ -277,7 +282,10 @@ def _constrained(program: Program, params: Any, state: State, ids: jax.Array) ->
     split = "tensor" if program.config.latent is None else None
     heads = PartitionSpec(*(None,) * (STACK in params), BATCH_AXES, split)
     rest, ids = jax.lax.with_sharding_constraint((state._replace(cache={}), ids), PartitionSpec())
-    return rest._replace(cache=jax.lax.with_sharding_constraint(state.cache, heads)), ids
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, _: PartitionSpec(*heads[:-1]) if path[-1].key == HISTORY else heads, state.cache
+    )
+    return rest._replace(cache=jax.lax.with_sharding_constraint(state.cache, specs)), ids
 
 
 def _next(program: Program, state: State, logits_B1V: jax.Array, choice: Choice) -> tuple[State, jax.Array]:

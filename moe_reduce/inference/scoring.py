@@ -120,11 +120,13 @@ def _filled(model: Model, batch: Sequence[Context], sizes: Sizes) -> Any:
         return None
     slots = lengths.padded(longest, sizes.reads)
     rows = lengths.batch_rows(len(batch), sizes.rows, slots, sizes.program)
-    tokens_BT = np.zeros((rows, slots), np.int32)
-    for row, context in zip(tokens_BT, batch, strict=False):
-        row[: len(context.ids) - 1] = context.ids[:-1]
+    tokens_BT, ends_B = np.zeros((rows, slots), np.int32), np.zeros(rows, np.int32)
+    for number, context in enumerate(batch):
+        ends_B[number] = len(context.ids) - 1
+        tokens_BT[number, : ends_B[number]] = context.ids[:-1]
+    given = ends_B if model.config.linear is not None else None
     with on_mesh(model):
-        return _read(model.config, model.execution, slots, model.params, tokens_BT)
+        return _read(model.config, model.execution, slots, model.params, tokens_BT, given)
 
 
 def _scores(
@@ -164,10 +166,22 @@ def _lay_out(packed: Packed, row: int, place: int, context: Sequence[int], pack:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _read(config: ModelConfig, execution: ExecutionConfig, slots: int, params: Any, tokens_BT: jax.Array) -> Any:
-    """Fill a cache with all tokens; slots behind a row's end are never attended to."""
+def _read(
+    config: ModelConfig,
+    execution: ExecutionConfig,
+    slots: int,
+    params: Any,
+    tokens_BT: jax.Array,
+    ends_B: jax.Array | None,
+) -> Any:
+    """Fill a cache with all tokens; slots behind a row's end are never attended to.
+
+    ends_B: lengths of the rows, behind which a state of linear attention must not read; None for models without one.
+    """
     # logits of a single position, because none are needed
     batch = {"tokens": tokens_BT, "last": jnp.zeros(tokens_BT.shape[0], jnp.int32)}
+    if ends_B is not None:
+        batch["weights"] = (jnp.arange(tokens_BT.shape[1])[None] < ends_B[:, None]).astype(jnp.float32)
     _, collected = Model(config, params, execution).apply(batch, collect=(cache.KEYS_VALUES,))
     return cache.of_prompts(collected[cache.KEYS_VALUES], slots, "auto", STACK in params)
 

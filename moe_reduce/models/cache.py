@@ -10,6 +10,8 @@ Each layer has, for P entries (with a leading N if layers are stacked):
                               products need no transposed copy; G heads, not H (GQA, arXiv:2305.13245). For int4
                               [B, G, P, C/2] bytes, whose low bits hold the first half of the head, plus 8
     key_scales, value_scales  [B, G, P] fp32, for a quantised cache only: the number that 1 stands for
+
+A layer with linear attention has a state instead (attention/linear.py), which no dtype of a cache changes.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,6 +29,7 @@ from moe_reduce.models.weights.scales import SYMMETRIC
 
 CACHE = "cache"
 KEYS_VALUES = "keys_values"
+STATE, HISTORY = "state", "history"  # of a layer with linear attention
 SCALES = {"keys": "key_scales", "values": "value_scales"}
 Layer = Mapping[str, jax.Array]
 
@@ -39,13 +42,22 @@ def layer_of(module: nn.Module) -> Layer | None:
     return {name: module.get_variable(CACHE, name) for name in names}
 
 
+def state_of(module: nn.Module) -> Layer | None:
+    """State of the layer of a module of linear attention; None if the call has no cache."""
+    if not module.has_variable(CACHE, STATE):
+        return None
+    return {name: module.get_variable(CACHE, name) for name in (STATE, HISTORY)}
+
+
 def of_prompts(new: Mapping[str, Any], entries: int, dtype: CacheDtype, stacked: bool) -> dict[str, Any]:
     """A cache of `entries` >= T entries that starts with `new`, the keys and values of T tokens.
 
     UserError for int4 and heads of an odd width.
     """
 
-    def filled(layer: Layer) -> dict[str, jax.Array]:
+    def filled(layer: Layer) -> Layer:
+        if STATE in layer:
+            return layer
         spare = entries - layer["keys"].shape[1]
         return {name: _padded(leaf, spare) for name, leaf in _stored(layer, dtype).items()}
 
@@ -60,10 +72,12 @@ def _padded(leaf: jax.Array, spare: int) -> jax.Array:
 def written(cache: Mapping[str, Any], new: Mapping[str, Any], positions_B: jax.Array, stacked: bool) -> dict[str, Any]:
     """The cache with `new`, keys and values of one token per row, written at the row's position.
 
-    A position past the last entry writes nothing.
+    A position past the last entry writes nothing. States are replaced.
     """
 
-    def write(layer: Layer, added: Layer) -> dict[str, jax.Array]:
+    def write(layer: Layer, added: Layer) -> Layer:
+        if STATE in layer:
+            return added
         rows_B = jnp.arange(positions_B.shape[0])
         stored = _stored(added, _dtype(layer))
         return {name: _put(leaf, rows_B, positions_B, stored[name][:, :, 0]) for name, leaf in layer.items()}
@@ -77,7 +91,7 @@ def _put(leaf: jax.Array, rows_B: jax.Array, positions_B: jax.Array, new: jax.Ar
 
 def _each_layer(function: Callable[..., Any], tree: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
     """A tree of layers with each layer replaced by function(layer, *(the same layer of each other tree))."""
-    if "keys" in tree:
+    if "keys" in tree or STATE in tree:
         return function(tree, *others)
     return {name: _each_layer(function, tree[name], *(other[name] for other in others)) for name in tree}
 

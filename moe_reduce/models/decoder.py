@@ -7,11 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_reduce.core import trees
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.core.model_config import WINDOWED
-from moe_reduce.models import products
+from moe_reduce.models import mixed_layers, products
 from moe_reduce.models.attention.attention import Attention, Windowed
 from moe_reduce.models.attention.latent import LatentAttention
+from moe_reduce.models.attention.linear import LinearAttention
 from moe_reduce.models.cache import CACHE, KEYS_VALUES
 from moe_reduce.models.collect import sow
 from moe_reduce.models.deltas import ADAPTER, BANK, every_layer
@@ -22,7 +24,17 @@ from moe_reduce.models.moe.experts import ExpertPool, Experts, Masters, Router, 
 from moe_reduce.models.moe.mixture import choose_experts, mixture_of_experts
 from moe_reduce.models.moe.routing import RouterWeights
 from moe_reduce.models.norms import residual_norm
-from moe_reduce.models.records import FIRST_STACK, STACK, Stack, stack_of, stacks
+from moe_reduce.models.records import (
+    ATTENTION,
+    FIRST_STACK,
+    LINEAR_ATTENTION,
+    STACK,
+    Stack,
+    layers_with,
+    parameters,
+    stack_of,
+    stacks,
+)
 from moe_reduce.models.weights import read
 
 REMAT_POLICIES = {
@@ -51,6 +63,7 @@ class Block(nn.Module):
     config: ModelConfig
     execution: ExecutionConfig
     dense: bool | None = None  # True for a layer without experts; None: as config.moe says
+    linear: bool = False  # True for a layer with linear attention
 
     @nn.compact
     def __call__(
@@ -64,7 +77,7 @@ class Block(nn.Module):
     ) -> tuple[tuple[jax.Array, Masters], None]:
         x_BTD, masters = carry
         sow(self, "hidden", {"block_input": x_BTD})
-        x_BTD, normed_BTD = attention_half(self, x_BTD, positions_BT, segments_BT, windowed)
+        x_BTD, normed_BTD = attention_half(self, x_BTD, positions_BT, segments_BT, windowed, real_BT)
         if self.config.moe is None if self.dense is None else self.dense:
             y_BTD = FeedForward(self.config, self.execution, name="mlp")(normed_BTD)
         else:
@@ -74,14 +87,17 @@ class Block(nn.Module):
 
 
 def attention_half(
-    block: nn.Module, x_BTD, positions_BT, segments_BT, windowed: Windowed = None
+    block: Any, x_BTD, positions_BT, segments_BT, windowed: Windowed = None, real_BT: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Run the attention half in the module scope of `block`: (x after attention, normed input of the second half)."""
-    config, execution = block.config, block.execution  # type: ignore[attr-defined]
+    config, execution = block.config, block.execution
     normed_BTD = residual_norm(config, "attention_norm")(x_BTD)
-    kind = Attention if config.latent is None else LatentAttention
-    attention = kind(config, execution, name="attention")
-    attended_BTD = x_BTD + attention(normed_BTD, positions_BT, segments_BT, windowed)
+    if block.linear:
+        mixed_BTD = LinearAttention(config, execution, name=LINEAR_ATTENTION)(normed_BTD, segments_BT, real_BT)
+    else:
+        kind = Attention if config.latent is None else LatentAttention
+        mixed_BTD = kind(config, execution, name=ATTENTION)(normed_BTD, positions_BT, segments_BT, windowed)
+    attended_BTD = x_BTD + mixed_BTD
     read_BTD = x_BTD if config.parallel_residual else attended_BTD
     return attended_BTD, residual_norm(config, "mlp_norm")(read_BTD)
 
@@ -135,6 +151,7 @@ class AttentionHalf(nn.Module):
     config: ModelConfig
     execution: ExecutionConfig
     windowed: bool | None = None
+    linear: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None = None):
@@ -147,6 +164,7 @@ class DenseLayer(nn.Module):
     config: ModelConfig
     execution: ExecutionConfig
     windowed: bool | None = None
+    linear: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
@@ -213,6 +231,9 @@ class Decoder(nn.Module):
         carry, arguments = (x_BTD, masters), (positions, segments, shared, real_BT)
         if self.stacked:
             for stack in stacks(config):
+                if config.linear is not None:
+                    carry = self._mixed(stack, carry, *arguments)
+                    continue
                 carry, _ = self._layers(stack)(carry, *arguments, _windowed(config, stack))
         else:
             carry = self._one_by_one(carry, *arguments)
@@ -248,9 +269,33 @@ class Decoder(nn.Module):
         )
         return scanned(self.config, self.execution, stack.dense, name=stack.key)
 
+    def _mixed(self, stack: Stack, carry, *arguments):
+        """Run layers of several kinds, which nn.scan cannot stack; they see their variables as a block of its own."""
+        config, execution = self.config, self.execution
+        collect = [name for name in COLLECT if self.is_mutable_collection(name)]
+        held = {name: self.variables.get(name, {}) for name in ("params", ADAPTER, CACHE)}
+        held = {name: tree[stack.key] for name, tree in held.items() if stack.key in tree}
+
+        def run(layer: int, variables: dict[str, Any], carry: Any) -> tuple[Any, Any]:
+            block: Any = Block(config, execution, stack.dense, config.is_linear(layer), parent=None)
+
+            def apply(variables: dict[str, Any], carry: Any, *arguments: Any) -> Any:
+                (carry, _), sown = block.apply(variables, carry, *arguments, mutable=collect)
+                return carry, sown
+
+            if execution.remat != "none":
+                apply = jax.checkpoint(apply, policy=REMAT_POLICIES[execution.remat], prevent_cse=False)
+            return apply(variables, carry, *arguments)
+
+        carry, sown = mixed_layers.scan(config, stack, held, carry, run, execution.scan_unroll)
+        for name, values in sown.items():
+            self.put_variable(name, stack.key, values)
+        return carry
+
     def _one_by_one(self, carry, *arguments):
         for number in range(self.config.layers):
-            block: Any = Block(self.config, self.execution, stack_of(self.config, number).dense, name=_name(number))
+            dense, linear = stack_of(self.config, number).dense, self.config.is_linear(number)
+            block: Any = Block(self.config, self.execution, dense, linear, name=_name(number))
             carry, _ = block(carry, *arguments, layer_windowed(self.config, number))
         return carry
 
@@ -276,25 +321,36 @@ def joined(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
     return {name: values[0] if len(values) == 1 else jnp.concatenate(values) for name, values in found.items()}
 
 
-def unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
+def unstacked(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Parameters and adapters with each layer's arrays copied out of the stack, for a Python loop over layers.
 
     A CPU copies a stacked matrix at each use, which takes most of the time of decoding one token.
     """
-    first = len(jax.tree.leaves(params[FIRST_STACK])[0]) if FIRST_STACK in params else 0
-    found = _unstacked({name: tree for name, tree in params.items() if name not in (ADAPTER, BANK)}, first)
-    return found | {name: _unstacked(every_layer(params), first) for name in (ADAPTER, BANK) if name in params}
+    found = _unstacked({name: tree for name, tree in params.items() if name not in (ADAPTER, BANK)}, config)
+    return found | {name: _unstacked(every_layer(params), config) for name in (ADAPTER, BANK) if name in params}
 
 
-def _unstacked(tree: Mapping[str, Any], first: int) -> dict[str, Any]:
-    """A tree without stacks. first: number of the first layer of the stack that has experts, if one has."""
+def _unstacked(tree: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """A tree without stacks."""
     found = {name: branch for name, branch in tree.items() if name not in (FIRST_STACK, STACK)}
-    for stack, start in ((FIRST_STACK, 0), (STACK, first)):
-        if stack in tree:
-            leaves, structure = jax.tree.flatten(tree[stack])
+    for stack in stacks(config):
+        for part, branch in tree.get(stack.key, {}).items():
+            leaves, structure = jax.tree.flatten(branch)
             layers = zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True)
-            found |= {_name(number): structure.unflatten(layer) for number, layer in enumerate(layers, start)}
+            for number, layer in zip(layers_with(config, stack, part), layers, strict=True):
+                found.setdefault(_name(number), {})[part] = structure.unflatten(layer)
     return found
+
+
+def _stacked(tree: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Parameters of a Python loop over layers, with those of all layers stacked."""
+    layers = [_name(number) for number in range(config.layers)]
+    found = trees.flatten({name: branch for name, branch in tree.items() if name not in layers})
+    for record in parameters(config):
+        if record.stacked:
+            part = record.path.removeprefix(f"{record.stack}/")
+            found[record.path] = jnp.stack([trees.flatten(tree[_name(number)])[part] for number in record.layers])
+    return trees.unflatten(found)
 
 
 def _name(number: int) -> str:
@@ -305,4 +361,6 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Fresh fp32 parameters; linen folds each path into the key."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     execution = ExecutionConfig(dispatch="reference")  # parameters do not depend on the dispatch
+    if config.linear is not None:
+        return _stacked(Decoder(config, execution, stacked=False).init(key, tokens)["params"], config)
     return dict(Decoder(config, execution).init(key, tokens)["params"])

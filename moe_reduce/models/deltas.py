@@ -60,41 +60,49 @@ def variables(params: Mapping[str, Any], entries_B: jax.Array | None = None) -> 
         return {"params": base}
     deltas = every_layer(params)
     if entries_B is not None:
-        deltas = {name: _with_entries(branch, _stacked(params, name, entries_B)) for name, branch in deltas.items()}
+        deltas = {name: _with_entries(branch, _stack(params, name), entries_B) for name, branch in deltas.items()}
     return {"params": base, ADAPTER: deltas}
 
 
 def every_layer(params: Mapping[str, Any]) -> dict[str, Any]:
     """The adapter or bank in `params`, with zeros in the layers that it does not cover."""
     deltas = params[BANK if BANK in params else ADAPTER]
-    layers = {name: _layers(params, name) for name in deltas}
-    return {name: _spread(branch, layers[name]) for name, branch in deltas.items()}
+    return {name: _spread(branch, _stack(params, name)) for name, branch in deltas.items()}
 
 
-def _layers(params: Mapping[str, Any], name: str) -> int | None:
-    """Number of layers in the branch of this name; None if it is no stack of layers."""
-    return jax.tree.leaves(params[name])[0].shape[0] if name in STACKS and name in params else None
+def _stack(params: Mapping[str, Any], name: str) -> Any:
+    """The branch of this name of the parameters; None if it is no stack of layers."""
+    return params[name] if name in STACKS and name in params else None
 
 
-def _stacked(params: Mapping[str, Any], name: str, entries_B: jax.Array) -> jax.Array:
-    """Entries of the batch rows for a branch of deltas, repeated for each layer of a stack."""
-    layers = _layers(params, name)
-    return entries_B if layers is None else jnp.broadcast_to(entries_B, (layers, *entries_B.shape))
+def _layers(stacked: Any) -> int:
+    """Number of layers of a stacked parameter."""
+    return jax.tree.leaves(stacked)[0].shape[0]
 
 
-def _with_entries(tree: Mapping[str, Any], entries: jax.Array) -> dict[str, Any]:
-    """The tree with `entries` in each delta."""
+def _with_entries(tree: Mapping[str, Any], base: Any, entries_B: jax.Array) -> dict[str, Any]:
+    """The tree with the entries of the batch rows in each delta, repeated for each layer of a stack.
+
+    base: the parameters of a stack that the deltas belong to; None for those of no stack.
+    """
     if "scale" in tree:
-        return {**tree, ENTRY: entries}
-    return {name: _with_entries(branch, entries) for name, branch in tree.items()}
+        shape = entries_B.shape if base is None else (_layers(base), *entries_B.shape)
+        return {**tree, ENTRY: jnp.broadcast_to(entries_B, shape)}
+    return {
+        name: _with_entries(branch, None if base is None else base[name], entries_B) for name, branch in tree.items()
+    }
 
 
-def _spread(tree: Mapping[str, Any], layers: int | None) -> dict[str, Any]:
-    """Deltas with zeros in the layers that they do not cover; None: not stacked, or unstacked after that was done."""
-    if layers is None:
+def _spread(tree: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    """Deltas with zeros in the layers that they do not cover.
+
+    base: the parameters of a stack that they belong to; None: not stacked, or unstacked after that was done.
+    """
+    if base is None:
         return dict(tree)
     if "scale" not in tree:
-        return {name: _spread(branch, layers) for name, branch in tree.items()}
+        return {name: _spread(branch, base[name]) for name, branch in tree.items()}
+    layers = _layers(base)
     rest = {name: leaf for name, leaf in tree.items() if name != "layer_numbers"}
     if len(rest) == len(tree) or tree["layer_numbers"].shape[0] == layers:
         return rest

@@ -1,5 +1,7 @@
 """RMSNorm and LayerNorm, computed in fp32."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from moe_reduce.models.weights import read
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale over the last `axes` axes, in fp32 (arXiv:1910.07467).
+    """x / rms(x) · factor over the last `axes` axes, in fp32 (arXiv:1910.07467).
 
     epsilon: added to the mean square; None: the model's norm_epsilon.
     """
@@ -24,7 +26,7 @@ class RMSNorm(nn.Module):
         x_float = x.astype(jnp.float32)
         mean = jnp.mean(jnp.square(x_float), axis=over, keepdims=True)
         inverse = jax.lax.rsqrt(mean + (self.config.norm_epsilon if self.epsilon is None else self.epsilon))
-        scale = jnp.broadcast_to(read(self, "scale").astype(jnp.float32), x.shape)
+        scale = jnp.broadcast_to(factor(self.config, read(self, "scale").astype(jnp.float32)), x.shape)
         return (x_float * inverse * scale).astype(x.dtype)
 
 
@@ -45,5 +47,15 @@ class LayerNorm(nn.Module):
 
 def residual_norm(config: ModelConfig, name: str) -> RMSNorm | LayerNorm:
     """A norm of the residual stream, as a submodule called `name` of the calling module."""
-    kind = RMSNorm if config.norm == "rms" else LayerNorm
+    kind = LayerNorm if config.norm == "layer" else RMSNorm
     return kind(config, name=name)
+
+
+def factor(config: ModelConfig, scale: Any) -> Any:
+    """Multiplier of a norm, from its stored scale."""
+    return scale + 1 if config.norm == "centred_rms" else scale
+
+
+def stored_scale(config: ModelConfig, factor: Any) -> Any:
+    """Inverse of `factor`."""
+    return factor - 1 if config.norm == "centred_rms" else factor

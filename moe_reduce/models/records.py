@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from moe_reduce.core.config import ModelConfig
 
 MeshAxis = str | tuple[str, ...] | None
 FSDP = ("fsdp", "expert")  # for all parameters but experts, the mesh's expert axis is a second fsdp axis
+ATTENTION, LINEAR_ATTENTION = "attention", "linear_attention"  # parts of a layer, of which it has one
 STACK, FIRST_STACK = "layers", "dense_layers"  # keys of the stacked layers; dense ones before experts lie apart
 ROUTER_BIAS = "layers/router_bias"  # path of the selection biases, which load balancing updates without a gradient
 
@@ -27,8 +30,8 @@ class Parameter:
     layer's values. component: name in counts and in `components=`. decays: whether AdamW decays it. precision:
     `compute` is cast to the compute dtype where it is used; `float32` is used in fp32; `float32_stored` is used in
     fp32, and runs also hold and save it in fp32. mesh_axes: mesh axis for each axis. inputs, outputs: axes that a
-    product contracts and produces; both empty unless the parameter is a matrix. first_layer: number of the layer that
-    comes first in the stack.
+    product contracts and produces; both empty unless the parameter is a matrix. layers: numbers of the layers that the
+    first axis stands for; empty if it does not number layers.
     """
 
     path: str
@@ -41,7 +44,7 @@ class Parameter:
     mesh_axes: tuple[MeshAxis, ...]
     inputs: str = ""
     outputs: str = ""
-    first_layer: int = 0
+    layers: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -52,11 +55,6 @@ class Parameter:
     def stacked(self) -> bool:
         """True where the first axis numbers layers."""
         return self.axes.startswith("N")
-
-    @property
-    def layers(self) -> range:
-        """Numbers of the layers of the stack; empty if the first axis does not number layers."""
-        return range(self.first_layer, self.first_layer + self.shape[0]) if self.stacked else range(0)
 
     @property
     def stack(self) -> str:
@@ -102,7 +100,9 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers with equal parameters, whose arrays are stacked: key among the parameters, layers, first layer's number.
+    """Layers whose arrays are stacked: key among the parameters, number of layers, first layer's number.
+
+    All have the same parameters, but for the kind of their attention.
 
     dense: True where the layers have a feed-forward block, False where they have experts.
     """
@@ -128,12 +128,20 @@ def stack_of(config: ModelConfig, layer: int) -> Stack:
     return next(stack for stack in stacks(config) if layer < stack.first + stack.layers)
 
 
+def layers_with(config: ModelConfig, stack: Stack, part: str) -> tuple[int, ...]:
+    """Numbers of the layers of a stack that have a part, the key below that of the stack."""
+    numbers = range(stack.first, stack.first + stack.layers)
+    if part not in (ATTENTION, LINEAR_ATTENTION):
+        return tuple(numbers)
+    return tuple(layer for layer in numbers if config.is_linear(layer) == (part == LINEAR_ATTENTION))
+
+
 @functools.cache
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     """Records of every parameter of a model, in path order."""
     found = [*_embeddings(config), *_norm(config, "final_norm", "D")]
     for stack in stacks(config):
-        found += [*_layer_norms(config, stack), *_attention(config, stack)]
+        found += [*_layer_norms(config, stack), *_attention(config, stack), *_linear_attention(config, stack)]
         found += _dense_block(config, stack) if stack.dense else _expert_layers(config, stack)
     if config.moe is not None:
         found += _experts(config)
@@ -158,6 +166,8 @@ def _sizes(config: ModelConfig, layers: int) -> dict[str, int]:
         "C": config.head_width, "V": config.vocab_size, "K": config.embedding_factor or 0,
         "F": (config.feed_forward_width or 0) if moe is None else moe.width, "E": 0 if moe is None else moe.experts,
     }  # fmt: skip
+    if config.linear is not None:
+        found |= {"R": config.linear.value_heads, "P": config.linear.taps}
     if latent is not None:
         unrotated = config.head_width - latent.rotary_width
         found |= {"L": latent.rank, "Q": latent.query_rank or 0, "Y": latent.cached_width, "W": latent.value_width}
@@ -183,10 +193,10 @@ def _vector(config: ModelConfig, path: str, axes: str, component: str, mesh_axes
 def _record(config: ModelConfig, path: str, axes: str, mesh_axes: Any, **named: Any) -> Parameter:
     """Record of a parameter. named: fields of Parameter, and `width`, the size of U."""
     stack = next((stack for stack in stacks(config) if path.startswith(f"{stack.key}/")), None)
-    sizes = _sizes(config, 0 if stack is None else stack.layers) | {"U": named.pop("width", 0)}
+    layers = () if stack is None or axes[0] != "N" else layers_with(config, stack, path.split("/")[1])
+    sizes = _sizes(config, len(layers)) | {"U": named.pop("width", 0)}
     mesh_axes = (None, *mesh_axes) if axes.startswith("N") else tuple(mesh_axes)
-    first = 0 if stack is None else stack.first
-    return Parameter(path, axes, tuple(sizes[x] for x in axes), mesh_axes=mesh_axes, first_layer=first, **named)
+    return Parameter(path, axes, tuple(sizes[x] for x in axes), mesh_axes=mesh_axes, layers=layers, **named)
 
 
 def _embeddings(config: ModelConfig) -> list[Parameter]:
@@ -208,16 +218,21 @@ def _embeddings(config: ModelConfig) -> list[Parameter]:
 def _attention(config: ModelConfig, stack: Stack) -> list[Parameter]:
     if config.latent is not None:
         return _latent_attention(config, f"{stack.key}/attention")
-    at, inward, heads = f"{stack.key}/attention", (FSDP, "tensor", None), ("tensor", None)
+    if not layers_with(config, stack, ATTENTION):
+        return []
+    at, inward, heads = f"{stack.key}/{ATTENTION}", (FSDP, "tensor", None), ("tensor", None)
+    # a head's gate lies behind its query
+    query = {"width": 2 * config.head_width} if config.output_gate else {}
+    channels = "U" if config.output_gate else "C"
     found = [
-        _matrix(config, f"{at}/query", "NDHC", "D HC", inward),
+        _matrix(config, f"{at}/query", f"NDH{channels}", f"D H{channels}", inward, **query),
         _matrix(config, f"{at}/key", "NDGC", "D GC", inward),
         _matrix(config, f"{at}/value", "NDGC", "D GC", inward),
         _matrix(config, f"{at}/output", "NHCD", "HC D", ("tensor", None, FSDP), std=residual_std(config)),
     ]
     if config.biases or config.attention_biases != "none":
         found += [
-            _vector(config, f"{at}/query_bias", "NHC", "bias", heads),
+            _vector(config, f"{at}/query_bias", f"NH{channels}", "bias", heads, **query),
             _vector(config, f"{at}/key_bias", "NGC", "bias", heads),
             _vector(config, f"{at}/value_bias", "NGC", "bias", heads),
         ]
@@ -250,8 +265,45 @@ def _latent_attention(config: ModelConfig, at: str) -> list[Parameter]:
     ]
 
 
+def _linear_attention(config: ModelConfig, stack: Stack) -> list[Parameter]:
+    """Records of Gated DeltaNet. Value heads are on axis R, the inputs that a convolution reads on axis P."""
+    linear = config.linear
+    if linear is None:
+        return []
+    at, component = f"{stack.key}/{LINEAR_ATTENTION}", LINEAR_ATTENTION
+
+    def inward(name: str, width: int) -> Parameter:
+        named = {"component": component, "width": width}
+        return _matrix(config, f"{at}/{name}", "NDU", "D U", (FSDP, "tensor"), **named)
+
+    if linear.joined:
+        projections = {"inputs": linear.channels + linear.values, "rates": 2 * linear.value_heads}
+    else:
+        rates = dict.fromkeys(("beta", "decay"), linear.value_heads)
+        projections = {"inputs": linear.channels, "gate": linear.values} | rates
+    std = residual_std(config)
+    outward = {"component": component, "width": linear.values, "std": std}
+    return [
+        *(inward(name, width) for name, width in projections.items()),
+        _matrix(config, f"{at}/output", "NUD", "U D", ("tensor", FSDP), **outward),
+        _vector(
+            config, f"{at}/convolution", "NUP", component, width=linear.channels,
+            init=nn.initializers.uniform(2 * linear.taps**-0.5),
+        ),
+        _vector(config, f"{at}/log_decay", "NR", component, ("tensor",), init=_log_decay_init),
+        _vector(config, f"{at}/decay_offset", "NR", component, ("tensor",), init=nn.initializers.ones),
+        _vector(config, f"{at}/norm/scale", "NU", "norm", width=linear.value_width, init=nn.initializers.ones),
+    ]  # fmt: skip
+
+
+def _log_decay_init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Logarithms of numbers between 0.01 and 16."""
+    return jnp.log(jax.random.uniform(key, shape, dtype, 0.01, 16.0))
+
+
 def _norm(config: ModelConfig, path: str, axes: str) -> list[Parameter]:
-    found = [_vector(config, f"{path}/scale", axes, "norm", init=nn.initializers.ones)]
+    init = nn.initializers.zeros if config.norm == "centred_rms" else nn.initializers.ones
+    found = [_vector(config, f"{path}/scale", axes, "norm", init=init)]
     if config.norm == "layer" and axes.endswith("D"):  # norms within attention have no bias
         found.append(_vector(config, f"{path}/bias", axes, "norm"))
     return found

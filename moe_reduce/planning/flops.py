@@ -28,14 +28,23 @@ def matmul_parameters_per_token(config: ModelConfig) -> int:
 def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of a forward pass: 2 for each matmul parameter, plus 4 · head width for each key that a query reads.
 
-    In latent attention half of these are for keys and half for values, which have a width of their own.
+    In latent attention half of these are for keys and half for values, which have a width of their own. In linear
+    attention a token reads its state twice and writes it once, 2 for each number and time, and a convolution precedes.
 
     The input embedding is a lookup and costs nothing, except for its projection if it is factorised.
     """
     width = config.head_width if config.latent is None else (config.head_width + config.latent.value_width) / 2
     attention = 4 * width * Visibility(config).keys_per_token(sequence_length)
     projection = 2 * (config.embedding_factor or 0) * config.width
-    return 2 * matmul_parameters_per_token(config) + attention + projection
+    return 2 * matmul_parameters_per_token(config) + attention + _linear_attention(config) + projection
+
+
+def _linear_attention(config: ModelConfig) -> int:
+    """FLOPs of a token's states in all layers with linear attention."""
+    if config.linear is None:
+        return 0
+    sizes = config.linear
+    return len(sizes.layers) * (6 * sizes.state_size + 2 * sizes.channels * sizes.taps)
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:

@@ -66,11 +66,16 @@ def weight_bytes(parameters: int, bits: float) -> int:
 def cache_bytes(model: ModelConfig, context: int, batch: int, bits: float) -> int:
     """Bytes of the keys and values of all layers, 2 · N · G · C · T · B · bits / 8; without an int8 cache's scales.
 
-    Latent attention caches one vector of its own width for all heads.
+    Latent attention caches one vector of its own width for all heads. A layer with linear attention holds a state in
+    fp32 and the last inputs of its convolution in 16 bits, whatever the context and the cache's dtype.
     """
     heads = 2 * model.key_value_heads * model.head_width
     width = heads if model.latent is None else model.latent.cached_width
-    return round(model.layers * width * context * batch * bits / 8)
+    linear = 0 if model.linear is None else len(model.linear.layers)
+    states = 0
+    if model.linear is not None:
+        states = linear * batch * (4 * model.linear.state_size + 2 * (model.linear.taps - 1) * model.linear.channels)
+    return round((model.layers - linear) * width * context * batch * bits / 8) + states
 
 
 def activation_bytes(model: ModelConfig, batch: int) -> int:

@@ -262,6 +262,9 @@ def _check(config: ModelConfig) -> None:
     moe = config.moe
     parts = {
         "latent attention": config.latent is not None,
+        "linear attention": config.linear is not None,
+        "an output gate": config.output_gate,
+        "zero-centred norms": config.norm == "centred_rms",
         "a window in some layers only": config.window_pattern is not None,
         "dense layers before experts": config.dense_layers > 0,
         "a clamped SwiGLU": config.feed_forward == "clamped_swiglu",

@@ -9,6 +9,7 @@ from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.models.activations import Gated
 from moe_reduce.models.model import Model
+from moe_reduce.models.norms import factor, stored_scale
 from moe_reduce.models.parameters import Parameter, ffn_norm_scale, only_record, parameters, select
 from moe_reduce.reduction.transform import Leaves, moe_of, transform
 
@@ -36,9 +37,9 @@ def canonical(model: Model, seed: int = 0) -> Model:
 
     def fold(leaves: Leaves) -> Leaves:
         wide = {path: leaf.astype(jnp.float32) for path, leaf in leaves.items()}
-        scale_ND = wide[norm.path]
+        scale_ND = factor(config, wide[norm.path])
         folded = {record.path: wide[record.path] * _spread(scale_ND, record, "D") for record in readers}
-        folded[norm.path] = jnp.ones_like(scale_ND)
+        folded[norm.path] = stored_scale(config, jnp.ones_like(scale_ND))
         size_N = _output_sizes(
             {name: (wide | folded)[record.path] for name, record in experts.items()}, activation, seed
         )

@@ -15,6 +15,7 @@ from moe_reduce.core.schemes import Scheme
 from moe_reduce.core.stages import PoolStage
 from moe_reduce.families import Leaf, leaves, read_config
 from moe_reduce.models.model import Model
+from moe_reduce.models.norms import factor
 from moe_reduce.models.parameters import ROUTER_BIAS, ffn_norm_scale, only_record
 from moe_reduce.reduction.pool import LOSSLESS_BIAS, foreign_bias, home_experts, pool
 from moe_reduce.reduction.prune import check_kept, prune
@@ -287,7 +288,7 @@ def _largest_logits(directory: Directory) -> np.ndarray:
     found = []
     for layer in range(config.expert_layers):
         w_DE = directory.view(router, (layer,) if router.stacked else ()).astype(np.float32)
-        scale_D = directory.view(scale, (layer,)).astype(np.float32)
+        scale_D = factor(config, directory.view(scale, (layer,)).astype(np.float32))
         largest_E = np.linalg.norm(w_DE * scale_D[:, None], axis=0) * np.sqrt(np.float32(config.width))
         if directory.moe.biases:
             bias = directory.layout("router", "bias")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_reduce.core.attention_config import LINEAR, LinearAttention
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.model_config import FULL, WINDOWED
@@ -40,20 +41,21 @@ def drop_layers(model: Model, layers: Sequence[int]) -> Model:
     stacked = [record for record in parameters(model.config) if record.stacked]
 
     def drop(leaves: Leaves) -> Leaves:
-        return {record.path: _kept(leaves[record.path], record, kept) for record in stacked}
+        left = [record for record in stacked if set(record.layers) & set(kept)]
+        return {record.path: _kept(leaves[record.path], record, kept) for record in left}
 
     return transform(model, _with_layers(model.config, kept), stacked, drop, slices=True)
 
 
 def _kept(value: Value, record: Parameter, kept: list[int]) -> Value:
     """The kept layers of a stack."""
-    places = np.array([layer - record.first_layer for layer in kept if layer in record.layers])
+    places = np.array([record.layers.index(layer) for layer in kept if layer in record.layers])
     return map_parts(lambda _, part: part[places], record, value)
 
 
 def _with_layers(config: ModelConfig, kept: list[int]) -> ModelConfig:
     """The configuration of the kept layers; a pattern that has become uniform is left out."""
-    config = dataclasses.replace(config, layers=len(kept))
+    config = dataclasses.replace(config, layers=len(kept), linear=_linear(config, kept))
     if config.window_pattern is None:
         return config
     pattern = "".join(config.window_pattern[layer] for layer in kept)
@@ -61,6 +63,14 @@ def _with_layers(config: ModelConfig, kept: list[int]) -> ModelConfig:
         return dataclasses.replace(config, window_pattern=None)
     window = config.sliding_window if WINDOWED in pattern else None
     return dataclasses.replace(config, sliding_window=window, window_pattern=None if window is None else pattern)
+
+
+def _linear(config: ModelConfig, kept: list[int]) -> LinearAttention | None:
+    """Linear attention of the kept layers; None if none of them has it."""
+    if config.linear is None:
+        return None
+    pattern = "".join(config.linear.pattern[layer] for layer in kept)
+    return dataclasses.replace(config.linear, pattern=pattern) if LINEAR in pattern else None
 
 
 def block_influence(model: Model, batches: Iterable[Batch]) -> np.ndarray:

@@ -32,7 +32,14 @@ from moe_reduce.storage.parameter_tensors import widest
 from moe_reduce.training.task import Batch
 
 CHUNK_BYTES = 40 * 1024**2  # size of the experts that are in memory at a time
-ATTENTION_HALF = ("attention", "norm", "bias", "sinks")  # components of the attention half of a layer
+ATTENTION_HALF = (
+    "attention",
+    "linear_attention",
+    "norm",
+    "bias",
+    "sinks",
+)  # components of the attention half of a layer
+Kind = tuple[bool | None, bool]  # of a layer: whether it has a window (None: all are alike), and linear attention
 DENSE_LAYER = (*ATTENTION_HALF, "feed_forward")
 
 
@@ -57,7 +64,7 @@ def collect(directory: Directory, batches: Sequence[Batch], execution: Execution
     for layer in tqdm(range(config.layers), unit="layer", disable=not sys.stderr.isatty()):
         if layer < config.dense_layers:
             params = _layer_params(directory, layer, DENSE_LAYER)
-            windowed = layer_windowed(config, layer)
+            windowed = layer_windowed(config, layer)  # linear attention is only in layers with experts
             states = [_dense(config, execution, windowed, params, x_BTD) for x_BTD in states]
             continue
         states, sums = _layer(directory, layer, states, weights, execution)
@@ -83,8 +90,8 @@ def _layer(directory: Directory, layer: int, states: list, weights: list, execut
     router = _layer_params(directory, layer, ("router", "router_bias", "score_offset"))
     shared = _layer_params(directory, layer, ("shared_expert",))
     gain_D = _read(directory, directory.layout("output_gain"), row) if moe.output_gain else jnp.ones(config.width)
-    windowed = layer_windowed(config, layer)
-    attended = [attend(config, execution, half, router, x_BTD, windowed) for x_BTD in states]
+    kind = layer_windowed(config, layer), config.is_linear(layer)
+    attended = [attend(config, execution, half, router, x_BTD, kind) for x_BTD in states]
     outputs: list[Any] = [None] * len(states)
     for first, experts in _chunks(directory, row, execution.products):
         for batch, (_, normed_BTD, chosen_BTA, weights_BTA) in enumerate(attended):
@@ -125,10 +132,11 @@ def _positions(x_BTD: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 5))
-def attend(config: ModelConfig, execution: ExecutionConfig, half, router, x_BTD, windowed: bool | None = None):
+def attend(config: ModelConfig, execution: ExecutionConfig, half, router, x_BTD, kind: Kind = (None, False)):
     """Return the residual stream after attention, the experts' input, and the chosen experts with their weights."""
     batch, time, _ = x_BTD.shape
-    applied: Any = AttentionHalf(config, execution, windowed).apply({"params": half}, x_BTD, _positions(x_BTD))
+    module = AttentionHalf(config, execution, *kind)
+    applied: Any = module.apply({"params": half}, x_BTD, _positions(x_BTD))
     x_BTD, normed_BTD = applied
     routing: Any = LayerRouter(config, execution).apply({"params": router}, normed_BTD)
     shape = (batch, time, -1)
@@ -158,9 +166,9 @@ def _layer_params(directory: Directory, layer: int, components: Sequence[str]) -
     """Parameters of these components in one layer, as its modules name them; {} if it has none."""
     stack: Stack = stack_of(directory.config, layer)
     found = {
-        leaf.path: _read(directory, leaf, layer - stack.first)
+        leaf.path: _read(directory, leaf, leaf.record.layers.index(layer))
         for leaf in leaves(directory.config)
-        if leaf.record.stack == stack.key and leaf.record.component in components
+        if leaf.record.stack == stack.key and leaf.record.component in components and layer in leaf.record.layers
     }
     return trees.unflatten(found).get(stack.key, {})
 

@@ -3,6 +3,7 @@
 A quantised weight consists of several tensors: see quantised.py.
 """
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -49,6 +50,7 @@ def check_names(files: Tensors, config: ModelConfig) -> None:
     if tied and family.input_table not in files.entries and family.output_table in files.entries:
         files.entries[family.input_table] = files.entries.pop(family.output_table)
     _keep_language_model(files, config)
+    _split_experts(files, config)
     parts = [part for leaf in leaves(config) for part in quantised.parts_of(leaf, files)]
     expected = {name: part.stored_shape for part in parts for name in part.leaf.names()}
     for name, shape in expected.items():
@@ -80,6 +82,7 @@ def check_names(files: Tensors, config: ModelConfig) -> None:
 def _keep_language_model(files: Tensors, config: ModelConfig) -> None:
     """Rename the tensors of the language model of a multimodal one, and forget the others, which stderr says."""
     expected = [name for leaf in leaves(config) for name in leaf.names()]
+    expected += [name.format(layer=layer) for name in of_config(config).fused for layer in range(config.layers)]
     names = text_part.renamed(files.entries, expected, of_config(config).input_table)
     others = sorted(set(files.entries) - set(names.values()))
     if not names:
@@ -90,6 +93,26 @@ def _keep_language_model(files: Tensors, config: ModelConfig) -> None:
     if others:
         what = f"{len(others)} tensors, such as {others[0]}, are not of the language model"
         print(f"{files.directory}: {what} and are not read", file=sys.stderr)
+
+
+def _split_experts(files: Tensors, config: ModelConfig) -> None:
+    """Name the parts of tensors that hold all experts of a layer, as if each expert had its own tensors."""
+    experts = 0 if config.moe is None else config.moe.experts
+    for (fused, names), layer in itertools.product(of_config(config).fused.items(), range(config.layers)):
+        name = fused.format(layer=layer)
+        if name not in files.entries:
+            continue
+        entry = files.entries.pop(name)
+        if len(entry.shape) != 3 or entry.shape[0] != experts or entry.shape[1] % len(names):
+            raise UserError(
+                f"tensor {name} in {entry.file} has shape {entry.shape}, config.json says {experts} experts: fix one"
+            )
+        shape = (entry.shape[1] // len(names), entry.shape[2])
+        size = math.prod(shape) * entry.dtype.itemsize
+        for place, (expert, part) in enumerate(itertools.product(range(experts), names)):
+            start = entry.start + place * size
+            there = dataclasses.replace(entry, shape=shape, start=start, stop=start + size)
+            files.entries[part.format(layer=layer, expert=expert)] = there
 
 
 def left_out(files: Tensors, config: ModelConfig) -> list[str]:

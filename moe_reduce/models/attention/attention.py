@@ -35,6 +35,9 @@ class Attention(nn.Module):
     ) -> jax.Array:
         config = self.config
         q_BTHC, k_BTGC, v_BTGC = (linear(self, name, x_BTD) for name in ("query", "key", "value"))
+        gate_BTHC = None
+        if config.output_gate:
+            q_BTHC, gate_BTHC = jnp.split(q_BTHC, 2, axis=-1)
         if config.qk_norm:
             axes = 2 if config.qk_norm_scope == "projection" else 1
             q_BTHC = RMSNorm(config, axes, name="query_norm")(q_BTHC)
@@ -56,7 +59,8 @@ class Attention(nn.Module):
             allowed = visibility.with_cache(positions_BT, past["keys"].shape[2])
             return cached_attention(q_BTHC, k_BTGC, v_BTGC, past, allowed, softmax)
 
-        return linear(self, "output", by_window(config, windowed, mixed))
+        mixed_BTHC = by_window(config, windowed, mixed)
+        return linear(self, "output", mixed_BTHC if gate_BTHC is None else mixed_BTHC * jax.nn.sigmoid(gate_BTHC))
 
 
 def by_window(config: ModelConfig, windowed: Windowed, run: Callable[[int | None], jax.Array]) -> Any:

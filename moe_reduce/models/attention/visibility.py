@@ -71,8 +71,8 @@ class Visibility:
         return splash_attention_mask.CausalMask((time, time))
 
     def keys_per_token(self, sequence_length: int) -> float:
-        """Mean number of keys that a token of a sequence sees, summed over layers and query heads."""
-        layers = self.config.layers
+        """Mean number of keys that a token of a sequence sees, summed over query heads and layers with softmax."""
+        layers = sum(not self.config.is_linear(layer) for layer in range(self.config.layers))
         if self.config.sliding_window is None:
             return layers * self.config.query_heads * (sequence_length + 1) / 2
         windows = (min(self.config.window(layer) or sequence_length, sequence_length) for layer in range(layers))
