@@ -81,14 +81,15 @@ def delta_rule(steps: Steps, state_BRCW: jax.Array, starts_BT: jax.Array | None 
 
 def _chunk(steps: Steps, starts_BP: jax.Array | None) -> Chunk:
     """A chunk. steps: with heads before tokens."""
-    *arrays, decay_BRP = steps
+    q_BRPC, k_BRPC, v_BRPW, beta_BRP, decay_BRP = steps
     total_BRP = jnp.cumsum(decay_BRP, axis=2)
     if starts_BP is None:
-        return Chunk(*arrays, total_BRP, None)
+        return Chunk(q_BRPC, k_BRPC, v_BRPW, beta_BRP, total_BRP, None)
     # sums never grow, so that the least one in front of a start up to here is that of the latest start
     before_BRP = jnp.where(starts_BP[:, None], total_BRP - decay_BRP, 0)
     total_BRP = total_BRP - jax.lax.cummin(before_BRP, axis=2)
-    return Chunk(*arrays, total_BRP, jnp.cumsum(starts_BP.astype(jnp.int32), axis=1))
+    counts_BP = jnp.cumsum(starts_BP.astype(jnp.int32), axis=1)
+    return Chunk(q_BRPC, k_BRPC, v_BRPW, beta_BRP, total_BRP, counts_BP)
 
 
 def _run(state_BRCW: jax.Array, first_BRCW: jax.Array, chunk: Chunk) -> tuple[jax.Array, jax.Array]:
