@@ -81,13 +81,15 @@ def test_quantised_layers_of_different_sizes(model, tmp_path, capsys):
     assert "--scope=layer" in line
 
 
-def test_quantised_weights_are_not_scored_layer_by_layer(model, tmp_path, capsys):
+def test_quantised_weights_are_scored_layer_by_layer(model, tmp_path):
     moe_reduce.save(quantise_int8(model), tmp_path / "model")
     np.save(tmp_path / "tokens.npy", TOKENS)
     arguments = [f"--model={tmp_path / 'model'}", f"--data={tmp_path / 'tokens.npy'}", "--sequence-length=8"]
-    assert main(["score", *arguments, "--layer-wise", f"--out={tmp_path / 'scores.json'}"]) == 2
-    assert "score it without --layer-wise" in capsys.readouterr().err
-    assert main(["score", *arguments, f"--out={tmp_path / 'scores.json'}"]) == 0
+    assert main(["score", *arguments, "--layer-wise", f"--out={tmp_path / 'layers.json'}"]) == 0
+    assert main(["score", *arguments, f"--out={tmp_path / 'whole.json'}"]) == 0
+    layers, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("layers", "whole"))
+    assert layers["counts"] == whole["counts"]
+    np.testing.assert_allclose(layers["scores"]["reap"], whole["scores"]["reap"], rtol=1e-5)
 
 
 def test_integers_of_another_program_are_refused_by_name(model, tmp_path, capsys):
