@@ -236,7 +236,8 @@ def test_a_bf16_base_and_a_bf16_computation_are_reported(finished, tmp_path):
     assert report["largest_logit_difference"] > 1e-4 * report["largest_logit"], "bf16 rounds what fp32 did not"
 
 
-@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), "layer"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "layer"])
 def test_eight_devices_adapt_as_one_does(tmp_path, kind):
     file = write(tmp_path, kind)
     losses = []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,17 @@ TOKENS_BT = tokens()
 DENSE = ("qwen2", "mistral")
 MIXTURES = [(kind, number) for kind, number in KINDS if kind not in DENSE]
 LONG = ("qwen3_next", "qwen3_5_moe_text")  # of four layers, of two kinds
-# the second configuration of each family, whose programs are compiled anew, with the slow tests
-SLOW = [case for case in KINDS if case[1] or case[0] in LONG]
-LATER = [pytest.param(*case, marks=pytest.mark.slow) if case in SLOW else case for case in MIXTURES]
-EVERY = [pytest.param(*case, marks=pytest.mark.slow) if case in SLOW else case for case in KINDS]
-LOGITS = [pytest.param(*case, marks=pytest.mark.slow) if case[1] and case[0] in LONG else case for case in KINDS]
+FURTHEST = ("gpt_oss", "deepseek_v3")  # between them they have most of what a mixture may have
+
+
+def slow_if(slow: Callable[[str, int], bool], cases: Sequence[tuple[str, int]]) -> list[Any]:
+    """Cases, of which some are for the slow tests, because every family and configuration compiles programs anew."""
+    return [pytest.param(*case, marks=[pytest.mark.slow] * slow(*case)) for case in cases]
+
+
+LOGITS = slow_if(lambda _, number: number > 0, KINDS)
+EVERY = slow_if(lambda kind, number: number > 0 or kind in LONG, KINDS)
+LATER = slow_if(lambda kind, number: number > 0 or kind not in FURTHEST, MIXTURES)
 
 
 def assert_close(ours: Any, theirs: Any, name: str, tolerance: float = TOLERANCE):

@@ -34,7 +34,7 @@ def wide(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, **WIDE, feed_forward_width=width, moe=moe)
 
 
-@pytest.fixture(params=["tiny_dense", "tiny_neox", "tiny_layer_moe"])
+@pytest.fixture(params=["tiny_dense", pytest.param("tiny_neox", marks=pytest.mark.slow), "tiny_layer_moe"])
 def config(request: pytest.FixtureRequest) -> ModelConfig:
     return wide(request.getfixturevalue(request.param))
 

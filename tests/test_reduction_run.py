@@ -112,6 +112,7 @@ def _changed(before, after):
     return {path for path in old if not np.array_equal(np.asarray(old[path]), np.asarray(new[path]))}
 
 
+@pytest.mark.slow
 def test_eight_devices_reduce_as_one_does(finished, tmp_path):
     mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "expert")]
     order = "--config.order=pool,anneal,prune_50"

@@ -91,7 +91,8 @@ def test_eight_devices_compute_what_one_does(on_one_device, tmp_path, kind, shap
 
 
 @pytest.mark.parametrize(
-    ("kind", "mesh"), [("dense", {"fsdp": 2, "tensor": 2}), ("shared", {"expert": 2, "tensor": 2})]
+    ("kind", "mesh"),
+    [pytest.param("dense", {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow), ("shared", {"expert": 2, "tensor": 2})],
 )
 def test_bf16_products_go_over_a_mesh(tmp_path, kind, mesh):
     """Where nothing pins their operands in memory, as on one device."""
