@@ -9,11 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from test_adapters import disturbed
 
 import moe_reduce
+from moe_reduce.adapters import adapter as adapters
+from moe_reduce.adapters import bank
+from moe_reduce.adapters.merging import merge
+from moe_reduce.adapters.targets import targets_of, word_of
 from moe_reduce.core import trees
 from moe_reduce.core.attention_config import LinearAttention
-from moe_reduce.core.config import ExecutionConfig, GenerateConfig, ModelConfig, MoEConfig
+from moe_reduce.core.config import AdapterConfig, ExecutionConfig, GenerateConfig, ModelConfig, MoEConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.families import own_config
 from moe_reduce.inference.generate import generate, prepared
@@ -164,6 +169,23 @@ def assert_shapes(model: Model):
     assert {path: leaf.shape for path, leaf in trees.flatten(model.params).items()} == {
         path: leaf.shape for path, leaf in expected.items()
     }
+
+
+def test_an_adapter_of_some_layers_computes_what_the_merged_model_does():
+    model = made(longer("lsls"))
+    config = AdapterConfig(method="lora", rank=2, targets="attention", layers="2+3")
+    targets = {word_of(target) for target in targets_of(config, model.config)}
+    assert targets == {f"linear_{name}@2" for name in ("in", "gate", "beta", "decay", "out")} | {
+        f"{name}@3" for name in "qkvo"
+    }
+    adapter = disturbed(adapters.init(config, model), 0)
+    ids = tokens(1, LENGTH)
+    active = adapters.activate(model, adapter)(ids)
+    np.testing.assert_allclose(active, merge(model, adapter)(ids), atol=1e-4)
+    assert np.abs(active - model(ids)).max() > 1e-2
+    in_bank = bank.activate(model, [None, adapter])
+    run = jax.jit(lambda entries: in_bank.apply({"tokens": ids, "adapter": entries}).logits_BTV)
+    np.testing.assert_allclose(run(jnp.asarray([1], jnp.int32)), active, atol=1e-4)
 
 
 def test_a_model_of_our_own_family_is_read_again(model: Model, tmp_path: Path):

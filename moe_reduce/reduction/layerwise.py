@@ -32,13 +32,8 @@ from moe_reduce.storage.parameter_tensors import widest
 from moe_reduce.training.task import Batch
 
 CHUNK_BYTES = 40 * 1024**2  # size of the experts that are in memory at a time
-ATTENTION_HALF = (
-    "attention",
-    "linear_attention",
-    "norm",
-    "bias",
-    "sinks",
-)  # components of the attention half of a layer
+# components of the attention half of a layer
+ATTENTION_HALF = ("attention", "linear_attention", "norm", "bias", "sinks")
 Kind = tuple[bool | None, bool]  # of a layer: whether it has a window (None: all are alike), and linear attention
 DENSE_LAYER = (*ATTENTION_HALF, "feed_forward")
 
