@@ -11,12 +11,14 @@ import pytest
 
 import moe_reduce
 from moe_reduce.__main__ import main
+from moe_reduce.core import trees
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.schemes import parse
 from moe_reduce.families import read_config
 from moe_reduce.models.decoder import init_params
 from moe_reduce.models.model import Model
+from moe_reduce.models.weights import is_quantised
 from moe_reduce.storage.tensors import TensorFiles
 
 WHY = "needs the package compressed-tensors"
@@ -145,3 +147,55 @@ def test_a_model_of_the_library_is_read(tmp_path, tiny_dense):
     (tmp_path / "out/config.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="weights of 3 int group 128 are not supported"):
         moe_reduce.load(tmp_path / "out")
+
+
+MIXTURE = {
+    "hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2,
+    "vocab_size": 61, "num_hidden_layers": 2,
+}  # fmt: skip
+FORMS = {
+    "int8": ("pack-quantized", "int-quantized"),
+    "int4-g32": ("pack-quantized",),
+    "fp8": ("float-quantized",),
+    "experts=int4-g64,attention=int8": ("pack-quantized", "int-quantized"),
+    "experts=int8,attention=fp8": ("pack-quantized", "float-quantized"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FORMS)
+def test_transformers_opens_mixtures(tmp_path, name):
+    from transformers_models import written
+
+    written(tmp_path / "model", "qwen3_moe", **MIXTURE)
+    options = [f"--scheme={name}", "--format=compressed-tensors", f"--out={tmp_path / 'out'}"]
+    assert main(["quantize", f"--model={tmp_path / 'model'}", *options]) == 0
+    groups = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["config_groups"].values()
+    assert sorted(group["format"] for group in groups) == sorted(FORMS[name])
+    ours, model = moe_reduce.load(tmp_path / "out"), theirs(tmp_path / "out", True)
+    flat = {path: as_read(leaf) for path, leaf in trees.flatten(ours.params).items()}
+    for number, layer in enumerate(model.model.layers):
+        gate, up, down = (flat[f"layers/experts/{name}"][number].swapaxes(1, 2) for name in ("gate", "up", "down"))
+        np.testing.assert_array_equal(
+            np.concatenate([gate, up], axis=1), layer.mlp.experts.gate_up_proj.float().detach()
+        )
+        np.testing.assert_array_equal(down, layer.mlp.experts.down_proj.float().detach())
+    with torch.no_grad():
+        expected = model(torch.tensor(TOKENS_BT)).logits.numpy()
+    tolerance = 2e-2 if "int4" in name else 2e-5  # transformers multiplies such experts in bf16
+    np.testing.assert_allclose(ours(TOKENS_BT), expected, rtol=1e-4, atol=tolerance * np.abs(expected).max())
+
+
+def as_read(leaf: Any) -> Any:
+    """Values as the package dequantises them: in the dtype of the scales, which is bf16 for groups."""
+    return np.asarray(leaf.dequantised(leaf.scales.dtype), np.float32) if is_quantised(leaf) else leaf
+
+
+def test_experts_that_transformers_does_not_open_are_refused(tmp_path, capsys):
+    from transformers_models import written
+
+    written(tmp_path / "model", "qwen3_moe", **MIXTURE)
+    for name in ("int4-affine-g32", "fp8-block"):
+        options = [f"--scheme={name}", "--format=compressed-tensors", f"--out={tmp_path / 'out'}"]
+        assert main(["quantize", f"--model={tmp_path / 'model'}", *options]) == 2
+        assert f"transformers opens no experts of {name}" in capsys.readouterr().err

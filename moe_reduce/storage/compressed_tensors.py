@@ -1,12 +1,13 @@
 """The layouts of compressed-tensors, which transformers and vLLM open with the package of that name.
 
-    pack-quantized         int4, and int8 of other programs: NAME_packed int32 [outputs, words], NAME_shape, NAME_scale
+    pack-quantized         int4, and int8 of experts: NAME_packed int32 [outputs, words], NAME_shape, NAME_scale
     int-quantized          int8: NAME int8 [outputs, inputs], NAME_scale
     float-quantized        fp8: NAME float8_e4m3fn [outputs, inputs], NAME_scale
     mxfp4-pack-quantized   mxfp4: NAME_packed uint8 [outputs, bytes], NAME_scale uint8
 
 Scales are [outputs, groups], [1] for a whole matrix, or [blocks, blocks]; NAME_zero_point goes with affine integers.
-Activations that another program would round are not rounded here.
+Activations that another program would round are not rounded here. Other programs pack all matrices of int8; experts
+must be packed, since transformers reads no others.
 """
 
 import re
@@ -81,13 +82,18 @@ class PackedBytes(Part):
         flipped = (np.ascontiguousarray(tensor).view(np.uint8) ^ 128).view(np.int8)
         return self.leaf.from_stored(flipped.reshape(self.leaf.stored_shape))
 
+    def to_disk(self, pieces: Sequence[tuple[Leaf, np.ndarray]]) -> np.ndarray:
+        """One tensor of words."""
+        flipped = np.ascontiguousarray(to_stored(pieces)).view(np.uint8) ^ 128
+        return flipped.view(WORDS).reshape(self.stored_shape)
 
-def parts(leaf: Leaf, scheme: Scheme, packed: bool = False) -> list[Part]:
-    """The arrays of a matrix. packed: int8 is packed in words, as int4 always is."""
+
+def parts(leaf: Leaf, scheme: Scheme, packed: bool | None = None) -> list[Part]:
+    """The arrays of a matrix. packed: int8 is packed in words, as int4 always is; None: as we write it."""
     inputs, outputs = leaf.record.matrix_shape
     groups, shared = scheme.scales(inputs, outputs)
     outer = shared if scheme.shares_outputs else None
-    found = _codes(leaf, scheme, packed)
+    found = _codes(leaf, scheme, leaf.record.per_expert if packed is None else packed)
     scales = leaf.part("_scale", groups, outer)
     shape = scales.stored_shape[:-1] if scheme.scope == "tensor" else None
     found.append(Part("scales", scales, (BYTES,) if scheme.code == "mxfp4" else FLOATS, shape))
@@ -186,17 +192,18 @@ def _arguments(scheme: Scheme) -> dict[str, Any]:
 
 def described(chosen: Sequence[tuple[Leaf, Scheme]]) -> dict[str, Any]:
     """`quantization_config` of a model; UserError for a matrix that the layout cannot hold."""
-    targets: dict[Scheme, list[str]] = {}
+    targets: dict[tuple[Scheme, str], list[str]] = {}
     for leaf, scheme in chosen:
         _check(leaf, scheme)
+        form = FORMATS["int4"] if scheme.code == "int8" and leaf.record.per_expert else FORMATS[scheme.code]
         module = re.sub(r"\\\{(layer|expert)\\\}", r"\\d+", re.escape(leaf.tensor.name.removesuffix(".weight")))
-        found = targets.setdefault(scheme, [])
+        found = targets.setdefault((scheme, form), [])
         if f"{REGULAR}{module}$" not in found:
             found.append(f"{REGULAR}{module}$")
-    formats = {FORMATS[scheme.code] for scheme in targets}
+    formats = {form for _, form in targets}
     groups = {
-        f"group_{number}": {"targets": modules, "weights": _arguments(scheme), "format": FORMATS[scheme.code]}
-        for number, (scheme, modules) in enumerate(targets.items())
+        f"group_{number}": {"targets": modules, "weights": _arguments(scheme), "format": form}
+        for number, ((scheme, form), modules) in enumerate(targets.items())
     }
     return {
         QUANTISATION_METHOD: METHOD,
@@ -213,8 +220,16 @@ def _check(leaf: Leaf, scheme: Scheme) -> None:
     if leaf.record.outputs_first:
         component = leaf.record.component
         raise UserError(f"{METHOD} opens no quantised token table: add {component}=keep, or choose --format=native")
+    if leaf.record.per_expert and leaf.stored_expert_axis is not None:
+        raise UserError(
+            f"{METHOD} has a tensor for each expert, {leaf.tensor.name} all of them: choose --format=native"
+        )
+    if leaf.record.per_expert and (scheme.affine or scheme.scope == "block"):
+        raise UserError(f"transformers opens no experts of {scheme} in {METHOD}: choose another, or --format=native")
     if leaf.parts > 1 and scheme.shares_outputs:
         raise UserError(f"{METHOD} has one {scheme} for all of {leaf.tensor.name}: choose fp8, or --format=native")
     inputs = leaf.record.matrix_shape[0]
     if scheme.code == "int4" and inputs % WORD:
         raise UserError(f"{METHOD} packs 8 inputs, and {leaf.path} has {inputs}: choose int8, or --format=native")
+    if scheme.code == "int8" and leaf.record.per_expert and inputs % WORDS.itemsize:
+        raise UserError(f"{METHOD} packs 4 inputs, and {leaf.path} has {inputs}: choose fp8, or --format=native")
