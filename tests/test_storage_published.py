@@ -128,6 +128,19 @@ def test_pruning_copies_codes_and_scales_byte_for_byte(tmp_path: Path, make):
     np.testing.assert_allclose(small(TOKENS_BT), expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_scales_of_blocks_may_be_bf16(tmp_path: Path):
+    """As in the FP8 files of Qwen3."""
+    quantised, _ = fp8_directories(tmp_path)
+    arrays = safetensors.torch.load_file(quantised / SINGLE_FILE)
+    short = {name: array.bfloat16() for name, array in arrays.items() if name.endswith("_scale_inv")}
+    safetensors.torch.save_file(arrays | short, quantised / SINGLE_FILE)
+    down = moe_reduce.load(quantised).params["layers"]["experts"]["down"]
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+    spread = short[f"{name}_scale_inv"].float().repeat_interleave(128, 0).repeat_interleave(128, 1)
+    values = arrays[name].float() * spread[: arrays[name].shape[0], : arrays[name].shape[1]]
+    np.testing.assert_array_equal(np.asarray(down.dequantised())[0, 2].T, values)
+
+
 def test_blocks_of_another_size_are_refused(tmp_path: Path):
     quantised, _ = fp8_directories(tmp_path)
     raw = json.loads((quantised / "config.json").read_text())
