@@ -1,9 +1,11 @@
 """Decoding speed beside llama.cpp on the same model and as many threads, in turns: int8 and Q8_0, int4 and Q4_0.
 
 llama.cpp runs through launch/llama_cpp.mjs, which says what it needs. Both sides decode the same prompt of token ids
-greedily at batch 1, and only tokens after the first count. Run it with nothing else on the machine.
+greedily at batch 1, and only tokens after the first count. Threads of llama.cpp wait for each other at every matrix, so
+on a busy machine compare one thread on one core.
 
-Command: NODE_LLAMA_CPP=DIR python launch/bench_llama_cpp.py --model=runs/smollm2  (writes docs/results/llama_cpp)
+Command: NODE_LLAMA_CPP=DIR taskset -c 0 python launch/bench_llama_cpp.py --model=runs/smollm2 --threads=1
+(writes docs/results/llama_cpp)
 """
 
 import argparse
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 from side_by_side import RESULTS, Run, Side, publish
 
-LAUNCH = Path(__file__).resolve().parent
+LAUNCH, SCRIPT = Path(__file__).resolve().parent, "launch/bench_llama_cpp.py"
 PAIRS = {"int8": "q8_0", "int4-g32": "q4_0"}  # formats with as many bits a weight, or nearly
 PROMPT = list(range(1, 17))
 BFLOAT16 = "bfloat16"
@@ -104,8 +106,8 @@ def main() -> None:
     publish(
         given.out,
         {
-            "title": f"Decoding {given.model.name} beside llama.cpp {release}, {given.threads} threads, batch 1",
-            "command": "python launch/bench_llama_cpp.py --model=runs/smollm2",
+            "title": f"Decoding {given.model.name} beside llama.cpp {release}, threads: {given.threads}, batch 1",
+            "command": f"NODE_LLAMA_CPP=DIR python {SCRIPT} --model=runs/smollm2 --threads={given.threads}",
             "columns": ["ours", "weights", "decoding", "llama.cpp", "file", "decoding", "ratio", "beside our bf16"],
             "rows": rows,
             "aims": {"ratio": 0.6, "beside our bf16": 1.3},
