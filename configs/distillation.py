@@ -16,11 +16,10 @@ from configs import reduce_small, small_qwen3_moe
 from moe_reduce.core import config as defaults
 
 KEEP = 48.0  # of 240 experts
-STEPS = 200  # of recovery; 4,096 tokens each
+STEPS = 120  # of recovery; 4,096 tokens each
 LOSSES = {
     "tuned": {},
     "half": {"teacher_weight": 0.5},
-    "whole": {"teacher_weight": 1.0},
 }
 ROUNDED = {  # while they train
     "tuned_int4": LOSSES["tuned"] | {"qat": "int4"},
@@ -37,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
     chains["half_rounded_to_ternary"] = pruned() | recovered(**LOSSES["half"]) | rounded("ternary")
     variants = {name: defaults.in_order(stages) for name, stages in chains.items()}
     config = reduce_small.reducing(small_qwen3_moe.get_config(), "runs/small_qwen3_moe/model", variants)
-    config.train.update(evaluate_every=200, checkpoint_every=200)
+    config.train.update(evaluate_every=120, checkpoint_every=120)
     return config
 
 

@@ -21,8 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.adapter.update(method="lora", targets="attention,mlp", rank=8)
     config.data.update(source=WIKITEXT2, validation_source=f"{WIKITEXT2}:validation", sequence_length=128)
     config.train.update(
-        steps=24, batch_size=8, learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=3, evaluate_every=24,
-        evaluate_batches=8, checkpoint_every=24,
+        steps=20, batch_size=4, learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=2, evaluate_every=20,
+        evaluate_batches=8, checkpoint_every=20,
     )  # fmt: skip
     bases = {name: {"model": f"runs/qlora/{name}"} for name in SCHEMES}
     config.variants = ml_collections.ConfigDict({"fp32": {"model": config.model}} | bases)
