@@ -14,7 +14,7 @@ for base in fp32 ${SCHEMES:-nf4 int4}; do
     directory="runs/qlora/$base"
     [[ -d "$directory" ]] || "$PYTHON" -m moe_reduce quantize --model="$MODEL" --scheme="$base" --clip=mse --out="$directory"
   fi
-  "$PYTHON" -m moe_reduce adapt --config=qlora_smollm2 --variant="$base" --workdir="runs/qlora/runs/$base" \
-    "--config.variants.$base.model=$directory" "${TEXTS[@]}" "$@"
+  "$PYTHON" -m moe_reduce adapt --config=qlora_smollm2 "--config.model=$directory" --workdir="runs/qlora/runs/$base" \
+    "${TEXTS[@]}" "$@"
 done
 "$PYTHON" "$ROOT/launch/qlora.py" --runs=runs/qlora/runs

@@ -29,7 +29,9 @@ from moe_reduce.training import optimizer
 cached_abstract_params = functools.cache(abstract_params)  # variants share many architectures
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("[!_]*.py"))
-FOR_ANY_MODEL = ("adapt", "adapt_profiles", "adapt_smollm2_uuid", "adapt_smollm2_wikitext2", "reduce")
+FOR_ANY_MODEL = (
+    "adapt", "adapt_profiles", "adapt_smollm2_uuid", "adapt_smollm2_wikitext2", "qlora_smollm2", "reduce",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
