@@ -52,9 +52,11 @@ MAKERS = {
 
 # one layout with a tensor for each expert, and one for all experts, are also read expert by expert
 CASES = [(name, layerwise.CHUNK_BYTES) for name in MAKERS] + [("gptq", 1), ("mxfp4", 1)]
+QUICK = (("fp8", layerwise.CHUNK_BYTES), ("gptq, act-order", layerwise.CHUNK_BYTES), ("mxfp4", 1))
+MARKED = [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
 
 
-@pytest.mark.parametrize(("name", "chunk_bytes"), CASES)
+@pytest.mark.parametrize(("name", "chunk_bytes"), MARKED)
 def test_scores_are_those_of_the_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, chunk_bytes: int):
     monkeypatch.setattr(layerwise, "CHUNK_BYTES", chunk_bytes)
     quantised, whole = MAKERS[name](tmp_path)
