@@ -5,7 +5,7 @@ text in the same order: on the next token alone (`tuned`), or mixed with the dis
 rounds all matrices but the routers to int4, except where they were rounded while they trained (`_int4`, `_ternary`).
 `unrecovered` is pruned and rounded only.
 Cost: two minutes a variant on one core.
-Expected: not run to the end yet; ./launch/distillation.sh makes the table.
+Expected: the table in docs/results/distillation.
 Command: ./launch/distillation.sh, or
 moe-reduce reduce --config=configs/distillation.py --config.model=runs/small_qwen3_moe/model --workdir=runs/distillation
 """
