@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from moe_reduce.core.config import ModelConfig, MoEConfig
-from moe_reduce.families import leaves
+from moe_reduce.families import parameter_layouts
 from moe_reduce.storage.model_directory import Contents, write_directory
 
 STD = 0.02
@@ -29,7 +29,7 @@ def config(layers: int, experts: int, width: int = 2048, hidden: int = 768) -> M
 def write(model: ModelConfig, out: Path, shard_bytes: int) -> None:
     """Writes tensor by tensor; each weight is a slice of one random block, at its own offset."""
     generator = np.random.default_rng(0)
-    largest = max(math.prod(leaf.stored_shape) for leaf in leaves(model))
+    largest = max(math.prod(leaf.stored_shape) for leaf in parameter_layouts(model))
     block = (STD * generator.standard_normal(largest + 4096, np.float32)).astype(ml_dtypes.bfloat16)
 
     def tensor(shape: tuple[int, ...], norm: bool):
@@ -45,7 +45,7 @@ def write(model: ModelConfig, out: Path, shard_bytes: int) -> None:
             np.dtype(ml_dtypes.bfloat16),
             tensor(leaf.stored_shape, "norm" in leaf.path),
         )
-        for leaf in leaves(model)
+        for leaf in parameter_layouts(model)
         for index in np.ndindex(leaf.stacked)
     )
     write_directory(Contents(model, items, "bfloat16", None, None, ()), out, shard_bytes=shard_bytes)

@@ -13,7 +13,7 @@ from moe_reduce.core.attention_config import LatentAttention, LinearAttention, R
 from moe_reduce.core.config import MeshConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig, to_dict
 from moe_reduce.core.config_dict import completed
 from moe_reduce.core.errors import UserError
-from moe_reduce.families import FAMILIES, Leaf, by_path, from_hf, leaves, of_config, to_hf
+from moe_reduce.families import FAMILIES, ParameterLayout, by_path, from_hf, of_config, parameter_layouts, to_hf
 from moe_reduce.families.key import Key
 from moe_reduce.families.layout import Tensor, layouts, to_stored
 from moe_reduce.models.parameters import Parameter, parameter_count, parameters
@@ -175,9 +175,9 @@ def test_config_json_there_and_back(name: str, config: ModelConfig):
 
 @pytest.mark.parametrize(("name", "config"), CASES)
 def test_every_parameter_has_a_layout_and_every_tensor_one_name(name: str, config: ModelConfig):
-    assert [leaf.path for leaf in leaves(config)] == [record.path for record in parameters(config)]
-    stored: dict[str, list[Leaf]] = {}
-    for leaf in leaves(config):
+    assert [leaf.path for leaf in parameter_layouts(config)] == [record.path for record in parameters(config)]
+    stored: dict[str, list[ParameterLayout]] = {}
+    for leaf in parameter_layouts(config):
         assert len(set(leaf.names())) == math.prod(leaf.stacked)
         for tensor in leaf.names():
             stored.setdefault(tensor, []).append(leaf)
@@ -195,7 +195,7 @@ def test_no_layout_is_left_over(family: families.Family):
 
 @pytest.mark.parametrize(("name", "config"), CASES)
 def test_tensors_hold_every_value_of_a_parameter_once(name: str, config: ModelConfig):
-    for leaf in leaves(config):
+    for leaf in parameter_layouts(config):
         shape = leaf.shape[len(leaf.stacked) :]
         array = np.arange(math.prod(shape)).reshape(shape)
         tensor = np.full(leaf.stored_shape, -1)
@@ -355,4 +355,4 @@ def test_a_scale_is_laid_out_like_its_matrix():
 def test_a_layout_numbers_the_leading_axes_only():
     record = Parameter("x", "DN", (2, 3), lambda *_: None, "x", False, "compute", (None, None))
     with pytest.raises(AssertionError):
-        Leaf(record, Tensor("x.{layer}")).stacked  # noqa: B018
+        ParameterLayout(record, Tensor("x.{layer}")).stacked  # noqa: B018

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from moe_reduce.core import trees
-from moe_reduce.families import from_hf, leaves, of_config
+from moe_reduce.families import from_hf, of_config, parameter_layouts
 from moe_reduce.models.parameters import abstract_params, parameter_count
 
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "attention_dropout": 0.0}
@@ -314,5 +314,5 @@ def test_a_published_config_has_the_parameters_of_its_files(name: str):
         parameters = counted(raw)
     assert parameter_count(config) == parameters
     assert sum(math.prod(leaf.shape) for leaf in trees.flatten(abstract_params(config)).values()) == parameters
-    assert len(leaves(config)) > 10
+    assert len(parameter_layouts(config)) > 10
     assert config.context == context

@@ -55,7 +55,7 @@ def test_logits_in_bf16_for_a_table_that_lies_either_way(turned):
 
 def test_three_passes_in_bf16_are_as_true_as_fp32():
     x_SI, matrix_IO, dy_SO = _normal(0, 64, 256, dtype="bfloat16"), _normal(1, 256, 32), _normal(2, 64, 32)
-    y_SO, vjp = jax.jit(lambda *a: jax.vjp(products.exact, *a))(x_SI, matrix_IO)
+    y_SO, vjp = jax.jit(lambda *a: jax.vjp(products.fp32_product, *a))(x_SI, matrix_IO)
     dx_SI, dmatrix_IO = vjp(dy_SO)
     x, dy = np.asarray(x_SI, np.float64), np.asarray(dy_SO.astype("bfloat16"), np.float64)
     matrix = np.asarray(matrix_IO, np.float64)
@@ -134,7 +134,7 @@ def test_a_bf16_pool_adds_up_its_gradient_in_fp32(dispatch):
         np.testing.assert_allclose(whole, part * calls, rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize(("multiply", "dtype"), [(products.product, "float32"), (products.exact, "bfloat16")])
+@pytest.mark.parametrize(("multiply", "dtype"), [(products.product, "float32"), (products.fp32_product, "bfloat16")])
 def test_leading_axes_batch_a_product(multiply, dtype):
     x_BSI = jax.random.normal(jax.random.key(0), (3, 5, 8)).astype(dtype)
     matrix_BIO, dy_BSO = (

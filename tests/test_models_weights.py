@@ -135,7 +135,7 @@ def test_an_adapter_is_part_of_an_exact_product_and_refused_on_a_transposed_one(
     delta = {"in": {"matrix": jnp.ones((4, 1))}, "out": {"matrix": jnp.ones((1, 4))}, "scale": jnp.float32(1)}
     np.testing.assert_allclose(matmul(x, Weight(matrix, delta)), 8)
     for dtype in (jnp.float32, jnp.bfloat16):
-        y = matmul(x.astype(dtype), Weight(matrix * (1 + 2**-20), delta, exact=True))
+        y = matmul(x.astype(dtype), Weight(matrix * (1 + 2**-20), delta, fp32_products=True))
         assert y.dtype == jnp.float32
         np.testing.assert_array_equal(y, 8 + 2**-18)
     with pytest.raises(AssertionError, match="take no adapter"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moe_reduce.families import from_hf, leaves
+from moe_reduce.families import from_hf, parameter_layouts
 
 ROOT = Path(__file__).resolve().parent.parent
 GIGABYTES = float(os.environ.get("MOE_REDUCE_TEST_GIGABYTES", "3"))  # of the directory that is pruned
@@ -44,7 +44,7 @@ sys.exit(status)
 def described(raw: dict[str, Any], stated: dict[str, Any]) -> Described:
     """The tensors of a quantised model."""
     found: Described = {}
-    for leaf in leaves(from_hf(raw)):
+    for leaf in parameter_layouts(from_hf(raw)):
         for name, shape in ((name, leaf.stored_shape) for name in leaf.names()):
             matrix = name.endswith("_proj.weight") or name.endswith(("gate_up_proj", "down_proj"))
             found |= dict(_parts(name, shape, stated["quant_method"])) if matrix else {name: ("BF16", shape)}

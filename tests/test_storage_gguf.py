@@ -19,7 +19,7 @@ from moe_reduce.__main__ import main
 from moe_reduce.core import trees
 from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizers import load_tokenizer
-from moe_reduce.families import leaves, read_config
+from moe_reduce.families import parameter_layouts, read_config
 from moe_reduce.storage import gguf as storage_gguf
 from moe_reduce.storage.parameter_tensors import open_tensors
 
@@ -65,7 +65,9 @@ def test_short_types_stay_as_they_are_unless_a_file_mixes_them(tmp_path: Path):
     write_llama(tmp_path / "tiny.gguf", Kind.BF16)
     flat = trees.flatten(moe_reduce.load(tmp_path / "tiny.gguf").params)
     matrices = {
-        str(flat[leaf.path].dtype) for leaf in leaves(read_config(tmp_path / "tiny.gguf")[0]) if leaf.record.is_matrix
+        str(flat[leaf.path].dtype)
+        for leaf in parameter_layouts(read_config(tmp_path / "tiny.gguf")[0])
+        if leaf.record.is_matrix
     }
     assert matrices == {"bfloat16"}
 

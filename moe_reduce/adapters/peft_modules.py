@@ -65,7 +65,7 @@ def output_sizes(model: ModelConfig) -> dict[str, int]:
     """Number of outputs of each module, by name."""
     return {
         leaf.module(index): leaf.stored_shape[0]
-        for leaf in families.leaves(model)
+        for leaf in families.parameter_layouts(model)
         if leaf.stored_shape
         for index in np.ndindex(leaf.stacked)
     }

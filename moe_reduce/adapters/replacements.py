@@ -11,17 +11,17 @@ from moe_reduce.adapters.leaves import is_abstract
 from moe_reduce.core import trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.families import Leaf
+from moe_reduce.families import ParameterLayout
 from moe_reduce.models.weights import is_quantised
 
 Slot = tuple[str, tuple[int, ...]]  # path of a parameter, and the index of a layer (and of an expert) in it
 Replacements = Mapping[Slot, np.ndarray]
 
 
-def places(model: ModelConfig) -> dict[str, list[tuple[Leaf, tuple[int, ...]]]]:
+def places(model: ModelConfig) -> dict[str, list[tuple[ParameterLayout, tuple[int, ...]]]]:
     """Parameters, and indices in them, that each tensor of a model directory holds, by the tensor's name."""
-    found: dict[str, list[tuple[Leaf, tuple[int, ...]]]] = {}
-    for leaf in families.leaves(model):
+    found: dict[str, list[tuple[ParameterLayout, tuple[int, ...]]]] = {}
+    for leaf in families.parameter_layouts(model):
         for index in np.ndindex(leaf.stacked):
             found.setdefault(leaf.name(index), []).append((leaf, index))
     return found

@@ -42,12 +42,28 @@ from moe_reduce.families import (
 from moe_reduce.families.family import CARRIED, Family
 from moe_reduce.families.gguf import EXPERTS, Gguf
 from moe_reduce.families.huggingface import HuggingFaceFamily
-from moe_reduce.families.layout import Leaf, layouts, to_stored
+from moe_reduce.families.layout import ParameterLayout, layouts, to_stored
 
 __all__ = [
-    "CONFIG_FILE", "FAMILIES", "MODEL_TYPE", "QUANTISATION", "QUANTISATION_METHOD", "Leaf", "by_path", "dumps",
-    "from_hf", "gguf_leaves", "gguf_values", "leaves", "named", "of_config", "own_config", "read_config", "to_hf",
-    "to_stored", "unwritten",
+    "CONFIG_FILE",
+    "FAMILIES",
+    "MODEL_TYPE",
+    "QUANTISATION",
+    "QUANTISATION_METHOD",
+    "ParameterLayout",
+    "by_path",
+    "dumps",
+    "from_hf",
+    "gguf_layouts",
+    "gguf_values",
+    "named",
+    "of_config",
+    "own_config",
+    "parameter_layouts",
+    "read_config",
+    "to_hf",
+    "to_stored",
+    "unwritten",
 ]  # fmt: skip
 
 CONFIG_FILE = "config.json"
@@ -100,22 +116,22 @@ def own_config(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, family=own.FAMILY.name)
 
 
-def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
+def parameter_layouts(config: ModelConfig) -> tuple[ParameterLayout, ...]:
     """Layout of every parameter on disk, in path order."""
     return tuple(by_path(config).values())
 
 
-def by_path(config: ModelConfig) -> Mapping[str, Leaf]:
+def by_path(config: ModelConfig) -> Mapping[str, ParameterLayout]:
     """The layouts of `leaves` by parameter path."""
     return _layouts(config.family, config)
 
 
 @functools.cache
-def _layouts(stated: str | None, config: ModelConfig) -> dict[str, Leaf]:
+def _layouts(stated: str | None, config: ModelConfig) -> dict[str, ParameterLayout]:
     return layouts(_family(stated, config).tensors, config)
 
 
-def gguf_leaves(config: ModelConfig) -> tuple[Leaf, ...]:
+def gguf_layouts(config: ModelConfig) -> tuple[ParameterLayout, ...]:
     """Layout of every parameter in a GGUF file, in path order, for a config that `read_config` read from one."""
     gguf = of_config(config).gguf
     assert gguf is not None, config.family

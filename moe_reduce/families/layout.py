@@ -38,7 +38,7 @@ class Tensor(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Leaf:
+class ParameterLayout:
     """Layout of one parameter. parts: number of parameters that share its tensors, itself included."""
 
     record: Parameter
@@ -146,7 +146,7 @@ class Leaf:
         order_C = np.arange(self._sizes["C"]).reshape(2, -1).T.reshape(-1)
         return np.take(array, order_C, self._inner_axes.index("C"))
 
-    def part(self, suffix: str, inputs: int, outputs: int | None = None) -> "Leaf":
+    def part(self, suffix: str, inputs: int, outputs: int | None = None) -> "ParameterLayout":
         """Layout of tensors that hold a part of a matrix, such as its scales, and whose names end in `suffix`.
 
         inputs: size of the axis I that replaces the input axes, 0 for none. outputs: the same for the output axes and
@@ -168,7 +168,7 @@ class Leaf:
         sides = matrix if inputs and outputs != 0 else {"inputs": "", "outputs": ""}
         part = dataclasses.replace(record, axes=letters, shape=shape, mesh_axes=mesh_axes, **sides)
         stored = None if self.tensor.axes is None else self._stored_part(letters)
-        return Leaf(part, self.tensor._replace(name=self.tensor.name + suffix, axes=stored), self.parts)
+        return ParameterLayout(part, self.tensor._replace(name=self.tensor.name + suffix, axes=stored), self.parts)
 
     def _stored_part(self, letters: str) -> str:
         """Axes on disk of a part with these axes in memory, whose tensor several parameters may share."""
@@ -181,14 +181,17 @@ class Leaf:
         return " ".join(filter(None, groups))
 
 
-def layouts(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Leaf]:
+def layouts(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, ParameterLayout]:
     """Layouts of all parameters of a model by path. tensors: by path, those of a family."""
     found = {record.path: (record, tensors[record.path]) for record in parameters(config)}
     shared = collections.Counter((record.stack, tensor.name) for record, tensor in found.values())
-    return {path: Leaf(record, tensor, shared[record.stack, tensor.name]) for path, (record, tensor) in found.items()}
+    return {
+        path: ParameterLayout(record, tensor, shared[record.stack, tensor.name])
+        for path, (record, tensor) in found.items()
+    }
 
 
-def to_stored(pieces: Sequence[tuple[Leaf, np.ndarray]]) -> np.ndarray:
+def to_stored(pieces: Sequence[tuple[ParameterLayout, np.ndarray]]) -> np.ndarray:
     """One tensor on disk, made of the pieces (layout, array) of all parameters that share it, or of a single one."""
     first, array = pieces[0]
     if first.parts == 1:

@@ -97,7 +97,7 @@ logits.defvjp(_logits_forward, _logits_backward)
 
 
 @jax.custom_vjp
-def exact(x_SI: jax.Array, matrix_IO: jax.Array) -> jax.Array:
+def fp32_product(x_SI: jax.Array, matrix_IO: jax.Array) -> jax.Array:
     """bf16 x · fp32 matrix, [S, O] in fp32: as accurate as an fp32 product, but by three bf16 passes of matrix units.
 
     An fp32 number is the sum of three bf16 numbers, and the product of two bf16 numbers is exact in fp32. The three
@@ -114,12 +114,12 @@ def exact(x_SI: jax.Array, matrix_IO: jax.Array) -> jax.Array:
     return dot(jnp.concatenate([x_SI] * 3, axis=-1), smallest_first, 1, 0, "plain", x_SI.ndim - 2)
 
 
-def _exact_forward(x_SI, matrix_IO):
-    return exact(x_SI, matrix_IO), (x_SI, matrix_IO)
+def _fp32_forward(x_SI, matrix_IO):
+    return fp32_product(x_SI, matrix_IO), (x_SI, matrix_IO)
 
 
-def _exact_backward(saved, dy_SO):
+def _fp32_backward(saved, dy_SO):
     return _product_backward("plain", saved, dy_SO.astype(jnp.bfloat16))
 
 
-exact.defvjp(_exact_forward, _exact_backward)
+fp32_product.defvjp(_fp32_forward, _fp32_backward)

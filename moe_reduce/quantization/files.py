@@ -17,7 +17,7 @@ from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
 from moe_reduce.core.schemes import Scheme
-from moe_reduce.families import Leaf, leaves, of_config, own_config
+from moe_reduce.families import ParameterLayout, of_config, own_config, parameter_layouts
 from moe_reduce.models.parameters import Parameter, by_path
 from moe_reduce.models.weights import Quantised, quantise
 from moe_reduce.models.weights.scales import Ranges, extremes
@@ -60,7 +60,7 @@ class Target:
         family = of_config(config)
         if family == of_config(own_config(config)):
             raise UserError(f"only moe_reduce opens this architecture ({family.name}): choose --format=native")
-        chosen = [(leaf, schemes[leaf.path]) for leaf in leaves(config) if leaf.path in schemes]
+        chosen = [(leaf, schemes[leaf.path]) for leaf in parameter_layouts(config) if leaf.path in schemes]
         return cls(config, schemes, compressed_tensors.parts, compressed_tensors.described(chosen))
 
 
@@ -140,9 +140,9 @@ def _listed(groups: Iterator[tuple[int, Iterator[Any]]]) -> Iterator[tuple[int, 
         yield number, list(pieces)
 
 
-def _pieces(config: ModelConfig) -> Iterator[tuple[int, Leaf, tuple[int, ...]]]:
+def _pieces(config: ModelConfig) -> Iterator[tuple[int, ParameterLayout, tuple[int, ...]]]:
     """Layer (-1 for what belongs to none), layout and indices of each tensor of each parameter."""
-    for leaf in leaves(config):
+    for leaf in parameter_layouts(config):
         for index in np.ndindex(leaf.stacked):
             yield index[0] if leaf.numbered.startswith("N") else -1, leaf, index
 
@@ -151,7 +151,7 @@ def _layer(
     directory: Directory, target: Target, rounding: Quantiser, pieces: list[Any], report: Report
 ) -> list[TensorItem]:
     """The tensors of one layer: quantised ones as arrays, the others as functions that read them."""
-    sources = {leaf.path: leaf for leaf in leaves(directory.config)}
+    sources = {leaf.path: leaf for leaf in parameter_layouts(directory.config)}
     records = by_path(target.config)
     tensors: dict[str, list[tuple[Part, Any]]] = {}
     items: dict[str, TensorItem] = {}
@@ -178,7 +178,7 @@ def _layer(
     return [*items.values(), *(_item(name, made) for name, made in tensors.items())]
 
 
-def _kept(directory: Directory, layouts: tuple[Leaf, Leaf], index: tuple[int, ...]) -> TensorItem:
+def _kept(directory: Directory, layouts: tuple[ParameterLayout, ParameterLayout], index: tuple[int, ...]) -> TensorItem:
     """A tensor that stays as it is; it is read when it is written."""
     source, leaf = layouts
     name, files = source.name(index), directory.files
@@ -197,7 +197,7 @@ def _item(name: str, made: list[tuple[Part, Any]]) -> TensorItem:
 def contents(directory: Directory, target: Target, items: list[TensorItem], step: Step) -> Contents:
     """The quantised model, as input of `model_directory.write_directory`. step: appended to the chain."""
     # config.json states the dtype of the parameters that are not quantised
-    first = next(leaf for leaf in leaves(directory.config) if leaf.path not in target.schemes)
+    first = next(leaf for leaf in parameter_layouts(directory.config) if leaf.path not in target.schemes)
     dtype = str(directory.files.entries[first.names()[0]].dtype)
     chain = (*directory.chain, step)
     return Contents(target.config, items, dtype, directory.path, directory.raw, chain, target.stated)

@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_reduce.core import trees
 from moe_reduce.core.config import ExecutionConfig
-from moe_reduce.families import Leaf, leaves
+from moe_reduce.families import ParameterLayout, parameter_layouts
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import Parameter, by_path, select
 from moe_reduce.models.weights import Quantised, is_quantised
@@ -100,13 +100,13 @@ class Streamed:
     def _embedding(self) -> tuple[Parameter, ...]:
         return select(self._directory.config, component="embedding")
 
-    def _stacked(self) -> list[Leaf]:
-        return [leaf for leaf in leaves(self._directory.config) if leaf.record.stacked]
+    def _stacked(self) -> list[ParameterLayout]:
+        return [leaf for leaf in parameter_layouts(self._directory.config) if leaf.record.stacked]
 
-    def _leaf(self, path: str) -> Leaf:
-        return next(leaf for leaf in leaves(self._directory.config) if leaf.path == path)
+    def _leaf(self, path: str) -> ParameterLayout:
+        return next(leaf for leaf in parameter_layouts(self._directory.config) if leaf.path == path)
 
-    def _read(self, leaf: Leaf, index: tuple[int, ...]) -> jax.Array:
+    def _read(self, leaf: ParameterLayout, index: tuple[int, ...]) -> jax.Array:
         """Read a parameter, or its values in one layer."""
         rest = leaf.stacked[len(index) :]
         if not rest:

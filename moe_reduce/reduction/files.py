@@ -13,7 +13,7 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step, originals
 from moe_reduce.core.schemes import Scheme
 from moe_reduce.core.stages import PoolStage
-from moe_reduce.families import Leaf, leaves, read_config
+from moe_reduce.families import ParameterLayout, parameter_layouts, read_config
 from moe_reduce.models.model import Model
 from moe_reduce.models.norms import factor
 from moe_reduce.models.parameters import ROUTER_BIAS, ffn_norm_scale, only_record
@@ -46,7 +46,7 @@ class Directory:
     @property
     def schemes(self) -> dict[str, Scheme | None]:
         """Scheme of each parameter by path; None for arrays."""
-        return {leaf.path: quantised.scheme_of(leaf, self.files) for leaf in leaves(self.config)}
+        return {leaf.path: quantised.scheme_of(leaf, self.files) for leaf in parameter_layouts(self.config)}
 
     @property
     def moe(self) -> MoEConfig:
@@ -55,12 +55,12 @@ class Directory:
             raise UserError(f"{self.path} is a dense model and has no experts: give a mixture of experts")
         return self.config.moe
 
-    def layout(self, component: str, name: str | None = None) -> Leaf:
+    def layout(self, component: str, name: str | None = None) -> ParameterLayout:
         """Layout on disk of a component's only parameter, or of the one called `name`."""
         path = only_record(self.config, component, name).path
-        return next(leaf for leaf in leaves(self.config) if leaf.path == path)
+        return next(leaf for leaf in parameter_layouts(self.config) if leaf.path == path)
 
-    def view(self, leaf: Leaf, index: tuple[int, ...] = ()) -> np.ndarray:
+    def view(self, leaf: ParameterLayout, index: tuple[int, ...] = ()) -> np.ndarray:
         """View of one tensor on disk, with the axes of the parameter that are not spread over several tensors."""
         return leaf.from_stored(self.files.read(leaf.name(index)))
 
@@ -73,7 +73,7 @@ def open_directory(path: Path) -> Directory:
     config, raw = read_config(path)
     files = open_tensors(path, config)
     check_names(files, config)
-    for leaf in leaves(config):
+    for leaf in parameter_layouts(config):
         for part in quantised.parts_of(leaf, files):
             part.check_dtypes(files)
             for name in () if part.dtypes else part.leaf.names():
@@ -93,10 +93,10 @@ def prune_files(directory: Directory, kept: KeptExperts, step: Step) -> Contents
     items = _pooled_items(directory, config, kept) if uneven else _smaller_items(directory, config, kept)
     carried = () if uneven else _carried_items(directory)
     # config.json states the dtype of the first parameter that is not quantised, which is usually the embedding
-    first = next(leaf for leaf in leaves(directory.config) if leaf.path not in directory.quantised)
+    first = next(leaf for leaf in parameter_layouts(directory.config) if leaf.path not in directory.quantised)
     dtype = str(directory.files.entries[first.names()[0]].dtype)
     chain = (*directory.chain, step)
-    schemes = {leaf.path: directory.schemes[_source(directory, leaf).path] for leaf in leaves(config)
+    schemes = {leaf.path: directory.schemes[_source(directory, leaf).path] for leaf in parameter_layouts(config)
                if leaf.path != ROUTER_BIAS}  # fmt: skip
     stated = quantised.restated(directory.files, schemes)
     items = itertools.chain(items, carried)
@@ -125,8 +125,8 @@ def _uneven(directory: Directory, kept: KeptExperts) -> bool:
     return directory.moe.placement == "layer" and len({len(row) for row in kept}) > 1
 
 
-def _layouts(directory: Directory) -> dict[str, Leaf]:
-    return {leaf.path: leaf for leaf in leaves(directory.config)}
+def _layouts(directory: Directory) -> dict[str, ParameterLayout]:
+    return {leaf.path: leaf for leaf in parameter_layouts(directory.config)}
 
 
 def _smaller_items(directory: Directory, config: ModelConfig, kept: KeptExperts) -> Iterator[TensorItem]:
@@ -159,7 +159,7 @@ def _carried_items(directory: Directory) -> Iterator[TensorItem]:
 def _parts(directory: Directory, config: ModelConfig) -> Iterator[tuple[Part, Part]]:
     """Each array of a parameter, before and after; a quantised one is several arrays."""
     before = _layouts(directory)
-    for leaf in leaves(config):
+    for leaf in parameter_layouts(config):
         old, files = before[leaf.path], directory.files
         scheme = quantised.scheme_of(old, files)
         if scheme is not None and not old.record.per_expert and old.record.expert_axis is not None:
@@ -167,7 +167,7 @@ def _parts(directory: Directory, config: ModelConfig) -> Iterator[tuple[Part, Pa
         yield from zip(quantised.parts_of(old, files), quantised.like(files, old, leaf), strict=True)
 
 
-def _check_router(leaf: Leaf, scheme: Scheme) -> None:
+def _check_router(leaf: ParameterLayout, scheme: Scheme) -> None:
     """Raise UserError where the columns of a router share scales."""
     if scheme.shares_outputs or scheme.code == "nf4":
         raise UserError(f"{leaf.path} is quantised, and its experts share a scale: prune, then quantise")
@@ -191,7 +191,9 @@ def _taken(
     return after.to_disk([(after.leaf, np.take(before.from_disk(read(name)), np.asarray(row), axis=axis))])
 
 
-def _taken_of_all(read: Callable[[str], np.ndarray], leaf: Leaf, name: str, row: tuple[int, ...]) -> np.ndarray:
+def _taken_of_all(
+    read: Callable[[str], np.ndarray], leaf: ParameterLayout, name: str, row: tuple[int, ...]
+) -> np.ndarray:
     """Kept slices of a tensor that several parameters share, for all of them."""
     assert leaf.stored_expert_axis is not None, leaf.path
     return np.take(read(name), np.asarray(row), axis=leaf.stored_expert_axis)
@@ -203,7 +205,7 @@ def _one_expert(read: Callable[[str], np.ndarray], parts: tuple[Part, Part], nam
     return after.to_disk([(after.leaf, np.asarray(before.from_disk(read(name))[expert]))])
 
 
-def _source(directory: Directory, leaf: Leaf) -> Leaf:
+def _source(directory: Directory, leaf: ParameterLayout) -> ParameterLayout:
     """Layout of the parameter whose values a pruned model's parameter holds."""
     if leaf.record.component in ("experts", "router"):
         return directory.layout(leaf.record.component, leaf.record.name)
@@ -213,7 +215,7 @@ def _source(directory: Directory, leaf: Leaf) -> Leaf:
 def _pooled_items(directory: Directory, config: ModelConfig, kept: KeptExperts) -> Iterator[TensorItem]:
     """Tensors of the pool made from layers that keep different numbers of experts."""
     origins = [(layer, index) for layer, row in enumerate(kept) for index in row]
-    for leaf in leaves(config):
+    for leaf in parameter_layouts(config):
         component = leaf.record.component
         if component in ("router", "router_bias"):
             for index in np.ndindex(leaf.stacked):
@@ -235,7 +237,7 @@ def _pooled_items(directory: Directory, config: ModelConfig, kept: KeptExperts) 
                 yield target.leaf.name(index), target.stored_shape, files.entries[name].dtype, data
 
 
-def _router(directory: Directory, layouts: tuple[Leaf, Leaf], kept: KeptExperts) -> np.ndarray:
+def _router(directory: Directory, layouts: tuple[ParameterLayout, ParameterLayout], kept: KeptExperts) -> np.ndarray:
     """Kept columns of the routers of all layers, or of their biases, side by side. layouts: before and after."""
     before, after = layouts
     columns = [directory.view(before, (layer,))[..., list(row)] for layer, row in enumerate(kept)]
@@ -243,7 +245,7 @@ def _router(directory: Directory, layouts: tuple[Leaf, Leaf], kept: KeptExperts)
     return after.to_stored(np.concatenate([column.astype(dtype) for column in columns], axis=-1))
 
 
-def _widest(directory: Directory, leaf: Leaf) -> np.dtype:
+def _widest(directory: Directory, leaf: ParameterLayout) -> np.dtype:
     """Dtype that holds the values of a parameter in all layers."""
     return widest({directory.files.entries[name].dtype for name in leaf.names()})
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from moe_reduce.core import trees
 from moe_reduce.core.config import ExecutionConfig, ModelConfig
 from moe_reduce.core.errors import UserError
-from moe_reduce.families import Leaf, leaves
+from moe_reduce.families import ParameterLayout, parameter_layouts
 from moe_reduce.models.activations import Gated
 from moe_reduce.models.decoder import AttentionHalf, DenseLayer, LayerRouter, SharedBlock, layer_windowed
 from moe_reduce.models.moe.dispatch import Assigned
@@ -152,7 +152,7 @@ def _add(left, right):
     return jax.tree.map(jnp.add, left, right)  # an assignment's sizes are 0 in all chunks but its expert's
 
 
-def _read(directory: Directory, leaf: Leaf, row: int) -> jax.Array:
+def _read(directory: Directory, leaf: ParameterLayout, row: int) -> jax.Array:
     """Values of one layer. row: its place in its stack."""
     return jnp.asarray(quantised.read_values(leaf, directory.files, (row,)))
 
@@ -162,7 +162,7 @@ def _layer_params(directory: Directory, layer: int, components: Sequence[str]) -
     stack: Stack = stack_of(directory.config, layer)
     found = {
         leaf.path: _read(directory, leaf, leaf.record.layers.index(layer))
-        for leaf in leaves(directory.config)
+        for leaf in parameter_layouts(directory.config)
         if leaf.record.stack == stack.key and leaf.record.component in components and layer in leaf.record.layers
     }
     return trees.unflatten(found).get(stack.key, {})
@@ -185,14 +185,14 @@ def _chunks(directory: Directory, row: int, layout: str) -> Iterator[tuple[int, 
         yield first, Experts(**weights, biases=added, activation=activation)
 
 
-def _itemsize(directory: Directory, leaf: Leaf, row: int) -> int:
+def _itemsize(directory: Directory, leaf: ParameterLayout, row: int) -> int:
     """Bytes of a value of an expert's matrix, as it is in memory."""
     if leaf.path in directory.quantised:
         return np.dtype(np.float32).itemsize
     return directory.files.entries[leaf.name((row, 0)[: len(leaf.stacked)])].dtype.itemsize
 
 
-def _expert_values(directory: Directory, leaf: Leaf, row: int, numbers: range) -> np.ndarray:
+def _expert_values(directory: Directory, leaf: ParameterLayout, row: int, numbers: range) -> np.ndarray:
     """Values of some experts of a layer, whose tensors hold one expert each, or all of them."""
     files = directory.files
     if len(leaf.stacked) == 1:

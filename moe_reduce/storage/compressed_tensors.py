@@ -21,7 +21,7 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.core.expressions import Expressions
 from moe_reduce.core.expressions import check as check_expressions
 from moe_reduce.core.schemes import BLOCK, SCHEMES, Scheme
-from moe_reduce.families import QUANTISATION, QUANTISATION_METHOD, Leaf, to_stored
+from moe_reduce.families import QUANTISATION, QUANTISATION_METHOD, ParameterLayout, to_stored
 from moe_reduce.storage.native_layout import BFLOAT16, BYTES, FLOAT32, FP8, INTEGERS
 from moe_reduce.storage.tensors import Tensors
 from moe_reduce.storage.weight_parts import Part
@@ -39,7 +39,7 @@ REGULAR = "re:"  # prefix of a target that is a regular expression
 class Shape(Part):
     """The shape of the matrix, which is stored with packed codes."""
 
-    def to_disk(self, pieces: Sequence[tuple[Leaf, np.ndarray]]) -> np.ndarray:
+    def to_disk(self, pieces: Sequence[tuple[ParameterLayout, np.ndarray]]) -> np.ndarray:
         """Shape on disk of the whole tensor."""
         del pieces
         return np.array(self.leaf.stored_shape, np.int64)
@@ -60,7 +60,7 @@ class PackedZeros(Part):
         values = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1).T
         return self.leaf.from_stored(values[: self.leaf.stored_shape[0]].astype(np.int8) - 8)
 
-    def to_disk(self, pieces: Sequence[tuple[Leaf, np.ndarray]]) -> np.ndarray:
+    def to_disk(self, pieces: Sequence[tuple[ParameterLayout, np.ndarray]]) -> np.ndarray:
         """One tensor of words."""
         values = (to_stored(pieces) + 8).astype(np.uint8).T
         values = np.pad(values, [(0, 0), (0, -values.shape[1] % WORD)])
@@ -82,13 +82,13 @@ class PackedBytes(Part):
         flipped = (np.ascontiguousarray(tensor).view(np.uint8) ^ 128).view(np.int8)
         return self.leaf.from_stored(flipped.reshape(self.leaf.stored_shape))
 
-    def to_disk(self, pieces: Sequence[tuple[Leaf, np.ndarray]]) -> np.ndarray:
+    def to_disk(self, pieces: Sequence[tuple[ParameterLayout, np.ndarray]]) -> np.ndarray:
         """One tensor of words."""
         flipped = np.ascontiguousarray(to_stored(pieces)).view(np.uint8) ^ 128
         return flipped.view(WORDS).reshape(self.stored_shape)
 
 
-def parts(leaf: Leaf, scheme: Scheme, packed: bool | None = None) -> list[Part]:
+def parts(leaf: ParameterLayout, scheme: Scheme, packed: bool | None = None) -> list[Part]:
     """The arrays of a matrix. packed: int8 is packed in words, as int4 always is; None: as we write it."""
     inputs, outputs = leaf.record.matrix_shape
     groups, shared = scheme.scales(inputs, outputs)
@@ -107,7 +107,7 @@ def parts(leaf: Leaf, scheme: Scheme, packed: bool | None = None) -> list[Part]:
     return found
 
 
-def _codes(leaf: Leaf, scheme: Scheme, packed: bool) -> list[Part]:
+def _codes(leaf: ParameterLayout, scheme: Scheme, packed: bool) -> list[Part]:
     """The codes of a matrix, and its shape if these are packed in words."""
     size = scheme.packed(leaf.record.matrix_shape[0])
     if scheme.code == "fp8":
@@ -126,12 +126,12 @@ def _codes(leaf: Leaf, scheme: Scheme, packed: bool) -> list[Part]:
     ]
 
 
-def parts_like(stored: Leaf, leaf: Leaf, scheme: Scheme, files: Tensors) -> list[Part]:
+def parts_like(stored: ParameterLayout, leaf: ParameterLayout, scheme: Scheme, files: Tensors) -> list[Part]:
     """The arrays of a matrix `leaf` in the layout in which these files hold `stored`."""
     return parts(leaf, scheme, f"{_first(stored)}_packed" in files.entries)
 
 
-def scheme_of(leaf: Leaf, files: Tensors) -> Scheme | None:
+def scheme_of(leaf: ParameterLayout, files: Tensors) -> Scheme | None:
     """The scheme of a weight; None for an array. UserError for a scheme that is not supported."""
     name = _first(leaf)
     if not {f"{name}_packed", f"{name}_scale"} & set(files.entries):
@@ -160,7 +160,7 @@ def _group(group: Any, where: str) -> tuple[list[str], Mapping[str, Any]]:
     return targets, weights
 
 
-def _first(leaf: Leaf) -> str:
+def _first(leaf: ParameterLayout) -> str:
     return leaf.name((0,) * len(leaf.stacked))
 
 
@@ -190,7 +190,7 @@ def _arguments(scheme: Scheme) -> dict[str, Any]:
     return found
 
 
-def described(chosen: Sequence[tuple[Leaf, Scheme]]) -> dict[str, Any]:
+def described(chosen: Sequence[tuple[ParameterLayout, Scheme]]) -> dict[str, Any]:
     """`quantization_config` of a model; UserError for a matrix that the layout cannot hold."""
     targets: dict[tuple[Scheme, str], list[str]] = {}
     for leaf, scheme in chosen:
@@ -214,7 +214,7 @@ def described(chosen: Sequence[tuple[Leaf, Scheme]]) -> dict[str, Any]:
     }
 
 
-def _check(leaf: Leaf, scheme: Scheme) -> None:
+def _check(leaf: ParameterLayout, scheme: Scheme) -> None:
     if scheme.code not in FORMATS:
         raise UserError(f"{METHOD} has no {scheme}: choose another scheme, or --format=native")
     if leaf.record.outputs_first:

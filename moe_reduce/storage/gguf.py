@@ -16,7 +16,7 @@ from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.gguf_file import GgufFile, StoredTensor, read_gguf
 from moe_reduce.core.schemes import Scheme
-from moe_reduce.families import Leaf
+from moe_reduce.families import ParameterLayout
 from moe_reduce.storage import gguf_blocks, native_layout
 from moe_reduce.storage.tensors import Entry, Source
 
@@ -32,8 +32,8 @@ class Piece:
     leaf, stored: their layouts. name: of the file's tensor. read: its values, or a part of its blocks, with its axes.
     """
 
-    leaf: Leaf
-    stored: Leaf
+    leaf: ParameterLayout
+    stored: ParameterLayout
     name: str
     dtype: np.dtype
     read: Callable[[], np.ndarray]
@@ -55,10 +55,13 @@ class GgufTensors:
         self.directory = path
         self._file = read_gguf(path)
         self._short = _short(self._file)
-        stored = families.gguf_leaves(config)
+        stored = families.gguf_layouts(config)
         _check(self._file, stored)
         self._tensors = dict(self._file.tensors)
-        pairs = [(leaf, self._by_expert(other)) for leaf, other in zip(families.leaves(config), stored, strict=True)]
+        pairs = [
+            (leaf, self._by_expert(other))
+            for leaf, other in zip(families.parameter_layouts(config), stored, strict=True)
+        ]
         schemes = {leaf.path: self._scheme(leaf, other) if blocks else None for leaf, other in pairs}
         kept = {path: scheme for path, scheme in schemes.items() if scheme is not None}
         self.quantisation: Mapping[str, Any] = native_layout.described(kept) or {}
@@ -69,7 +72,7 @@ class GgufTensors:
                     self._pieces.setdefault(piece.leaf.name(index), []).append(piece)
         self.entries = {name: self._entry(pieces[0]) for name, pieces in self._pieces.items()}
 
-    def _by_expert(self, leaf: Leaf) -> Leaf:
+    def _by_expert(self, leaf: ParameterLayout) -> ParameterLayout:
         """The layout with each expert's slice of a layer's tensor as a tensor of its own."""
         if leaf.stored_axes[0] != "E" or len(leaf.stored_axes) < 3:
             return leaf
@@ -80,13 +83,15 @@ class GgufTensors:
         axes = " ".join(leaf.stored_axes[1:])
         return dataclasses.replace(leaf, tensor=leaf.tensor._replace(name=f"{leaf.tensor.name}.{{expert}}", axes=axes))
 
-    def _scheme(self, leaf: Leaf, stored: Leaf) -> Scheme | None:
+    def _scheme(self, leaf: ParameterLayout, stored: ParameterLayout) -> Scheme | None:
         """The scheme of a matrix whose tensors have blocks that are kept; None for others."""
         kinds = {self._tensors[name].kind.name for name in stored.names()}
         kept = leaf.record.is_matrix and len(stored.stored_shape) == 2 and len(kinds) == 1
         return gguf_blocks.SCHEMES.get(kinds.pop()) if kept else None
 
-    def _pieces_of(self, leaf: Leaf, stored: Leaf, index: tuple[int, ...], scheme: Scheme | None) -> Iterator[Piece]:
+    def _pieces_of(
+        self, leaf: ParameterLayout, stored: ParameterLayout, index: tuple[int, ...], scheme: Scheme | None
+    ) -> Iterator[Piece]:
         name = stored.name(index)
         tensor = self._tensors[name]
         if scheme is None:
@@ -150,7 +155,7 @@ def _short(file: GgufFile) -> Any:
     return SHORT.get(*kinds) if len(kinds) == 1 else None
 
 
-def _check(file: GgufFile, leaves: Sequence[Leaf]) -> None:
+def _check(file: GgufFile, leaves: Sequence[ParameterLayout]) -> None:
     expected = {name: leaf.stored_shape for leaf in leaves for name in leaf.names()}
     for name, shape in expected.items():
         if name not in file.tensors:

@@ -13,7 +13,7 @@ from moe_reduce import families
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.data.gguf_vocabulary import gguf_vocabulary
-from moe_reduce.families import Leaf
+from moe_reduce.families import ParameterLayout
 from moe_reduce.families.huggingface import HuggingFaceFamily
 from moe_reduce.storage import quantised
 from moe_reduce.storage.parameter_tensors import check_names, open_tensors
@@ -36,7 +36,7 @@ def check(path: Path, config: ModelConfig, kind: str) -> None:
     lost = families.unwritten(config)
     if lost is not None:
         raise UserError(f"{path} has {lost}, which GGUF files of {family.gguf.architecture} cannot state: {REMEDY}")
-    for leaf in families.leaves(config) if kind != "f16" else ():
+    for leaf in families.parameter_layouts(config) if kind != "f16" else ():
         inputs = leaf.record.matrix_shape[0]
         if _is_coded(leaf) and inputs % BLOCK:
             raise UserError(
@@ -52,7 +52,7 @@ def write(path: Path, config: ModelConfig, file: Path, kind: str) -> None:
     check(path, config, kind)
     tensors, family = open_tensors(path, config), families.of_config(config)
     check_names(tensors, config)
-    if any(quantised.scheme_of(leaf, tensors) is not None for leaf in families.leaves(config)):
+    if any(quantised.scheme_of(leaf, tensors) is not None for leaf in families.parameter_layouts(config)):
         raise UserError(f"{path} is quantised already: export the model that it was made from")
     assert isinstance(family, HuggingFaceFamily)
     assert family.gguf is not None
@@ -63,7 +63,7 @@ def write(path: Path, config: ModelConfig, file: Path, kind: str) -> None:
     metadata = family.gguf.write(families.gguf_values(config)) | gguf_vocabulary(path, config.vocab_size)
     for key, value in metadata.items():
         _add(writer, key, value)
-    layouts = list(zip(families.leaves(config), families.gguf_leaves(config), strict=True))
+    layouts = list(zip(families.parameter_layouts(config), families.gguf_layouts(config), strict=True))
     for _, leaf in layouts:
         _announce(writer, leaf, KINDS[kind])
     writer.write_header_to_file()
@@ -74,12 +74,12 @@ def write(path: Path, config: ModelConfig, file: Path, kind: str) -> None:
     writer.close()
 
 
-def _is_coded(leaf: Leaf) -> bool:
+def _is_coded(leaf: ParameterLayout) -> bool:
     """True for a parameter that is not stored in fp32, as vectors and routers are."""
     return leaf.record.is_matrix and len(leaf.stored_shape) > 1 and leaf.record.component != "router"
 
 
-def _announce(writer: GGUFWriter, leaf: Leaf, kind: Kind) -> None:
+def _announce(writer: GGUFWriter, leaf: ParameterLayout, kind: Kind) -> None:
     """Add the names, shapes and types of a parameter's tensors to the header."""
     kind = kind if _is_coded(leaf) else Kind.F32
     dtype, shape = DTYPES.get(kind), leaf.stored_shape
@@ -89,7 +89,9 @@ def _announce(writer: GGUFWriter, leaf: Leaf, kind: Kind) -> None:
         writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize, kind)
 
 
-def _values(tensors: Tensors, layouts: list[tuple[Leaf, Leaf]], kind: Kind) -> Iterator[np.ndarray]:
+def _values(
+    tensors: Tensors, layouts: list[tuple[ParameterLayout, ParameterLayout]], kind: Kind
+) -> Iterator[np.ndarray]:
     """Data of each tensor, in the order of the file."""
     for source, leaf in layouts:
         for index in np.ndindex(leaf.stacked):
@@ -100,7 +102,7 @@ def _values(tensors: Tensors, layouts: list[tuple[Leaf, Leaf]], kind: Kind) -> I
                 yield stored.astype(np.float16) if kind == Kind.F16 else quantize(stored, kind)
 
 
-def _gathered(tensors: Tensors, source: Leaf, index: tuple[int, ...]) -> np.ndarray:
+def _gathered(tensors: Tensors, source: ParameterLayout, index: tuple[int, ...]) -> np.ndarray:
     """Values of one tensor of the file; those of the experts of a layer lie in several tensors of the model."""
     rest = source.stacked[len(index) :]
     values = [source.from_stored(tensors.read(source.name((*index, *place)))) for place in np.ndindex(rest)]

@@ -10,7 +10,7 @@ import numpy as np
 from moe_reduce.core import schemes
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.schemes import SECOND_GROUP, Scheme
-from moe_reduce.families import QUANTISATION, QUANTISATION_METHOD, Leaf
+from moe_reduce.families import QUANTISATION, QUANTISATION_METHOD, ParameterLayout
 from moe_reduce.storage.tensors import Tensors
 from moe_reduce.storage.weight_parts import Part
 
@@ -24,7 +24,7 @@ CODES = {"int8": INTEGERS, "fp8": FP8}  # dtype of packed codes; those of other 
 SCALES = {"mxfp4": BYTES, "nf4": INTEGERS}  # dtype of scales; those of other schemes are floating-point
 
 
-def parts(leaf: Leaf, scheme: Scheme) -> list[Part]:
+def parts(leaf: ParameterLayout, scheme: Scheme) -> list[Part]:
     """The arrays of a matrix.
 
     NAME, of codes, is [outputs, bytes]; NAME_scale is [outputs, groups], or [outputs] if each output has one. MXFP4 is
@@ -72,13 +72,13 @@ def described(by_path: Mapping[str, Scheme]) -> dict[str, Any] | None:
     return {QUANTISATION_METHOD: METHOD, SCHEMES: {path: str(scheme) for path, scheme in sorted(by_path.items())}}
 
 
-def parts_like(stored: Leaf, leaf: Leaf, scheme: Scheme, files: Tensors) -> list[Part]:
+def parts_like(stored: ParameterLayout, leaf: ParameterLayout, scheme: Scheme, files: Tensors) -> list[Part]:
     """The arrays of a matrix `leaf` in the layout in which these files hold `stored`."""
     del stored, files
     return parts(leaf, scheme)
 
 
-def scheme_of(leaf: Leaf, files: Tensors) -> Scheme | None:
+def scheme_of(leaf: ParameterLayout, files: Tensors) -> Scheme | None:
     """The scheme of a weight; None for an array."""
     if not files.quantisation:
         scaled = leaf.record.is_matrix and f"{leaf.name((0,) * len(leaf.stacked))}_scale" in files.entries

@@ -19,7 +19,7 @@ from moe_reduce.core.errors import UserError
 from moe_reduce.core.expressions import Expressions
 from moe_reduce.core.expressions import check as check_expressions
 from moe_reduce.core.schemes import GROUPS, Scheme
-from moe_reduce.families import QUANTISATION, QUANTISATION_METHOD, Leaf, to_stored
+from moe_reduce.families import QUANTISATION, QUANTISATION_METHOD, ParameterLayout, to_stored
 from moe_reduce.storage.native_layout import BFLOAT16, BYTES, FLOAT16, FLOAT32, INTEGERS
 from moe_reduce.storage.tensors import Tensors
 from moe_reduce.storage.weight_parts import Part
@@ -88,7 +88,7 @@ class Packed(Part):
             held = (values - np.uint8(half)).view(np.int8) if half == 128 else values.astype(np.int8) - half
         return self.leaf.from_stored(held.T.reshape(self.leaf.stored_shape))
 
-    def to_disk(self, pieces: Sequence[tuple[Leaf, np.ndarray]]) -> np.ndarray:
+    def to_disk(self, pieces: Sequence[tuple[ParameterLayout, np.ndarray]]) -> np.ndarray:
         """One tensor of words."""
         mask, half = 2**self.words.bits - 1, 2 ** (self.words.bits - 1)
         held = to_stored(pieces).T
@@ -107,12 +107,12 @@ class Transposed(Part):
         """The array's values in one tensor."""
         return self.leaf.from_stored(tensor.T.reshape(self.leaf.stored_shape))
 
-    def to_disk(self, pieces: Sequence[tuple[Leaf, np.ndarray]]) -> np.ndarray:
+    def to_disk(self, pieces: Sequence[tuple[ParameterLayout, np.ndarray]]) -> np.ndarray:
         """One tensor, made of the pieces of all parameters that share it."""
         return np.ascontiguousarray(to_stored(pieces).T)
 
 
-def scheme_of(leaf: Leaf, files: Tensors) -> Scheme | None:
+def scheme_of(leaf: ParameterLayout, files: Tensors) -> Scheme | None:
     """The scheme of a weight; None for an array. UserError for bits, groups or a version that are not supported."""
     module = leaf.module((0,) * len(leaf.stacked))
     if f"{module}.{CODES}" not in files.entries:
@@ -159,7 +159,7 @@ def _stated(files: Tensors, module: str) -> Mapping[str, Any]:
     return files.quantisation
 
 
-def parts_like(stored: Leaf, leaf: Leaf, scheme: Scheme, files: Tensors) -> list[Part]:
+def parts_like(stored: ParameterLayout, leaf: ParameterLayout, scheme: Scheme, files: Tensors) -> list[Part]:
     """The arrays of a matrix `leaf` in the layout in which these files hold `stored`."""
     inputs, outputs = leaf.record.matrix_shape
     groups, _ = scheme.scales(inputs, outputs)
@@ -184,13 +184,13 @@ def parts_like(stored: Leaf, leaf: Leaf, scheme: Scheme, files: Tensors) -> list
     return found
 
 
-def _named(leaf: Leaf, name: str) -> Leaf:
+def _named(leaf: ParameterLayout, name: str) -> ParameterLayout:
     """The layout of another tensor of the same module."""
     module = leaf.tensor.name.removesuffix(".weight")
     return dataclasses.replace(leaf, tensor=leaf.tensor._replace(name=f"{module}.{name}"))
 
 
-def order_of(leaf: Leaf, scheme: Scheme, files: Tensors, index: tuple[int, ...]) -> np.ndarray | None:
+def order_of(leaf: ParameterLayout, scheme: Scheme, files: Tensors, index: tuple[int, ...]) -> np.ndarray | None:
     """The group of each input of one matrix; None where groups are neighbours, as without act-order."""
     name = _named(leaf, ORDER).name(index)
     inputs = leaf.record.matrix_shape[0]
@@ -200,7 +200,7 @@ def order_of(leaf: Leaf, scheme: Scheme, files: Tensors, index: tuple[int, ...])
     return None if np.array_equal(groups, np.arange(inputs) // scheme.group) else groups
 
 
-def check_order(leaf: Leaf, scheme: Scheme, files: Tensors) -> None:
+def check_order(leaf: ParameterLayout, scheme: Scheme, files: Tensors) -> None:
     """Raise UserError for a matrix whose groups are chosen by activations, which a product cannot read."""
     for index in np.ndindex(leaf.stacked):
         if order_of(leaf, scheme, files, index) is not None:

@@ -18,7 +18,7 @@ from moe_reduce.core import memory, trees
 from moe_reduce.core.config import ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.gguf_file import is_gguf
-from moe_reduce.families import Leaf, by_path, leaves, of_config, text_part
+from moe_reduce.families import ParameterLayout, by_path, of_config, parameter_layouts, text_part
 from moe_reduce.storage import quantised
 from moe_reduce.storage.gguf import GgufTensors
 from moe_reduce.storage.tensors import Entry, TensorFiles, TensorItem, Tensors
@@ -51,7 +51,7 @@ def check_names(files: Tensors, config: ModelConfig) -> None:
         files.entries[family.input_table] = files.entries.pop(family.output_table)
     _keep_language_model(files, config)
     _split_experts(files, config)
-    parts = [part for leaf in leaves(config) for part in quantised.parts_of(leaf, files)]
+    parts = [part for leaf in parameter_layouts(config) for part in quantised.parts_of(leaf, files)]
     expected = {name: part.stored_shape for part in parts for name in part.leaf.names()}
     for name, shape in expected.items():
         if name not in files.entries:
@@ -81,7 +81,7 @@ def check_names(files: Tensors, config: ModelConfig) -> None:
 
 def _keep_language_model(files: Tensors, config: ModelConfig) -> None:
     """Rename the tensors of the language model of a multimodal one, and forget the others, which stderr says."""
-    expected = [name for leaf in leaves(config) for name in leaf.names()]
+    expected = [name for leaf in parameter_layouts(config) for name in leaf.names()]
     expected += [name.format(layer=layer) for name in of_config(config).fused for layer in range(config.layers)]
     names = text_part.renamed(files.entries, expected, of_config(config).input_table)
     others = sorted(set(files.entries) - set(names.values()))
@@ -144,17 +144,19 @@ def read_params(
     by_leaf = dict.fromkeys(by_path(config)) if shardings is None else trees.flatten(shardings)
     if set(by_leaf) != set(by_path(config)):
         raise UserError(f"shardings do not match the parameters: {sorted(set(by_leaf) ^ set(by_path(config)))}")
-    return trees.unflatten({leaf.path: _read(files, leaf, dtype, by_leaf[leaf.path]) for leaf in leaves(config)})
+    return trees.unflatten(
+        {leaf.path: _read(files, leaf, dtype, by_leaf[leaf.path]) for leaf in parameter_layouts(config)}
+    )
 
 
 def _check_room(files: Tensors, config: ModelConfig, dtype: Any) -> None:
     """Raise UserError when a limit of address space leaves no room for the weights beside the mapped files."""
     stored = sum(entry.stop - entry.start for entry in files.entries.values())
-    count = sum(math.prod(leaf.shape) for leaf in leaves(config))
+    count = sum(math.prod(leaf.shape) for leaf in parameter_layouts(config))
     memory.check_room(stored + (stored if dtype is None else count * np.dtype(dtype).itemsize), str(files.directory))
 
 
-def _read(files: Tensors, leaf: Leaf, dtype: Any, sharding: Any) -> Any:
+def _read(files: Tensors, leaf: ParameterLayout, dtype: Any, sharding: Any) -> Any:
     parts, scheme = quantised.parts_of(leaf, files), quantised.scheme_of(leaf, files)
     quantised.check_runs(leaf, files)
     found = {}
@@ -179,7 +181,7 @@ def _read_array(files: Tensors, part: Part, kind: np.dtype, sharding: jax.shardi
     return jax.make_array_from_callback(shape, sharding, read)
 
 
-def _dtype(files: Tensors, leaf: Leaf, dtype: Any) -> np.dtype:
+def _dtype(files: Tensors, leaf: ParameterLayout, dtype: Any) -> np.dtype:
     """Dtype of a parameter: the given one, else that of its tensors, or the widest of them where they differ."""
     stored = {files.entries[name].dtype: name for name in leaf.names()}
     for name in stored.values():
@@ -238,7 +240,7 @@ def write_items(params: Mapping[str, Any], config: ModelConfig) -> Iterator[Tens
     flat = trees.flatten(params)
     _check_params(flat, config)
     tensors: dict[str, list[Piece]] = {}
-    for leaf in leaves(config):
+    for leaf in parameter_layouts(config):
         for part, array in quantised.arrays_of(leaf, flat[leaf.path]):
             for index in np.ndindex(part.leaf.stacked):
                 tensors.setdefault(part.leaf.name(index), []).append(Piece(part, index, array))

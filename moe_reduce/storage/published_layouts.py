@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.schemes import BLOCK, Scheme, parse
-from moe_reduce.families import QUANTISATION, QUANTISATION_METHOD, Leaf
+from moe_reduce.families import QUANTISATION, QUANTISATION_METHOD, ParameterLayout
 from moe_reduce.storage import native_layout
 from moe_reduce.storage.native_layout import BFLOAT16, FLOAT32, FP8
 from moe_reduce.storage.tensors import Tensors
@@ -24,7 +24,7 @@ BLOCKS = "_blocks"
 FP8_BLOCKS, MXFP4 = parse("fp8-block"), parse("mxfp4")
 
 
-def scheme_of(leaf: Leaf, files: Tensors) -> Scheme | None:
+def scheme_of(leaf: ParameterLayout, files: Tensors) -> Scheme | None:
     """The scheme of a weight; None for an array. UserError for blocks of another size."""
     name = leaf.name((0,) * len(leaf.stacked))
     if files.quantisation[QUANTISATION_METHOD] == MXFP4_METHOD:
@@ -39,7 +39,7 @@ def scheme_of(leaf: Leaf, files: Tensors) -> Scheme | None:
     return FP8_BLOCKS
 
 
-def parts_like(stored: Leaf, leaf: Leaf, scheme: Scheme, files: Tensors) -> list[Part]:
+def parts_like(stored: ParameterLayout, leaf: ParameterLayout, scheme: Scheme, files: Tensors) -> list[Part]:
     """The arrays of a matrix `leaf` in the layout in which these files hold `stored`."""
     del stored, files
     if scheme == MXFP4:
@@ -49,7 +49,7 @@ def parts_like(stored: Leaf, leaf: Leaf, scheme: Scheme, files: Tensors) -> list
     return [Part("codes", codes, (FP8,)), Part("scales", scales, (FLOAT32, BFLOAT16))]
 
 
-def _inputs_last(leaf: Leaf) -> Leaf:
+def _inputs_last(leaf: ParameterLayout) -> ParameterLayout:
     """The layout of a matrix with the axis of its inputs behind the others."""
     inputs = leaf.record.inputs
     axes = sorted(leaf.stored_axes, key=lambda group: group == inputs)  # a stable sort

@@ -17,14 +17,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_reduce.core import json_files
 from moe_reduce.core.schemes import Scheme
-from moe_reduce.families import CONFIG_FILE, QUANTISATION, QUANTISATION_METHOD, Leaf
+from moe_reduce.families import CONFIG_FILE, QUANTISATION, QUANTISATION_METHOD, ParameterLayout
 from moe_reduce.models.weights import Quantised
 from moe_reduce.models.weights.scales import DoubleScales
 from moe_reduce.storage import compressed_tensors, native_layout, packed_words, published_layouts
 from moe_reduce.storage.tensors import Tensors
 from moe_reduce.storage.weight_parts import Part
 
-Layout = Callable[[Leaf, Scheme], list[Part]]
+Layout = Callable[[ParameterLayout, Scheme], list[Part]]
 
 
 def stated(directory: Path) -> dict[str, Any]:
@@ -33,24 +33,24 @@ def stated(directory: Path) -> dict[str, Any]:
     return (json_files.read_object(file).get(QUANTISATION) or {}) if file.is_file() else {}
 
 
-def scheme_of(leaf: Leaf, files: Tensors) -> Scheme | None:
+def scheme_of(leaf: ParameterLayout, files: Tensors) -> Scheme | None:
     """The scheme in which these files hold a weight; None for an array."""
     return _layout(files).scheme_of(leaf, files)
 
 
-def parts_of(leaf: Leaf, files: Tensors) -> list[Part]:
+def parts_of(leaf: ParameterLayout, files: Tensors) -> list[Part]:
     """The arrays that hold a weight in these files."""
     return like(files, leaf, leaf)
 
 
-def like(files: Tensors, stored: Leaf, leaf: Leaf) -> list[Part]:
+def like(files: Tensors, stored: ParameterLayout, leaf: ParameterLayout) -> list[Part]:
     """The arrays of a weight `leaf` in the layout and scheme in which these files hold the weight `stored`."""
     layout = _layout(files)
     scheme = layout.scheme_of(stored, files)
     return [Part("", leaf)] if scheme is None else layout.parts_like(stored, leaf, scheme, files)
 
 
-def check_runs(leaf: Leaf, files: Tensors) -> None:
+def check_runs(leaf: ParameterLayout, files: Tensors) -> None:
     """Raise UserError for a quantised weight that products cannot read, although its values can be had."""
     scheme = scheme_of(leaf, files)
     if scheme is not None and _layout(files) is packed_words:
@@ -83,7 +83,7 @@ def _layout(files: Tensors) -> Any:
     return compressed_tensors if named == compressed_tensors.METHOD else native_layout
 
 
-def arrays_of(leaf: Leaf, value: Any, layout: Layout = native_layout.parts) -> list[tuple[Part, Any]]:
+def arrays_of(leaf: ParameterLayout, value: Any, layout: Layout = native_layout.parts) -> list[tuple[Part, Any]]:
     """The arrays of a weight in a layout. A part that holds none, such as a shape, goes with the codes."""
     if not isinstance(value, Quantised):
         return [(Part("", leaf), value)]
@@ -100,7 +100,7 @@ def arrays_by_key(value: Quantised) -> dict[str, Any]:
     return {key: array for key, array in found.items() if array is not None}
 
 
-def value_of(leaf: Leaf, scheme: Scheme | None, arrays: dict[str, Any]) -> Any:
+def value_of(leaf: ParameterLayout, scheme: Scheme | None, arrays: dict[str, Any]) -> Any:
     """The weight that these arrays, by the keys of their parts, hold; inverse of `arrays_by_key`."""
     if scheme is None:
         return arrays[""]
@@ -115,7 +115,7 @@ def value_of(leaf: Leaf, scheme: Scheme | None, arrays: dict[str, Any]) -> Any:
     )  # fmt: skip
 
 
-def read_value(leaf: Leaf, files: Tensors, index: tuple[int, ...], experts: slice = slice(None)) -> Any:
+def read_value(leaf: ParameterLayout, files: Tensors, index: tuple[int, ...], experts: slice = slice(None)) -> Any:
     """One tensor's values: an array, or a quantised matrix. index: of its layer and expert, as far as it is numbered.
 
     experts: those that are read of a tensor that holds all of a layer.
@@ -131,7 +131,7 @@ def read_value(leaf: Leaf, files: Tensors, index: tuple[int, ...], experts: slic
     return value_of(leaf, scheme, found)
 
 
-def read_values(leaf: Leaf, files: Tensors, index: tuple[int, ...], experts: slice = slice(None)) -> Any:
+def read_values(leaf: ParameterLayout, files: Tensors, index: tuple[int, ...], experts: slice = slice(None)) -> Any:
     """The same as `read_value`, dequantised to fp32."""
     value, scheme = read_value(leaf, files, index, experts), scheme_of(leaf, files)
     if not isinstance(value, Quantised) or scheme is None:
@@ -152,7 +152,7 @@ def _by_group(value: Quantised, groups: np.ndarray) -> np.ndarray:
     return ((points - zeros) * np.asarray(grid.scales)[groups]).reshape(value.shape)
 
 
-def sharding_of(part: Part, leaf: Leaf, sharding: Any) -> Any:
+def sharding_of(part: Part, leaf: ParameterLayout, sharding: Any) -> Any:
     """Sharding of one array of a weight, given that of the whole parameter."""
     if isinstance(sharding, Quantised):
         return arrays_by_key(sharding)[part.key]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moe_reduce.core.errors import UserError
-from moe_reduce.families import Leaf, to_stored
+from moe_reduce.families import ParameterLayout, to_stored
 from moe_reduce.storage.tensors import Tensors
 
 
@@ -21,7 +21,7 @@ class Part:
     """
 
     key: str
-    leaf: Leaf
+    leaf: ParameterLayout
     dtypes: tuple[np.dtype, ...] = ()
     shape: tuple[int, ...] | None = None
     memory: np.dtype | None = None
@@ -46,7 +46,7 @@ class Part:
             tensor = np.ascontiguousarray(tensor).view(self.memory)
         return self.leaf.from_stored(tensor.reshape(self.leaf.stored_shape))
 
-    def to_disk(self, pieces: Sequence[tuple[Leaf, np.ndarray]]) -> np.ndarray:
+    def to_disk(self, pieces: Sequence[tuple[ParameterLayout, np.ndarray]]) -> np.ndarray:
         """One tensor, made of the pieces of all parameters that share it."""
         tensor = np.ascontiguousarray(to_stored(pieces))
         return (tensor if self.memory is None else tensor.view(self.dtypes[0])).reshape(self.stored_shape)

@@ -93,7 +93,7 @@ def _specs(experts: Experts) -> Any:
     for name, one in experts.matrices.items():
         spec = outward if name == "down" else inward
         delta = None if one.delta is None else _delta_specs(name, one.delta)
-        placed[name] = Weight(value(spec, one), delta, one.input_axes, one.layout, one.exact)
+        placed[name] = Weight(value(spec, one), delta, one.input_axes, one.layout, one.fp32_products)
     biases = (inward, inward, PartitionSpec("expert")) if experts.biases else ()
     return experts._replace(**placed, biases=biases)
 

@@ -60,14 +60,14 @@ class Weight:
     """A value to multiply by, and its adapter delta.
 
     input_axes: number of leading axes of one matrix that a product contracts. layout: layout of a product's operands
-    (ExecutionConfig.products). exact: products are in true fp32 whatever the compute dtype, as routers need them.
+    (ExecutionConfig.products). fp32_products: in true fp32 whatever the compute dtype, as routers need them.
     """
 
     value: Any
     delta: Delta | None = None
     input_axes: int = dataclasses.field(default=1, metadata={"static": True})
     layout: str = dataclasses.field(default="plain", metadata={"static": True})
-    exact: bool = dataclasses.field(default=False, metadata={"static": True})
+    fp32_products: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def read(module: Any, name: str) -> Any:
@@ -102,7 +102,7 @@ def linear(module: Any, name: str, x: jax.Array) -> jax.Array:
 
 
 def matmul(x: jax.Array, w: Weight, transposed: bool = False) -> jax.Array:
-    """x [..., *in] · w [*in, *out] -> [..., *out] in the dtype of x, or in fp32 where the weight is exact.
+    """x [..., *in] · w [*in, *out] -> [..., *out] in the dtype of x, or in fp32 where `fp32_products` says so.
 
     transposed: x [..., *out] · wᵀ -> [..., *in]. Transposed products take no adapter. Leading axes are flattened first:
     otherwise XLA on CPU runs the gradient at a third of the speed.
@@ -113,12 +113,12 @@ def matmul(x: jax.Array, w: Weight, transposed: bool = False) -> jax.Array:
     lead = x.shape[: x.ndim - len(contracted)]
     x_SI = x.reshape(math.prod(lead), math.prod(contracted))
     matrix = _flat(w.value, w.input_axes)
-    if w.exact:
-        y_SO = _exact(x_SI, dequantised(matrix, jnp.float32), w.layout)
+    if w.fp32_products:
+        y_SO = _fp32_product(x_SI, dequantised(matrix, jnp.float32), w.layout)
     else:
         y_SO = checkpoint_name(_product(x_SI, matrix, w.layout, transposed), products.REMAT_SAVED)
     if w.delta is not None:
-        dot: Any = _exact if w.exact else products.product
+        dot: Any = _fp32_product if w.fp32_products else products.product
         base = partial(_as_array, matrix)
         y_SO = deltas.adapted(x_SI, y_SO, base, w.delta, lambda x, m: dot(x, m, w.layout))
     return y_SO.reshape(*lead, *kept)
@@ -177,11 +177,11 @@ def _product(x: jax.Array, matrix: Any, layout: str, transposed: bool) -> Any:
     return products.product(x, matrix.T if transposed else matrix, layout)
 
 
-def _exact(x_SI: jax.Array, matrix_IO: jax.Array, layout: str) -> jax.Array:
+def _fp32_product(x_SI: jax.Array, matrix_IO: jax.Array, layout: str) -> jax.Array:
     """Product in true fp32, not in default bf16 or TF32 passes, whose rounding would change the chosen experts.
 
     For bf16 inputs three bf16 passes are as accurate (models/products.py), and faster than fp32 except on CPU.
     """
     if x_SI.dtype == jnp.bfloat16 and layout == "plain":
-        return products.exact(x_SI, matrix_IO)
+        return products.fp32_product(x_SI, matrix_IO)
     return jnp.matmul(x_SI.astype(jnp.float32), matrix_IO, precision=jax.lax.Precision.HIGHEST)
