@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from training_runs import MODELS, assert_close, losses, metrics, token_data, unmeasured_peak
 
 import moe_reduce
@@ -276,9 +277,11 @@ def test_what_a_stage_rounds_while_it_trains_is_what_it_stores(tmp_path):
     assert schemes["layers/experts/up"] == "int8"
     assert schemes["layers/attention/query"] == "int4-channel"
     assert "layers/router/weight" not in schemes
-    stored = json.loads((place / "summary.json").read_text())["validation"]["loss"]
-    trained = metrics(place, "validation")[-1]["loss"]
+    summary, trained = json.loads((place / "summary.json").read_text()), metrics(place, "validation")[-1]["loss"]
+    stored = summary["validation"]["loss"]
     assert stored == pytest.approx(trained, rel=1e-5), "evaluation during training is that of the stored model"
+    tensors = load_file(place / "model/model.safetensors")
+    assert summary["bytes"] == sum(x.nbytes for x in tensors.values()) < 4 * summary["parameters"]
 
 
 def test_each_stage_reads_text_of_its_own(finished, tmp_path):

@@ -222,7 +222,7 @@ def _finish(
         "adapter": to_dict(run.adapter) if run.adapter else None,
         "learning_rate": run.train.learning_rate,
         "seed": run.train.seed,
-        **describe(stored.config),
+        **describe(stored.config, stored.params),
         "trained_parameters": count,
         "trained_share": count / total,
         "optimizer_bytes": 8 * count,  # Adam's two moments in fp32

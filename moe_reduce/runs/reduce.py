@@ -198,7 +198,7 @@ class Reduction:
         return {
             "name": name,
             "kind": kind,
-            **describe(model.config),
+            **describe(model.config, model.params),
             "experts": expert_count(model.config),
             **quality(validation),
             "evaluation_seconds": time.time() - started,

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_reduce.core import config_dict, disk, json_files, locks
+from moe_reduce.core import config_dict, disk, json_files, locks, trees
 from moe_reduce.core.config import DataConfig, ModelConfig, to_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.provenance import Step
@@ -20,6 +21,7 @@ from moe_reduce.data.pieces import TRAIN
 from moe_reduce.data.shards import TokenSource
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import counts_by_component, parameter_count
+from moe_reduce.models.weights import Quantised
 from moe_reduce.storage.model_directory import save
 
 SUMMARY = "summary.json"
@@ -188,7 +190,12 @@ def describe_data(data: DataConfig, tokens: TokenSource) -> dict[str, Any]:
     }
 
 
-def describe(model: ModelConfig) -> dict[str, Any]:
-    """Count parameters and their bytes in fp32, exactly and without allocating any."""
+def describe(model: ModelConfig, params: Any = None) -> dict[str, Any]:
+    """Count parameters and their bytes in fp32, exactly and without allocating any.
+
+    params: of a model whose matrices may be quantised, which then count with the bytes that they take.
+    """
     total = parameter_count(model)
-    return {"parameters": total, "by_component": counts_by_component(model), "bytes": 4 * total}
+    quantised = [value for value in trees.flatten(params or {}).values() if isinstance(value, Quantised)]
+    saved = sum(4 * math.prod(one.shape) - sum(x.nbytes for x in jax.tree.leaves(one)) for one in quantised)
+    return {"parameters": total, "by_component": counts_by_component(model), "bytes": 4 * total - saved}
