@@ -56,7 +56,9 @@ def alone(model: Model, adapter: adapters.Adapter | None, tokens: jax.Array) -> 
 
 
 def run(model: Model, tokens: jax.Array, entries=ROWS) -> jax.Array:
-    return model.apply({"tokens": tokens, "adapter": jnp.asarray(entries, jnp.int32)}).logits_BTV
+    """Logits, by one program: outside jit each operation is compiled by itself."""
+    batch = {"tokens": tokens, "adapter": jnp.asarray(entries, jnp.int32)}
+    return jax.jit(lambda params, batch: model.with_params(params).apply(batch).logits_BTV)(model.params, batch)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,8 @@ def test_gradients_of_an_entry_are_those_of_its_rows_alone(kind):
     def gradient(key, leaves, *given, **batch):
         flat = {path: leaf for path, leaf in trees.flatten(leaves).items() if path.endswith("/matrix")}
         rest = {path: leaf for path, leaf in trees.flatten(leaves).items() if path not in flat}
-        return jax.grad(lambda flat: loss(model.params | {key: trees.unflatten(flat | rest)}, *given, **batch))(flat)
+        changed = jax.grad(lambda flat: loss(model.params | {key: trees.unflatten(flat | rest)}, *given, **batch))
+        return jax.jit(changed)(flat)
 
     together = gradient(BANK, tree, tokens, adapter=jnp.array([1, 0, 1], jnp.int32))
     for number, rows in ((0, [1]), (1, [0, 2])):
