@@ -2,8 +2,7 @@
 
 Rank 8 on all matrices of all layers. Every run reads the same sequences of WikiText-2 in the same order.
 The bases are runs/smollm2, from ./launch/smollm2.sh, and runs/qlora/NAME, which ./launch/qlora.sh makes from it.
-Cost: four minutes a base on two cores. Expected: not run yet;
-./launch/qlora.sh makes the table.
+Cost: four minutes a base on two cores, estimated. Expected: unknown, it has not been run.
 Command: ./launch/qlora.sh, or
 moe-reduce adapt --config=qlora_smollm2 --config.model=runs/qlora/nf4 --workdir=runs/qlora/runs/nf4
 """

@@ -20,38 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from decoding import PROMPT, Decoder
 from side_by_side import RESULTS, Run, Side, publish
 
 LAUNCH, SCRIPT = Path(__file__).resolve().parent, "launch/bench_llama_cpp.py"
 PAIRS = {"int8": "q8_0", "int4-g32": "q4_0"}  # formats with as many bits a weight, or nearly
-PROMPT = list(range(1, 17))
 BFLOAT16 = "bfloat16"
 
 
 def ours(model: Path, kind: str, tokens: int) -> tuple[Run, dict[str, int]]:
-    """Greedy decoding as `moe-reduce generate` does it; a run returns its tokens/s."""
-    import jax
-
-    import moe_reduce
-    from moe_reduce.core.config import ExecutionConfig, GenerateConfig
-    from moe_reduce.core.schemes import parse
-    from moe_reduce.inference.generate import chunks, ready
-    from moe_reduce.quantization.round_to_nearest import every_component, quantise
-
-    dtype = kind if kind == BFLOAT16 else "float32"
-    loaded = moe_reduce.load(model, dtype, ExecutionConfig(compute_dtype=dtype).resolve("cpu"))
-    if kind != BFLOAT16:
-        loaded = quantise(loaded, every_component(loaded.config, parse(kind)))
-    prepared = ready(loaded)
+    """Decoding by a model of this kind, as `Decoder` has it; a run returns its tokens/s."""
+    decoder = Decoder(model, kind, tokens)
 
     def run() -> float:
-        stream = chunks(prepared, [PROMPT], GenerateConfig(max_tokens=tokens))
+        stream = decoder.chunks()
         next(stream)
         started = time.perf_counter()
         made = sum(len(row) for (row,) in stream)
         return made / (time.perf_counter() - started)
 
-    return run, {"bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(prepared.params))}
+    return run, decoder.facts()
 
 
 def llama_cpp(file: Path, tokens: int, threads: int) -> dict[str, Any]:

@@ -13,33 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import side_by_side
+from decoding import Decoder
 from side_by_side import RESULTS, Run, publish
 
 FORMATS = "float32,bfloat16,int8,int4-g64,fp8,nf4,mxfp4,ternary"
-PROMPT = list(range(1, 17))
 
 
 def decoding(directory: Path, kind: str, tokens: int) -> tuple[Run, dict[str, int]]:
-    """Greedy decoding as `moe-reduce generate` does it. kind: a dtype, or a scheme of quantised weights."""
-    import jax
-
-    import moe_reduce
-    from moe_reduce.core.config import ExecutionConfig, GenerateConfig
-    from moe_reduce.core.schemes import parse
-    from moe_reduce.inference.generate import generate, ready
-    from moe_reduce.quantization.round_to_nearest import every_component, quantise
-
-    dtype = kind if kind in ("float32", "bfloat16") else "float32"
-    model = moe_reduce.load(directory, dtype, ExecutionConfig(compute_dtype=dtype).resolve("cpu"))
-    if kind != dtype:
-        model = quantise(model, every_component(model.config, parse(kind)))
-    model = ready(model)
-
-    def run() -> list[int]:
-        return generate(model, [PROMPT], GenerateConfig(max_tokens=tokens))[0]
-
-    run()
-    return run, {"bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))}
+    """A text by a model of this kind, as `Decoder` has it."""
+    decoder = Decoder(directory, kind, tokens)
+    return decoder.run, decoder.facts()
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ import numpy as np
 from side_by_side import RESULTS, publish
 
 from moe_reduce.core.disk import read_json
-from moe_reduce.core.errors import UserError
 from moe_reduce.reports.summaries import spread
 
 COLUMNS = [
@@ -28,7 +27,7 @@ def main() -> None:
     for file in sorted(given.runs.glob("seed*/*/summary.json")):
         runs.setdefault(file.parent.name, []).append(_stages(file.parent))
     if not runs:
-        raise UserError(f"{given.runs} has no finished run: run ./launch/distillation.sh")
+        parser.error(f"{given.runs} has no finished run: run ./launch/distillation.sh")
     text = read_json(next(given.runs.glob("seed*/*/summary.json")))["data"]["source"]
     publish(
         given.out,

@@ -8,7 +8,6 @@ from side_by_side import RESULTS, publish
 
 from moe_reduce.core.config import ExecutionConfig
 from moe_reduce.core.disk import read_json
-from moe_reduce.core.errors import UserError
 
 BASE = "fp32"
 COLUMNS = [
@@ -25,7 +24,7 @@ def main() -> None:
     given = parser.parse_args()
     runs = {file.parent.name: read_json(file) for file in sorted(given.runs.glob("*/summary.json"))}
     if BASE not in runs:
-        raise UserError(f"{given.runs} has no finished run of {BASE}: run ./launch/qlora.sh")
+        parser.error(f"{given.runs} has no finished run of {BASE}: run ./launch/qlora.sh")
     found = {name: _figures(given.runs / name, run, runs[BASE]) for name, run in runs.items()}
     steps = read_json(given.runs / BASE / "config.json")["train"]["steps"]
     publish(

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import side_by_side
+from decoding import Decoder
 from side_by_side import RESULTS, Run, apart
 
 from moe_reduce.core import disk
@@ -29,7 +30,6 @@ TASKS = {"arc_easy": ("ARC easy", "acc_norm"), "lambada_openai": ("LAMBADA", "ac
 CACHES = ("int8", "int4")
 LENGTH, BATCH = 512, 4
 CALIBRATION = 4  # batches
-PROMPT = list(range(1, 17))
 BASE = "fp32"
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -138,13 +138,8 @@ def made(given: argparse.Namespace, name: str) -> bool:
     arguments += [f"--clip={chosen.clip}", f"--out={out}"]
     if chosen.method != "rtn":
         cache = given.workdir / "tokens"
-        arguments += [
-            f"--data={given.calibration}",
-            f"--max-batches={CALIBRATION}",
-            f"--batch-size={BATCH}",
-            f"--cache={cache}",
-        ]
-        arguments += [f"--sequence-length={LENGTH}"]
+        arguments += [f"--data={given.calibration}", f"--cache={cache}", f"--sequence-length={LENGTH}"]
+        arguments += [f"--max-batches={CALIBRATION}", f"--batch-size={BATCH}"]
     apart(_command, ["quantize", *arguments])
     return False
 
@@ -239,21 +234,11 @@ def decoding(given: argparse.Namespace, name: str) -> bool:
 
 
 def _decoder(directory: Path, dtype: Any, tokens: int) -> tuple[Run, dict[str, float]]:
-    """Greedy decoding as `moe-reduce generate` does it, and the bytes that this takes."""
-    import jax
-
-    import moe_reduce
-    from moe_reduce.core.config import ExecutionConfig, GenerateConfig
-    from moe_reduce.inference.generate import generate, ready
-
-    model = ready(moe_reduce.load(directory, execution=ExecutionConfig(compute_dtype=dtype).resolve("cpu")))
-
-    def run() -> list[int]:
-        return generate(model, [PROMPT], GenerateConfig(max_tokens=tokens))[0]
-
-    run()
+    """Decoding, and the bytes that it takes."""
+    decoder = Decoder(directory, dtype, tokens)
+    decoder.run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return run, {"bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)), "peak": peak}
+    return decoder.run, decoder.facts() | {"peak": peak}
 
 
 def _write(given: argparse.Namespace) -> None:

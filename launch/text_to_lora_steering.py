@@ -23,7 +23,7 @@ from moe_reduce.adapters.hypernetwork.conditioning import Conditioning
 from moe_reduce.adapters.hypernetwork.directory import Trained
 from moe_reduce.adapters.hypernetwork.tasks import DescribedTask, pairs
 from moe_reduce.core import disk
-from moe_reduce.core.config import GenerateConfig, TextToLoraConfig, text_to_lora_from_dict
+from moe_reduce.core.config import GenerateConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.data.tokenizers import Tokenizer, load_tokenizer
 from moe_reduce.inference.described_tasks import STOPS
@@ -31,7 +31,7 @@ from moe_reduce.inference.generate import ready
 from moe_reduce.inference.text import complete, end_ids
 from moe_reduce.models.model import Model
 from moe_reduce.runs.text_to_lora import material
-from moe_reduce.runs.workdir import read_run_config
+from moe_reduce.storage import manifest
 
 OUT = Path("docs/results/text_to_lora/steering.json")
 MAX_TOKENS = 24
@@ -60,14 +60,15 @@ PAIRS = (
 )  # fmt: skip
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Returns 2 after a line that says what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=Path("runs/smollm2"), type=Path)
     parser.add_argument("--run", required=True, type=Path, help="workdir of a supervised text-to-lora run")
+    parser.add_argument("--out", default=OUT, type=Path, help="JSON file of the result (default: %(default)s)")
     parser.add_argument("--inputs", type=int, default=8, help="inputs of each task (default: %(default)s)")
     try:
-        measured(parser.parse_args())
+        measured(parser.parse_args(words))
     except UserError as error:
         print(f"text_to_lora_steering.py: {error}", file=sys.stderr)
         return error.status
@@ -83,8 +84,8 @@ def measured(arguments: argparse.Namespace) -> None:
             rates.append(result(wordings, by, [row for task in asked.tasks for row in rows(answers, task, wordings)]))
             shown = (f"{name} {rates[-1][name]:.1%}" for name in ("followed", "opposed", "same_answer"))
             print(f"{wordings.name}, {by}: {', '.join(shown)}", flush=True)
-        disk.write_json(OUT, {"run": str(arguments.run), "tasks": len(asked.tasks), "rates": rates})
-    print(OUT)
+        disk.write_json(arguments.out, {"run": str(arguments.run), "tasks": len(asked.tasks), "rates": rates})
+    print(arguments.out)
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ class Asked:
     def of(cls, arguments: argparse.Namespace) -> "Asked":
         """Loads what the arguments name; raises UserError for a task that trained the hypernetwork."""
         tokenizer, base = load_tokenizer(arguments.model), moe_reduce.load(arguments.model)
-        config = text_to_lora_from_dict(read_run_config(arguments.run / "config.json", TextToLoraConfig)).tasks
+        config = material.tasks_of_run(arguments.run)
         tasks = material.read(config, tokenizer).named("unseen")
-        trained = directory.load(arguments.run / "hypernetwork")
+        trained = directory.load(arguments.run / "hypernetwork", manifest.input_of(arguments.model))
         trained.check_unseen(tuple(task.name for task in tasks))
         tasks = [replace(task, instances=task.instances[: arguments.inputs]) for task in tasks]
         settings = GenerateConfig(max_tokens=MAX_TOKENS, end_ids=end_ids(base, tokenizer))

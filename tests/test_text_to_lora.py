@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,7 @@ def get_config():
     )
     return config
 """
+ROOT = Path(__file__).parent.parent
 NAMES = [f"task{number}" for number in range(6)]
 
 
@@ -263,6 +266,7 @@ def test_one_adapter_learns_all_tasks(place):
     assert np.any(trees.flatten(found.tree)["layers/attention/query/out/matrix"])
 
 
+@pytest.mark.usefixtures("runs")
 def test_the_comparison_has_every_condition(place, capsys):
     out = place / "figures.json"
     arguments = [
@@ -378,7 +382,7 @@ def test_a_chat_changes_its_task_between_turns(place, chat, capsys, monkeypatch)
     first, other, base = (answer(question, *more) for more in (*tasks_, ()))
     # the same text as of three messages
     second = answer(f"{question}\nassistant: {first}\nuser: the bird?", *tasks_[0])
-    assert len({first, other, base}) > 1
+    assert first != other != base
 
     monkeypatch.setattr("sys.stdin", io.StringIO(CHAT))
     assert main(["chat", *chat, "--max-tokens=6", hypernetwork]) == 0
@@ -399,12 +403,49 @@ def test_a_chat_changes_its_task_between_turns(place, chat, capsys, monkeypatch)
         (["--adapter=nowhere"], "", "nowhere is not a directory"),
         (["--task=a", "--task=b"], "", "there are 2 --task: give one"),
         (["--task=a", "--adapter=b"], "", "choose one"),
+        ([], "\udcff\n", "is not UTF-8"),
     ],
 )
 def test_what_a_chat_answers_to_mistakes(chat, capsys, monkeypatch, words, lines, part):
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert main(["chat", *chat, *words]) == (0 if lines else 2)
     assert part in capsys.readouterr().err
+
+
+@pytest.fixture
+def steering(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    import text_to_lora_steering
+
+    return text_to_lora_steering
+
+
+@pytest.mark.usefixtures("runs")
+def test_steering_asks_for_adapters_of_both_wordings(place, tmp_path, steering, capsys):
+    run, out = [f"--model={place / 'base'}", f"--run={place / 'learned'}"], tmp_path / "steering.json"
+    assert steering.main([*run, f"--out={out}", "--inputs=2"]) == 0
+    found = json.loads(out.read_text())["rates"]
+    assert [(one["by"], one["inputs"]) for one in found] == [("hypernetwork", 2), ("description in the prompt", 2)] * 3
+    asked = steering.Asked.of(SimpleNamespace(model=place / "base", run=place / "learned", inputs=1))
+    (row,) = steering.rows(asked.adapted, asked.tasks[0], steering.PAIRS[0])
+    description = asked.tasks[0].descriptions[0]
+    words = [f"--hypernetwork={place / 'learned/hypernetwork'}", f"--adapter-cache={tmp_path}"]
+    words += [f"--prompt={row['prompt']}", f"--max-tokens={steering.MAX_TOKENS}"]
+    words += [f"--stop={stop}" for stop in described_tasks.STOPS]
+    for answer, ending in ((row["first"], steering.PAIRS[0].first), (row["second"], steering.PAIRS[0].second)):
+        capsys.readouterr()
+        assert main(["generate", run[0], *words, f"--task={description} {ending}"]) == 0
+        assert capsys.readouterr().out.strip() == answer
+    assert steering.main([run[0], f"--run={tmp_path}", f"--out={out}"]) == 2
+    assert "no workdir of text-to-lora" in capsys.readouterr().err
+
+
+def test_rates_of_steering(steering):
+    answers = [
+        {"first": first, "second": second} for first, second in (("a", "a b"), ("a b", "a"), ("a", "a"), ("", "c"))
+    ]
+    found = steering.result(steering.PAIRS[0], "x", answers)
+    assert (found["followed"], found["opposed"], found["same_answer"]) == (0.5, 0.25, 0.25)
 
 
 @pytest.mark.parametrize(

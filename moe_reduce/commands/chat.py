@@ -73,6 +73,7 @@ class Conversation:
 
     def take(self, line: str) -> bool:
         """Obeys a command or answers a message. Returns False when the chat ends; UserError leaves all as it was."""
+        model_arguments.check_utf8("a line", line)
         command, _, rest = line.strip().partition(" ")
         match command:
             case "":
@@ -131,7 +132,10 @@ class Conversation:
 def _lines() -> Iterator[str]:
     """Yields lines of stdin, after a prompt where a person types them."""
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        try:
+            yield from sys.stdin
+        except UnicodeDecodeError as error:
+            raise UserError(f"the input is not UTF-8 ({error.reason}): convert it") from None
         return
     import readline  # noqa: F401  input() edits lines once it is imported
 

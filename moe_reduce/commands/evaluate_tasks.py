@@ -76,14 +76,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> str:
 def _tasks(arguments: argparse.Namespace, tokenizer: Any) -> list["DescribedTask"]:
     """Held-out instances of the tasks of a split, as the run divided them."""
     from moe_reduce.adapters.hypernetwork.tasks import divided
-    from moe_reduce.core.config import TextToLoraConfig, text_to_lora_from_dict
     from moe_reduce.runs.text_to_lora import material
-    from moe_reduce.runs.workdir import read_run_config
 
-    try:
-        config = text_to_lora_from_dict(read_run_config(arguments.run / "config.json", TextToLoraConfig)).tasks
-    except (OSError, ValueError) as error:
-        raise UserError(f"--run={arguments.run} is no workdir of text-to-lora ({error}): give one") from None
+    config = material.tasks_of_run(arguments.run)
     chosen = material.read(config, tokenizer).named(arguments.split)
     if not chosen:
         raise UserError(f"the run has no tasks in the split {arguments.split}: choose another --split")

@@ -113,9 +113,8 @@ class LinearAttention:
     key_width: int = 0  # width of a head's query and key
     value_width: int = 0  # width of a head's value
     taps: int = 4  # P, inputs that the convolution reads, the newest included
-    joined: bool = (
-        False  # queries, keys, values and gates are made by one matrix, whose outputs are in groups by key head
-    )
+    # queries, keys, values and gates are made by one matrix, whose outputs are in groups by key head
+    joined: bool = False
     pattern: str = ""  # a letter for each layer: "l" with linear attention, "s" with softmax attention
 
     @property

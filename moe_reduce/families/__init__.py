@@ -45,25 +45,9 @@ from moe_reduce.families.huggingface import HuggingFaceFamily
 from moe_reduce.families.layout import ParameterLayout, layouts, to_stored
 
 __all__ = [
-    "CONFIG_FILE",
-    "FAMILIES",
-    "MODEL_TYPE",
-    "QUANTISATION",
-    "QUANTISATION_METHOD",
-    "ParameterLayout",
-    "by_path",
-    "dumps",
-    "from_hf",
-    "gguf_layouts",
-    "gguf_values",
-    "named",
-    "of_config",
-    "own_config",
-    "parameter_layouts",
-    "read_config",
-    "to_hf",
-    "to_stored",
-    "unwritten",
+    "CONFIG_FILE", "FAMILIES", "MODEL_TYPE", "QUANTISATION", "QUANTISATION_METHOD", "ParameterLayout", "by_path",
+    "dumps", "from_hf", "gguf_layouts", "gguf_values", "named", "of_config", "own_config", "parameter_layouts",
+    "read_config", "to_hf", "to_stored", "unwritten",
 ]  # fmt: skip
 
 CONFIG_FILE = "config.json"
@@ -122,7 +106,7 @@ def parameter_layouts(config: ModelConfig) -> tuple[ParameterLayout, ...]:
 
 
 def by_path(config: ModelConfig) -> Mapping[str, ParameterLayout]:
-    """The layouts of `leaves` by parameter path."""
+    """The layouts of `parameter_layouts` by path."""
     return _layouts(config.family, config)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,25 +27,22 @@ def cached_losses(model: Model, batch: Mapping[str, Any], start: int, dtype: Cac
     read at once and fill the cache; each of the others sees only what the cache holds of the tokens before it.
     """
     arrays = {name: jnp.asarray(batch[name]) for name in NAMES}
-    kind = Kind(model.config, model.execution, dtype)
-    return np.asarray(_losses(kind, start, model.params, arrays))
+    return np.asarray(_losses(model.config, model.execution, dtype, start, model.params, arrays))
 
 
-class Kind(NamedTuple):
-    """Everything that a program is compiled for, besides shapes."""
-
-    config: ModelConfig
-    execution: ExecutionConfig
-    dtype: CacheDtype
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _losses(kind: Kind, start: int, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    model, (rows, length) = Model(kind.config, params, kind.execution), batch["tokens"].shape
-    stacked = STACK in params
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _losses(
+    config: ModelConfig,
+    execution: ExecutionConfig,
+    dtype: CacheDtype,
+    start: int,
+    params: Any,
+    batch: dict[str, jax.Array],
+) -> jax.Array:
+    model, (rows, length), stacked = Model(config, params, execution), batch["tokens"].shape, STACK in params
     read = {"tokens": batch["tokens"][:, :start], "last": jnp.full((rows,), start - 1)}
     _, collected = model.apply(read, (KEYS_VALUES,))
-    held = cache.of_prompts(collected[KEYS_VALUES], length, kind.dtype, stacked)
+    held = cache.of_prompts(collected[KEYS_VALUES], length, dtype, stacked)
 
     def step(held: Any, place: jax.Array) -> tuple[Any, jax.Array]:
         tokens_B1, targets_B1 = (jax.lax.dynamic_slice_in_dim(batch[name], place, 1, 1) for name in NAMES)

@@ -25,7 +25,7 @@ from moe_reduce.core import trees
 from moe_reduce.core.config import DISPATCH_BY_PLATFORM, ExecutionConfig, GenerateConfig, ModelConfig
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.generate_config import CacheDtype
-from moe_reduce.inference.lengths import bucket
+from moe_reduce.inference.lengths import bucket, padded_batch
 from moe_reduce.inference.sampling import Choice, Sampler, choose
 from moe_reduce.models import cache, weights
 from moe_reduce.models.cache import HISTORY, KEYS_VALUES
@@ -240,10 +240,8 @@ def _choice(settings: GenerateConfig) -> Choice:
 def _prefill(program: Program, slots: int, params: Any, prompts: Prompts, choice: Choice):
     """Read the prompts and make the first token of each: (state, ids_B)."""
     tokens_BT, lengths_B, entries_B = prompts
-    batch = {"tokens": tokens_BT, "last": lengths_B - 1, "adapter": entries_B}
-    if program.config.linear is not None:  # a state must not read the padding
-        batch["weights"] = (jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]).astype(jnp.float32)
-    logits_B1V, new = program.run(params, batch)
+    batch = padded_batch(program.config, tokens_BT, lengths_B)
+    logits_B1V, new = program.run(params, batch | {"last": lengths_B - 1, "adapter": entries_B})
     filled = cache.of_prompts(new, slots, program.cache_dtype, STACK in params)
     ended_B = jnp.zeros(lengths_B.shape, bool)
     state = State(filled, lengths_B, lengths_B - 1, ended_B, jnp.int32(0), entries_B)

@@ -2,7 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from moe_reduce.core.config import ModelConfig
 from moe_reduce.models.model import Model
 from moe_reduce.models.parameters import parameter_count
 
@@ -52,3 +57,14 @@ def padded(length: int, available: list[int]) -> int:
 def batch_rows(count: int, most: int, length: int, program: float) -> int:
     """Rows to compute for `count` of them: `most`, unless the padding would cost more than a program of its own."""
     return most if (most - count) * length <= program else min(most, 1 << (count - 1).bit_length())
+
+
+def padded_batch(config: ModelConfig, tokens_BT: jax.Array, lengths_B: jax.Array) -> dict[str, Any]:
+    """A batch of rows that are padded on the right, to fill a cache with.
+
+    Nothing attends to padding, but states of linear attention would read it: for these, `weights` mark the real tokens.
+    """
+    if config.linear is None:
+        return {"tokens": tokens_BT}
+    real_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
+    return {"tokens": tokens_BT, "weights": real_BT.astype(jnp.float32)}

@@ -124,9 +124,8 @@ def _filled(model: Model, batch: Sequence[Context], sizes: Sizes) -> Any:
     for number, context in enumerate(batch):
         ends_B[number] = len(context.ids) - 1
         tokens_BT[number, : ends_B[number]] = context.ids[:-1]
-    given = ends_B if model.config.linear is not None else None
     with on_mesh(model):
-        return _read(model.config, model.execution, slots, model.params, tokens_BT, given)
+        return _read(model.config, model.execution, slots, model.params, tokens_BT, ends_B)
 
 
 def _scores(
@@ -172,16 +171,11 @@ def _read(
     slots: int,
     params: Any,
     tokens_BT: jax.Array,
-    ends_B: jax.Array | None,
+    ends_B: jax.Array,
 ) -> Any:
-    """Fill a cache with all tokens; slots behind a row's end are never attended to.
-
-    ends_B: lengths of the rows, behind which a state of linear attention must not read; None for models without one.
-    """
-    # logits of a single position, because none are needed
-    batch = {"tokens": tokens_BT, "last": jnp.zeros(tokens_BT.shape[0], jnp.int32)}
-    if ends_B is not None:
-        batch["weights"] = (jnp.arange(tokens_BT.shape[1])[None] < ends_B[:, None]).astype(jnp.float32)
+    """Fill a cache with all tokens; slots behind a row's end are never attended to. ends_B: lengths of the rows."""
+    batch = lengths.padded_batch(config, tokens_BT, ends_B)
+    batch["last"] = jnp.zeros(tokens_BT.shape[0], jnp.int32)  # logits of a single position, because none are needed
     _, collected = Model(config, params, execution).apply(batch, collect=(cache.KEYS_VALUES,))
     return cache.of_prompts(collected[cache.KEYS_VALUES], slots, "auto", STACK in params)
 

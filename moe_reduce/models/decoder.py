@@ -270,7 +270,7 @@ class Decoder(nn.Module):
         return scanned(self.config, self.execution, stack.dense, name=stack.key)
 
     def _mixed(self, stack: Stack, carry, *arguments):
-        """Run layers of several kinds, which nn.scan cannot stack; they see their variables as a block of its own."""
+        """Run layers of several kinds, which nn.scan cannot stack; each layer is applied as a block of its own."""
         config, execution = self.config, self.execution
         collect = [name for name in COLLECT if self.is_mutable_collection(name)]
         held = {name: self.variables.get(name, {}) for name in ("params", ADAPTER, CACHE)}

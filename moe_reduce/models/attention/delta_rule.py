@@ -95,12 +95,12 @@ def _chunk(steps: Steps, starts_BP: jax.Array | None) -> Chunk:
 def _run(state_BRCW: jax.Array, first_BRCW: jax.Array, chunk: Chunk) -> tuple[jax.Array, jax.Array]:
     """(state after a chunk, its outputs [B, R, P, W])."""
     q_BRPC, k_BRPC, v_BRPW, beta_BRP, total_BRP, counts_BP = chunk
-    # masked before exp, whose overflow would spoil gradients; X is another token, whose writing is read
+    # masked before exp, whose overflow would spoil gradients; X numbers the earlier tokens that are read
     between_BRPX = jnp.where(chunk.follows(), total_BRP[..., :, None] - total_BRP[..., None, :], -jnp.inf)
     left_BRPX = jnp.exp(between_BRPX)
 
     def inherited(x_BRPC: jax.Array) -> jax.Array:
-        """Values that vectors read of the state that their documents had before the chunk, or begin with in it."""
+        """Values that vectors read in the state before the chunk, or for documents that begin in it, in the first."""
         read_BRPW = product("BRPC,BRCW->BRPW", x_BRPC, state_BRCW)
         if counts_BP is not None:
             first_BRPW = product("BRPC,BRCW->BRPW", x_BRPC, first_BRCW)

@@ -23,7 +23,9 @@ EPSILON = 1e-6  # added to the squared length of a query or key
 
 
 class Inputs(NamedTuple):
-    """Channels of the convolution [B, T, U], gates of the outputs [B, T, R, W], and what rates β and decays are of."""
+    """Channels of the convolution [B, T, U], gates of the outputs [B, T, R, W], and inputs of the rates β
+    and of the decays [B, T, R].
+    """
 
     channels_BTU: jax.Array
     gate_BTRW: jax.Array
@@ -44,7 +46,7 @@ class LinearAttention(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, segments_BT: jax.Array | None = None, real_BT: jax.Array | None = None
     ) -> jax.Array:
-        """real_BT: False for padding behind a row's end, which the state that is handed out has not read."""
+        """real_BT: False for padding behind a row's end, which changes no state."""
         sizes, (batch, time, _) = self._sizes, x_BTD.shape
         inputs, past = self._inputs(x_BTD), cache.state_of(self)
         if past is None:

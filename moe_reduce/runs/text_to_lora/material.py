@@ -12,10 +12,11 @@ from moe_reduce.adapters.hypernetwork.encoders import open_encoder
 from moe_reduce.adapters.hypernetwork.rows import TaskRows, encode, short
 from moe_reduce.adapters.hypernetwork.splits import Splits
 from moe_reduce.adapters.hypernetwork.tasks import DescribedTask, divided, read_tasks, sampled
-from moe_reduce.core.config import TextToLoraConfig
+from moe_reduce.core.config import TextToLoraConfig, text_to_lora_from_dict
 from moe_reduce.core.errors import UserError
 from moe_reduce.core.text_to_lora_config import TasksConfig
 from moe_reduce.data.tokenizers import Tokenizer
+from moe_reduce.runs.workdir import read_run_config
 
 NOTHING = np.zeros((1, 1), np.float32)  # embedding of tasks whose run reads none
 
@@ -70,6 +71,14 @@ def read(config: TasksConfig, tokenizer: Tokenizer) -> Tasks:
     else:
         splits = task_splits.read(Path(config.splits), tasks)
     return Tasks({task.name: task for task in tasks}, splits, _used(splits, config))
+
+
+def tasks_of_run(workdir: Path) -> TasksConfig:
+    """The tasks that a run was configured with; UserError for a directory that is no workdir of such a run."""
+    try:
+        return text_to_lora_from_dict(read_run_config(workdir / "config.json", TextToLoraConfig)).tasks
+    except (OSError, ValueError) as error:
+        raise UserError(f"--run={workdir} is no workdir of text-to-lora ({error}): give one") from None
 
 
 def _used(splits: Splits, config: TasksConfig) -> tuple[str, ...]:
